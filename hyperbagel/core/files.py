@@ -1,0 +1,120 @@
+"""Files that are whole or absent: write to a neighbour, fsync, rename, fsync the folder.
+
+A process killed at any moment leaves either the old file (or folder) or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hyperbagel.core.errors import InputError
+
+_REASONS = {
+    errno.EACCES: ("no permission to write", "choose a folder you may write to"),
+    errno.EPERM: ("no permission to write", "choose a folder you may write to"),
+    errno.EROFS: ("a read-only file system", "choose a folder on a writable disk"),
+    errno.ENOSPC: ("a full disk", "free some space or choose another disk"),
+    errno.EDQUOT: ("a full quota", "free some space or choose another disk"),
+    errno.ENOENT: ("a folder that does not exist", "create the folder first"),
+    errno.ENOTDIR: ("a path that runs through a file", "choose a path whose parents are folders"),
+    errno.EISDIR: ("a folder where a file should go", "choose another name or remove the folder"),
+}
+
+
+@contextmanager
+def readable_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals at `path` into an InputError that says what to do; others pass through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REASONS:
+            raise
+        got, do = _REASONS[error.errno]
+        raise InputError(f"{path}: got {got}, expected a place that can be written, {do}") from error
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _fsync_tree(path: Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            _fsync_tree(child)
+    fsync_path(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename over whatever is at `path`. A folder cannot replace a full folder in one step, so the old one steps aside first."""
+    if not (temporary.is_dir() and path.is_dir()):
+        os.replace(temporary, path)
+        return
+    aside = path.with_name(f".{path.name}.old-{uuid.uuid4().hex[:8]}")
+    os.replace(path, aside)
+    os.replace(temporary, path)
+    _remove(aside)
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what the caller makes there (a file or a folder) is fsynced and renamed to `path` on success.
+
+    On an exception the temporary is removed and `path` is untouched. The parent folder must exist.
+
+    Raises:
+        InputError: no permission, full disk, or missing folder.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with readable_errors(target):
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target.parent))
+        try:
+            yield temporary
+            _fsync_tree(temporary)
+            _replace(temporary, target)
+            fsync_path(target.parent)
+        except BaseException:
+            with suppress(OSError):
+                _remove(temporary)
+            raise
+
+
+def atomic_write_bytes(path: Path | str, data: bytes) -> None:
+    """Write `data` to `path` so that the file is the old one or the new one, never a part of it. Raises InputError as `atomic_path` does."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: Path | str, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8 text, newlines as given."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def make_folder(path: Path | str) -> Path:
+    """Create a folder and its parents; an existing one is fine. Raises InputError as `atomic_path` does."""
+    folder = Path(path)
+    with readable_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise InputError(f"{folder}: got a file, expected a folder or nothing, choose another name") from error
+    return folder
