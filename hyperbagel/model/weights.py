@@ -1,0 +1,136 @@
+"""Weights on disk: strict, memory-mapped, safetensors only (never pickle). The only model file that knows the format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_path, atomic_write_text
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes one safetensors file atomically."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(whole, str(temporary), metadata={"format": "pt", **(metadata or {})})
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of one safetensors file. Raises InputError for a missing, truncated or foreign file."""
+    with _open(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def save_sharded(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_bytes: int) -> None:
+    """Writes stem.safetensors, or stem-0000k-of-0000n.safetensors with an index if it would pass `max_bytes`."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        n = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + n > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += n
+    if len(shards) == 1:
+        save_tensors(folder / f"{stem}.safetensors", shards[0])
+        return
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_tensors(folder / name, shard)
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {k: n for n, s in zip(names, shards, strict=True) for k in s}}
+    atomic_write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1))
+
+
+class TensorFolder:
+    """Name -> tensor of `stem`.safetensors or of its shards; nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.folder = folder
+        index = folder / f"{stem}.safetensors.index.json"
+        single = folder / f"{stem}.safetensors"
+        if single.exists():
+            files = [single]
+        elif index.exists():
+            files = [folder / name for name in _index_files(index)]
+        else:
+            raise InputError(f"{folder}: neither {single.name} nor {index.name} is there; give a folder in BAGEL's layout")
+        self.file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for path in files:
+            with _open(path, "cpu") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name in self.file_of:
+                        raise InputError(f"{path}: {name} is also in {self.file_of[name].name}; each tensor belongs in one shard")
+                    part = file.get_slice(name)
+                    self.file_of[name] = path
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = part.get_dtype()
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises InputError naming the first few missing, extra or wrongly shaped tensors."""
+        missing = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in self.shapes]
+        extra = [f"unexpected {n} {list(s)}" for n, s in self.shapes.items() if n not in expected]
+        shape = [f"{n} is {list(self.shapes[n])}, expected {list(s)}" for n, s in expected.items() if self.shapes.get(n, s) != s]
+        problems = missing + shape + extra
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise InputError(
+                f"{self.folder}: {len(problems)} of {len(expected)} tensors do not fit the folder's config: "
+                f"{'; '.join(problems[:4])}{more}; check that the config files belong to these weights"
+            )
+
+    def tensors(self, device: str) -> Iterable[tuple[str, Tensor]]:
+        """Every tensor, one at a time, straight from the memory map to the device."""
+        for path in dict.fromkeys(self.file_of.values()):
+            with _open(path, device) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    yield name, file.get_tensor(name)
+
+
+def fill(module: nn.Module, source: TensorFolder, device: torch.device, dtype: torch.dtype) -> None:
+    """Loads a module built on the meta device, strictly; no second copy of the weights is made in host memory.
+
+    Raises InputError for tensors that do not fit, and for values that are not finite.
+    """
+    slots = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    source.check({name: tuple(slot.shape) for name, slot in slots.items()})
+    for name, tensor in source.tensors(str(device)):
+        value = tensor.to(dtype)
+        if not torch.isfinite(value).all():
+            raise InputError(f"{source.folder}: {name} holds values that are not finite; the file is damaged or its training diverged")
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            owner._buffers[leaf] = value
+
+
+def _open(path: Path, device: str) -> safe_open:  # type: ignore[valid-type]
+    try:
+        return safe_open(str(path), framework="pt", device=device)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; restore the file") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); download or export it again") from error
+
+
+def _index_files(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index}: not a safetensors index ({error}); it needs a weight_map of tensor names to files") from error
+    for name in names:
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise InputError(f"{index}: shard {name!r} is not a plain file name in the same folder")
+    return names
