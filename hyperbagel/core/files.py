@@ -33,7 +33,8 @@ def readable_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _REASONS:
+        elsewhere = error.filename is not None and path.parent not in Path(os.fsdecode(error.filename)).parents
+        if error.errno not in _REASONS or (elsewhere and Path(os.fsdecode(error.filename)) != path.parent):
             raise
         got, do = _REASONS[error.errno]
         raise InputError(f"{path}: got {got}, expected a place that can be written, {do}") from error
@@ -99,7 +100,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
-    """Write `data` to `path` so that the file is the old one or the new one, never a part of it. Raises InputError as `atomic_path` does."""
+    """Write `data` to `path`: the file is then the old one or the new one, never a part. Raises InputError as `atomic_path` does."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 

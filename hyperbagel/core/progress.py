@@ -1,0 +1,64 @@
+"""Progress of a long job: a bar with the time left on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def format_seconds(seconds: float) -> str:
+    """1:05:09 for 3909 seconds; 5:09 below an hour."""
+    whole = max(0, int(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class ProgressReport:
+    """Context manager. `update(share, text)` as often as you like; it shows at most one plain line every `every` seconds."""
+
+    def __init__(self, title: str, *, every: float = 20.0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._title, self._every, self._clock = title, every, clock
+        self._stream = stream if stream is not None else sys.stderr
+        self._bar: Progress | None = None
+        if self._stream.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(*columns, console=Console(file=self._stream))
+        self._began = clock()
+        self._last = float("-inf")
+        self._first: float | None = None  # share done when this process began: a resumed job is no reason for optimism
+
+    def __enter__(self) -> ProgressReport:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=1.0, text="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, share: float, text: str = "") -> None:
+        """`share` of the job is done, in [0, 1]."""
+        if self._first is None:
+            self._first = share
+        passed = self._clock() - self._began
+        done = share - self._first
+        left = f"{format_seconds(passed * (1 - share) / done)} left" if done > 0 else "time left unknown"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=share, text=f"{left}  {text}")
+        elif self._clock() - self._last >= self._every:
+            self._last = self._clock()
+            self.line(f"{100 * share:5.1f} %  {format_seconds(passed)} passed, {left}  {text}")
+
+    def line(self, text: str) -> None:
+        """A line that stays: an evaluation, a checkpoint."""
+        if self._bar is not None:
+            self._bar.console.print(f"{self._title}: {text}", markup=False, highlight=False)
+        else:
+            print(f"{self._title}: {text}", file=self._stream, flush=True)

@@ -1,0 +1,131 @@
+"""The run folder: everything needed to believe a figure and to make it again.
+
+config.yaml (resolved), provenance.json (one entry a launch), metrics.jsonl (one line a logged step), tensorboard/, samples/, checkpoints/.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyperbagel.core.config import Config, dump_config
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_write_text, make_folder, readable_errors
+
+_PACKAGES = ("hyperbagel", "torch", "numpy", "pillow", "safetensors", "tokenizers", "pydantic")
+
+
+def git_sha(folder: Path) -> str | None:
+    """Commit of the work tree that holds `folder`, with "+changes" if it differs; None outside git."""
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return sha.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that bear on a result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a metrics file; a line cut off by a kill is not read."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is not whole
+    return [json.loads(line) for line in lines]
+
+
+class RunFolder:
+    """One training's folder. Opening it writes config and provenance; a `with` block closes its files."""
+
+    def __init__(self, path: Path | str, config: Config, *, seed: int, resume: bool = False) -> None:
+        """
+        Raises:
+            InputError: the folder already holds a run and `resume` is False, or it holds none and `resume` is True, or cannot be written.
+        """
+        self.path = Path(path)
+        provenance = self.path / "provenance.json"
+        if provenance.exists() and not resume:
+            raise InputError(f"{self.path}: got a folder that holds a run, expected a new one, give another folder or resume this one")
+        if resume and not provenance.exists():
+            raise InputError(f"{self.path}: got no run to resume, expected a run folder, check the path or start without resume")
+        make_folder(self.path)
+        launches = json.loads(provenance.read_text())["launches"] if resume else []
+        launches.append(
+            {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "command": sys.argv,
+                "git": git_sha(Path(__file__).parent),
+                "seed": seed,
+                "versions": versions(),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "settings": config.model_dump(mode="json"),
+            }
+        )
+        atomic_write_text(self.path / "config.yaml", dump_config(config))
+        atomic_write_text(provenance, json.dumps({"launches": launches}, indent=1))
+        self._metrics: int | None = None
+        self._board: Any = None
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def folder(self, name: str) -> Path:
+        """A folder inside the run folder, made if absent."""
+        return make_folder(self.path / name)
+
+    def rewind(self, step: int) -> None:
+        """Drop metric lines of steps beyond `step`: a resumed run will write them again."""
+        kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= step]
+        atomic_write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line {"step": ..., name: value, ...}. One write call: a kill leaves whole lines and at most one cut one."""
+        if self._metrics is None:
+            with readable_errors(self.metrics_path):
+                self._metrics = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run that logs needs it
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+        line = {"step": step, **{k: float(v) if math.isfinite(v) else None for k, v in values.items()}}
+        os.write(self._metrics, (json.dumps(line) + "\n").encode())
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            os.close(self._metrics)
+            self._board.close()
+            self._metrics = self._board = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

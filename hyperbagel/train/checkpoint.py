@@ -1,0 +1,177 @@
+"""Checkpoints: a folder of safetensors and JSON, never pickle; whole or absent; enough to go on bit for bit on a CPU.
+
+checkpoints/step-00001200/
+    <player>.weights.safetensors    trained parameters and buffers
+    <player>.ema.safetensors        their averages, if any
+    <player>.optimizer.safetensors  keys "<parameter>/<slot>"
+    rng.safetensors                 torch's own generators (dropout); batches draw from (seed, step) and need none
+    state.json                      step, seconds, score, optimiser scalars, the stage's own state
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.train.stage import Player, Stage
+
+_NAME = re.compile(r"step-(\d{8})")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands: optimiser steps done and seconds trained, over all resumes."""
+
+    step: int
+    seconds: float
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first. Left-overs of a killed write have other names and are not listed."""
+    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: p.name)
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest score, or None."""
+    try:
+        path = folder / json.loads((folder / "best.json").read_text())["name"]
+    except FileNotFoundError:
+        return None
+    return path if path.is_dir() else None
+
+
+def save_checkpoint(folder: Path, stage: Stage, progress: Progress, *, keep: int, score: float | None = None) -> Path:
+    """Write a checkpoint, note it in best.json if `score` beats the noted one, then drop all but the newest `keep` and the best."""
+    make_folder(folder)
+    path = folder / f"step-{progress.step:08d}"
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
+        scalars = {name: _save_player(temporary, name, player) for name, player in stage.players.items()}
+        save_file(_rng_tensors(), temporary / "rng.safetensors")
+        state = {
+            "format": _FORMAT,
+            "step": progress.step,
+            "seconds": progress.seconds,
+            "score": score,
+            "players": scalars,
+            "stage": stage.state(),
+        }
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    if score is not None and score > _best_score(folder):
+        atomic_write_text(folder / "best.json", json.dumps({"name": path.name, "score": score}))
+    _prune(folder, keep)
+    return path
+
+
+def load_checkpoint(path: Path, stage: Stage) -> Progress:
+    """Put a checkpoint into `stage` (weights, averages, optimisers, generators, its own state).
+
+    Raises:
+        InputError: a file is missing or damaged, or the tensors do not fit the stage.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        for name, player in stage.players.items():
+            if name not in state["players"]:
+                raise InputError(f"{path}: got players {sorted(state['players'])}, expected {name!r}, resume with the recipe of this run")
+            _load_player(path, name, player, state["players"][name])
+        _set_rng(load_file(path / "rng.safetensors"))
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise InputError(f"{path}: got a damaged checkpoint ({error}), expected a whole one, remove it and resume from an older") from error
+    stage.load_state(state["stage"])
+    return Progress(state["step"], state["seconds"])
+
+
+def trained_tensors(player: Player) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a module: optimised parameters and persistent buffers, live."""
+    frozen = {name for name, _ in player.module.named_parameters()}
+    buffers = {name: t for name, t in player.module.state_dict(keep_vars=True).items() if name not in frozen}
+    return {**player.parameters, **buffers}
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+
+def _save_player(folder: Path, name: str, player: Player) -> dict[str, Any]:
+    """Write the player's tensors; the rest (optimiser scalars) is returned for the JSON."""
+    save_file(_plain(trained_tensors(player)), folder / f"{name}.weights.safetensors")
+    if player.ema is not None:
+        save_file(_plain(player.ema.shadow), folder / f"{name}.ema.safetensors")
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for key, parameter in player.parameters.items():
+        for slot, value in player.optimizer.state.get(parameter, {}).items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{key}/{slot}"] = value
+    save_file(_plain(tensors), folder / f"{name}.optimizer.safetensors")
+    return {"optimizer": scalars, "ema_updates": player.ema.updates if player.ema else 0}
+
+
+def _load_player(folder: Path, name: str, player: Player, scalars: dict[str, Any]) -> None:
+    _copy_into(trained_tensors(player), load_file(folder / f"{name}.weights.safetensors"), folder)
+    if player.ema is not None:
+        _copy_into(player.ema.shadow, load_file(folder / f"{name}.ema.safetensors"), folder)
+        player.ema.updates = scalars["ema_updates"]
+    slots: dict[str, dict[str, Any]] = {}
+    for key, value in (load_file(folder / f"{name}.optimizer.safetensors") | scalars["optimizer"]).items():
+        parameter, _, slot = key.rpartition("/")
+        slots.setdefault(parameter, {})[slot] = value
+    # the optimiser's own loader knows which slots live on which device
+    names = {id(p): key for key, p in player.parameters.items()}
+    order = [names[id(p)] for group in player.optimizer.param_groups for p in group["params"]]
+    state = {i: slots[key] for i, key in enumerate(order) if key in slots}
+    player.optimizer.load_state_dict({"state": state, "param_groups": player.optimizer.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def _copy_into(live: dict[str, Tensor], stored: dict[str, Tensor], folder: Path) -> None:
+    """Copy by name; names and shapes must agree exactly."""
+    odd = sorted(live.keys() ^ stored.keys()) or sorted(n for n in live if live[n].shape != stored[n].shape)
+    if odd:
+        raise InputError(f"{folder}: got tensors that differ from the recipe's at {odd[0]!r} ({len(odd)} in all), expected the same model, resume with the recipe of this run")
+    for name, tensor in live.items():
+        tensor.copy_(stored[name])
+
+
+def _rng_tensors() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _set_rng(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda{i}" in states:
+            torch.cuda.set_rng_state(states[f"cuda{i}"], i)
+
+
+def _best_score(folder: Path) -> float:
+    if best_checkpoint(folder) is None:
+        return float("-inf")
+    return json.loads((folder / "best.json").read_text())["score"]
+
+
+def _prune(folder: Path, keep: int) -> None:
+    best = best_checkpoint(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        if old != best:
+            # the marker goes first: a half-removed folder is then no checkpoint
+            (old / "state.json").unlink()
+            shutil.rmtree(old)
+    for rest in [*folder.glob(".step-*"), *(p for p in folder.glob("step-*") if not (p / "state.json").exists())]:
+        shutil.rmtree(rest, ignore_errors=True)

@@ -1,0 +1,48 @@
+"""Exponential moving average of trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def decay_at(updates: int, decay: float) -> float:
+    """Decay of update number `updates` (from 0): min(decay, (1 + n) / (10 + n)).
+
+    A constant decay would remember the random start for 1 / (1 - decay) steps; this schedule forgets it at once.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class Ema:
+    """fp32 shadow copies of named parameters: shadow <- d shadow + (1 - d) parameter."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.shadow: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
+        """One step towards `parameters` (the names given at the start)."""
+        d = decay_at(self.updates, self.decay)
+        names = list(self.shadow)
+        torch._foreach_lerp_([self.shadow[n] for n in names], [parameters[n].detach().float() for n in names], 1 - d)
+        self.updates += 1
+
+    @contextmanager
+    def applied(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put the averages into `parameters` for the time of the block, then put the trained values back, bit for bit."""
+        kept = {name: parameters[name].detach().clone() for name in self.shadow}
+        with torch.no_grad():
+            for name, value in self.shadow.items():
+                parameters[name].copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    parameters[name].copy_(value)

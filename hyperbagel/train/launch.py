@@ -1,0 +1,43 @@
+"""From a stage's name and a recipe to a finished run folder."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from pathlib import Path
+
+import torch
+
+from hyperbagel.core.config import load_config
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.run import RunFolder
+from hyperbagel.train import stages
+from hyperbagel.train.loop import TrainResult, pick_device, train
+
+
+def stage_names() -> list[str]:
+    """Stages that can be trained: the files of `train/stages/`."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(stages.__path__) if not m.name.startswith("_"))
+
+
+def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path, resume: bool = False) -> TrainResult:
+    """Train stage `name` with `recipe` (YAML; None: the stage's defaults, or on resume the run's own settings) into the run folder `out`.
+
+    Raises:
+        InputError: unknown stage, bad recipe or override, or a folder that cannot be used.
+        hyperbagel.train.loop.Diverged: a loss is not finite.
+    """
+    names = stage_names()
+    if name.replace("_", "-") not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
+        raise InputError(f"stage: got {name!r}, expected one of {', '.join(names)}; {hint}")
+    module = importlib.import_module(f"{stages.__name__}.{name.replace('-', '_')}")
+    if resume and recipe is None and (out / "config.yaml").exists():
+        recipe = out / "config.yaml"
+    settings = load_config(module.Recipe, recipe, overrides)
+    torch.set_num_threads(settings.threads)
+    with RunFolder(out, settings, seed=settings.seed, resume=resume) as run:
+        stage = module.build(settings, pick_device(settings.device))
+        return train(stage, settings, run, resume=resume)

@@ -1,0 +1,191 @@
+"""The one training loop: turn, zero, backward, clip, step, average, log, evaluate, checkpoint. It never asks which stage it runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.progress import ProgressReport
+from hyperbagel.core.run import RunFolder
+from hyperbagel.train.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from hyperbagel.train.optim import lr_factor, set_lr
+from hyperbagel.train.stage import Draws, Metrics, Stage, TrainRecipe
+
+
+class Diverged(FloatingPointError):
+    """A loss or gradient is not finite. The last good state has been saved."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a training ended and what its last evaluation said."""
+
+    step: int
+    seconds: float
+    metrics: dict[str, float]
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one. Raises InputError if CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: got 'cuda', expected a CUDA device on this machine, use device=cpu or device=auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """"auto" is bf16 where the hardware multiplies it: CUDA, and CPUs with AVX512-bf16 or AMX. Elsewhere bf16 is slower than fp32."""
+    if name == "auto":
+        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        name = "bf16" if fast else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def train(stage: Stage, recipe: TrainRecipe, run: RunFolder, *, resume: bool = False, clock: Callable[[], float] = time.monotonic) -> TrainResult:
+    """Train until `max_steps` or `max_seconds`, whichever comes first; checkpoint at the end.
+
+    On a CPU with schedule_by "steps" a resumed run equals the unbroken one bit for bit.
+
+    Raises:
+        Diverged: a loss or gradient norm is not finite; the state before that step is saved.
+        InputError: a checkpoint cannot be read or written.
+    """
+    loop = _Loop(stage, recipe, run, clock)
+    try:
+        return loop.go(resume)
+    finally:
+        stage.close()
+
+
+class _Loop:
+    def __init__(self, stage: Stage, recipe: TrainRecipe, run: RunFolder, clock: Callable[[], float]) -> None:
+        self.stage, self.recipe, self.run, self.clock = stage, recipe, run, clock
+        self.device = pick_device(recipe.device)
+        self.dtype = pick_precision(recipe.precision, self.device)
+        self.step = 0
+        self.before = 0.0  # seconds trained by earlier launches
+        self.began = clock()
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
+
+    @property
+    def seconds(self) -> float:
+        return self.before + self.clock() - self.began
+
+    def share(self, by_time: bool) -> float:
+        """Progress in [0, 1]: by time (needs max_seconds) or by steps."""
+        if by_time and self.recipe.max_seconds:
+            return min(1.0, self.seconds / self.recipe.max_seconds)
+        return self.step / max(1, self.recipe.max_steps)
+
+    def go(self, resume: bool) -> TrainResult:
+        r = self.recipe
+        torch.set_num_threads(r.threads)
+        torch.manual_seed(r.seed)  # dropout; batches and losses draw from Draws
+        if resume and (found := list_checkpoints(self.run.checkpoints)):
+            progress = load_checkpoint(found[-1], self.stage)
+            self.step, self.before = progress.step, progress.seconds
+        if resume:
+            self.run.rewind(self.step)
+        saved_at, saved_step, logged_at = self.clock(), -1, (self.clock(), self.step)
+        with ProgressReport(type(self.stage).__name__) as report:
+            while self.step < r.max_steps and not (r.max_seconds and self.seconds >= r.max_seconds):
+                values = self.one_step()
+                self.step += 1
+                report.update(max(self.share(True), self.share(False)), _show(self.step, values))
+                if self.step % r.log_every == 0:
+                    now = self.clock()
+                    rate = (self.step - logged_at[1]) / max(1e-9, now - logged_at[0])
+                    logged_at = (now, self.step)
+                    self.run.log(self.step, _numbers(values) | {"steps_per_second": rate, "seconds": self.seconds})
+                if self.step % r.evaluate_every == 0:
+                    report.line(_show(self.step, self.evaluate()))
+                if self.step % r.sample_every == 0:
+                    self.sample()
+                if self.clock() - saved_at >= r.checkpoint_every_seconds:
+                    self.save()
+                    saved_at, saved_step = self.clock(), self.step
+            metrics = self.evaluate()
+            report.line("done: " + _show(self.step, metrics))
+            self.sample()
+            if saved_step != self.step:
+                self.save()
+            with torch.no_grad():
+                self.stage.finish(self.run.path)
+        return TrainResult(self.step, self.seconds, metrics)
+
+    def one_step(self) -> Metrics:
+        """One optimiser step of the player whose turn it is."""
+        r, name = self.recipe, self.stage.turn(self.step)
+        player = self.stage.players[name]
+        for other, p in self.stage.players.items():
+            for parameter in p.parameters.values():
+                parameter.requires_grad_(other == name)
+        lr = player.optim.lr * lr_factor(player.optim, self.step, self.share(player.optim.schedule_by == "time"))
+        set_lr(player.optimizer, lr)
+        player.optimizer.zero_grad(set_to_none=True)
+        logged: dict[str, Any] = {}
+        for micro in range(r.accumulate):
+            batch = self.stage.batch(self.step, Draws.at(r.seed, self.step, micro))
+            with self.autocast():
+                loss, metrics = self.stage.loss(name, batch, self.step)
+            self.check(loss, f"the loss of player {name!r}", metrics)
+            (loss / r.accumulate).backward()
+            for key, value in {"loss": loss, **metrics}.items():
+                logged[key] = logged.get(key, 0.0) + (value.detach() if isinstance(value, Tensor) else value) / r.accumulate
+        norm = torch.nn.utils.clip_grad_norm_(list(player.parameters.values()), player.optim.clip)
+        self.check(norm, f"the gradient norm of player {name!r}", logged)
+        player.optimizer.step()
+        if player.ema is not None:
+            player.ema.update(player.parameters)
+        return {f"{name}/{key}": value for key, value in logged.items()} | {f"{name}/grad_norm": norm, f"{name}/lr": lr}
+
+    def check(self, value: Tensor, what: str, metrics: Metrics) -> None:
+        """Stop on a number that is not finite. No optimiser has moved yet in this step, so the state is still good."""
+        if math.isfinite(value.item()):
+            return
+        path = self.save()
+        raise Diverged(
+            f"step {self.step}: got {value.item()} for {what} ({_show(self.step, metrics)}), expected a finite number, "
+            f"lower the learning rate or use precision=fp32; the state before this step is in {path}"
+        )
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out numbers of the present step, computed once."""
+        if self.evaluated[0] != self.step:
+            with torch.no_grad(), self.autocast():
+                values = _numbers(self.stage.evaluate(self.step))
+            self.evaluated = (self.step, values)
+            if values:
+                self.run.log(self.step, {f"held_out/{key}": value for key, value in values.items()})
+        return self.evaluated[1]
+
+    def sample(self) -> None:
+        with torch.no_grad(), self.autocast():
+            self.stage.sample(self.step, self.run.folder("samples"))
+
+    def save(self) -> Path:
+        best = self.stage.best_metric
+        score = self.evaluated[1].get(best) if best and self.evaluated[0] == self.step else None
+        return save_checkpoint(self.run.checkpoints, self.stage, Progress(self.step, self.seconds), keep=self.recipe.keep, score=score)
+
+
+def _numbers(values: Metrics) -> dict[str, float]:
+    return {key: float(value) for key, value in values.items()}
+
+
+def _show(step: int, values: Metrics) -> str:
+    parts: Iterable[str] = (f"{key.split('/')[-1]} {float(value):.4g}" for key, value in values.items())
+    return f"step {step}  " + "  ".join(parts)

@@ -1,0 +1,75 @@
+"""AdamW with the usual decay groups, and learning-rate schedules as pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import Field
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from hyperbagel.core.config import Config
+
+
+class OptimConfig(Config):
+    """One player's optimiser. Betas default to BAGEL's."""
+
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule_by: Literal["steps", "time"] = "steps"  # time: progress is the used share of max_seconds; not repeatable bit for bit
+    final_ratio: float = Field(0.05, ge=0, le=1)  # cosine ends at lr * final_ratio
+    clip: float = Field(1.0, gt=0)  # norm of the gradient
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no average is kept
+
+
+def named_trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that want a gradient, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: weights of at least two dimensions decay; norms, biases (one dimension) and embeddings do not."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    decay, plain = [], []
+    for p in named_trainable(module).values():
+        (decay if p.ndim >= 2 and id(p) not in embeddings else plain).append(p)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def make_adamw(module: nn.Module, config: OptimConfig) -> AdamW:
+    """AdamW over the trainable parameters of `module`."""
+    groups = decay_groups(module, config.weight_decay)
+    assert groups, "a player must have trainable parameters"
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def lr_factor(config: OptimConfig, step: int, progress: float) -> float:
+    """Share of `lr` at `step` (from 0): linear warm-up over `warmup_steps`, times the schedule at `progress` in [0, 1] of the training."""
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return warm
+    cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return warm * (config.final_ratio + (1 - config.final_ratio) * cosine)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def optimised(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters of `module` that `optimizer` moves, by name, whatever their requires_grad is right now."""
+    ids = {id(p) for p in _flat(optimizer)}
+    return {name: p for name, p in module.named_parameters() if id(p) in ids}
+
+
+def _flat(optimizer: Optimizer) -> Iterable[nn.Parameter]:
+    return (p for group in optimizer.param_groups for p in group["params"])

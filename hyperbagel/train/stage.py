@@ -1,0 +1,132 @@
+"""The seam between the training loop and what is trained.
+
+A stage is a file in `train/stages/` with a class `Recipe(TrainRecipe)` and a function `build(recipe, device) -> Stage`.
+The loop knows players, turns, batches and losses; it never asks which stage it runs.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hyperbagel.core.config import Config
+from hyperbagel.train.ema import Ema
+from hyperbagel.train.optim import OptimConfig, make_adamw, optimised
+
+
+class TrainRecipe(Config):
+    """What every stage's recipe has; a stage adds its own keys."""
+
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(1, ge=1)  # of PyTorch on a CPU
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    max_steps: int = Field(10_000, ge=0)
+    max_seconds: float | None = Field(None, gt=0)  # of training, over all resumes; ends cleanly with a checkpoint
+    accumulate: int = Field(1, ge=1)  # batches per step
+    log_every: int = Field(20, ge=1)
+    evaluate_every: int = Field(500, ge=1)
+    sample_every: int = Field(1000, ge=1)
+    checkpoint_every_seconds: float = Field(300.0, gt=0)
+    keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best one
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random generators of one batch, a pure function of (seed, step, micro-batch): a resumed run draws what the unbroken one would."""
+
+    python: random.Random
+    numpy: np.random.Generator
+    torch: torch.Generator  # on the CPU
+
+    @classmethod
+    def at(cls, *key: int) -> Draws:
+        """Generators for a key such as (seed, step, micro); each number must be >= 0."""
+        words = [int(w) for w in np.random.SeedSequence(key).generate_state(3, np.uint64)]
+        generator = torch.Generator()
+        generator.manual_seed(words[2] >> 1)
+        return cls(random.Random(words[0]), np.random.default_rng(words[1]), generator)
+
+
+@dataclass
+class Player:
+    """A module with its optimiser. Only parameters in the optimiser are trained, averaged and stored in checkpoints."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    optim: OptimConfig
+    ema: Ema | None = None
+
+    @classmethod
+    def adamw(cls, module: nn.Module, optim: OptimConfig) -> Player:
+        """The usual player: AdamW over the trainable parameters, with an average if `optim.ema_decay` > 0."""
+        player = cls(module, make_adamw(module, optim), optim)
+        if optim.ema_decay > 0:
+            player.ema = Ema(player.parameters, optim.ema_decay)
+        return player
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return optimised(self.module, self.optimizer)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Run a block with the averaged weights (the trained ones where no average is kept)."""
+        if self.ema is None:
+            yield
+        else:
+            with self.ema.applied(self.parameters):
+                yield
+
+
+Metrics = Mapping[str, float | Tensor]
+
+
+class Stage(ABC):
+    """Subclass it: fill `players`, write `batch` and `loss`; the rest has defaults."""
+
+    players: dict[str, Player]
+    best_metric: str | None = None  # a key of what `evaluate` returns; the checkpoint with the highest is kept as the best
+
+    def turn(self, step: int) -> str:
+        """Whose optimiser moves at `step`. The others' parameters want no gradient in that step."""
+        return next(iter(self.players))
+
+    @abstractmethod
+    def batch(self, step: int, rng: Draws) -> Any:
+        """A batch for `step`. A pure function of (step, rng), or its position must be in `state`."""
+
+    @abstractmethod
+    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, Metrics]:
+        """The scalar that `player` minimises and numbers to log. Runs under autocast."""
+
+    def evaluate(self, step: int) -> Metrics:
+        """Numbers on held-out data; runs without gradients every `evaluate_every` steps and at the end."""
+        return {}
+
+    def sample(self, step: int, out: Path) -> None:
+        """Write sample sheets into the folder `out`; runs without gradients."""
+
+    def state(self) -> dict[str, Any]:
+        """What JSON must remember to go on (a loader's position); `load_state` gets it back."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    def finish(self, out: Path) -> None:
+        """Called once after the last step, without gradients: write what the next stage reads into the run folder `out`."""
+
+    def close(self) -> None:
+        """Release workers; called however the run ends."""
