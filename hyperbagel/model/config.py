@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hyperbagel.core.errors import InputError
+
+
+T = TypeVar("T", bound="_Shape")
 
 
 class _Shape(BaseModel):
@@ -134,7 +137,7 @@ class BagelConfig(_Shape):
         }
 
 
-def _read[T: _Shape](path: Path, kind: type[T], optional: bool = False) -> T:
+def _read(path: Path, kind: type[T], optional: bool = False) -> T:
     if not path.exists():
         if optional:
             return kind()
