@@ -1,0 +1,292 @@
+"""The command line: each command is a thin call, and everything heavy is imported inside it, so that `--help` is instant.
+
+Results go to stdout (file names, answers, JSON); remarks go to stderr (the seed that was drawn, timings, errors).
+Exit codes: 0 done, 1 internal error, 2 something the user can mend, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from hyperbagel import cli_checks as checks
+from hyperbagel.core.errors import InputError
+
+app = typer.Typer(
+    name="hyperbagel",
+    help="Fast understanding, drawing and editing with one unified multimodal model.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Renorm = Literal["global", "channel", "text_channel"]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Picture to write (.png). With -n above 1: name-0.png, name-1.png ...")]
+Model = Annotated[str | None, typer.Option(help="Model folder, or 'toybox' for the embedded model.", show_default="toybox")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the noise and of sampling; 0 is a seed too.", show_default="drawn and printed")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+TextScale = Annotated[float | None, typer.Option(help="Guidance towards the text; 1 is none.")]
+ImageScale = Annotated[float | None, typer.Option(help="Guidance towards the source picture; 1 is none.")]
+Interval = Annotated[tuple[float, float] | None, typer.Option(metavar="LO HI", help="Times t in [0, 1] between which guidance acts.")]
+RenormKind = Annotated[Renorm | None, typer.Option(help="How the guided velocity gets back its length.")]
+RenormMin = Annotated[float | None, typer.Option(help="Lowest factor of that renormalisation, 0 to 1.")]
+Shift = Annotated[float | None, typer.Option(help="Timestep shift; above 1 spends more steps on noisy times.")]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="Picture size, both multiples of 16.", show_default="the model's own")]
+Count = Annotated[int, typer.Option("-n", help=f"Number of pictures, 1 to {checks.MAX_PICTURES}.")]
+Think = Annotated[bool, typer.Option("--think", help="Let the model write its plan first.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Only what the user set: every default lives in the pipeline, none here."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _seed(seed: int | None) -> int:
+    if seed is None:
+        seed = checks.draw_seed()
+        _note(f"seed {seed} (drawn; repeat with --seed {seed})")
+    return checks.check_seed(seed)
+
+
+def _load(model: str | None, device: str | None, dtype: str | None) -> Any:
+    from hyperbagel.pipeline import HyperBagel
+
+    return HyperBagel.from_pretrained(**_given(model=model, device=device, dtype=dtype))
+
+
+def _write_pictures(pipeline: Any, results: list[Any], paths: list[Path], json: bool) -> None:
+    """Save every picture with its settings inside, then say where, with which seed and in what time."""
+    from hyperbagel.data.images import save_png
+
+    rows = []
+    for result, path in zip(results, paths, strict=True):
+        save_png(result.image, path, result.settings)
+        row = {"file": str(path), "size": list(result.image.size), "seed": result.seed, "nfe": result.nfe}
+        rows.append(row | {"timings": result.timings, "settings": result.settings, "thinking": result.thinking})
+        if json:
+            continue
+        if result.thinking:
+            _note(f"plan: {result.thinking}")
+        print(path)
+        _note(f"{'x'.join(map(str, result.image.size))}, seed {result.seed}, {checks.seconds(result.timings)}, {result.nfe} NFE")
+    if json:
+        print(jsonlib.dumps({"load_seconds": pipeline.load_seconds, "pictures": rows}, indent=2))
+    else:
+        _note(f"load {pipeline.load_seconds:.2f} s")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Output,
+    model: Model = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    text_scale: TextScale = None,
+    interval: Interval = None,
+    renorm: RenormKind = None,
+    renorm_min: RenormMin = None,
+    shift: Shift = None,
+    size: Size = None,
+    n: Count = 1,
+    think: Think = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Draw a picture from a text."""
+    paths = checks.check_outputs(output, n)
+    checks.check_text(prompt, "prompt")
+    checks.check_guidance(steps, text_scale, None, interval, renorm_min, shift)
+    height_width = checks.parse_size(size)
+    first = _seed(seed)
+    pipeline = _load(model, device, dtype)
+    options = _given(steps=steps, text_scale=text_scale, interval=interval, renorm=renorm, renorm_min=renorm_min, shift=shift)
+    results = pipeline.generate(prompt, n=n, seed=first, think=think, **options, **_given(size=height_width))
+    _write_pictures(pipeline, results, paths, json)
+
+
+@app.command()
+def edit(
+    inputs: Annotated[list[str], typer.Argument(metavar="IMAGE... INSTRUCTION", help="One or more pictures, then what to change.")],
+    output: Output,
+    model: Model = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    text_scale: TextScale = None,
+    image_scale: ImageScale = None,
+    interval: Interval = None,
+    renorm: RenormKind = None,
+    renorm_min: RenormMin = None,
+    shift: Shift = None,
+    size: Size = None,
+    n: Count = 1,
+    think: Think = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Change a picture as an instruction says."""
+    paths = checks.check_outputs(output, n)
+    pictures, instruction = checks.split_inputs(inputs, "instruction", needs_picture=True)
+    checks.check_guidance(steps, text_scale, image_scale, interval, renorm_min, shift)
+    height_width = checks.parse_size(size)
+    images = checks.read_pictures(pictures)
+    first = _seed(seed)
+    pipeline = _load(model, device, dtype)
+    options = _given(steps=steps, text_scale=text_scale, image_scale=image_scale, interval=interval, renorm=renorm)
+    options |= _given(renorm_min=renorm_min, shift=shift, size=height_width)
+    results = pipeline.edit(images, instruction, n=n, seed=first, think=think, **options)
+    _write_pictures(pipeline, results, paths, json)
+
+
+@app.command()
+def ask(
+    inputs: Annotated[list[str], typer.Argument(metavar="[IMAGE...] QUESTION", help="Pictures, if any, then the question.")],
+    model: Model = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
+    seed: Seed = None,
+    think: Think = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Answer a question, about pictures or without any."""
+    pictures, question = checks.split_inputs(inputs, "question", needs_picture=False)
+    checks.check_at_least("--max-tokens", max_tokens, 1)
+    checks.check_at_least("--temperature", temperature, 0.0)
+    images = checks.read_pictures(pictures)
+    first = _seed(seed) if temperature else checks.check_seed(seed or 0)  # at temperature 0 nothing is drawn
+    pipeline = _load(model, device, dtype)
+    result = pipeline.ask(question, images, seed=first, think=think, **_given(max_tokens=max_tokens, temperature=temperature))
+    if json:
+        row = {"text": result.text, "thinking": result.thinking, "prompt_tokens": result.prompt_tokens, "tokens": result.tokens}
+        print(jsonlib.dumps(row | {"timings": result.timings, "load_seconds": pipeline.load_seconds}, indent=2))
+        return
+    if result.thinking:
+        _note(f"thinking: {result.thinking}")
+    print(result.text)
+    rate = result.tokens / max(result.timings.get("decode", 0.0), 1e-9)
+    _note(f"load {pipeline.load_seconds:.2f} s, {checks.seconds(result.timings)}, {result.tokens} tokens, {rate:.1f} tok/s")
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="Any folder.")], json: Json = False) -> None:
+    """Say what a folder is: model, student, drafter, checkpoint."""
+    from hyperbagel.model.weights import inspect_folder
+
+    found = inspect_folder(folder)
+    if json:
+        print(jsonlib.dumps(found, indent=2, default=str))
+        return
+    width = max(map(len, found), default=0)
+    for key, value in found.items():
+        print(f"{key:<{width}}  {value if isinstance(value, str) else jsonlib.dumps(value, default=str)}")
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="The stage, e.g. vae or base.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: settings, metrics, checkpoints.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe (YAML).", show_default="the stage's toybox recipe")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+) -> None:
+    """Train one stage from a recipe."""
+    for item in overrides or ():
+        if "=" not in item:
+            raise InputError(f"got the setting {item!r}, expected key=value, write for instance optimiser.lr=1e-4")
+    from hyperbagel.train.launch import run_training
+
+    run_training(name, recipe, list(overrides or ()), out, resume)
+
+
+@app.command(name="eval")
+def evaluate(
+    suite: Annotated[Literal["toybox"], typer.Argument(help="What to measure.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for scores and for what resumes a stopped run.")],
+    model: Model = None,
+    n_t2i: Annotated[int | None, typer.Option("--n-t2i", help="Pictures to draw.")] = None,
+    n_edits: Annotated[int | None, typer.Option("--n-edits", help="Edits to make.")] = None,
+    n_questions: Annotated[int | None, typer.Option("--n-questions", help="Questions to ask.")] = None,
+    split: Annotated[Literal["train", "heldout"] | None, typer.Option(help="Combinations seen in training, or kept from it.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measure drawing, editing and understanding."""
+    for option, count in (("--n-t2i", n_t2i), ("--n-edits", n_edits), ("--n-questions", n_questions)):
+        checks.check_at_least(option, count, 0)
+    from hyperbagel.evaluate.toybox import run_toybox_eval
+
+    pipeline = _load(model, device, dtype)
+    run_toybox_eval(pipeline, out=out, **_given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions, split=split))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the page (index.html).")] = Path("out"),
+    model: Model = None,
+    seed: Annotated[int, typer.Option(help="Which scenes and which noise.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Make a page of pictures, edits and answers, with what they took."""
+    checks.check_seed(seed)
+    from hyperbagel.core.files import make_folder
+    from hyperbagel.demo import build_demo
+
+    folder = make_folder(out)
+    pipeline = _load(model, device, dtype)
+    print(build_demo(pipeline, folder, seed=seed))
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of hyperbagel, Python and torch."""
+    from importlib.metadata import version as installed
+
+    print(f"hyperbagel {installed('hyperbagel')}, python {sys.version.split()[0]}, torch {installed('torch')}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code; every failure is a single line on stderr.
+
+    HYPERBAGEL_DEBUG=1 lets the traceback through as well.
+    """
+    try:
+        code = app(args=argv, prog_name="hyperbagel", standalone_mode=False)
+    except Exception as error:
+        if os.environ.get("HYPERBAGEL_DEBUG") == "1":
+            traceback.print_exc()
+        if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument, a bare `hyperbagel`
+            message, wrong = str(error.format_message()), type(error).__name__ != "NoArgsIsHelpError"
+            _note(f"error: {' '.join(message.split())}" if wrong else message)
+            return 2
+        if isinstance(error, InputError | OSError):
+            _note(f"error: {' '.join(str(error).split())}")
+            return 2
+        text = " ".join(str(error).split())
+        _note(f"internal error: {type(error).__name__}: {text}; set HYPERBAGEL_DEBUG=1 for the traceback")
+        return 1
+    if code == 130:
+        _note("interrupted")
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What the command line checks before any work starts, so that a mistake costs a second and not a model load.
+
+Every failure is an InputError: got, expected, what to do. Sizes are (height, width) in pixels inside the program and WxH outside.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperbagel.core.errors import InputError
+
+MAX_PICTURES = 64
+MAX_SIDE = 1024  # BAGEL's largest: 64 latent places of 16 pixels
+MAX_STEPS = 1000
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+def draw_seed() -> int:
+    """A seed that was not chosen: 31 bits, short enough to type again."""
+    return secrets.randbits(31)
+
+
+def check_seed(seed: int) -> int:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"got --seed {seed}, expected 0 to 2^63-1, choose another or leave it out")
+    return seed
+
+
+def check_at_least(option: str, value: float | None, low: float) -> None:
+    if value is not None and not value >= low:  # written so that nan fails too
+        raise InputError(f"got {option} {value}, expected {low:g} or more, choose a larger value")
+
+
+def check_text(text: str, name: str) -> None:
+    if not text.strip():
+        raise InputError(f"got an empty {name}, expected some words, write the {name} in quotes")
+
+
+def check_outputs(output: Path, n: int) -> list[Path]:
+    """The n files to be written: `a.png`, or `a-0.png`, `a-1.png` ... The folder must be there and writable."""
+    if not 1 <= n <= MAX_PICTURES:
+        raise InputError(f"got -n {n}, expected 1 to {MAX_PICTURES}, choose another number of pictures")
+    if output.suffix.lower() != ".png":
+        raise InputError(f"got the output name {str(output)!r}, expected one that ends in .png, rename it")
+    folder = output.parent
+    if not folder.is_dir():
+        raise InputError(f"got {str(output)!r}, expected an existing folder, create {str(folder)!r} first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"got {str(output)!r}, expected a folder you may write to, choose another one than {str(folder)!r}")
+    paths = [output] if n == 1 else [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(n)]
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"got {str(path)!r}, which is a folder, expected a file name, choose another name")
+    return paths
+
+
+def parse_size(size: str | None) -> tuple[int, int] | None:
+    """ "640x480" (width x height) as (height, width); None stays None."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", size.strip())
+    if match is None:
+        raise InputError(f"got --size {size!r}, expected WIDTHxHEIGHT, write for instance 512x512")
+    width, height = int(match[1]), int(match[2])
+    for name, side in (("width", width), ("height", height)):
+        if side % 16 or not 16 <= side <= MAX_SIDE:
+            raise InputError(f"got a {name} of {side}, expected a multiple of 16 from 16 to {MAX_SIDE}, try {_nearest_side(side)}")
+    return height, width
+
+
+def _nearest_side(side: int) -> int:
+    return min(max(round(side / 16) * 16, 16), MAX_SIDE)
+
+
+def check_guidance(
+    steps: int | None,
+    text_scale: float | None,
+    image_scale: float | None,
+    interval: tuple[float, float] | None,
+    renorm_min: float | None,
+    shift: float | None,
+) -> None:
+    """Ranges of the sampling options; None means the default and is always right."""
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"got --steps {steps}, expected 1 to {MAX_STEPS}, choose another number of steps")
+    for option, scale in (("--text-scale", text_scale), ("--image-scale", image_scale)):
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise InputError(f"got {option} {scale}, expected 0 or more, use 1 for no guidance")
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+        low, high = interval
+        raise InputError(f"got --interval {low} {high}, expected 0 <= LO <= HI <= 1, put the smaller first, for instance 0.4 1.0")
+    if renorm_min is not None and not 0 <= renorm_min <= 1:
+        raise InputError(f"got --renorm-min {renorm_min}, expected 0 to 1, use 0 for the default")
+    if shift is not None and not (math.isfinite(shift) and shift > 0):
+        raise InputError(f"got --shift {shift}, expected a number above 0, use 1 for no shift")
+
+
+def split_inputs(inputs: Sequence[str], name: str, *, needs_picture: bool) -> tuple[list[Path], str]:
+    """`IMAGE... TEXT` as (pictures, text). A picture in the last place means that the text was forgotten."""
+    *pictures, text = inputs
+    check_text(text, name)
+    if Path(text).suffix.lower() in PICTURE_SUFFIXES and len(text.split()) == 1:
+        raise InputError(f"got the picture {text!r} in the last place, expected the {name} after it, add the {name} in quotes")
+    if needs_picture and not pictures:
+        raise InputError(f"got the {name} alone, expected a picture before it, write: hyperbagel edit picture.png {text!r} -o new.png")
+    paths = [Path(picture) for picture in pictures]
+    for path in paths:
+        if not path.is_file():
+            hint = f"put the whole {name} in quotes" if len(str(path).split()) == 1 and not path.suffix else "check its name"
+            raise InputError(f"got {str(path)!r}, which is no file, expected a picture, {hint}")
+    return paths, text
+
+
+def read_pictures(paths: Sequence[Path]) -> list[Any]:
+    """The pictures as PIL images in RGB; InputError for what is no picture."""
+    if not paths:
+        return []
+    from hyperbagel.data.images import read_image
+
+    return [read_image(path) for path in paths]
+
+
+def seconds(timings: Mapping[str, float]) -> str:
+    """`prefill 0.03 s, denoise 1.20 s, decode 0.05 s`, in the order they happened."""
+    return ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
