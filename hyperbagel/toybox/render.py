@@ -17,7 +17,8 @@ from hyperbagel.toybox.shapes import SHAPES, Part, bounds
 from hyperbagel.toybox.vocabulary import BACKGROUNDS, COLOURS, RGB
 
 OVERSAMPLE = 4
-LINE = 0.02  # width of the outline, share of the picture
+LINE = 0.016  # width of the outline, share of the picture
+SHARP = 12  # parts of at most so many points have corners
 INK: RGB = (36, 34, 42)
 LIGHT: RGB = (246, 240, 222)
 
@@ -28,12 +29,12 @@ def _scale(colour: RGB, factor: float) -> RGB:
 
 
 def _tone(colour: RGB, tone: str) -> RGB:
-    """The three tones are linear maps of a colour; "dark" leans to blue, "faded" goes halfway to a light grey."""
+    """The three tones are linear maps of a colour; "dark" leans to blue, "faded" goes nearly halfway to a light grey."""
     r, g, b = colour
     if tone == "dark":
-        return round(r * 0.42), round(g * 0.42), round(b * 0.5)
+        return round(r * 0.5), round(g * 0.5), round(b * 0.6)
     if tone == "faded":
-        return tuple(round(0.5 * v + 0.5 * 228) for v in (r, g, b))  # type: ignore[return-value]
+        return tuple(round(0.55 * v + 0.45 * 228) for v in (r, g, b))  # type: ignore[return-value]
     return colour
 
 
@@ -70,7 +71,7 @@ def _draw_part(canvas: Image.Image, draw: ImageDraw.ImageDraw, part: Part, thing
     roles = {"fill": own, "shade": _scale(own, 0.72), "light": LIGHT, "dark": INK, "hole": back}
     fill, edge = _tone(roles[part.role], scene.tone), _tone(INK, scene.tone)
     if scene.style == "outline":  # a line drawing: every line in the thing's colour, nothing filled
-        fill, edge, line = _tone(back, scene.tone), _tone(own, scene.tone), round(1.35 * line)
+        fill, edge, line = _tone(back, scene.tone), _tone(own, scene.tone), round(1.8 * line)
     if part.stroke:
         width = max(2, round(part.stroke * half))
         if part.role != "dark":
@@ -84,7 +85,8 @@ def _draw_part(canvas: Image.Image, draw: ImageDraw.ImageDraw, part: Part, thing
         _stripe(canvas, points, _scale(fill, 0.4))
     elif thing.material == "striped" and part.role == "fill":
         _stripe(canvas, points, edge)
-    draw.line([*points, points[0], points[1]], fill=edge, width=line, joint="curve")
+    joint = "curve" if len(points) <= SHARP else None  # a curve of many short pieces shows no gaps, and joints cost most of the time
+    draw.line([*points, points[0], points[1]], fill=edge, width=line, joint=joint)
 
 
 def render(scene: Scene, resolution: int = 64) -> NDArray[np.uint8]:

@@ -200,7 +200,8 @@ def sample_scene(
 
     n: number of things (1..4; None draws it). split: "train" shows nothing held out; "heldout" shows exactly one held-out kind (`kind`:
     "colour", "pair", "relation" or "count"; None draws it). specs: what is already decided about the first things.
-    repeat: how often one noun comes more than once. variety: how often a thing is striped, the style or the tone is another one.
+    repeat: how often one noun comes more than once. variety: how often a thing is striped, how often the style, how often the tone is
+    another one (0 to 0.5).
     Raises InputError when the wishes exclude each other.
     """
     if split not in ("train", "heldout") or n not in (None, 1, 2, 3, 4):
@@ -227,12 +228,10 @@ def sample_scene(
             rng.shuffle(things)
         if variety:
             things = [replace(t, material="striped") if rng.random() < variety else t for t in things]
-        return Scene(
-            background or rng.choice(list(BACKGROUNDS)),
-            tuple(things),
-            "outline" if variety and rng.random() < variety else "plain",
-            rng.choice(TONES[1:]) if variety and rng.random() < variety else "normal",
-        )
+        look = rng.random()  # a line drawing in a tone of its own would be too faint: at most one of the two
+        style = "outline" if look < variety else "plain"
+        tone = rng.choice(TONES[1:]) if look >= 1 - variety else "normal"
+        return Scene(background or rng.choice(list(BACKGROUNDS)), tuple(things), style, tone)
     raise InputError(f"got wishes that exclude each other (n {n}, split {split}, kind {kind}, specs {list(specs)}); drop one of them")
 
 

@@ -26,7 +26,7 @@ BACKGROUNDS: dict[str, RGB] = {
     "cream": (250, 236, 200),
     "mint": (196, 234, 208),
     "lilac": (220, 206, 244),
-    "navy": (28, 36, 78),
+    "navy": (52, 62, 112),
 }
 
 SIZES: tuple[str, ...] = ("small", "large")
