@@ -252,7 +252,7 @@ def demo(
 
     folder = make_folder(out)
     pipeline = _load(model, device, dtype)
-    print(build_demo(pipeline, folder, seed=seed))
+    print(build_demo(pipeline, folder, seed=seed, note=_note))
 
 
 @app.command()

@@ -1,0 +1,256 @@
+"""The command line with wrong input of every kind: one clear line on stderr, the right exit code, nothing half-written, no model loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hyperbagel import cli, cli_checks
+from hyperbagel.core.errors import InputError
+
+
+@dataclass
+class FakePicture:
+    image: Image.Image
+    seed: int
+    nfe: int = 150
+    timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.01, "denoise": 1.5, "decode": 0.02})
+    thinking: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class FakeText:
+    text: str = "two"
+    thinking: str = ""
+    prompt_tokens: int = 9
+    tokens: int = 3
+    timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.01, "decode": 0.1})
+
+
+class FakeModel:
+    """Stands in for the pipeline: remembers each call, draws plain pictures, raises what `fails` says."""
+
+    load_seconds = 0.25
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.fails: BaseException | None = None
+
+    def from_pretrained(self, **options: Any) -> FakeModel:
+        self.calls.append(("load", (), options))
+        return self
+
+    def _pictures(self, name: str, positional: tuple[Any, ...], options: dict[str, Any]) -> list[FakePicture]:
+        self.calls.append((name, positional, options))
+        if self.fails is not None:
+            raise self.fails
+        return [FakePicture(Image.new("RGB", (64, 48)), options["seed"] + i, settings={"steps": 7}) for i in range(options["n"])]
+
+    def generate(self, prompt: str, **options: Any) -> list[FakePicture]:
+        return self._pictures("generate", (prompt,), options)
+
+    def edit(self, images: list[Image.Image], instruction: str, **options: Any) -> list[FakePicture]:
+        return self._pictures("edit", (images, instruction), options)
+
+    def ask(self, question: str, images: list[Image.Image], **options: Any) -> FakeText:
+        self.calls.append(("ask", (question, images), options))
+        if self.fails is not None:
+            raise self.fails
+        return FakeText()
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeModel:
+    fake = FakeModel()
+    module = types.ModuleType("hyperbagel.pipeline")
+    module.HyperBagel = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hyperbagel.pipeline", module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYPERBAGEL_DEBUG", raising=False)
+    return fake
+
+
+@pytest.fixture
+def picture(model: FakeModel, tmp_path: Path) -> str:
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "in.png")
+    return "in.png"
+
+
+GENERATE = ["generate", "a red car", "-o", "a.png"]
+WRONG = {
+    "no folder": ([*GENERATE[:-1], "nowhere/a.png"], "create 'nowhere' first"),
+    "wrong suffix": ([*GENERATE[:-1], "a.jpg"], "ends in .png"),
+    "no suffix": ([*GENERATE[:-1], "a"], "ends in .png"),
+    "no output": (GENERATE[:2], "Missing option '-o'"),
+    "empty prompt": (["generate", "  ", "-o", "a.png"], "got an empty prompt"),
+    "no prompt": (["generate", "-o", "a.png"], "Missing argument"),
+    "two prompts": (["generate", "a", "b", "-o", "a.png"], "unexpected extra argument"),
+    "size is no size": ([*GENERATE, "--size", "64"], "expected WIDTHxHEIGHT"),
+    "size is odd": ([*GENERATE, "--size", "100x64"], "got a width of 100, expected a multiple of 16"),
+    "size is zero": ([*GENERATE, "--size", "64x0"], "got a height of 0"),
+    "size is huge": ([*GENERATE, "--size", "4096x64"], "got a width of 4096"),
+    "negative steps": ([*GENERATE, "--steps", "-1"], "got --steps -1"),
+    "no steps": ([*GENERATE, "--steps", "0"], "got --steps 0"),
+    "steps are words": ([*GENERATE, "--steps", "many"], "'--steps'"),
+    "n is zero": ([*GENERATE, "-n", "0"], "got -n 0"),
+    "n is huge": ([*GENERATE, "-n", "1000"], "got -n 1000"),
+    "negative seed": ([*GENERATE, "--seed", "-1"], "got --seed -1"),
+    "negative scale": ([*GENERATE, "--text-scale", "-2"], "got --text-scale -2"),
+    "scale is nan": ([*GENERATE, "--text-scale", "nan"], "got --text-scale nan"),
+    "interval is reversed": ([*GENERATE, "--interval", "0.9", "0.1"], "expected 0 <= LO <= HI <= 1"),
+    "interval is outside": ([*GENERATE, "--interval", "0", "2"], "expected 0 <= LO <= HI <= 1"),
+    "unknown renorm": ([*GENERATE, "--renorm", "loud"], "'text_channel'"),
+    "renorm-min is outside": ([*GENERATE, "--renorm-min", "3"], "got --renorm-min 3"),
+    "shift is zero": ([*GENERATE, "--shift", "0"], "got --shift 0"),
+    "unknown option": ([*GENERATE, "--sed", "1"], "No such option: --sed"),
+    "unknown command": (["generat"], "Did you mean 'generate'"),
+    "edit without a picture": (["edit", "make it blue", "-o", "a.png"], "expected a picture before it"),
+    "edit without words": (["edit", "in.png", "-o", "a.png"], "expected the instruction after it"),
+    "edit with two pictures, no words": (["edit", "in.png", "in.png", "-o", "a.png"], "expected the instruction after it"),
+    "edit of nothing": (["edit", "other.png", "make it blue", "-o", "a.png"], "got 'other.png', which is no file"),
+    "edit without quotes": (["edit", "in.png", "make", "it", "blue", "-o", "a.png"], "put the whole instruction in quotes"),
+    "edit with an empty instruction": (["edit", "in.png", "", "-o", "a.png"], "got an empty instruction"),
+    "edit with a wrong image scale": (["edit", "in.png", "x", "-o", "a.png", "--image-scale", "inf"], "got --image-scale inf"),
+    "ask nothing": (["ask"], "Missing argument"),
+    "ask with a picture alone": (["ask", "in.png"], "expected the question after it"),
+    "ask with an empty question": (["ask", "in.png", " "], "got an empty question"),
+    "ask about nothing": (["ask", "other.png", "what is it?"], "which is no file"),
+    "ask for no tokens": (["ask", "what?", "--max-tokens", "0"], "got --max-tokens 0"),
+    "ask below zero degrees": (["ask", "what?", "--temperature", "-1"], "got --temperature -1"),
+    "a setting without a value": (["train", "vae", "lr", "-o", "run"], "got the setting 'lr', expected key=value"),
+    "train nowhere": (["train", "vae"], "Missing option '-o' / '--out'"),
+    "eval of what": (["eval", "imagenet", "-o", "run"], "'toybox'"),
+    "eval of a negative number": (["eval", "toybox", "-o", "run", "--n-t2i", "-4"], "got --n-t2i -4"),
+    "demo with a negative seed": (["demo", "-o", "page", "--seed", "-1"], "got --seed -1"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_one_line_and_costs_nothing(name: str, model: FakeModel, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, message = WRONG[name]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert model.calls == [], "the model was loaded before the mistake was found"
+    assert [path.name for path in Path().iterdir()] == [picture]
+
+
+def test_a_picture_that_is_none(model: FakeModel, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("text.png").write_text("this is text")
+    assert cli.main(["edit", "text.png", "make it blue", "-o", "a.png"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "text.png" in err and err.count("\n") == 1
+    assert model.calls == [] and not Path("a.png").exists()
+
+
+def test_output_is_a_folder(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.png").mkdir()
+    assert cli.main(GENERATE) == 2
+    assert "which is a folder" in capsys.readouterr().err
+
+
+def test_output_folder_is_not_writable(model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli_checks.os, "access", lambda path, mode: False)  # chmod does not stop root
+    assert cli.main(GENERATE) == 2
+    assert "a folder you may write to" in capsys.readouterr().err
+    assert model.calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (
+            InputError("got a prompt of 9000 tokens,\nexpected at most 512, shorten it"),
+            2,
+            "error: got a prompt of 9000 tokens, expected at most",
+        ),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("mat1 and mat2"), 1, "internal error: RuntimeError: mat1 and mat2; set HYPERBAGEL_DEBUG=1 for the traceback"),
+    ],
+)
+@pytest.mark.parametrize("argv", [[*GENERATE, "--seed", "1"], ["edit", "in.png", "x", "-o", "a.png", "--seed", "1"], ["ask", "what?"]])
+def test_failures_inside_the_work(
+    error: BaseException, code: int, text: str, argv: list[str], model: FakeModel, picture: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.fails = error
+    assert cli.main(argv) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(text) and err.count("\n") == 1
+    assert [path.name for path in Path().iterdir()] == [picture]
+
+
+def test_debug_shows_the_traceback(model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HYPERBAGEL_DEBUG", "1")
+    model.fails = RuntimeError("boom")
+    assert cli.main(GENERATE) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_only_what_was_given_reaches_the_pipeline(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*GENERATE, "--seed", "0"]) == 0
+    assert model.calls == [("load", (), {}), ("generate", ("a red car",), {"n": 1, "seed": 0, "think": False})]
+    out, err = capsys.readouterr()
+    assert out == "a.png\n"
+    assert "64x48, seed 0, prefill 0.01 s, denoise 1.50 s, decode 0.02 s, 150 NFE" in err and "load 0.25 s" in err
+
+
+def test_every_option_reaches_the_pipeline(model: FakeModel, picture: str) -> None:
+    options = (
+        "--seed 7 --steps 6 --text-scale 3 --image-scale 1.5 --interval 0.2 0.9 --renorm channel --renorm-min 0.1 --shift 2 -n 2 --think"
+    )
+    where = "--model folder --device cuda --dtype bfloat16"
+    assert cli.main(["edit", picture, picture, "swap them", "-o", "b.png", *options.split(), *where.split()]) == 0
+    (_, _, loaded), (name, (images, instruction), given) = model.calls
+    assert loaded == {"model": "folder", "device": "cuda", "dtype": "bfloat16"}
+    assert (name, instruction, [image.size for image in images]) == ("edit", "swap them", [(64, 64)] * 2)
+    assert given == {
+        **{"seed": 7, "steps": 6, "text_scale": 3.0, "image_scale": 1.5, "interval": (0.2, 0.9), "renorm": "channel"},
+        **{"renorm_min": 0.1, "shift": 2.0, "n": 2, "think": True},
+    }
+    assert sorted(path.name for path in Path().iterdir()) == ["b-0.png", "b-1.png", picture]
+
+
+def test_size_is_width_by_height_outside_and_height_by_width_inside(model: FakeModel) -> None:
+    assert cli.main([*GENERATE, "--size", "96x64"]) == 0
+    assert model.calls[-1][2]["size"] == (64, 96)
+
+
+def test_a_drawn_seed_is_printed_and_used(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(GENERATE) == 0
+    seed = model.calls[-1][2]["seed"]
+    assert f"seed {seed} (drawn; repeat with --seed {seed})" in capsys.readouterr().err
+
+
+def test_json_is_the_whole_of_stdout(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*GENERATE, "--seed", "3", "-n", "2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [(row["file"], row["seed"], row["nfe"], row["size"]) for row in answer["pictures"]] == [
+        ("a-0.png", 3, 150, [64, 48]),
+        ("a-1.png", 4, 150, [64, 48]),
+    ]
+    assert cli.main(["ask", "how many?", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "two"
+
+
+def test_ask_prints_the_answer_alone_on_stdout(model: FakeModel, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ask", picture, "how many?", "--max-tokens", "5"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "two\n" and "3 tokens, 30.0 tok/s" in err
+    assert model.calls[-1][2] == {"seed": 0, "think": False, "max_tokens": 5}
+
+
+def test_the_installed_command_exits_with_the_code() -> None:
+    command = [sys.executable, "-m", "hyperbagel.cli", "generate", "a", "-o", "a.gif"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: got the output name 'a.gif'")
