@@ -81,16 +81,6 @@ def patchify(x: Tensor, patch: int) -> Tensor:
     return x.reshape(*lead, h * w, patch * patch * c)
 
 
-def unpatchify(tokens: Tensor, h: int, w: int, patch: int) -> Tensor:
-    """The inverse of `patchify`: [..., h*w, patch*patch*c] to [..., c, h*patch, w*patch]."""
-    *lead, _, values = tokens.shape
-    c = values // (patch * patch)
-    n = len(lead)
-    x = tokens.reshape(*lead, h, w, patch, patch, c)
-    x = x.permute(*range(n), n + 4, n, n + 2, n + 1, n + 3)  # c h p w q
-    return x.reshape(*lead, c, h * patch, w * patch)
-
-
 def grid_positions(h: int, w: int, max_per_side: int, interpolate: bool = False) -> Tensor:
     """Ids of an h x w grid in a table of max_per_side squared: row * max_per_side + column, [h*w] long.
 

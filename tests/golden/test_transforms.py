@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from hyperbagel.data.transforms import ImageTransform, grid_positions, patchify, unpatchify
+from hyperbagel.data.transforms import ImageTransform, grid_positions, patchify
+from hyperbagel.model.weights import load_tensors
 
 GOLDEN = Path(__file__).parent / "fp32"
 VAE, VIT = ImageTransform(64, 32, 16), ImageTransform(112, 28, 14)  # the golden data's own
@@ -35,7 +35,7 @@ def test_resize_table() -> None:
 
 @pytest.mark.parametrize("i", range(4))
 def test_pixels_patches_positions(i: int) -> None:
-    golden = load_file(GOLDEN / "transforms.safetensors")
+    golden = load_tensors(GOLDEN / "transforms.safetensors")
     image = Image.fromarray(golden[f"in.{i}"].numpy())
     vae, vit = VAE(image), VIT(image)
     assert torch.equal(vae, golden[f"vae.{i}"])
@@ -43,7 +43,6 @@ def test_pixels_patches_positions(i: int) -> None:
     patches = patchify(vit, 14)
     assert torch.equal(patches, golden[f"vit_patches.{i}"])
     h, w = vit.shape[1] // 14, vit.shape[2] // 14
-    assert torch.equal(unpatchify(patches, h, w, 14), vit)
     assert torch.equal(grid_positions(h, w, 10), golden[f"vit_pos.{i}"])
     h, w = vae.shape[1] // 16, vae.shape[2] // 16
     assert torch.equal(grid_positions(h, w, 8), golden[f"vae_pos.{i}"])
