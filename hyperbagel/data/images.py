@@ -1,0 +1,103 @@
+"""Reading pictures that users give, and writing pictures that carry their settings."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_write_bytes
+
+MAX_PIXELS = 100_000_000  # of a picture that is read; a decompression bomb claims more
+SETTINGS_KEY = "hyperbagel"
+# what Pillow raises for files that are cut off or lie about themselves
+_FORMAT = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, TypeError, KeyError, OverflowError)
+_DAMAGED = (OSError, MemoryError, *_FORMAT)
+
+
+def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Image:
+    """A picture as RGB: EXIF rotation applied, alpha on white, first frame of an animation, 16 bits reduced to 8.
+
+    Args:
+        source: a path, or the bytes of a file.
+        name: what to call bytes in a message.
+    Raises:
+        InputError: missing, not a picture, truncated, of zero size, or above `MAX_PIXELS`.
+    """
+    label = name or (str(source) if not isinstance(source, bytes) else "picture")
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{label}: got no readable file ({reason}), expected a picture, check the path") from error
+    if not data:
+        raise InputError(f"{label}: got an empty file, expected a picture, give another one")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own limit below replaces Pillow's warning
+            image = Image.open(io.BytesIO(data))
+            if image.width < 1 or image.height < 1 or image.width * image.height > MAX_PIXELS:
+                raise InputError(
+                    f"{label}: got {image.width}x{image.height} pixels, expected 1x1 to {MAX_PIXELS // 10**6} megapixels, "
+                    "give a picture of another size"
+                )
+            image.seek(0)
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise InputError(f"{label}: got a file that is no picture, expected PNG, JPEG, WebP or the like, give another one") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{label}: got more pixels than {MAX_PIXELS // 10**6} megapixels, expected fewer, give a smaller picture"
+        ) from error
+    except InputError:
+        raise
+    except _DAMAGED as error:
+        raise InputError(f"{label}: got a damaged picture ({error}), expected a whole file, save or download it again") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB. Transparent parts become white, as the reference does it."""
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits, one channel
+        values = np.asarray(image).astype(np.float64)
+        whole = not image.mode.startswith("F")
+        top = 65535.0 if whole else 255.0 if values.max(initial=0) > 1 else 1.0
+        return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8), "L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def save_png(image: Image.Image, path: Path | str, settings: dict[str, Any] | None = None) -> None:
+    """Write a PNG atomically, with `settings` as JSON in a text chunk. Raises InputError if the place cannot be written."""
+    info = PngImagePlugin.PngInfo()
+    if settings is not None:
+        info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False, sort_keys=True))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    atomic_write_bytes(path, buffer.getvalue())
+
+
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """What `save_png` stored. Raises InputError for a picture without settings."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info.get(SETTINGS_KEY)
+        settings = json.loads(text) if text else None
+    except (*_DAMAGED, UnidentifiedImageError) as error:
+        raise InputError(f"{path}: got no readable picture ({error}), expected a PNG written by this program, check the path") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: got a picture without settings, expected a PNG written by this program, give that one")
+    return settings
