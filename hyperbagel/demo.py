@@ -32,13 +32,14 @@ PICTURES, EDITS, ANSWERS = 8, 8, 8
 
 @dataclass(frozen=True)
 class Card:
-    """One thing on the page: labelled pictures, what was asked, what came back (for an answer), and what it took."""
+    """One thing on the page: labelled pictures, what was asked, what came back (for an answer), and what it took, in words and seconds."""
 
     pictures: tuple[tuple[str, Image.Image], ...]
     asked: str
     answer: str = ""
     wanted: str = ""
     took: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ def distinct(draw: Callable[[], Any], key: Callable[[Any], Any], n: int, tries: 
     return [*first.values(), *spare][:n]
 
 
-def took(timings: Mapping[str, float], tail: str) -> str:
-    """`0.03 s prefill + 1.20 s denoise + 0.05 s decode, 150 NFE`"""
-    return " + ".join(f"{value:.2f} s {name}" for name, value in timings.items()) + f", {tail}"
+def took(timings: Mapping[str, float], tail: str) -> dict[str, Any]:
+    """What a card says of its cost: `0.03 s prefill + 1.20 s denoise + 0.05 s decode, 150 NFE`, and the sum in seconds."""
+    parts = " + ".join(f"{value:.2f} s {name}" for name, value in timings.items())
+    return {"took": f"{parts}, {tail}", "seconds": sum(timings.values())}
 
 
 def draw_scene(scene: Scene) -> Image.Image:
@@ -77,7 +79,7 @@ def pictures(model: HyperBagel, rng: random.Random, note: Callable[[str], None])
     for i, sample in enumerate(samples):
         note(f"picture {i + 1} of {len(samples)}: {sample.prompt}")
         [result] = model.generate(sample.prompt, seed=rng.getrandbits(31))
-        yield Card((("", result.image),), sample.prompt, took=took(result.timings, f"{result.nfe} NFE, seed {result.seed}"))
+        yield Card((("", result.image),), sample.prompt, **took(result.timings, f"{result.nfe} NFE, seed {result.seed}"))
 
 
 def edits(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) -> Iterable[Card]:
@@ -87,7 +89,7 @@ def edits(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) ->
         source = draw_scene(sample.source)
         [result] = model.edit([source], sample.instruction, seed=rng.getrandbits(31))
         three = (("before", source), ("after", result.image), ("wanted", draw_scene(sample.target)))
-        yield Card(three, sample.instruction, took=took(result.timings, f"{result.nfe} NFE, seed {result.seed}"))
+        yield Card(three, sample.instruction, **took(result.timings, f"{result.nfe} NFE, seed {result.seed}"))
 
 
 def answers(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) -> Iterable[Card]:
@@ -96,8 +98,8 @@ def answers(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) 
         note(f"question {i + 1} of {len(samples)}: {sample.question}")
         picture = draw_scene(sample.scene)
         result = model.ask(sample.question, [picture])
-        seconds = took(result.timings, f"{result.tokens} tokens")
-        yield Card((("", picture),), sample.question, answer=result.text, wanted=sample.answer, took=seconds)
+        spent = took(result.timings, f"{result.tokens} tokens")
+        yield Card((("", picture),), sample.question, answer=result.text, wanted=sample.answer, **spent)
 
 
 def build_demo(model: HyperBagel, out: Path, *, seed: int = 0, note: Callable[[str], None] = lambda text: None) -> Path:
@@ -112,9 +114,8 @@ def build_demo(model: HyperBagel, out: Path, *, seed: int = 0, note: Callable[[s
         Section("Answers", "A picture, a question, the model's answer and the right one.", tuple(answers(model, rng, note))),
     ]
     where = f"{platform.machine()}, {platform.system()}, python {platform.python_version()}"
-    lead = (
-        f"Everything here was made by one model on this machine ({where}); it loaded in {model.load_seconds:.2f} s. Seed {seed}, unpicked."
-    )
+    load = f"it loaded in {model.load_seconds:.2f} s"
+    lead = f"Everything here was made by one model on this machine ({where}); {load}. Seed {seed}; nothing was picked out."
     path = out / "index.html"
     atomic_write_text(path, page("Hyper-Bagel", lead, sections))
     return path
@@ -147,7 +148,9 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     for section in sections:
         width = max((len(card.pictures) for card in section.cards), default=1)
         cards = "".join(map(card_html, section.cards))
-        body.append(f'<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p><div class="grid wide{width}">{cards}</div>')
+        mean = sum(card.seconds for card in section.cards) / max(len(section.cards), 1)
+        intro = f"{section.text} {mean:.2f} s each on average."
+        body.append(f'<h2>{html.escape(section.title)}</h2><p>{html.escape(intro)}</p><div class="grid wide{width}">{cards}</div>')
     return TEMPLATE.format(title=html.escape(title), style=STYLE, lead=html.escape(lead), body="\n".join(body))
 
 
@@ -162,8 +165,8 @@ body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: 
 h1 { margin: 0; font-size: 1.8rem; }
 h2 { margin: 2.2rem 0 0; font-size: 1.25rem; color: var(--accent); }
 p { margin: .35rem 0; overflow-wrap: anywhere; }
-.grid { display: grid; gap: .9rem; margin-top: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
-.grid.wide3 { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+.grid { display: grid; gap: .9rem; margin-top: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
+.grid.wide3 { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
 article { padding: .7rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 .row { display: flex; gap: .5rem; }
 figure { flex: 1; min-width: 0; margin: 0; }
