@@ -186,11 +186,16 @@ def ask(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="Any folder.")], json: Json = False) -> None:
-    """Say what a folder is: model, student, drafter, checkpoint."""
-    from hyperbagel.model.weights import inspect_folder
+def inspect(path: Annotated[Path, typer.Argument(help="A folder, or a picture made by this program.")], json: Json = False) -> None:
+    """Say what a folder is (model, student, drafter, checkpoint), or how a picture was made."""
+    if path.is_file():
+        from hyperbagel.data.images import read_settings
 
-    found = inspect_folder(folder)
+        found = read_settings(path)
+    else:
+        from hyperbagel.model.weights import inspect_folder
+
+        found = inspect_folder(path)
     if json:
         print(jsonlib.dumps(found, indent=2, default=str))
         return

@@ -121,9 +121,9 @@ def read_pictures(paths: Sequence[Path]) -> list[Any]:
     """The pictures as PIL images in RGB; InputError for what is no picture."""
     if not paths:
         return []
-    from hyperbagel.data.images import read_image
+    from hyperbagel.data.images import open_image
 
-    return [read_image(path) for path in paths]
+    return [open_image(path) for path in paths]
 
 
 def seconds(timings: Mapping[str, float]) -> str:

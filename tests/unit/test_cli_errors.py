@@ -243,6 +243,15 @@ def test_json_is_the_whole_of_stdout(model: FakeModel, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["text"] == "two"
 
 
+def test_inspect_reads_back_the_settings_of_a_picture(model: FakeModel, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*GENERATE, "--seed", "3"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", "a.png"]) == 0
+    assert capsys.readouterr().out == "steps  7\n"
+    assert cli.main(["inspect", picture]) == 2
+    assert "got a picture without settings" in capsys.readouterr().err
+
+
 def test_ask_prints_the_answer_alone_on_stdout(model: FakeModel, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ask", picture, "how many?", "--max-tokens", "5"]) == 0
     out, err = capsys.readouterr()
