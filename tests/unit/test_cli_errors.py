@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -263,3 +264,30 @@ def test_the_installed_command_exits_with_the_code() -> None:
     command = [sys.executable, "-m", "hyperbagel.cli", "generate", "a", "-o", "a.gif"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: got the output name 'a.gif'")
+
+
+SLEEPER = """
+import sys, time, types
+from hyperbagel import cli
+
+class Model:
+    load_seconds = 0.0
+    @classmethod
+    def from_pretrained(cls): return cls()
+    def generate(self, prompt, **options):
+        print("drawing", flush=True)
+        time.sleep(60)
+
+module = types.ModuleType("hyperbagel.pipeline")
+module.HyperBagel = Model
+sys.modules["hyperbagel.pipeline"] = module
+sys.exit(cli.main(["generate", "a red car", "-o", "a.png", "--seed", "1"]))
+"""
+
+
+def test_ctrl_c_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == "drawing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err, list(tmp_path.iterdir())) == (130, "interrupted\n", [])
