@@ -1,0 +1,91 @@
+"""The embedded world as sources of equal standing with files: pictures from captions, edits, questions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage, picture_items
+from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.toybox.language import sample_edit, sample_question, sample_t2i
+from hyperbagel.toybox.render import render
+from hyperbagel.toybox.scene import Scene
+
+Task = Literal["t2i", "edit", "question"]
+TASKS: tuple[Task, ...] = ("t2i", "edit", "question")
+
+
+@dataclass
+class ToyboxSource:
+    """Endless samples of one task, each a pure function of (seed, task, index).
+
+    Attributes:
+        resolution: side of the pictures in pixels.
+        noise_copies: noise draws of a target in one sequence; they do not see each other and share the context.
+        think_share: share of samples in think mode: system prompt, and the thoughts as text to learn.
+        styles: weights of caption styles; empty means the language's own.
+        split: "train", or "heldout" for what training never shows.
+    """
+
+    task: Task
+    tokenizer: Tokenizer
+    seed: int
+    resolution: int = 64
+    noise_copies: int = 1
+    think_share: float = 0.0
+    styles: Mapping[str, float] = field(default_factory=dict)
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise InputError(f"toybox task: got {self.task!r}, expected one of {', '.join(TASKS)}; use one of these")
+
+    def __len__(self) -> int:
+        return 0  # endless
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`: a plan with uint8 pictures."""
+        rng = random.Random(f"{self.seed}/{self.task}/{self.split}/{index}")
+        think = rng.random() < self.think_share
+        if self.task == "t2i":
+            return self._t2i(rng, think)
+        return self._edit(rng, think) if self.task == "edit" else self._question(rng, think)
+
+    def _picture(self, scene: Scene) -> NDArray[np.uint8]:
+        return render(scene, self.resolution)
+
+    def _text(self, text: str, *, loss: bool = False, enable_cfg: bool = False, tied: bool = False) -> Text:
+        return Text(self.tokenizer.encode(text), loss=loss, enable_cfg=enable_cfg, tied=tied)
+
+    def _planned(self, instruction: str, think: str) -> tuple[Sample, Sample]:
+        """(before everything, the instruction) of a drawing task; with thoughts the system prompt and the plan."""
+        prompt = self._text(instruction, enable_cfg=True)
+        if not think:
+            return [], [prompt]
+        # the thoughts go with the prompt: text-dropped guidance knows neither
+        return [self._text(THINK_DRAW)], [prompt, self._text(f"<think>{think}</think>", loss=True, tied=True)]
+
+    def _t2i(self, rng: random.Random, think: bool) -> Sample:
+        drawn = sample_t2i(rng, split=self.split, style=self.styles or None)
+        system, prompt = self._planned(drawn.prompt, drawn.think if think else "")
+        return [*system, *prompt, *picture_items(self._picture(drawn.scene), None, loss=True, copies=self.noise_copies, context=False)]
+
+    def _edit(self, rng: random.Random, think: bool) -> Sample:
+        drawn = sample_edit(rng, split=self.split)
+        system, prompt = self._planned(drawn.instruction, drawn.think if think else "")
+        source = self._picture(drawn.source)
+        target = [VaeImage(self._picture(drawn.target), loss=True)] * self.noise_copies
+        return [*system, *picture_items(source, source, loss=False, context=True), *prompt, *target]
+
+    def _question(self, rng: random.Random, think: bool) -> Sample:
+        drawn = sample_question(rng, split=self.split)
+        answer = f"<think>{drawn.think}</think>{drawn.answer}" if think else drawn.answer
+        system = [self._text(THINK_ANSWER)] if think else []
+        return [*system, VitImage(self._picture(drawn.scene)), self._text(drawn.question), self._text(answer, loss=True)]
