@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hyperbagel.pipeline import HyperBagel
 
 RESOLUTION = 64  # pixels a side of the toybox scenes that are edited and asked about
-PICTURES, EDITS, ANSWERS = 8, 8, 8
+PICTURES, EDITS, ANSWERS = 8, 9, 8  # nine groups of edits
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
+    """`title` also names the layout of the cards in the style sheet."""
+
     title: str
     text: str
     cards: tuple[Card, ...]
@@ -139,18 +141,19 @@ def card_html(card: Card) -> str:
         lines.append(f'<p class="answer"><b>model</b> {html.escape(card.answer or "(nothing)")}</p>')
         lines.append(f'<p class="answer wanted"><b>right</b> {html.escape(card.wanted)}</p>')
     lines.append(f'<p class="took">{html.escape(card.took)}</p>')
-    return f'<article><div class="row">{figures}</div>{"".join(lines)}</article>'
+    return f'<article><div class="row">{figures}</div><div>{"".join(lines)}</div></article>'
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """The whole page as HTML. Pure: pictures and texts in, one string out; every text is escaped."""
     body = []
     for section in sections:
-        width = max((len(card.pictures) for card in section.cards), default=1)
         cards = "".join(map(card_html, section.cards))
         mean = sum(card.seconds for card in section.cards) / max(len(section.cards), 1)
         intro = f"{section.text} {mean:.2f} s each on average."
-        body.append(f'<h2>{html.escape(section.title)}</h2><p>{html.escape(intro)}</p><div class="grid wide{width}">{cards}</div>')
+        body.append(
+            f'<h2>{html.escape(section.title)}</h2><p>{html.escape(intro)}</p><div class="grid {section.title.lower()}">{cards}</div>'
+        )
     return TEMPLATE.format(title=html.escape(title), style=STYLE, lead=html.escape(lead), body="\n".join(body))
 
 
@@ -165,9 +168,10 @@ body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; background: 
 h1 { margin: 0; font-size: 1.8rem; }
 h2 { margin: 2.2rem 0 0; font-size: 1.25rem; color: var(--accent); }
 p { margin: .35rem 0; overflow-wrap: anywhere; }
-.grid { display: grid; gap: .9rem; margin-top: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
-.grid.wide3 { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.grid { display: grid; gap: .9rem; margin-top: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(45%, 14rem), 1fr)); }
+.grid.edits, .grid.answers { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
 article { padding: .7rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
+.answers article { display: grid; grid-template-columns: 7rem 1fr; gap: 0 .8rem; align-items: start; }
 .row { display: flex; gap: .5rem; }
 figure { flex: 1; min-width: 0; margin: 0; }
 img { display: block; width: 100%; height: auto; border-radius: .3rem; image-rendering: pixelated; }
