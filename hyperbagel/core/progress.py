@@ -22,7 +22,9 @@ def format_seconds(seconds: float) -> str:
 class ProgressReport:
     """Context manager. `update(share, text)` as often as you like; it shows at most one plain line every `every` seconds."""
 
-    def __init__(self, title: str, *, every: float = 20.0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, title: str, *, every: float = 20.0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._title, self._every, self._clock = title, every, clock
         self._stream = stream if stream is not None else sys.stderr
         self._bar: Progress | None = None

@@ -30,7 +30,9 @@ def git_sha(folder: Path) -> str | None:
     """Commit of the work tree that holds `folder`, with "+changes" if it differs; None outside git."""
     try:
         sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
-        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return sha.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

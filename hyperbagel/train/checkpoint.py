@@ -141,7 +141,10 @@ def _copy_into(live: dict[str, Tensor], stored: dict[str, Tensor], folder: Path)
     """Copy by name; names and shapes must agree exactly."""
     odd = sorted(live.keys() ^ stored.keys()) or sorted(n for n in live if live[n].shape != stored[n].shape)
     if odd:
-        raise InputError(f"{folder}: got tensors that differ from the recipe's at {odd[0]!r} ({len(odd)} in all), expected the same model, resume with the recipe of this run")
+        raise InputError(
+            f"{folder}: got tensors that differ from the recipe's at {odd[0]!r} ({len(odd)} in all), expected the same model, "
+            "resume with the recipe of this run"
+        )
     for name, tensor in live.items():
         tensor.copy_(stored[name])
 

@@ -35,7 +35,7 @@ class TrainResult:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one. Raises InputError if CUDA is asked for and absent."""
+    """ "auto" is CUDA where there is one. Raises InputError if CUDA is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device: got 'cuda', expected a CUDA device on this machine, use device=cpu or device=auto")
     if name == "auto":
@@ -44,14 +44,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """"auto" is bf16 where the hardware multiplies it: CUDA, and CPUs with AVX512-bf16 or AMX. Elsewhere bf16 is slower than fp32."""
+    """ "auto" is bf16 where the hardware multiplies it: CUDA, and CPUs with AVX512-bf16 or AMX. Elsewhere bf16 is slower than fp32."""
     if name == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         name = "bf16" if fast else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def train(stage: Stage, recipe: TrainRecipe, run: RunFolder, *, resume: bool = False, clock: Callable[[], float] = time.monotonic) -> TrainResult:
+def train(
+    stage: Stage, recipe: TrainRecipe, run: RunFolder, *, resume: bool = False, clock: Callable[[], float] = time.monotonic
+) -> TrainResult:
     """Train until `max_steps` or `max_seconds`, whichever comes first; checkpoint at the end.
 
     On a CPU with schedule_by "steps" a resumed run equals the unbroken one bit for bit.

@@ -1,4 +1,4 @@
-"""AdamW with the usual decay groups, and learning-rate schedules as pure functions."""
+"""Optimisers from a recipe, and learning-rate schedules as pure functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from hyperbagel.core.config import Config
+from hyperbagel.train.muon import Muon
 
 
 class OptimConfig(Config):
     """One player's optimiser. Betas default to BAGEL's."""
 
-    lr: float = Field(1e-3, gt=0)
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(1e-3, gt=0)  # of Muon: of its matrices, 0.02 is usual; the rest gets a tenth
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -48,6 +50,18 @@ def make_adamw(module: nn.Module, config: OptimConfig) -> AdamW:
     groups = decay_groups(module, config.weight_decay)
     assert groups, "a player must have trainable parameters"
     return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def make_optimizer(module: nn.Module, config: OptimConfig, plain: tuple[str, ...] = ()) -> Optimizer:
+    """The recipe's optimiser over the trainable parameters of `module`. Muon leaves parameters whose names start with one of `plain`
+    (first and last layers), embeddings and vectors to Adam."""
+    if config.kind == "adamw":
+        return make_adamw(module, config)
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    matrices, others = [], []
+    for name, p in named_trainable(module).items():
+        (matrices if p.ndim >= 2 and id(p) not in embeddings and not name.startswith(plain) else others).append(p)
+    return Muon(matrices, others, config.lr, betas=config.betas, eps=config.eps)
 
 
 def lr_factor(config: OptimConfig, step: int, progress: float) -> float:

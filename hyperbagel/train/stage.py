@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from hyperbagel.core.config import Config
 from hyperbagel.train.ema import Ema
-from hyperbagel.train.optim import OptimConfig, make_adamw, optimised
+from hyperbagel.train.optim import OptimConfig, make_optimizer, optimised
 
 
 class TrainRecipe(Config):
@@ -69,9 +69,9 @@ class Player:
     ema: Ema | None = None
 
     @classmethod
-    def adamw(cls, module: nn.Module, optim: OptimConfig) -> Player:
-        """The usual player: AdamW over the trainable parameters, with an average if `optim.ema_decay` > 0."""
-        player = cls(module, make_adamw(module, optim), optim)
+    def of(cls, module: nn.Module, optim: OptimConfig, plain: tuple[str, ...] = ()) -> Player:
+        """The usual player: an optimiser over the trainable parameters (`plain`: see make_optimizer), an average if `ema_decay` > 0."""
+        player = cls(module, make_optimizer(module, optim, plain), optim)
         if optim.ema_decay > 0:
             player.ema = Ema(player.parameters, optim.ema_decay)
         return player
@@ -115,18 +115,18 @@ class Stage(ABC):
         """Numbers on held-out data; runs without gradients every `evaluate_every` steps and at the end."""
         return {}
 
-    def sample(self, step: int, out: Path) -> None:
+    def sample(self, step: int, out: Path) -> None:  # noqa: B027 (nothing is a fine default)
         """Write sample sheets into the folder `out`; runs without gradients."""
 
     def state(self) -> dict[str, Any]:
         """What JSON must remember to go on (a loader's position); `load_state` gets it back."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take back what `state` gave."""
 
-    def finish(self, out: Path) -> None:
+    def finish(self, out: Path) -> None:  # noqa: B027
         """Called once after the last step, without gradients: write what the next stage reads into the run folder `out`."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release workers; called however the run ends."""

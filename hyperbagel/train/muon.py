@@ -1,0 +1,74 @@
+"""Muon for the weights of convolutions and linear layers, Adam for everything else, in one optimiser.
+
+Muon (Jordan et al., 2024) replaces the momentum of a weight by the nearest orthogonal matrix: all directions of the weight move at the same
+pace. On the toybox autoencoder it needs about half of AdamW's steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# quintic Newton-Schulz iteration whose fixed region is singular values of about 1 (0.7 to 1.2), reached in five rounds
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
+    """About U V^T of the singular value decomposition U S V^T of `matrix` [m, n], without decomposing it."""
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T
+    for _ in range(rounds):
+        gram = x @ x.T
+        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(Optimizer):
+    """`matrices` (first dimension: outputs) move by lr times an orthogonal matrix, `others` by Adam at lr * ratio."""
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        ratio: float = 0.1,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        groups = [{"params": list(matrices), "muon": True, "ratio": 1.0}, {"params": list(others), "muon": False, "ratio": ratio}]
+        super().__init__([g for g in groups if g["params"]], {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    (self._muon if group["muon"] else self._adam)(p, p.grad, group)
+
+    def _muon(self, p: nn.Parameter, grad: Tensor, group: dict) -> None:
+        state, mu = self.state[p], group["momentum"]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(grad, 1 - mu)
+        direction = orthogonalise(grad.lerp(state["momentum"], mu).flatten(1))  # Nesterov
+        direction *= max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
+        p.add_(direction.view_as(p), alpha=-group["lr"])
+
+    def _adam(self, p: nn.Parameter, grad: Tensor, group: dict) -> None:
+        state, (b1, b2) = self.state[p], group["betas"]
+        if not state:
+            state.update(updates=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+        state["updates"] += 1
+        n = state["updates"]
+        state["mean"].lerp_(grad, 1 - b1)
+        state["square"].lerp_(grad.square(), 1 - b2)
+        root = (state["square"] / (1 - b2**n)).sqrt_().add_(group["eps"])
+        p.addcdiv_(state["mean"], root, value=-group["lr"] * group["ratio"] / (1 - b1**n))

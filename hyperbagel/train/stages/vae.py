@@ -1,0 +1,207 @@
+"""Trains the autoencoder on toybox pictures drawn while it trains. The first stage: every later one works on its latents.
+
+Shape legend: B pictures, R x R pixels, Z latent channels, h = R / downsample.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from collections import OrderedDict
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from hyperbagel.core.config import Config
+from hyperbagel.core.files import atomic_write_text, make_folder
+from hyperbagel.model.config import VaeConfig
+from hyperbagel.model.vae import AttnBlock, AutoEncoder, Resample, ResBlock
+from hyperbagel.model.weights import save_tensors
+from hyperbagel.toybox.render import render
+from hyperbagel.toybox.scene import sample_scene
+from hyperbagel.train.optim import OptimConfig
+from hyperbagel.train.sheet import to_uint8, write_sheet
+from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+
+_HELD_OUT_SEED = 1_000_003  # pictures that are measured, whatever the recipe's seed
+
+
+class Architecture(Config):
+    """The FLUX autoencoder's shape; scale and shift are measured at the end."""
+
+    downsample: int = 8
+    ch: int = 16
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = Field(1, ge=1)
+    z_channels: int = 16
+    norm_groups: int = 8
+
+
+class Recipe(TrainRecipe):
+    """Settings of the stage "vae"."""
+
+    resolution: int = Field(64, ge=16)
+    batch_size: int = Field(16, ge=1)
+    workers: int = Field(0, ge=0)  # processes that draw ahead; 0: draw in the training process
+    variety: float = Field(0.25, ge=0, le=0.5)  # how often materials, styles and tones vary
+    crowded: float = Field(0.6, ge=0, le=1)  # share of training scenes with four things: more to learn in each picture
+    kl_weight: float = Field(1e-4, ge=0)  # per latent element, against losses per colour value
+    latent_noise: float = Field(0.0, ge=0)  # standard deviation, in units of the batch's own latent deviation
+    held_out: int = Field(128, ge=1)  # pictures measured
+    architecture: Architecture = Architecture()
+    optim: OptimConfig = OptimConfig(kind="muon", lr=0.02, ema_decay=0.998)
+
+
+def draw_pictures(seed: int, count: int, resolution: int, variety: float, crowded: float = 0.0, split: str = "train") -> np.ndarray:
+    """uint8 [count, R, R, 3]: random scenes, a pure function of its arguments."""
+    rng = random.Random(seed)
+    scenes = (sample_scene(rng, n=4 if rng.random() < crowded else None, split=split, variety=variety) for _ in range(count))
+    return np.stack([render(scene, resolution) for scene in scenes])
+
+
+def to_signed(pictures: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
+    return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+
+
+def initialise(model: AutoEncoder) -> None:
+    """Start as a linear autoencoder that keeps the scale of its signal: residual branches add nothing, the main path neither shrinks nor
+    grows. ours: PyTorch's own start shrinks the main path threefold at each convolution and takes about four times the steps to 17 dB."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(_of(module.bias))
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu" if name.endswith("conv1") else "linear")
+    for module in model.modules():
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, AttnBlock):
+            nn.init.zeros_(module.proj_out.weight)
+        elif isinstance(module, Resample) and module.up:
+            weight = module.conv.weight.data
+            weight.mul_(0.5)
+            weight[:, :, 1, 1] += 0.7 * torch.eye(len(weight))  # pass on what nearest-neighbour upsampling gave
+    model.decoder.conv_out.weight.data.mul_(0.5)
+    z = model.config.z_channels
+    model.encoder.conv_out.weight.data[z:].mul_(0.1)
+    _of(model.encoder.conv_out.bias).data[z:] = -2.0  # log variance: little noise at the start
+
+
+def _of(bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    return bias
+
+
+def kl_to_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, e^logvar) || N(0, 1)) per element: (mean^2 + e^logvar - 1 - logvar) / 2."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Decibels per picture [B] between uint8 pictures [B, 3, H, W]; the peak is 255, equal pictures give 99."""
+    error = (a.float() - b.float()).square().mean(dim=(1, 2, 3)).clamp_min(255**2 * 10**-9.9)
+    return 10 * torch.log10(255**2 / error)
+
+
+class VaeStage(Stage):
+    """One player, "vae"; loss = L1 + MSE + kl_weight KL."""
+
+    best_metric = "psnr"
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        a = recipe.architecture
+        config = VaeConfig(resolution=recipe.resolution, scale_factor=1.0, shift_factor=0.0, **a.model_dump())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.model = AutoEncoder(config)
+            initialise(self.model)
+        # channels last is the faster layout on a GPU, the slower one on a CPU where group norms dominate
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.model.to(device=device, memory_format=layout)
+        self.players = {"vae": Player.of(self.model, recipe.optim, ("encoder.conv_in", "decoder.conv_out"))}
+        pictures = draw_pictures(_HELD_OUT_SEED, recipe.held_out, recipe.resolution, recipe.variety, split="heldout")
+        self.held_out = to_signed(pictures).to(device)
+        self.pool = ProcessPoolExecutor(recipe.workers, mp_context=multiprocessing.get_context("spawn")) if recipe.workers else None
+        self.ahead: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
+
+    def batch(self, step: int, rng: Draws) -> tuple[Tensor, Tensor]:
+        """Pictures [B, 3, R, R] in [-1, 1] and posterior noise [2, B, Z, h, h] (sampling, latent noise)."""
+        r = self.recipe
+        pictures = to_signed(self._pictures(rng.python.getrandbits(62), step))
+        side = r.resolution // r.architecture.downsample
+        eps = torch.randn(2, r.batch_size, r.architecture.z_channels, side, side, generator=rng.torch)
+        return pictures.to(self.device), eps.to(self.device)
+
+    def _pictures(self, seed: int, step: int) -> np.ndarray:
+        """With workers, the pictures of the next steps are ordered now; the seeds are those that `batch` will draw."""
+        r = self.recipe
+        if self.pool is None:
+            return draw_pictures(seed, r.batch_size, r.resolution, r.variety, r.crowded)
+        wanted = [seed]
+        for future_step in range(step + 1, step + 1 + 2 * r.workers):
+            wanted.append(Draws.at(r.seed, future_step, 0).python.getrandbits(62))
+        for key in wanted:
+            if key not in self.ahead:
+                self.ahead[key] = self.pool.submit(draw_pictures, key, r.batch_size, r.resolution, r.variety, r.crowded)
+        return self.ahead.pop(seed).result()
+
+    def loss(self, player: str, batch: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        pictures, (eps, extra) = batch
+        mean, logvar = self.model.moments(pictures)
+        mean, logvar = mean.float(), logvar.float().clamp(-30, 20)
+        z = mean + torch.exp(0.5 * logvar) * eps
+        if self.recipe.latent_noise:
+            z = z + self.recipe.latent_noise * z.detach().std() * extra
+        error = self.model.decode_raw(z).float() - pictures
+        l1, mse, kl = error.abs().mean(), error.square().mean(), kl_to_normal(mean, logvar).mean()
+        loss = l1 + mse + self.recipe.kl_weight * kl
+        # PSNR in the [0, 1] scale of pictures: a quarter of the squared error in [-1, 1]
+        return loss, {"l1": l1, "mse": mse, "kl": kl, "psnr": -10 * torch.log10(mse.detach() / 4)}
+
+    def _reconstruct(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded pictures and raw latents, sampled as in use, with the averaged weights."""
+        generator = torch.Generator().manual_seed(_HELD_OUT_SEED)
+        shown, latents = [], []
+        with self.players["vae"].averaged():
+            for part in pictures.split(32):
+                mean, logvar = self.model.moments(part)
+                z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator).to(mean)
+                shown.append(self.model.decode_raw(z).float())
+                latents.append(z.float())
+        return torch.cat(shown), torch.cat(latents)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean and 5th percentile of the PSNR of held-out pictures, dB."""
+        shown, latents = self._reconstruct(self.held_out)
+        values = psnr(to_uint8(shown), to_uint8(self.held_out))
+        return {"psnr": values.mean().item(), "psnr_p5": values.quantile(0.05).item(), "latent_std": latents.std().item()}
+
+    def sample(self, step: int, out: Path) -> None:
+        """Held-out pictures above their reconstructions."""
+        shown, _ = self._reconstruct(self.held_out[:12])
+        write_sheet(out / f"step-{step:08d}.png", [self.held_out[:12], shown])
+
+    def finish(self, out: Path) -> None:
+        """export/ae.safetensors and vae_config.json, scale and shift measured so that latents have mean 0 and deviation 1."""
+        r = self.recipe
+        pictures = draw_pictures(_HELD_OUT_SEED + 1, 512, r.resolution, r.variety)
+        _, latents = self._reconstruct(to_signed(pictures).to(self.device))
+        measured = {"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()}
+        config = self.model.config.model_copy(update=measured)
+        folder = make_folder(out / "export")
+        with self.players["vae"].averaged():
+            save_tensors(folder / "ae.safetensors", self.model.state_dict())
+        atomic_write_text(folder / "vae_config.json", config.model_dump_json(indent=2) + "\n")
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def build(recipe: Recipe, device: torch.device) -> VaeStage:
+    """The stage's entry point, called by name."""
+    return VaeStage(recipe, device)
