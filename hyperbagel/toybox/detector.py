@@ -92,7 +92,7 @@ class Detector(nn.Module):
         self.picture = nn.Linear(64 + 96 + 6, sum(map(len, PICTURE_VALUES.values())))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """[B, 3, 64, 64] -> object [B, G, G], place [B, 3, G, G] (dx, dy in cells from the cell's middle, extent), and one [B, K, ...] each."""
+        """[B, 3, 64, 64] -> object [B, G, G], place [B, 3, G, G] (dx, dy in cells off a cell's middle, extent), one [B, K, ...] each"""
         fine = self.stem(F.pixel_unshuffle(x * 2 - 1, 2))  # [B, 64, 16, 16]
         coarse = self.down(fine)  # [B, 96, 8, 8]
         merged = self.join(F.relu(fine + F.interpolate(self.lift(coarse), scale_factor=2.0, mode="nearest")))
@@ -105,7 +105,7 @@ class Detector(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Detector:
-        """An fp32 detector in inference mode from a state dict (any float type). Raises InputError if the tensors are not this network's."""
+        """An fp32 detector in inference mode from a state dict (any float type). Raises InputError if the tensors differ."""
         detector = cls()
         own = {k: v.shape for k, v in detector.state_dict().items()}
         bad = sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or state[k].shape != own[k])

@@ -1,0 +1,79 @@
+"""Records of scored items, one line of JSON each: written as they come, read back when a stopped evaluation goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import readable_errors
+from hyperbagel.core.progress import ProgressReport
+
+Record = dict[str, Any]  # what is known of one scored item
+Worker = Callable[[list[Any], list[int]], list[Record]]  # (items, seeds) -> a record each
+
+
+def run_items(
+    part: str, items: Sequence[Any], work: Worker, *, seed: int, batch: int, header: dict[str, Any], path: Path | None
+) -> list[Record]:
+    """Records of all `items` (each with an `id`), in order; those already in the file are read, not made.
+
+    header: what the records depend on, the first line of the file. Raises InputError if the file has another one.
+    """
+    done = open_records(path, header) if path is not None else {}
+    todo = [item for item in items if item.id not in done]
+    began = time.monotonic()
+    with ProgressReport(part) as progress:
+        for start in range(0, len(todo), batch):
+            chunk = todo[start : start + batch]
+            records = work(chunk, [item_seed(seed, item.id) for item in chunk])
+            fresh = [{"id": item.id, **record} for item, record in zip(chunk, records, strict=True)]
+            done |= {r["id"]: r for r in fresh}
+            if path is not None:
+                _append(path, fresh)
+            made = len(items) - len(todo) + start + len(chunk)
+            progress.update(made / len(items), f"{made}/{len(items)}")
+        progress.line(f"{len(todo)} items in {time.monotonic() - began:.0f} s, {len(items) - len(todo)} read back")
+    return [done[item.id] for item in items]
+
+
+def item_seed(seed: int, name: str) -> int:
+    """The noise of an item depends on nothing but its id: the same for any model, batch size or interruption."""
+    return (zlib.crc32(name.encode()) + seed * 1_000_003) % 2**31
+
+
+def open_records(path: Path, header: dict[str, Any]) -> dict[str, Record]:
+    """Records already there, by id. A new file gets its header line; a line cut short by a kill is cut off."""
+    expected = json.dumps(header, sort_keys=True)
+    with readable_errors(path):
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.truncate(path, len(whole))
+        if not whole:
+            path.write_text(expected + "\n", "utf-8")
+            return {}
+    first = whole.split(b"\n", 1)[0].decode("utf-8", errors="replace")
+    if first != expected:
+        raise InputError(f"{path}: got records made with {first}, expected {expected}; give another folder or the same settings")
+    return {r["id"]: r for r in read_records(path)}
+
+
+def read_records(path: Path) -> list[Record]:
+    """Records of a file, header line left out; a last line that was cut short is ignored. No file: no records."""
+    if not path.is_file():
+        return []
+    lines = path.read_text("utf-8").splitlines(keepends=True)[1:]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _append(path: Path, records: list[Record]) -> None:
+    with readable_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in records))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,83 @@
+"""What an evaluation says: one table for people, one JSON file for programs, and paired differences of two evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_write_text
+from hyperbagel.evaluate.records import read_records
+from hyperbagel.evaluate.statistics import paired_difference
+
+LOSSLESS = -0.015  # lower 95 % bound of a paired difference, as a share: above it a student counts as lossless
+# the figure of a record that each part is compared by, and what turns it into a share
+FIGURES = {"t2i": ("strict", 1.0), "edits": ("o", 0.1), "questions": ("score", 1.0)}
+
+
+def print_report(result: dict[str, Any], console: Console | None = None) -> None:
+    """The result of `run_toybox_eval` as tables: each part with its 95 % intervals, then the detector's own table."""
+    console = console or Console()
+    for part, title in (("t2i", "Pictures from prompts"), ("edits", "Edits"), ("questions", "Questions")):
+        if part in result:
+            console.print(_part_table(title, result["settings"]["split"], result[part]))
+    console.print(_detector_table(result["detector"]))
+    console.print(
+        "Shares compare models on one measure; they say nothing of absolute picture quality. 'strict' also asks that the scene which was "
+        "read, drawn again, resembles the picture."
+    )
+
+
+def write_report(result: dict[str, Any], path: Path) -> None:
+    """The result as JSON, whole or not at all."""
+    atomic_write_text(path, json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+def compare_evaluations(ours: Path, theirs: Path) -> dict[str, Any]:
+    """Paired differences (ours - theirs, as shares) of two evaluation folders, bootstrapped over prompts.
+
+    `lossless` holds if the lower 95 % bound is above -1.5 points. Raises InputError if a part was evaluated on other items.
+    """
+    table: dict[str, Any] = {}
+    for part, (figure, scale) in FIGURES.items():
+        a, b = (
+            {r["id"]: scale * float(r[figure]) for r in read_records(folder / f"{part}.jsonl") if not r.get("missing")}
+            for folder in (ours, theirs)
+        )
+        if a or b:
+            estimate = paired_difference(a, b)
+            table[part] = estimate.to_dict() | {"lossless": estimate.low > LOSSLESS}
+    if not table:
+        raise InputError(f"got no records in {ours} and {theirs}, expected two folders of finished evaluations; run them first")
+    return table
+
+
+def _part_table(title: str, split: str, part: dict[str, dict[str, Any]]) -> Table:
+    table = Table("", *part, title=f"{title} ({split} split)", title_justify="left")
+    for row in _union(part.values()):
+        table.add_row(row, *(_cell(column.get(row)) for column in part.values()))
+    return table
+
+
+def _cell(value: dict[str, float] | None) -> str:
+    """`.873 [.851, .894]`, the interval at 95 %; marks out of ten keep two places."""
+    if value is None:
+        return ""
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]  n={value['n']}"
+
+
+def _detector_table(table: dict[str, dict[str, float]]) -> Table:
+    shown = Table("", *table, title="The detector itself, on drawings", title_justify="left")
+    for row in _union(table.values()):
+        shown.add_row(row, *(f"{column[row]:.4f}" if row in column else "" for column in table.values()))
+    return shown
+
+
+def _union(columns: Iterable[dict[str, Any]]) -> list[str]:
+    """Row names of all columns, in order of first appearance."""
+    return list(dict.fromkeys(row for column in columns for row in column))

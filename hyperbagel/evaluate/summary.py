@@ -1,0 +1,62 @@
+"""From records of single items to figures with intervals.
+
+A part becomes {column: {row: interval}}, rows being categories, groups or kinds and their unweighted mean, `overall`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hyperbagel.evaluate import edits, t2i
+from hyperbagel.evaluate.records import Record
+from hyperbagel.evaluate.statistics import Estimate, bootstrap_groups, bootstrap_mean, wilson
+
+
+def summarise_t2i(records: Sequence[Record]) -> dict[str, Any]:
+    """{"plain": {category: interval, "overall": ...}, "strict": ..., "psnr": ...}; overall is the unweighted mean of categories."""
+    return {
+        "plain": _shares(records, "category", "plain", t2i.CATEGORIES),
+        "strict": _shares(records, "category", "strict", t2i.CATEGORIES),
+        "re-render PSNR, dB": _means(records, "category", "psnr", t2i.CATEGORIES),
+    }
+
+
+def summarise_edits(records: Sequence[Record]) -> dict[str, Any]:
+    """O and its parts out of ten for each group, and the share of strict successes."""
+    table = {name: _means(records, "group", name, edits.GROUPS) for name in ("o", "sc1", "sc2", "pq1", "pq2")}
+    return {"O of 10": table["o"], "success": _shares(records, "group", "success", edits.GROUPS)} | {
+        k.upper(): table[k] for k in table if k != "o"
+    }
+
+
+def summarise_questions(records: Sequence[Record]) -> dict[str, Any]:
+    """Mean score of each kind; for kinds with pairs or rotations also the share of whole sets right."""
+    kinds = list(dict.fromkeys(r["kind"] for r in records))
+    sets: dict[tuple[str, str], list[float]] = {}
+    for r in records:
+        if r["pair"]:
+            sets.setdefault((r["kind"], r["pair"]), []).append(r["score"])
+    together = [{"kind": kind, "score": float(all(s == 1.0 for s in scores))} for (kind, _), scores in sets.items()]
+    table = {"right": _means(records, "kind", "score", kinds)}
+    return table | ({"whole sets right": _means(together, "kind", "score", kinds)} if together else {})
+
+
+def _shares(records: Sequence[Record], by: str, figure: str, order: Sequence[str]) -> dict[str, dict[str, float | int]]:
+    """Wilson interval of each group's share, and the bootstrap of their unweighted mean."""
+    groups = _grouped(records, by, figure, order)
+    rows = {name: wilson(int(sum(values)), len(values)) for name, values in groups.items()}
+    return _rows(rows | {"overall": bootstrap_groups(groups)})
+
+
+def _means(records: Sequence[Record], by: str, figure: str, order: Sequence[str]) -> dict[str, dict[str, float | int]]:
+    groups = _grouped(records, by, figure, order)
+    return _rows({name: bootstrap_mean(values) for name, values in groups.items()} | {"overall": bootstrap_groups(groups)})
+
+
+def _rows(rows: dict[str, Estimate]) -> dict[str, dict[str, float | int]]:
+    return {name: estimate.to_dict() for name, estimate in rows.items()}
+
+
+def _grouped(records: Sequence[Record], by: str, figure: str, order: Sequence[str]) -> dict[str, Sequence[float]]:
+    return {name: values for name in order if (values := [float(r[figure]) for r in records if r[by] == name])}

@@ -1,0 +1,168 @@
+"""The toybox evaluation: pictures, edits and answers of one model, scored as they come and written down item by item.
+
+A run that was stopped goes on where it was: items whose record is in the output folder are not made again. Every item's noise is a
+function of its id, so that two models see the same prompts and the same noise (paired differences).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import make_folder
+from hyperbagel.evaluate import edits, questions, t2i
+from hyperbagel.evaluate.calibration import detector_table, read_all
+from hyperbagel.evaluate.records import Record, Worker, run_items
+from hyperbagel.evaluate.report import write_report
+from hyperbagel.evaluate.summary import summarise_edits, summarise_questions, summarise_t2i
+from hyperbagel.generate.types import AskRequest, ImageRequest
+from hyperbagel.model.weights import load_tensors
+from hyperbagel.toybox.detector import Detector
+from hyperbagel.toybox.items import edit_eval_items, question_eval_items, t2i_eval_prompts
+from hyperbagel.toybox.render import render
+from hyperbagel.toybox.scene import Scene
+
+DETECTOR = Path(__file__).parents[1] / "assets" / "toybox" / "detector.safetensors"
+
+
+class Model(Protocol):
+    """What is asked of a model; hyperbagel.pipeline.HyperBagel is one."""
+
+    def generate_batch(self, requests: list[ImageRequest]) -> list[Any]: ...
+
+    def ask_batch(self, requests: list[AskRequest]) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is asked. Written beside the records; records made with other settings are not mixed in."""
+
+    split: str = "train"
+    seed: int = 0
+    steps: int = 50
+    text_scale: float = 4.0
+    edit_text_scale: float = 4.0
+    edit_image_scale: float = 1.5
+    side: int = 64
+    max_tokens: int = 192
+    think: bool = False
+
+
+def load_detector(path: Path = DETECTOR) -> Detector:
+    """The shipped detector. Raises InputError if the file is missing or another network's."""
+    return Detector.from_state(load_tensors(path))
+
+
+def run_toybox_eval(
+    model: Model,
+    *,
+    n_t2i: int = 2400,
+    n_edits: int = 1200,
+    n_questions: int = 3000,
+    batch: int = 16,
+    settings: Settings | None = None,
+    out: Path | str | None = None,
+    split: str = "train",
+    detector: Detector | None = None,
+    calibrate: int = 600,
+) -> dict[str, Any]:
+    """Score `model` on the three tasks; a count of 0 leaves a task out.
+
+    out: folder for t2i.jsonl, edits.jsonl, questions.jsonl and report.json; None keeps nothing. `settings.split` wins over `split` if
+    settings are given. calibrate: scenes in the detector's own table. Raises InputError on records made with other settings.
+    """
+    chosen = settings or Settings(split=split)
+    detector = detector or load_detector()
+    out = None if out is None else make_folder(out)
+
+    def run(part: str, items: Sequence[Any], worker: Worker) -> list[Record]:
+        header = {"settings": asdict(chosen), "n": len(items)}
+        return run_items(part, items, worker, seed=chosen.seed, batch=batch, header=header, path=out and out / f"{part}.jsonl")
+
+    result: dict[str, Any] = {"settings": asdict(chosen)}
+    t2i_items = t2i_eval_prompts(n_t2i, chosen.seed, chosen.split) if n_t2i else []
+    if n_t2i:
+        result["t2i"] = summarise_t2i(run("t2i", t2i_items, _t2i_worker(model, detector, chosen)))
+    if n_edits:
+        items = edit_eval_items(n_edits, chosen.seed, chosen.split)
+        result["edits"] = summarise_edits(run("edits", items, _edit_worker(model, detector, chosen)))
+    if n_questions:
+        asked = question_eval_items(n_questions, chosen.seed, chosen.split)
+        result["questions"] = summarise_questions(run("questions", asked, _question_worker(model, chosen)))
+    result["detector"] = detector_table(detector, t2i_items[:calibrate], n=calibrate, side=chosen.side)
+    if out is not None:
+        write_report(result, out / "report.json")
+    return result
+
+
+def _t2i_worker(model: Model, detector: Detector, s: Settings) -> Worker:
+    def work(items: list[Any], seeds: list[int]) -> list[Record]:
+        asked: dict[str, Any] = {"steps": s.steps, "text_scale": s.text_scale, "size": (s.side, s.side), "think": s.think}
+        results = model.generate_batch([ImageRequest(prompt=i.prompt, seed=seed, **asked) for i, seed in zip(items, seeds)])
+        pictures = np.stack([as_square(r.image, s.side) for r in results])
+        records = []
+        for item, result, picture, reading in zip(items, results, pictures, read_all(detector, pictures), strict=True):
+            score = asdict(t2i.score_t2i(item, picture, reading))
+            records.append({"category": item.category, "prompt": item.prompt, "heldout": item.heldout, **score, "nfe": result.nfe})
+        return records
+
+    return work
+
+
+def _edit_worker(model: Model, detector: Detector, s: Settings) -> Worker:
+    def work(items: list[Any], seeds: list[int]) -> list[Record]:
+        asked: dict[str, Any] = {"steps": s.steps, "text_scale": s.edit_text_scale, "image_scale": s.edit_image_scale}
+        asked |= {"size": (s.side, s.side), "think": s.think}
+        sources = [(_drawn(item.source, s.side),) for item in items]
+        results = model.generate_batch(
+            [ImageRequest(prompt=i.instruction, images=images, seed=seed, **asked) for i, images, seed in zip(items, sources, seeds)]
+        )
+        pictures = np.stack([as_square(r.image, s.side) for r in results])
+        records = []
+        for item, result, picture, reading in zip(items, results, pictures, read_all(detector, pictures), strict=True):
+            score = edits.score_edit(item, picture, reading)
+            row = {"group": item.group, "prompt": item.instruction, "heldout": item.heldout, "nfe": result.nfe}
+            records.append(row | asdict(score) | {"o": score.o})
+        return records
+
+    return work
+
+
+def _question_worker(model: Model, s: Settings) -> Worker:
+    def work(items: list[Any], seeds: list[int]) -> list[Record]:
+        asked: dict[str, Any] = {"max_tokens": s.max_tokens, "temperature": 0.0, "think": s.think}
+        pictures = [(_drawn(item.scene, s.side),) for item in items]
+        results = model.ask_batch(
+            [AskRequest(question=i.question, images=images, seed=seed, **asked) for i, images, seed in zip(items, pictures, seeds)]
+        )
+        records = []
+        for item, result in zip(items, results, strict=True):
+            score = asdict(questions.score_question(item, result.text))
+            row = {"kind": item.kind, "pair": item.pair, "question": item.question, "answer": result.text, "truth": item.answer}
+            records.append(row | {"heldout": item.heldout, "tokens": _count(result.tokens)} | score)
+        return records
+
+    return work
+
+
+def _drawn(scene: Scene, side: int) -> Image.Image:
+    return Image.fromarray(render(scene, side))
+
+
+def _count(tokens: Any) -> int:
+    """Number of tokens of a result, given as a number or as the tokens themselves."""
+    return tokens if isinstance(tokens, int) else len(tokens)
+
+
+def as_square(image: Image.Image, side: int) -> np.ndarray:
+    """uint8 [side, side, 3]; a picture of another size is resampled. Raises InputError if it is not square."""
+    if image.width != image.height:
+        raise InputError(f"got a picture {image.width}x{image.height}, expected a square one; ask the model for a square size")
+    image = image.convert("RGB")
+    return np.asarray(image if image.width == side else image.resize((side, side), Image.Resampling.BOX))

@@ -1,0 +1,99 @@
+"""Analysis by synthesis: draw again what was read, and compare with the picture.
+
+A detector can be pleased by something that only hints at a thing. The drawn scene cannot: it matches, or it does not.
+
+Shape legend: H = W pixels of a square picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.toybox.detector import Detection, Reading
+from hyperbagel.toybox.render import object_box, render
+from hyperbagel.toybox.scene import CENTRES, SIZES, Scene, Thing
+
+MOVES = tuple((dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1))  # in 64ths of the picture
+STEP = 1 / 64
+MAX_PSNR = 100.0  # dB, given to equal pictures
+
+
+@dataclass(frozen=True)
+class Rerendered:
+    """The best scene found and how its drawing compares with the picture. `picture`: uint8 [H, W, 3]; psnr in dB."""
+
+    scene: Scene
+    picture: np.ndarray
+    psnr: float
+
+
+def rerender(picture: np.ndarray, reading: Reading, *, threshold: float = 0.3, limit: int = 9) -> Rerendered:
+    """Draw the things read above `threshold`, search one 64th of the picture around each and both sizes, keep the best.
+
+    All things move by the same step in one drawing, and each keeps the step that suits its own surroundings, so that a search costs
+    18 drawings however many things there are. `limit` bounds the number of things drawn. Raises InputError unless uint8 [H, H, 3].
+    """
+    check_square(picture)
+    side = picture.shape[0]
+    start = [_thing(d) for d in reading.above(threshold)[:limit]]
+    scene = Scene(reading.background, tuple(start), reading.style, reading.tone)
+    if start:
+        truth = picture.astype(np.float32)
+        best = [(float("inf"), t) for t in start]
+        windows = [_window(t, side) for t in start]
+        for size in SIZES:
+            for dx, dy in MOVES:
+                tried = [replace(t, size=size, dx=t.dx + dx * STEP, dy=t.dy + dy * STEP) for t in start]
+                error = (render(replace(scene, things=tuple(tried)), side) - truth) ** 2  # [H, W, 3]
+                for i, (window, thing) in enumerate(zip(windows, tried)):
+                    best[i] = min(best[i], (float(error[window].sum()), thing), key=lambda pair: pair[0])
+        scene = replace(scene, things=tuple(t for _, t in best))
+    drawn = render(scene, side)
+    return Rerendered(scene, drawn, psnr(picture, drawn))
+
+
+def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 pictures [H, W, 3], over the pixels of `mask` [H, W] if given; at most 100.
+
+    An empty mask holds nothing that differs: 100.
+    """
+    error = (a.astype(np.float32) - b.astype(np.float32)) ** 2
+    if mask is not None:
+        error = error[mask]
+    mse = float(error.mean()) if error.size else 0.0
+    return min(MAX_PSNR, 10 * np.log10(255**2 / mse)) if mse > 0 else MAX_PSNR
+
+
+def box_mask(things: tuple[Thing, ...], side: int, *, margin: int = 1) -> np.ndarray:
+    """bool [side, side]: True inside the drawn box of any thing, grown by `margin` pixels."""
+    mask = np.zeros((side, side), dtype=bool)
+    for thing in things:
+        x0, y0, x1, y1 = object_box(thing, side)
+        rows = slice(max(0, int(np.floor(y0)) - margin), max(0, int(np.ceil(y1)) + margin))
+        mask[rows, max(0, int(np.floor(x0)) - margin) : max(0, int(np.ceil(x1)) + margin)] = True
+    return mask
+
+
+def check_square(picture: np.ndarray) -> None:
+    """Raises InputError unless `picture` is uint8 [H, H, 3]."""
+    if picture.ndim != 3 or picture.shape[0] != picture.shape[1] or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise InputError(f"got a picture {picture.dtype} {picture.shape}, expected uint8 [H, H, 3]; make it a square RGB picture")
+
+
+def _thing(d: Detection) -> Thing:
+    """A detection as a thing of the nearest cell, at a whole 64th of the picture; a generated thing may stand outside a cell's jitter."""
+    col = int(np.argmin([abs(d.cx - c) for c in CENTRES]))
+    row = int(np.argmin([abs(d.cy - c) for c in CENTRES]))
+    dx, dy = (round((v - CENTRES[i]) / STEP) * STEP for v, i in ((d.cx, col), (d.cy, row)))
+    return Thing(d.noun, d.colour, d.size, row * 3 + col, dx, dy, d.material)
+
+
+def _window(thing: Thing, side: int) -> tuple[slice, slice]:
+    """Pixels around a thing where its own error is summed: a large thing and two 64ths more."""
+    half = 12 / 64
+    low_x, high_x = int((thing.cx - half) * side), int(np.ceil((thing.cx + half) * side))
+    low_y, high_y = int((thing.cy - half) * side), int(np.ceil((thing.cy + half) * side))
+    return slice(max(0, low_y), max(0, high_y)), slice(max(0, low_x), max(0, high_x))
