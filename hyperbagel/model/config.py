@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hyperbagel.core.errors import InputError
 
-
 T = TypeVar("T", bound="_Shape")
 
 
@@ -141,7 +140,9 @@ def _read(path: Path, kind: type[T], optional: bool = False) -> T:
     if not path.exists():
         if optional:
             return kind()
-        raise InputError(f"{path}: missing; a BAGEL folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors and tokenizer.json")
+        raise InputError(
+            f"{path}: missing; a BAGEL folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors and tokenizer.json"
+        )
     try:
         return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

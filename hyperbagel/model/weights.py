@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import BagelConfig
+from hyperbagel.model.vae import AutoEncoder
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -114,6 +118,59 @@ def fill(module: nn.Module, source: TensorFolder, device: torch.device, dtype: t
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             owner._buffers[leaf] = value
+
+
+def load_folder(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Bagel, AutoEncoder]:
+    """The model and its autoencoder from a folder in BAGEL's layout, strictly, in evaluation mode.
+
+    The autoencoder stays in fp32, as in the reference. Raises InputError for anything missing, extra, misshapen or not finite.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: got no folder, expected a model folder in BAGEL's layout, or the name toybox")
+    config = BagelConfig.from_folder(folder)
+    with torch.device("meta"):
+        model, vae = Bagel(config), AutoEncoder(config.vae)
+    fill(model, TensorFolder(folder, "ema"), torch.device(device), dtype)
+    fill(vae, TensorFolder(folder, "ae"), torch.device(device), torch.float32)
+    return model.eval(), vae.eval()
+
+
+def save_folder(
+    folder: Path,
+    config: BagelConfig,
+    model: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    max_bytes: int = 5 * 2**30,
+) -> None:
+    """Writes a folder in BAGEL's layout (the tokenizer's files are the caller's). Weights in `dtype`, the autoencoder too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in config.files().items():
+        atomic_write_text(folder / name, json.dumps(content, indent=2) + "\n")
+    for stem, tensors in (("ema", model), ("ae", vae)):
+        save_sharded(folder, stem, {k: v.detach().to("cpu", dtype) for k, v in tensors.items()}, max_bytes)
+
+
+def inspect_folder(folder: Path) -> dict[str, Any]:
+    """What a model folder is: shapes, parameter counts, dtypes, files, and whether the tensors fit the config. Reads headers only."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: got no folder, expected a model folder in BAGEL's layout")
+    config = BagelConfig.from_folder(folder)
+    with torch.device("meta"):
+        parts: dict[str, nn.Module] = {"ema": Bagel(config), "ae": AutoEncoder(config.vae)}
+    report: dict[str, Any] = {"folder": str(folder), "config": config.model_dump(mode="json"), "weights": {}}
+    for stem, module in parts.items():
+        source = TensorFolder(folder, stem)
+        source.check({name: tuple(p.shape) for name, p in module.named_parameters()})
+        report["weights"][stem] = {
+            "tensors": len(source.shapes),
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "dtypes": sorted(set(source.dtypes.values())),
+            "files": sorted({path.name for path in source.file_of.values()}),
+            "bytes": sum(path.stat().st_size for path in set(source.file_of.values())),
+        }
+    return report
 
 
 def _open(path: Path, device: str) -> safe_open:  # type: ignore[valid-type]

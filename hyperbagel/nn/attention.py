@@ -1,0 +1,69 @@
+"""One attention for the whole project.
+
+Shape legend: B rows, Hq query heads, Hk key-value heads (Hq a multiple of Hk), Sq new tokens, Sk visible keys, D values of a head.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("sdpa", "reference", "flash", "flex")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False, backend: str = "sdpa") -> Tensor:
+    """softmax(q k^T / sqrt(D)) v with grouped heads.
+
+    q [B, Hq, Sq, D], k and v [B, Hk, Sk, D] -> [B, Hq, Sq, D]. `mask` is a bool tensor, True where a key is seen, that broadcasts to
+    [B, 1, Sq, Sk], or a flex BlockMask. `causal` aligns bottom right: the last query sees every key. Not both.
+    """
+    assert not (causal and mask is not None), "give a mask or causal, not both"
+    if backend == "reference":
+        return reference(q, k, v, causal_mask(q.shape[2], k.shape[2], q.device) if causal else mask)
+    if backend == "flash" and mask is None:
+        return _flash(q, k, v, causal)
+    if mask is not None and not isinstance(mask, Tensor):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        kernel = torch.compile(flex_attention) if q.is_cuda else flex_attention
+        return kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    if causal and q.shape[2] > 1 and q.shape[2] != k.shape[2]:
+        # SDPA's own causal flag aligns top left, which is wrong behind a cache.
+        mask, causal = causal_mask(q.shape[2], k.shape[2], q.device), False
+    causal = causal and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The slow definition, in at least fp32, that every backend is tested against."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / q.shape[-1] ** 0.5  # [B, Hq, Sq, Sk]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
+
+
+def causal_mask(sq: int, sk: int, device: torch.device) -> Tensor:
+    """[Sq, Sk], bottom right aligned. Two new tokens behind three cached ones:
+
+    1 1 1 1 .
+    1 1 1 1 1
+    """
+    return torch.ones(sq, sk, dtype=torch.bool, device=device).tril(sk - sq)
+
+
+def flash_available() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
+    return out.transpose(1, 2)

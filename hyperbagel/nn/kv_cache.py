@@ -1,0 +1,114 @@
+"""Preallocated keys and values of several sequences of different lengths.
+
+Shape legend: B rows (sequences), H key-value heads, K slots, D values of a head, n new tokens a row (padded to the longest).
+
+A slot is not a position: in BAGEL every token of an image shares one RoPE position. Keys are stored after norm and RoPE, so nothing
+here ever needs a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Plan:
+    """Where n new tokens go and what they see; made once a forward, used by every layer."""
+
+    slots: slice | Tensor  # one slice for all rows, or [B, n]
+    visible: int  # keys 0 .. visible - 1 are attended over
+    mask: Tensor | None  # bool, broadcasts to [B, 1, n, visible]; None: everything
+    causal: bool  # bottom-right causal, no mask needed
+
+
+class KVCache:
+    """Keys and values, `lengths` of them valid in each row."""
+
+    def __init__(self, layers: int, heads: int, head_dim: int, *, rows: int, device: torch.device | str, dtype: torch.dtype) -> None:
+        empty = torch.empty(rows, heads, 0, head_dim, device=device, dtype=dtype)
+        self.k = [empty for _ in range(layers)]
+        self.v = [empty for _ in range(layers)]
+        self.lengths = [0] * rows
+
+    @property
+    def capacity(self) -> int:
+        return self.k[0].shape[2]
+
+    def reserve(self, slots: int) -> None:
+        """Makes room for `slots` keys a row; what is stored stays."""
+        if slots <= self.capacity:
+            return
+        for store in (self.k, self.v):
+            for i, old in enumerate(store):
+                new = old.new_zeros(old.shape[0], old.shape[1], slots, old.shape[3])
+                new[:, :, : old.shape[2]] = old
+                store[i] = new
+
+    def plan(self, counts: Sequence[int], causal: bool) -> Plan:
+        """Room for counts[b] new tokens in row b, causal or full among themselves; both see their row's past."""
+        n, ends = max(counts), [have + new for have, new in zip(self.lengths, counts, strict=True)]
+        if max(self.lengths) + n > self.capacity:
+            self.reserve(max(max(self.lengths) + n, min(2 * self.capacity, self.capacity + 1024)))
+        device = self.k[0].device
+        if len(set(self.lengths)) == 1 and min(counts) == n:
+            return Plan(slice(self.lengths[0], ends[0]), ends[0], None, causal)
+        start = torch.tensor(self.lengths, device=device)[:, None]
+        slots = start + torch.arange(n, device=device)
+        key = torch.arange(max(ends), device=device)
+        # causal: query i sees keys up to its own slot; full: up to its row's end. Padding queries see what the last real one sees.
+        last = slots.minimum(torch.tensor(ends, device=device)[:, None] - 1) if causal else torch.tensor(ends, device=device)[:, None] - 1
+        return Plan(slots, max(ends), (key <= last.unsqueeze(-1)).unsqueeze(1), False)
+
+    def append(self, layer: int, plan: Plan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes [B, H, n, D] at the plan's slots and returns all visible keys and values. Lengths move only with `advance`."""
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            if isinstance(plan.slots, slice):
+                store[:, :, plan.slots] = new
+            else:
+                rows = torch.arange(new.shape[0], device=new.device)[:, None]
+                # Padding may point past the last slot it was promised; those writes land in slots that the next append overwrites.
+                store[rows, :, plan.slots] = new.transpose(1, 2)
+        return self.k[layer][:, :, : plan.visible], self.v[layer][:, :, : plan.visible]
+
+    def advance(self, counts: Sequence[int]) -> None:
+        self.lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forgets everything behind lengths[b] in row b."""
+        shorter = all(0 <= new <= have for new, have in zip(lengths, self.lengths, strict=True))
+        assert shorter, f"cannot truncate {self.lengths} to {list(lengths)}"
+        self.lengths = list(lengths)
+
+    def keep(self, start: int, kept: Tensor, row: int = 0) -> None:
+        """Of row `row`, keeps slots [0, start) and then, in this order, the slots `kept` (all >= start): the accepted path of a tree."""
+        n = kept.numel()
+        for store in (self.k, self.v):
+            for x in store:
+                x[row, :, start : start + n] = x[row].index_select(1, kept)
+        self.lengths[row] = start + n
+
+    def fork(self) -> KVCache:
+        """A copy that can grow on its own."""
+        return KVCache.stack([self])
+
+    @staticmethod
+    def stack(caches: Sequence[KVCache], extra: int = 0) -> KVCache:
+        """Rows of several caches in one, with room for `extra` more tokens a row. Copies; the originals stay as they are."""
+        lengths = [n for cache in caches for n in cache.lengths]
+        first = caches[0]
+        _, heads, _, head_dim = first.k[0].shape
+        whole = KVCache(len(first.k), heads, head_dim, rows=len(lengths), device=first.k[0].device, dtype=first.k[0].dtype)
+        whole.reserve(max(lengths) + extra)
+        at = 0
+        for cache in caches:
+            rows, top = len(cache.lengths), max(cache.lengths)
+            for mine, theirs in ((whole.k, cache.k), (whole.v, cache.v)):
+                for x, y in zip(mine, theirs, strict=True):
+                    x[at : at + rows, :, :top] = y[:, :, :top]
+            at += rows
+        whole.lengths = lengths
+        return whole
