@@ -22,6 +22,7 @@ from hyperbagel.toybox.rerender import rerender
 from hyperbagel.toybox.scene import COLOURS, NOUNS, Scene, sample_scene
 
 CONDITIONS = ("clean", "noise 0.1", "blur 3x3")
+VARIETY = 0.04  # share of striped things, line drawings and tones, as in the edits that are scored
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
@@ -35,7 +36,7 @@ def detector_table(
     pass with their own prompt, and with a prompt wrong by one word.
     """
     rng = random.Random(seed)
-    scenes = [sample_scene(rng, split=("train", "heldout")[i % 2], variety=0.12) for i in range(n)]
+    scenes = [sample_scene(rng, split=("train", "heldout")[i % 2], variety=VARIETY) for i in range(n)]
     drawn = np.stack([render(s, side) for s in scenes])
     prompts = np.stack([render(item.scene, side) for item in items]) if items else None
     table: dict[str, dict[str, float]] = {}
@@ -75,14 +76,13 @@ def wrong_by_one(item: T2IItem, rng: random.Random) -> list[T2IItem]:
     there = {t.noun for t in item.scene.things}
     wrong: list[T2IItem] = []
     for i, need in enumerate(item.include):
-        others: list[dict[str, object]] = [{"noun": rng.choice([x for x in NOUNS if x not in there])}]
+        others = [replace(need, noun=rng.choice([x for x in NOUNS if x not in there])), replace(need, count=need.count + 1)]
         if need.colour is not None:
             taken = {t.colour for t in item.scene.things if t.noun == need.noun}
-            others.append({"colour": rng.choice([c for c in COLOURS if c not in taken])})
-        others.append({"count": need.count + 1})
+            others.append(replace(need, colour=rng.choice([c for c in COLOURS if c not in taken])))
         if item.category == "counting" and need.count > 1:
-            others.append({"count": need.count - 1})
-        wrong += [replace(item, include=(*item.include[:i], replace(need, **change), *item.include[i + 1 :])) for change in others]
+            others.append(replace(need, count=need.count - 1))
+        wrong += [replace(item, include=(*item.include[:i], other, *item.include[i + 1 :])) for other in others]
     if item.relation is not None:
         a, relation, b = item.relation
         wrong.append(replace(item, relation=(a, OPPOSITE[relation], b)))

@@ -142,7 +142,7 @@ def _sentence_facts(sentence: str) -> Iterator[Fact]:
             yield At(kind, placed[i])
     for m in _RELATION.finditer(sentence):
         earlier, later = [t for t in things if t[1] <= m.start()], [t for t in things if t[0] >= m.end()]
-        name = _RELATION_NAMES[m.lastgroup if m.lastgroup != "it" else next(k for k in _RELATION_NAMES if m[k])]
+        name = next(name for key, name in _RELATION_NAMES.items() if m[key])
         if m["it"] and len(earlier) >= 2:  # "seen from the tree, the car is above it"
             yield Stands(earlier[-1][3], name, earlier[-2][3])
         elif earlier and later:

@@ -7,7 +7,7 @@ function of its id, so that two models see the same prompts and the same noise (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from hyperbagel.core.files import make_folder
 from hyperbagel.evaluate import edits, questions, t2i
 from hyperbagel.evaluate.calibration import detector_table, read_all
 from hyperbagel.evaluate.records import Record, Worker, run_items
-from hyperbagel.evaluate.report import write_report
+from hyperbagel.evaluate.report import print_report, write_report
 from hyperbagel.evaluate.summary import summarise_edits, summarise_questions, summarise_t2i
 from hyperbagel.generate.types import AskRequest, ImageRequest
 from hyperbagel.model.weights import load_tensors
@@ -41,17 +41,18 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is asked. Written beside the records; records made with other settings are not mixed in."""
+    """How the model is asked. Written beside the records; records made with other settings are not mixed in.
+
+    image, edit, answer: options of ImageRequest (for prompts, for edits) and AskRequest; what is absent keeps the request's own default.
+    """
 
     split: str = "train"
     seed: int = 0
-    steps: int = 50
-    text_scale: float = 4.0
-    edit_text_scale: float = 4.0
-    edit_image_scale: float = 1.5
     side: int = 64
-    max_tokens: int = 192
     think: bool = False
+    image: dict[str, Any] = field(default_factory=dict)
+    edit: dict[str, Any] = field(default_factory=dict)
+    answer: dict[str, Any] = field(default_factory=lambda: {"max_tokens": 192})
 
 
 def load_detector(path: Path = DETECTOR) -> Detector:
@@ -71,11 +72,12 @@ def run_toybox_eval(
     split: str = "train",
     detector: Detector | None = None,
     calibrate: int = 600,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Score `model` on the three tasks; a count of 0 leaves a task out.
 
-    out: folder for t2i.jsonl, edits.jsonl, questions.jsonl and report.json; None keeps nothing. `settings.split` wins over `split` if
-    settings are given. calibrate: scenes in the detector's own table. Raises InputError on records made with other settings.
+    out: folder for t2i.jsonl, edits.jsonl, questions.jsonl and report.json; None keeps nothing. split: used if no `settings` are given.
+    calibrate: scenes in the detector's own table. show: print the tables. Raises InputError on records made with other settings.
     """
     chosen = settings or Settings(split=split)
     detector = detector or load_detector()
@@ -98,12 +100,14 @@ def run_toybox_eval(
     result["detector"] = detector_table(detector, t2i_items[:calibrate], n=calibrate, side=chosen.side)
     if out is not None:
         write_report(result, out / "report.json")
+    if show:
+        print_report(result)
     return result
 
 
 def _t2i_worker(model: Model, detector: Detector, s: Settings) -> Worker:
     def work(items: list[Any], seeds: list[int]) -> list[Record]:
-        asked: dict[str, Any] = {"steps": s.steps, "text_scale": s.text_scale, "size": (s.side, s.side), "think": s.think}
+        asked: dict[str, Any] = {"size": (s.side, s.side), "think": s.think} | s.image
         results = model.generate_batch([ImageRequest(prompt=i.prompt, seed=seed, **asked) for i, seed in zip(items, seeds)])
         pictures = np.stack([as_square(r.image, s.side) for r in results])
         records = []
@@ -117,8 +121,7 @@ def _t2i_worker(model: Model, detector: Detector, s: Settings) -> Worker:
 
 def _edit_worker(model: Model, detector: Detector, s: Settings) -> Worker:
     def work(items: list[Any], seeds: list[int]) -> list[Record]:
-        asked: dict[str, Any] = {"steps": s.steps, "text_scale": s.edit_text_scale, "image_scale": s.edit_image_scale}
-        asked |= {"size": (s.side, s.side), "think": s.think}
+        asked: dict[str, Any] = {"size": (s.side, s.side), "think": s.think} | s.edit
         sources = [(_drawn(item.source, s.side),) for item in items]
         results = model.generate_batch(
             [ImageRequest(prompt=i.instruction, images=images, seed=seed, **asked) for i, images, seed in zip(items, sources, seeds)]
@@ -136,7 +139,7 @@ def _edit_worker(model: Model, detector: Detector, s: Settings) -> Worker:
 
 def _question_worker(model: Model, s: Settings) -> Worker:
     def work(items: list[Any], seeds: list[int]) -> list[Record]:
-        asked: dict[str, Any] = {"max_tokens": s.max_tokens, "temperature": 0.0, "think": s.think}
+        asked: dict[str, Any] = {"temperature": 0.0, "think": s.think} | s.answer
         pictures = [(_drawn(item.scene, s.side),) for item in items]
         results = model.ask_batch(
             [AskRequest(question=i.question, images=images, seed=seed, **asked) for i, images, seed in zip(items, pictures, seeds)]

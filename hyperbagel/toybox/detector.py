@@ -144,9 +144,9 @@ def decode(maps: dict[str, Tensor], *, floor: float) -> list[Reading]:
     found: list[list[Detection]] = [[] for _ in range(heat.shape[0])]
     for b, row, col in peaks.nonzero().tolist():
         dx, dy, extent = maps["place"][b, :, row, col].tolist()
-        words = {k: THING_VALUES[k][int(v[b, row, col])] for k, v in best.items()}
-        place = {"cx": (col + 0.5 + dx) / GRID, "cy": (row + 0.5 + dy) / GRID, "extent": max(extent, 1 / SIDE)}
-        found[b].append(Detection(**words, **place, confidence=float(confidence[b, row, col])))
+        noun, colour, size, material = (THING_VALUES[k][int(best[k][b, row, col])] for k in ("noun", "colour", "size", "material"))
+        cx, cy = (col + 0.5 + dx) / GRID, (row + 0.5 + dy) / GRID
+        found[b].append(Detection(noun, colour, size, material, cx, cy, max(extent, 1 / SIDE), float(confidence[b, row, col])))
     return [
         Reading(tuple(_one_each(things)), **{k: PICTURE_VALUES[k][int(v[b])] for k, v in picture.items()}) for b, things in enumerate(found)
     ]

@@ -1,4 +1,4 @@
-"""Trains the detector on drawn pictures, spoiled the way a decoder spoils them. About twenty minutes of one core.
+"""Trains the detector on drawn pictures, spoiled the way a decoder spoils them. Twenty to thirty minutes of one core.
 
 Shape legend: B pictures, G = 16 cells a side of the heat map, K values of one attribute.
 """
@@ -21,17 +21,26 @@ from hyperbagel.toybox.scene import Scene, sample_scene
 RING = 0.2  # weight of a thing's attributes at the eight cells around its centre
 
 
-def train_detector(steps: int = 6000, *, seed: int = 0, batch: int = 24, log: Callable[[str], None] | None = None) -> Detector:
-    """A detector trained for `steps` batches of fresh drawings; on one thread a function of (steps, seed, batch).
+def train_detector(
+    steps: int = 6000,
+    *,
+    seed: int = 0,
+    batch: int = 24,
+    initial: dict[str, Tensor] | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Detector:
+    """A detector trained for `steps` batches of fresh drawings; on one thread a function of (steps, seed, batch, initial).
 
-    log: gets a line every 100 steps.
+    initial: weights to go on from, with a new learning-rate schedule; None draws them from `seed`. log: gets a line every 100 steps.
     """
     rng = random.Random(seed)
     noise = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # initial weights; the caller's generator is put back
+        torch.manual_seed(seed)  # the caller's generator is put back
         detector = Detector()
-    optimiser = torch.optim.AdamW(detector.parameters(), lr=2e-3, weight_decay=1e-2)
+    if initial is not None:
+        detector.load_state_dict(initial)
+    optimiser = torch.optim.AdamW(detector.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps, pct_start=0.1)
     average: dict[str, float] = {}
     start = time.monotonic()

@@ -14,10 +14,11 @@ import numpy as np
 from hyperbagel.core.errors import InputError
 from hyperbagel.toybox.detector import Detection, Reading
 from hyperbagel.toybox.render import object_box, render
-from hyperbagel.toybox.scene import CENTRES, SIZES, Scene, Thing
+from hyperbagel.toybox.scene import CENTRES, MATERIALS, SIZES, Scene, Thing
 
 MOVES = tuple((dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1))  # in 64ths of the picture
 STEP = 1 / 64
+OTHER = dict(zip(MATERIALS, reversed(MATERIALS)))  # the other of the two materials
 MAX_PSNR = 100.0  # dB, given to equal pictures
 
 
@@ -31,10 +32,10 @@ class Rerendered:
 
 
 def rerender(picture: np.ndarray, reading: Reading, *, threshold: float = 0.3, limit: int = 9) -> Rerendered:
-    """Draw the things read above `threshold`, search one 64th of the picture around each and both sizes, keep the best.
+    """Draw the things read above `threshold`, search one 64th of the picture around each, both sizes and both materials, keep the best.
 
-    All things move by the same step in one drawing, and each keeps the step that suits its own surroundings, so that a search costs
-    18 drawings however many things there are. `limit` bounds the number of things drawn. Raises InputError unless uint8 [H, H, 3].
+    All things change by the same step in one drawing, and each keeps the step that suits its own surroundings, so that a search costs
+    19 drawings however many things there are. `limit` bounds the number of things drawn. Raises InputError unless uint8 [H, H, 3].
     """
     check_square(picture)
     side = picture.shape[0]
@@ -42,14 +43,18 @@ def rerender(picture: np.ndarray, reading: Reading, *, threshold: float = 0.3, l
     scene = Scene(reading.background, tuple(start), reading.style, reading.tone)
     if start:
         truth = picture.astype(np.float32)
-        best = [(float("inf"), t) for t in start]
         windows = [_window(t, side) for t in start]
+        best = [(float("inf"), t) for t in start]
+
+        def offer(tried: list[Thing]) -> None:
+            error = (render(replace(scene, things=tuple(tried)), side) - truth) ** 2  # [H, W, 3]
+            for i, (window, thing) in enumerate(zip(windows, tried)):
+                best[i] = min(best[i], (float(error[window].sum()), thing), key=lambda pair: pair[0])
+
         for size in SIZES:
             for dx, dy in MOVES:
-                tried = [replace(t, size=size, dx=t.dx + dx * STEP, dy=t.dy + dy * STEP) for t in start]
-                error = (render(replace(scene, things=tuple(tried)), side) - truth) ** 2  # [H, W, 3]
-                for i, (window, thing) in enumerate(zip(windows, tried)):
-                    best[i] = min(best[i], (float(error[window].sum()), thing), key=lambda pair: pair[0])
+                offer([replace(t, size=size, dx=t.dx + dx * STEP, dy=t.dy + dy * STEP) for t in start])
+        offer([replace(t, material=OTHER[t.material]) for _, t in best])
         scene = replace(scene, things=tuple(t for _, t in best))
     drawn = render(scene, side)
     return Rerendered(scene, drawn, psnr(picture, drawn))
