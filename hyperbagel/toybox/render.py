@@ -65,13 +65,13 @@ def _stripe(canvas: Image.Image, points: list[tuple[float, float]], colour: RGB)
 
 
 def _draw_part(canvas: Image.Image, draw: ImageDraw.ImageDraw, part: Part, thing: Thing, scene: Scene, line: int) -> None:
-    cx, cy, half = _frame(thing, canvas.width, line)
-    points = [(cx + x * half, cy + y * half) for x, y in part.points]
     own, back = COLOURS[thing.colour], BACKGROUNDS[scene.background]
     roles = {"fill": own, "shade": _scale(own, 0.72), "light": LIGHT, "dark": INK, "hole": back}
     fill, edge = _tone(roles[part.role], scene.tone), _tone(INK, scene.tone)
     if scene.style == "outline":  # a line drawing: every line in the thing's colour, nothing filled
         fill, edge, line = _tone(back, scene.tone), _tone(own, scene.tone), round(1.8 * line)
+    cx, cy, half = _frame(thing, canvas.width, line)
+    points = [(cx + x * half, cy + y * half) for x, y in part.points]
     if part.stroke:
         width = max(2, round(part.stroke * half))
         if part.role != "dark":
@@ -106,7 +106,7 @@ def render(scene: Scene, resolution: int = 64) -> NDArray[np.uint8]:
 
 
 def object_box(thing: Thing, resolution: int = 64) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) in pixels, the tight box of what is drawn for a thing, outline included."""
+    """(x0, y0, x1, y1) in pixels, the tight box of what is drawn for a thing, outline included (style "plain")."""
     line = _line_px(resolution * OVERSAMPLE) / OVERSAMPLE
     cx, cy, half = _frame(thing, resolution, line)
     x0, y0, x1, y1 = bounds(thing.noun)

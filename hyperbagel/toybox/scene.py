@@ -30,7 +30,7 @@ from hyperbagel.toybox.vocabulary import (
 
 __all__ = [
     "BACKGROUNDS", "CELL_NAMES", "CENTRES", "COLOURS", "MATERIALS", "NOUNS", "RELATIONS", "SIZES", "STYLES", "TONES",
-    "Scene", "Spec", "Thing", "holds", "main_relations", "sample_scene",
+    "Scene", "Spec", "Thing", "holds", "main_relation", "sample_scene",
 ]  # fmt: skip
 
 
@@ -118,14 +118,15 @@ def holds(a: Thing, relation: str, b: Thing) -> bool:
     return step[relation] > 0
 
 
-def main_relations(a: Thing, b: Thing) -> tuple[str, ...]:
-    """The relations that a viewer would name first: along the longer way between the cells; both when the ways are equal.
+def main_relation(a: Thing, b: Thing) -> str | None:
+    """The relation that a viewer would name first, along the longer way between the cells; None on a diagonal.
 
-    These also hold by GenEval's rule (the component exceeds half of the distance).
+    It also holds by GenEval's rule (the shrunk component exceeds half of the distance) whatever the jitter.
     """
     along_x, along_y = abs(a.col - b.col), abs(a.row - b.row)
-    longest = max(along_x, along_y)
-    return tuple(r for r in RELATIONS if holds(a, r, b) and (along_x if r in ("left of", "right of") else along_y) == longest)
+    if along_x == along_y:
+        return None
+    return next(r for r in (RELATIONS[:2] if along_x > along_y else RELATIONS[2:]) if holds(a, r, b))
 
 
 @dataclass(frozen=True)

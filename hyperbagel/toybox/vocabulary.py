@@ -39,8 +39,8 @@ TONES: tuple[str, ...] = ("normal", "dark", "faded")
 CENTRES: tuple[float, float, float] = (12 / 64, 32 / 64, 52 / 64)
 JITTERS: tuple[float, float, float] = (-1 / 64, 0.0, 1 / 64)
 CELL_NAMES: tuple[str, ...] = (
-    "top left", "top", "top right",
-    "left", "middle", "right",
-    "bottom left", "bottom", "bottom right",
+    "top left", "top middle", "top right",
+    "middle left", "center", "middle right",
+    "bottom left", "bottom middle", "bottom right",
 )  # fmt: skip
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")

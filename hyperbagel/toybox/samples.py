@@ -1,0 +1,39 @@
+"""What the world hands out for training: a sample of each task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hyperbagel.toybox.scene import Scene
+
+
+@dataclass(frozen=True)
+class T2ISample:
+    """A caption and the picture that it is true of. `think`: a plan before the picture."""
+
+    prompt: str
+    scene: Scene
+    think: str
+    category: str
+
+
+@dataclass(frozen=True)
+class EditSample:
+    """An instruction with the exact pictures before and after it. `think`: what is there and what changes."""
+
+    source: Scene
+    instruction: str
+    target: Scene
+    group: str
+    think: str
+
+
+@dataclass(frozen=True)
+class QuestionSample:
+    """A question about a picture with its true answer. `think`: a look-up before the answer."""
+
+    scene: Scene
+    question: str
+    answer: str
+    kind: str
+    think: str
