@@ -198,10 +198,8 @@ def inspect(path: Annotated[Path, typer.Argument(help="A folder, or a picture ma
         found = inspect_folder(path)
     if json:
         print(jsonlib.dumps(found, indent=2, default=str))
-        return
-    width = max(map(len, found), default=0)
-    for key, value in found.items():
-        print(f"{key:<{width}}  {value if isinstance(value, str) else jsonlib.dumps(value, default=str)}")
+    else:
+        print("\n".join(checks.tree(found)))
 
 
 @app.command()
@@ -209,7 +207,7 @@ def train(
     name: Annotated[str, typer.Argument(help="The stage, e.g. vae or base.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder: settings, metrics, checkpoints.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe (YAML).", show_default="the stage's toybox recipe")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe (YAML).", show_default="the stage's defaults")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
 ) -> None:
     """Train one stage from a recipe."""
@@ -285,6 +283,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, InputError | OSError):
             _note(f"error: {' '.join(str(error).split())}")
             return 2
+        if isinstance(error, FloatingPointError):  # a training that diverged: it says itself what to do
+            _note(f"error: {' '.join(str(error).split())}")
+            return 1
         text = " ".join(str(error).split())
         _note(f"internal error: {type(error).__name__}: {text}; set HYPERBAGEL_DEBUG=1 for the traceback")
         return 1

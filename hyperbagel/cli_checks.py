@@ -9,7 +9,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +129,16 @@ def read_pictures(paths: Sequence[Path]) -> list[Any]:
 def seconds(timings: Mapping[str, float]) -> str:
     """`prefill 0.03 s, denoise 1.20 s, decode 0.05 s`, in the order they happened."""
     return ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
+
+
+def tree(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """Nested settings as indented lines, `key  value`, big numbers with separators."""
+    width = max((len(key) for key, value in values.items() if not isinstance(value, Mapping)), default=0)
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{key}"
+            yield from tree(value, indent + "  ")
+        elif isinstance(value, list | tuple):
+            yield f"{indent}{key:<{width}}  {', '.join(map(str, value))}"
+        else:
+            yield f"{indent}{key:<{width}}  {f'{value:,}' if type(value) is int else value}"
