@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from itertools import pairwise
 
 from hyperbagel.toybox.heldout import held_out
 from hyperbagel.toybox.phrases import (
@@ -77,7 +78,7 @@ def _relation_sentence(rng: random.Random, a: Thing, b: Thing, text_split: str) 
 
 
 def dense(rng: random.Random, scene: Scene, text_split: str = "train") -> str:
-    """A paragraph that names everything and where it is; 40 to 120 tokens for two to four things."""
+    """A paragraph that names everything and where it is; 50 to 110 tokens for two to four things."""
     things = list(scene.things)
     rng.shuffle(things)
     inventory = listing(things, colour=False) if rng.random() < 0.5 else count_phrase(len(things))
@@ -90,8 +91,8 @@ def dense(rng: random.Random, scene: Scene, text_split: str = "train") -> str:
         template = choose(rng, _STANDS, text_split)
         parts.append(template.format(a=article(words(thing, size=True)), p=where, P=where))
     unique = [t for t in things if sum(words(o) == words(t) for o in things) == 1]
-    if len(unique) >= 2:
-        a, b = rng.sample(unique, 2)
+    rng.shuffle(unique)
+    for a, b in list(pairwise(unique))[: 1 if len(things) == 2 else 2]:
         parts.append(_relation_sentence(rng, a, b, text_split))
     if background not in parts:
         parts.append(background)

@@ -233,7 +233,8 @@ def describe(rng: random.Random, scene: Scene, text_split: str) -> Answered:
 def steps(rng: random.Random, scene: Scene, text_split: str) -> Answered:
     """A step-by-step count: every thing in reading order, then the number."""
     things = sorted(scene.things, key=lambda t: t.cell)
-    parts = [f"the {ORDINALS[i]} thing is {full(t)}" for i, t in enumerate(things)]
+    parts = ["I go through the picture row by row"]
+    parts += [f"the {ORDINALS[i]} thing is {full(t)}" for i, t in enumerate(things)]
     kinds = {t.noun: sum(o.noun == t.noun for o in things) for t in things}
     if len(kinds) > 1:
         parts.append("there is " + join([f"{NUMBERS[n]} {noun if n == 1 else plural(noun)}" for noun, n in kinds.items()]))
@@ -294,7 +295,8 @@ def question_scene(rng: random.Random, kind: str, split: str, heldout_kind: str 
         n = rng.choice((2, 3, 4))
         noun = rng.choice([x for x in NOUNS if n < 4 or x not in held_out().four])
         return sample_scene(rng, n=rng.choice(range(n, 5)), split=split, specs=[Spec(noun)] * n, variety=0.02)
-    low = 2 if kind in ("relation", "comparison", "reason", "describe", "steps") or heldout_kind in ("pair", "relation") else 1
+    low = 2 if kind in ("relation", "comparison", "reason") or heldout_kind in ("pair", "relation") else 1
+    low = 3 if kind in ("describe", "steps") else low
     n = 4 if heldout_kind == "count" else rng.randint(low, 4)
     return sample_scene(rng, n=n, split=split, kind=heldout_kind, variety=0.02)
 
