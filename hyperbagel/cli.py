@@ -9,6 +9,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,31 +63,52 @@ def _seed(seed: int | None) -> int:
     return checks.check_seed(seed)
 
 
-def _load(model: str | None, device: str | None, dtype: str | None) -> Any:
+def _load(model: str | None, device: str | None, dtype: str | None) -> tuple[Any, dict[str, float]]:
+    """The model, and the seconds that loading it and importing torch took: a user waits for both."""
+    start = time.perf_counter()
     from hyperbagel.pipeline import HyperBagel
 
-    return HyperBagel.from_pretrained(**_given(model=model, device=device, dtype=dtype))
+    imports = time.perf_counter() - start
+    pipeline = HyperBagel.from_pretrained(**_given(model=model, device=device, dtype=dtype))
+    return pipeline, {"import": imports, "load": pipeline.load_seconds}
 
 
-def _write_pictures(pipeline: Any, results: list[Any], paths: list[Path], json: bool) -> None:
-    """Save every picture with its settings inside, then say where, with which seed and in what time."""
+def _show_step(done: int, total: int, latents: Any) -> None:
+    """A counter that stays on its line; on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\rstep {done} of {total}", end="\r\033[K" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _draw(
+    prompt: str, pictures: list[Path], paths: list[Path], seed: int | None, where: dict[str, Any], json: bool, **settings: Any
+) -> None:
+    """Draw or edit: check, load, work, save every picture with its settings inside, then say where, with which seed and in what time."""
     from hyperbagel.data.images import save_png
+    from hyperbagel.generate.types import ImageRequest
 
+    settings = _given(**settings | {"size": checks.parse_size(settings["size"])})
+    images = checks.read_pictures(pictures)
+    ImageRequest(prompt, tuple(images), **settings).denoising()  # refuses wrong settings before the model is loaded
+    first = _seed(seed)
+    pipeline, spent = _load(**where)
+    options = {"n": len(paths), "seed": first, "on_step": _show_step, **settings}
+    results = pipeline.edit(images, prompt, **options) if images else pipeline.generate(prompt, **options)
+    for timings in {id(result.timings): result.timings for result in results}.values():  # pictures of one batch share theirs
+        spent = {name: spent.get(name, 0.0) + timings.get(name, 0.0) for name in spent | timings}
     rows = []
     for result, path in zip(results, paths, strict=True):
         save_png(result.image, path, result.settings)
         row = {"file": str(path), "size": list(result.image.size), "seed": result.seed, "nfe": result.nfe}
-        rows.append(row | {"timings": result.timings, "settings": result.settings, "thinking": result.thinking})
-        if json:
-            continue
-        if result.thinking:
-            _note(f"plan: {result.thinking}")
-        print(path)
-        _note(f"{'x'.join(map(str, result.image.size))}, seed {result.seed}, {checks.seconds(result.timings)}, {result.nfe} NFE")
+        rows.append(row | {"settings": result.settings, "thinking": result.thinking})
+        if not json:
+            if result.thinking:
+                _note(f"plan: {result.thinking}")
+            print(path)
+            _note(f"{'x'.join(map(str, result.image.size))}, seed {result.seed}, {result.nfe} NFE")
     if json:
-        print(jsonlib.dumps({"load_seconds": pipeline.load_seconds, "pictures": rows}, indent=2))
+        print(jsonlib.dumps({"seconds": spent, "pictures": rows}, indent=2))
     else:
-        _note(f"load {pipeline.load_seconds:.2f} s")
+        _note(checks.seconds(spent))
 
 
 @app.command()
@@ -111,13 +133,9 @@ def generate(
     """Draw a picture from a text."""
     paths = checks.check_outputs(output, n)
     checks.check_text(prompt, "prompt")
-    checks.check_guidance(steps, text_scale, None, interval, renorm_min, shift)
-    height_width = checks.parse_size(size)
-    first = _seed(seed)
-    pipeline = _load(model, device, dtype)
-    options = _given(steps=steps, text_scale=text_scale, interval=interval, renorm=renorm, renorm_min=renorm_min, shift=shift)
-    results = pipeline.generate(prompt, n=n, seed=first, think=think, **options, **_given(size=height_width))
-    _write_pictures(pipeline, results, paths, json)
+    where = {"model": model, "device": device, "dtype": dtype}
+    guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
+    _draw(prompt, [], paths, seed, where, json, steps=steps, size=size, think=think, **guidance)
 
 
 @app.command()
@@ -143,15 +161,9 @@ def edit(
     """Change a picture as an instruction says."""
     paths = checks.check_outputs(output, n)
     pictures, instruction = checks.split_inputs(inputs, "instruction", needs_picture=True)
-    checks.check_guidance(steps, text_scale, image_scale, interval, renorm_min, shift)
-    height_width = checks.parse_size(size)
-    images = checks.read_pictures(pictures)
-    first = _seed(seed)
-    pipeline = _load(model, device, dtype)
-    options = _given(steps=steps, text_scale=text_scale, image_scale=image_scale, interval=interval, renorm=renorm)
-    options |= _given(renorm_min=renorm_min, shift=shift, size=height_width)
-    results = pipeline.edit(images, instruction, n=n, seed=first, think=think, **options)
-    _write_pictures(pipeline, results, paths, json)
+    where = {"model": model, "device": device, "dtype": dtype}
+    guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
+    _draw(instruction, pictures, paths, seed, where, json, steps=steps, size=size, think=think, image_scale=image_scale, **guidance)
 
 
 @app.command()
@@ -172,17 +184,20 @@ def ask(
     checks.check_at_least("--temperature", temperature, 0.0)
     images = checks.read_pictures(pictures)
     first = _seed(seed) if temperature else checks.check_seed(seed or 0)  # at temperature 0 nothing is drawn
-    pipeline = _load(model, device, dtype)
+    pipeline, spent = _load(model, device, dtype)
     result = pipeline.ask(question, images, seed=first, think=think, **_given(max_tokens=max_tokens, temperature=temperature))
+    spent |= result.timings
     if json:
         row = {"text": result.text, "thinking": result.thinking, "prompt_tokens": result.prompt_tokens, "tokens": result.tokens}
-        print(jsonlib.dumps(row | {"timings": result.timings, "load_seconds": pipeline.load_seconds}, indent=2))
+        print(jsonlib.dumps(row | {"finish_reason": result.finish_reason, "seconds": spent}, indent=2))
         return
     if result.thinking:
         _note(f"thinking: {result.thinking}")
     print(result.text)
-    rate = result.tokens / max(result.timings.get("decode", 0.0), 1e-9)
-    _note(f"load {pipeline.load_seconds:.2f} s, {checks.seconds(result.timings)}, {result.tokens} tokens, {rate:.1f} tok/s")
+    if result.finish_reason == "length":
+        _note("cut off; a larger --max-tokens gives more")
+    rate = result.tokens / max(result.timings["decode"], 1e-9)
+    _note(f"{checks.seconds(spent)}, {result.prompt_tokens} tokens in, {result.tokens} out, {rate:.1f} tok/s")
 
 
 @app.command()
@@ -236,7 +251,7 @@ def evaluate(
         checks.check_at_least(option, count, 0)
     from hyperbagel.evaluate.toybox import run_toybox_eval
 
-    pipeline = _load(model, device, dtype)
+    pipeline, _ = _load(model, device, dtype)
     run_toybox_eval(pipeline, out=out, **_given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions, split=split))
 
 
@@ -254,7 +269,7 @@ def demo(
     from hyperbagel.demo import build_demo
 
     folder = make_folder(out)
-    pipeline = _load(model, device, dtype)
+    pipeline, _ = _load(model, device, dtype)
     print(build_demo(pipeline, folder, seed=seed, note=_note))
 
 

@@ -5,7 +5,6 @@ Every failure is an InputError: got, expected, what to do. Sizes are (height, wi
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import secrets
@@ -17,7 +16,6 @@ from hyperbagel.core.errors import InputError
 
 MAX_PICTURES = 64
 MAX_SIDE = 1024  # BAGEL's largest: 64 latent places of 16 pixels
-MAX_STEPS = 1000
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -76,29 +74,6 @@ def parse_size(size: str | None) -> tuple[int, int] | None:
 
 def _nearest_side(side: int) -> int:
     return min(max(round(side / 16) * 16, 16), MAX_SIDE)
-
-
-def check_guidance(
-    steps: int | None,
-    text_scale: float | None,
-    image_scale: float | None,
-    interval: tuple[float, float] | None,
-    renorm_min: float | None,
-    shift: float | None,
-) -> None:
-    """Ranges of the sampling options; None means the default and is always right."""
-    if steps is not None and not 1 <= steps <= MAX_STEPS:
-        raise InputError(f"got --steps {steps}, expected 1 to {MAX_STEPS}, choose another number of steps")
-    for option, scale in (("--text-scale", text_scale), ("--image-scale", image_scale)):
-        if scale is not None and not (math.isfinite(scale) and scale >= 0):
-            raise InputError(f"got {option} {scale}, expected 0 or more, use 1 for no guidance")
-    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
-        low, high = interval
-        raise InputError(f"got --interval {low} {high}, expected 0 <= LO <= HI <= 1, put the smaller first, for instance 0.4 1.0")
-    if renorm_min is not None and not 0 <= renorm_min <= 1:
-        raise InputError(f"got --renorm-min {renorm_min}, expected 0 to 1, use 0 for the default")
-    if shift is not None and not (math.isfinite(shift) and shift > 0):
-        raise InputError(f"got --shift {shift}, expected a number above 0, use 1 for no shift")
 
 
 def split_inputs(inputs: Sequence[str], name: str, *, needs_picture: bool) -> tuple[list[Path], str]:

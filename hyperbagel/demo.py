@@ -26,7 +26,6 @@ from hyperbagel.toybox.scene import Scene
 if TYPE_CHECKING:
     from hyperbagel.pipeline import HyperBagel
 
-RESOLUTION = 64  # pixels a side of the toybox scenes that are edited and asked about
 PICTURES, EDITS, ANSWERS = 8, 9, 8  # nine groups of edits
 
 
@@ -72,8 +71,9 @@ def took(timings: Mapping[str, float], tail: str) -> dict[str, Any]:
     return {"took": f"{parts}, {tail}", "seconds": sum(timings.values())}
 
 
-def draw_scene(scene: Scene) -> Image.Image:
-    return Image.fromarray(render(scene, RESOLUTION))
+def draw_scene(scene: Scene, model: HyperBagel) -> Image.Image:
+    """The scene as a square picture of the model's own height."""
+    return Image.fromarray(render(scene, model.default_size[0]))
 
 
 def pictures(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) -> Iterable[Card]:
@@ -88,9 +88,9 @@ def edits(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) ->
     samples = distinct(lambda: language.sample_edit(rng), lambda sample: sample.group, EDITS)
     for i, sample in enumerate(samples):
         note(f"edit {i + 1} of {len(samples)}: {sample.instruction}")
-        source = draw_scene(sample.source)
+        source = draw_scene(sample.source, model)
         [result] = model.edit([source], sample.instruction, seed=rng.getrandbits(31))
-        three = (("before", source), ("after", result.image), ("wanted", draw_scene(sample.target)))
+        three = (("before", source), ("after", result.image), ("wanted", draw_scene(sample.target, model)))
         yield Card(three, sample.instruction, **took(result.timings, f"{result.nfe} NFE, seed {result.seed}"))
 
 
@@ -98,7 +98,7 @@ def answers(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) 
     samples = distinct(lambda: language.sample_question(rng), lambda sample: sample.kind, ANSWERS)
     for i, sample in enumerate(samples):
         note(f"question {i + 1} of {len(samples)}: {sample.question}")
-        picture = draw_scene(sample.scene)
+        picture = draw_scene(sample.scene, model)
         result = model.ask(sample.question, [picture])
         spent = took(result.timings, f"{result.tokens} tokens")
         yield Card((("", picture),), sample.question, answer=result.text, wanted=sample.answer, **spent)

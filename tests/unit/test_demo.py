@@ -21,6 +21,7 @@ class FakeModel:
     """Gives back noise, or the source picture, or the text `<b>two</b>`; counts what it was asked."""
 
     load_seconds = 0.5
+    default_size = (64, 64)
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
