@@ -57,23 +57,22 @@ def save_checkpoint(folder: Path, stage: Stage, progress: Progress, *, keep: int
     """Write a checkpoint, note it in best.json if `score` beats the noted one, then drop all but the newest `keep` and the best."""
     make_folder(folder)
     path = folder / f"step-{progress.step:08d}"
-    with atomic_path(path) as temporary:
-        temporary.mkdir()
-        scalars = {name: _save_player(temporary, name, player) for name, player in stage.players.items()}
-        save_file(_rng_tensors(), temporary / "rng.safetensors")
-        state = {
-            "format": _FORMAT,
-            "step": progress.step,
-            "seconds": progress.seconds,
-            "score": score,
-            "players": scalars,
-            "stage": stage.state(),
-        }
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    if path not in list_checkpoints(folder):  # the same step is the same state: never touch a whole checkpoint
+        _write(path, stage, progress, score)
     if score is not None and score > _best_score(folder):
         atomic_write_text(folder / "best.json", json.dumps({"name": path.name, "score": score}))
     _prune(folder, keep)
     return path
+
+
+def _write(path: Path, stage: Stage, progress: Progress, score: float | None) -> None:
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
+        scalars = {name: _save_player(temporary, name, player) for name, player in stage.players.items()}
+        save_file(_rng_tensors(), temporary / "rng.safetensors")
+        state = {"format": _FORMAT, "step": progress.step, "seconds": progress.seconds, "score": score}
+        state |= {"players": scalars, "stage": stage.state()}
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
 
 
 def load_checkpoint(path: Path, stage: Stage) -> Progress:

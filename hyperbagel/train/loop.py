@@ -98,7 +98,7 @@ class _Loop:
             self.step, self.before = progress.step, progress.seconds
         if resume:
             self.run.rewind(self.step)
-        saved_at, saved_step, logged_at = self.clock(), -1, (self.clock(), self.step)
+        saved_at, logged_at = self.clock(), (self.clock(), self.step)
         with ProgressReport(type(self.stage).__name__) as report:
             while self.step < r.max_steps and not (r.max_seconds and self.seconds >= r.max_seconds):
                 values = self.one_step()
@@ -115,12 +115,11 @@ class _Loop:
                     self.sample()
                 if self.clock() - saved_at >= r.checkpoint_every_seconds:
                     self.save()
-                    saved_at, saved_step = self.clock(), self.step
+                    saved_at = self.clock()
             metrics = self.evaluate()
             report.line("done: " + _show(self.step, metrics))
             self.sample()
-            if saved_step != self.step:
-                self.save()
+            self.save()
             with torch.no_grad():
                 self.stage.finish(self.run.path)
         return TrainResult(self.step, self.seconds, metrics)

@@ -18,16 +18,16 @@ class OptimConfig(Config):
     """One player's optimiser. Betas default to BAGEL's."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-3, gt=0)  # of Muon: of its matrices, 0.02 is usual; the rest gets a tenth
+    lr: float = Field(default=1e-3, gt=0)  # of Muon: of its matrices, 0.02 is usual; the rest gets a tenth
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(100, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)
     schedule: Literal["constant", "cosine"] = "cosine"
     schedule_by: Literal["steps", "time"] = "steps"  # time: progress is the used share of max_seconds; not repeatable bit for bit
-    final_ratio: float = Field(0.05, ge=0, le=1)  # cosine ends at lr * final_ratio
-    clip: float = Field(1.0, gt=0)  # norm of the gradient
-    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: no average is kept
+    final_ratio: float = Field(default=0.05, ge=0, le=1)  # cosine ends at lr * final_ratio
+    clip: float = Field(default=1.0, gt=0)  # norm of the gradient
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)  # 0: no average is kept
 
 
 def named_trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -38,7 +38,8 @@ def named_trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: weights of at least two dimensions decay; norms, biases (one dimension) and embeddings do not."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for p in named_trainable(module).values():
         (decay if p.ndim >= 2 and id(p) not in embeddings else plain).append(p)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -58,7 +59,8 @@ def make_optimizer(module: nn.Module, config: OptimConfig, plain: tuple[str, ...
     if config.kind == "adamw":
         return make_adamw(module, config)
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in named_trainable(module).items():
         (matrices if p.ndim >= 2 and id(p) not in embeddings and not name.startswith(plain) else others).append(p)
     return Muon(matrices, others, config.lr, betas=config.betas, eps=config.eps)

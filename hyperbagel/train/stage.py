@@ -30,16 +30,16 @@ class TrainRecipe(Config):
 
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(1, ge=1)  # of PyTorch on a CPU
+    threads: int = Field(default=1, ge=1)  # of PyTorch on a CPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    max_steps: int = Field(10_000, ge=0)
-    max_seconds: float | None = Field(None, gt=0)  # of training, over all resumes; ends cleanly with a checkpoint
-    accumulate: int = Field(1, ge=1)  # batches per step
-    log_every: int = Field(20, ge=1)
-    evaluate_every: int = Field(500, ge=1)
-    sample_every: int = Field(1000, ge=1)
-    checkpoint_every_seconds: float = Field(300.0, gt=0)
-    keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best one
+    max_steps: int = Field(default=10_000, ge=0)
+    max_seconds: float | None = Field(default=None, gt=0)  # of training, over all resumes; ends cleanly with a checkpoint
+    accumulate: int = Field(default=1, ge=1)  # batches per step
+    log_every: int = Field(default=20, ge=1)
+    evaluate_every: int = Field(default=500, ge=1)
+    sample_every: int = Field(default=1000, ge=1)
+    checkpoint_every_seconds: float = Field(default=300.0, gt=0)
+    keep: int = Field(default=2, ge=1)  # newest checkpoints kept beside the best one
 
 
 @dataclass(frozen=True)

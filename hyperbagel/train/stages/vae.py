@@ -36,7 +36,7 @@ class Architecture(Config):
     downsample: int = 8
     ch: int = 16
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = Field(1, ge=1)
+    num_res_blocks: int = Field(default=1, ge=1)
     z_channels: int = 16
     norm_groups: int = 8
 
@@ -44,14 +44,15 @@ class Architecture(Config):
 class Recipe(TrainRecipe):
     """Settings of the stage "vae"."""
 
-    resolution: int = Field(64, ge=16)
-    batch_size: int = Field(16, ge=1)
-    workers: int = Field(0, ge=0)  # processes that draw ahead; 0: draw in the training process
-    variety: float = Field(0.25, ge=0, le=0.5)  # how often materials, styles and tones vary
-    crowded: float = Field(0.6, ge=0, le=1)  # share of training scenes with four things: more to learn in each picture
-    kl_weight: float = Field(1e-4, ge=0)  # per latent element, against losses per colour value
-    latent_noise: float = Field(0.0, ge=0)  # standard deviation, in units of the batch's own latent deviation
-    held_out: int = Field(128, ge=1)  # pictures measured
+    resolution: int = Field(default=64, ge=16)
+    batch_size: int = Field(default=16, ge=1)
+    workers: int = Field(default=0, ge=0)  # processes that draw ahead; 0: draw in the training process
+    variety: float = Field(default=0.25, ge=0, le=0.5)  # how often materials, styles and tones vary
+    crowded: float = Field(default=0.6, ge=0, le=1)  # share of training scenes with four things: more to learn in each picture
+    kl_weight: float = Field(default=1e-4, ge=0)  # per latent element, against losses per colour value
+    latent_noise: float = Field(default=0.0, ge=0)  # standard deviation, in units of the batch's own latent deviation
+    finest_from_step: int = Field(default=0, ge=0)  # before, the residual blocks at full resolution sleep: they cost most, add least
+    held_out: int = Field(default=128, ge=1)  # pictures measured
     architecture: Architecture = Architecture()
     optim: OptimConfig = OptimConfig(kind="muon", lr=0.02, ema_decay=0.998)
 
@@ -90,6 +91,20 @@ def initialise(model: AutoEncoder) -> None:
     _of(model.encoder.conv_out.bias).data[z:] = -2.0  # log variance: little noise at the start
 
 
+def finest_blocks(model: AutoEncoder) -> list[ResBlock]:
+    """The residual blocks at the pictures' own resolution, of encoder and decoder."""
+    return [block for level in (model.encoder.down[0], model.decoder.up[0]) for block in level.block]
+
+
+def set_asleep(block: ResBlock, asleep: bool) -> None:
+    """Asleep, a block computes its shortcut only. After `initialise` that is what it computes anyway, at a fraction of the time."""
+    block.__dict__.pop("forward", None)
+    if asleep:
+        shortcut = block.nin_shortcut
+        # in the instance's own dictionary it hides the class's method and is no submodule
+        block.__dict__["forward"] = (lambda x: x) if shortcut is None else shortcut.forward
+
+
 def _of(bias: Tensor | None) -> Tensor:
     assert bias is not None
     return bias
@@ -121,7 +136,7 @@ class VaeStage(Stage):
             initialise(self.model)
         # channels last is the faster layout on a GPU, the slower one on a CPU where group norms dominate
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self.model.to(device=device, memory_format=layout)
+        self.model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.players = {"vae": Player.of(self.model, recipe.optim, ("encoder.conv_in", "decoder.conv_out"))}
         pictures = draw_pictures(_HELD_OUT_SEED, recipe.held_out, recipe.resolution, recipe.variety, split="heldout")
         self.held_out = to_signed(pictures).to(device)
@@ -150,6 +165,8 @@ class VaeStage(Stage):
         return self.ahead.pop(seed).result()
 
     def loss(self, player: str, batch: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        for block in finest_blocks(self.model):
+            set_asleep(block, step < self.recipe.finest_from_step)
         pictures, (eps, extra) = batch
         mean, logvar = self.model.moments(pictures)
         mean, logvar = mean.float(), logvar.float().clamp(-30, 20)

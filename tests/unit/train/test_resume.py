@@ -1,0 +1,156 @@
+"""A run that was stopped, however rudely, goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_stage import TinyStage, run
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.run import read_metrics
+from hyperbagel.train.checkpoint import Progress, best_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_n_plus_m_steps_equal_n_save_load_m(tmp_path: Path, kind: str, accumulate: int) -> None:
+    whole, _ = run(tmp_path / "whole", 12, stage=TinyStage(kind), accumulate=accumulate)
+    run(tmp_path / "parts", 5, stage=TinyStage(kind), accumulate=accumulate)
+    torch.manual_seed(99)  # a fresh process has other generators
+    parts, _ = run(tmp_path / "parts", 12, resume=True, stage=TinyStage(kind), accumulate=accumulate)
+    assert whole.seen == parts.seen == 12 * accumulate
+    a, b = whole.tensors(), parts.tensors()
+    assert a.keys() == b.keys() and len(a) > 20
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    values = [
+        [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(tmp_path / f / "metrics.jsonl")]
+        for f in ("whole", "parts")
+    ]
+    logged = [[line for line in lines if "held_out/score" not in line] for lines in values]
+    assert logged[0] == logged[1] and [line["step"] for line in logged[0]] == list(range(1, 13))
+
+
+def test_training_moved_something(tmp_path: Path) -> None:
+    before = {k: v.clone() for k, v in TinyStage().even.state_dict().items()}
+    after, _ = run(tmp_path / "run", 4)
+    assert all(not torch.equal(before[k], v) for k, v in after.even.state_dict().items())
+
+
+@pytest.mark.slow
+def test_kill_9_never_harms_a_checkpoint(tmp_path: Path) -> None:
+    """Three kills at different moments of a process that writes checkpoints all the time."""
+    folder, script = tmp_path / "run", Path(__file__).with_name("tiny_stage.py")
+    reached = 0
+    for extra, wait in (([], 0.3), (["resume"], 0.17), (["resume"], 0.41)):
+        child = subprocess.Popen([sys.executable, str(script), str(folder), *extra], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not any(int(p.name[5:]) > reached for p in list_checkpoints(folder / "checkpoints")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(wait)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        found = list_checkpoints(folder / "checkpoints")
+        stage = TinyStage()
+        for path in found:
+            load_checkpoint(path, stage)
+        newest = int(found[-1].name[5:])
+        assert newest > reached
+        reached = newest
+    lines = read_metrics(folder / "metrics.jsonl")
+    steps = [line["step"] for line in lines if "held_out/score" not in line]
+    assert steps == sorted(set(steps)) and steps[0] == 1
+    resumed, _ = run(folder, reached + 3, resume=True)
+    unbroken, _ = run(tmp_path / "unbroken", reached + 3)
+    for name, value in unbroken.tensors().items():
+        assert torch.equal(value, resumed.tensors()[name]), name
+
+
+def test_metrics_beyond_the_checkpoint_are_dropped_and_a_cut_line_is_not_read(tmp_path: Path) -> None:
+    run(tmp_path / "run", 5)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "even/loss": 1.0}\n{"step": 7, "even/lo')
+    run(tmp_path / "run", 6, resume=True)
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "odd/loss" in line or "even/loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1] != {"step": 6, "even/loss": 1.0}
+
+
+def test_newest_and_best_are_kept(tmp_path: Path) -> None:
+    stage = TinyStage()
+    for step in range(1, 12):
+        save_checkpoint(tmp_path, stage, Progress(step, 0.0), keep=2, score=stage.evaluate(step)["score"])
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000007", "step-00000010", "step-00000011"]
+    best = best_checkpoint(tmp_path)
+    assert best is not None and best.name == "step-00000007"
+
+
+def test_half_written_checkpoints_are_not_seen_and_go_at_the_next_save(tmp_path: Path) -> None:
+    stage = TinyStage()
+    path = save_checkpoint(tmp_path, stage, Progress(1, 0.0), keep=2)
+    shutil.copytree(path, tmp_path / ".step-00000002.tmp-0123abcd")
+    (tmp_path / "step-00000003").mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000001"]
+    save_checkpoint(tmp_path, stage, Progress(4, 0.0), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
+
+
+def test_a_checkpoint_holds_no_pickle_and_damage_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, TinyStage(), Progress(1, 0.0), keep=2)
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+    weights = path / "even.weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        load_checkpoint(path, TinyStage())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, TinyStage(), Progress(1, 0.0), keep=2)
+    other = TinyStage()
+    other.even.append(torch.nn.Linear(4, 4))
+    other.players["even"].optimizer.add_param_group({"params": list(other.even[-1].parameters())})
+    with pytest.raises(InputError, match=r"'3\.bias'"):
+        load_checkpoint(path, other)
+
+
+def test_not_a_number_stops_with_the_last_good_state(tmp_path: Path) -> None:
+    from hyperbagel.train.loop import Diverged
+
+    with pytest.raises(Diverged, match="step 6: got nan for the loss of player 'even'"):
+        run(tmp_path / "run", 12, stage=TinyStage(poison=6))
+    good, _ = run(tmp_path / "good", 6)
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    stage = TinyStage()
+    assert load_checkpoint(newest, stage).step == 6
+    for name, value in good.tensors().items():
+        assert torch.equal(value, stage.tensors()[name]), name
+
+
+def test_only_the_player_whose_turn_it_is_wants_gradients(tmp_path: Path) -> None:
+    stage, _ = run(tmp_path / "run", 4)
+    assert stage.touched == {"even:even", "odd:odd"}
+
+
+def test_clock_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
+    _, result = run(tmp_path / "run", 10**9, max_seconds=0.3)
+    assert 0 < result.step < 10**9
+    state = json.loads((list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text())
+    assert state["step"] == result.step and 0.3 <= state["seconds"] < 10
+    _, again = run(tmp_path / "run", 10**9, resume=True, max_seconds=0.3)
+    assert again.step == result.step  # the time was used up already
+
+
+def test_run_folders_are_not_overwritten_and_not_resumed_from_nothing(tmp_path: Path) -> None:
+    run(tmp_path / "run", 1)
+    with pytest.raises(InputError, match="holds a run"):
+        run(tmp_path / "run", 1)
+    with pytest.raises(InputError, match="no run to resume"):
+        run(tmp_path / "none", 1, resume=True)
