@@ -49,14 +49,19 @@ class PackSpec:
     interpolate: bool = False
 
 
-def sequence_length(sample: Sample, spec: PackSpec) -> int:
-    """Tokens of a sample after dropout, both streams."""
-    return sum(_item_length(item, spec) for item in sample if not item.dropped)
-
-
-def _item_length(item: Text | VitImage | VaeImage, spec: PackSpec) -> int:
-    h, w = grid(item, spec) if not isinstance(item, Text) else (len(item.ids), 1)
-    return h * w + 2
+def stream_lengths(sample: Sample, spec: PackSpec) -> tuple[int, int]:
+    """Tokens of a sample after dropout in the (understanding, generation) stream."""
+    lengths = [0, 0]
+    for item in sample:
+        if item.dropped:
+            continue
+        lengths[UND] += 2  # start and end
+        if isinstance(item, Text):
+            lengths[UND] += len(item.ids)
+        else:
+            h, w = grid(item, spec)
+            lengths[UND if isinstance(item, VitImage) else GEN] += h * w
+    return lengths[UND], lengths[GEN]
 
 
 def grid(item: VitImage | VaeImage, spec: PackSpec) -> tuple[int, int]:
@@ -186,18 +191,23 @@ class _Layout:
         }
 
 
-def assign_rows(lengths: Sequence[int], layout: Rows, row_tokens: int) -> list[int]:
-    """Row of each sample. "one": its own. "packed": first fit, longest first; a row holds up to `row_tokens`, or one longer sample."""
+def assign_rows(lengths: Sequence[tuple[int, int]], layout: Rows, row_tokens: int) -> list[int]:
+    """Row of each sample. "one": its own.
+
+    "packed": as many rows as `row_tokens` (both streams) asks for on average. Longest first, each sample joins the row where the fuller
+    stream stays emptiest: both streams are padded to their fullest row, so both must be level.
+    """
     if layout == "one":
         return list(range(len(lengths)))
-    rows, left = [0] * len(lengths), list[int]()
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(left) if free >= lengths[i]), len(left))
-        if row == len(left):
-            left.append(row_tokens)
-        left[row] -= lengths[i]
+    totals = np.maximum(np.sum(lengths, axis=0), 1)
+    load = np.zeros((max(1, round(totals.sum() / max(row_tokens, 1))), 2))
+    rows = [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -sum(lengths[i])):
+        row = int(((load + lengths[i]) / totals).max(axis=1).argmin())
+        load[row] += lengths[i]
         rows[i] = row
-    return rows
+    used = sorted(set(rows))
+    return [used.index(row) for row in rows]
 
 
 def pack(
@@ -217,12 +227,12 @@ def pack(
         encode: the frozen VAE; pictures of one size are encoded together, a picture used several times in the batch only once.
         generator: CPU generator of timesteps (first) and noise.
         shift: of the timesteps, t = sigmoid(randn), then t = s t / (1 + (s - 1) t).
-        row_tokens: budget of a packed row.
+        row_tokens: average length of a packed row.
         pad_to: both streams' lengths become multiples of it.
     Raises:
         InputError: a picture does not fit the spec, or nothing is left of all samples.
     """
-    row_of = assign_rows([sequence_length(s, spec) for s in samples], rows, row_tokens)
+    row_of = assign_rows([stream_lengths(s, spec) for s in samples], rows, row_tokens)
     layout = _Layout(spec)
     for number, (row, sample) in enumerate(zip(row_of, samples, strict=True)):
         layout.add_sample(row, number, sample)
@@ -265,12 +275,8 @@ def draw_timesteps(n: int, generator: torch.Generator, shift: float) -> Tensor:
 
 
 def _positions(items: Sequence[VitImage | VaeImage], spec: PackSpec) -> Tensor:
-    parts = [
-        grid_positions(*grid(item, spec), spec.latent_per_side, spec.interpolate)
-        if isinstance(item, VaeImage)
-        else grid_positions(*grid(item, spec), spec.vit_per_side)
-        for item in items
-    ]
+    sides = (spec.latent_per_side if isinstance(item, VaeImage) else spec.vit_per_side for item in items)
+    parts = [grid_positions(*grid(item, spec), side, spec.interpolate) for item, side in zip(items, sides, strict=True)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -30,7 +30,7 @@ class ToyboxSource:
         resolution: side of the pictures in pixels.
         noise_copies: noise draws of a target in one sequence; they do not see each other and share the context.
         think_share: share of samples in think mode: system prompt, and the thoughts as text to learn.
-        styles: weights of caption styles; empty means the language's own.
+        styles: weights of caption styles; None means the language's own.
         split: "train", or "heldout" for what training never shows.
     """
 
@@ -40,7 +40,7 @@ class ToyboxSource:
     resolution: int = 64
     noise_copies: int = 1
     think_share: float = 0.0
-    styles: Mapping[str, float] = field(default_factory=dict)
+    styles: Mapping[str, float] | None = None
     split: str = "train"
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class ToyboxSource:
         return [self._text(THINK_DRAW)], [prompt, self._text(f"<think>{think}</think>", loss=True, tied=True)]
 
     def _t2i(self, rng: random.Random, think: bool) -> Sample:
-        drawn = sample_t2i(rng, split=self.split, style=self.styles or None)
+        drawn = sample_t2i(rng, split=self.split, style=self.styles)
         system, prompt = self._planned(drawn.prompt, drawn.think if think else "")
         return [*system, *prompt, *picture_items(self._picture(drawn.scene), None, loss=True, copies=self.noise_copies, context=False)]
 

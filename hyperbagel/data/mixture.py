@@ -1,0 +1,106 @@
+"""What a recipe says about its data: sources, mixture by phase, dropout and the layout of rows; and the loader that follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from hyperbagel.core.config import Config
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.loader import Loader, Phase, Source
+from hyperbagel.data.plan import Dropout
+from hyperbagel.data.sources import ChatSource, EditSource, Reading, T2ISource
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.toybox_source import Task, ToyboxSource
+from hyperbagel.data.transforms import ImageTransform
+
+
+class SourceConfig(Config):
+    """One source. `kind` toybox needs a task; the file kinds need a path."""
+
+    kind: Literal["toybox", "t2i", "edit", "chat"] = "toybox"
+    samples: int = Field(1, ge=1)  # consecutive samples of a group
+    noise_copies: int = Field(1, ge=1)  # noise draws of a target in one sequence
+    # toybox
+    task: Task | None = None
+    resolution: int = Field(64, ge=16)
+    think_share: float = Field(0.0, ge=0, le=1)
+    styles: dict[str, float] | None = None  # weights of terse, medium, full captions; None: the language's own
+    split: Literal["train", "heldout"] = "train"
+    # files
+    path: Path | None = None
+    images: Path | None = None  # where a chat's picture paths start; None: the folder of its jsonl
+
+
+class PhaseConfig(Config):
+    """Weights of the sources until a group number; None: to the end."""
+
+    until: int | None = Field(None, ge=1)
+    weights: dict[str, float]
+
+
+class DropoutConfig(Config):
+    """Shares of left-out items with enable_cfg; BAGEL's."""
+
+    text: float = Field(0.1, ge=0, le=1)
+    vit: float = Field(0.3, ge=0, le=1)
+    vae: float = Field(0.3, ge=0, le=1)
+
+    def build(self) -> Dropout:
+        return Dropout(self.text, self.vit, self.vae)
+
+
+class DataConfig(Config):
+    """Data of a training stage."""
+
+    sources: dict[str, SourceConfig]
+    mixture: list[PhaseConfig]
+    dropout: DropoutConfig = DropoutConfig()
+    rows: Literal["one", "packed"] = "one"
+    row_tokens: int = Field(0, ge=0)  # average length of a packed row
+    batch_tokens: int = Field(0, ge=0)  # 0: a batch is one group; else groups are added until this many tokens are reached
+    sample_tokens: int = Field(0, ge=0)  # longer samples are left out; 0: no limit
+    pad_to: int = Field(1, ge=1)
+    workers: int = Field(0, ge=0)
+    worker_kind: Literal["thread", "process"] = "thread"
+
+
+def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: ImageTransform, vit: ImageTransform, seed: int) -> Source:
+    """The source that a recipe names. Raises InputError for keys that do not fit its kind, or files without data."""
+    if config.kind == "toybox":
+        if config.task is None:
+            raise InputError(f"source {name!r}: got no task, expected t2i, edit or question, add task to the recipe")
+        return ToyboxSource(
+            config.task,
+            tokenizer,
+            seed,
+            resolution=config.resolution,
+            noise_copies=config.noise_copies,
+            think_share=config.think_share,
+            styles=config.styles,
+            split=config.split,
+        )
+    if config.path is None:
+        raise InputError(f"source {name!r}: got no path, expected files of kind {config.kind!r}, add path to the recipe")
+    reading = Reading(tokenizer, vae, vit, seed, config.noise_copies)
+    if config.kind == "chat":
+        return ChatSource(config.path, config.images or (config.path if config.path.is_dir() else config.path.parent), reading)
+    return (T2ISource if config.kind == "t2i" else EditSource)(config.path, reading)
+
+
+def build_loader(
+    config: DataConfig, tokenizer: Tokenizer, vae: ImageTransform, vit: ImageTransform, *, seed: int, rank: int = 0, world: int = 1
+) -> Loader:
+    """The loader of a recipe's data."""
+    return Loader(
+        {name: build_source(name, source, tokenizer, vae, vit, seed) for name, source in config.sources.items()},
+        [Phase(p.until, p.weights) for p in config.mixture],
+        {name: source.samples for name, source in config.sources.items()},
+        seed=seed,
+        rank=rank,
+        world=world,
+        workers=config.workers,
+        kind=config.worker_kind,
+    )

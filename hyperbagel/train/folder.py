@@ -1,0 +1,61 @@
+"""Whole model folders for training: read one to go on from, write one at the end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_path, make_folder
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import BagelConfig, VaeConfig
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.model.weights import TensorFolder, fill, save_sharded, save_tensors
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+SHARD_BYTES = 40 * 2**30
+
+
+def load_model(folder: Path, device: torch.device) -> Bagel:
+    """A checkpoint's model, trainable, in fp32 (the optimiser's copy; autocast casts for the forward). Raises InputError."""
+    with torch.device("meta"):
+        model = Bagel(BagelConfig.from_folder(folder))
+    fill(model, TensorFolder(folder, "ema"), device, torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith("pos_embed.pos_embed"))  # the fixed tables
+    return model
+
+
+def load_vae(folder: Path, device: torch.device) -> AutoEncoder:
+    """A folder's autoencoder: fp32, frozen. Raises InputError."""
+    path = folder / "vae_config.json"
+    try:
+        config = VaeConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else VaeConfig()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: got a file that is no VAE configuration ({error}), expected one, restore it") from error
+    with torch.device("meta"):
+        vae = AutoEncoder(config)
+    fill(vae, TensorFolder(folder, "ae"), device, torch.float32)
+    return vae.eval()
+
+
+def save_model(folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Path, dtype: torch.dtype) -> None:
+    """Write a folder in BAGEL's layout: ema, ae (fp32), four JSON files, tokenizer. Whole or absent. Raises InputError."""
+    make_folder(folder.parent)
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_sharded(temporary, "ema", _tensors(model, dtype), SHARD_BYTES)
+        save_tensors(temporary / "ae.safetensors", _tensors(vae, torch.float32))
+        for name, values in model.config.files().items():
+            (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).exists():
+                shutil.copyfile(tokenizer / name, temporary / name)
+
+
+def _tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}

@@ -1,0 +1,148 @@
+"""Trains BAGEL itself: pictures from captions, edits, answers, in one sequence model. Every later stage starts from it.
+
+The same file trains the embedded model from nothing and goes on from a BAGEL checkpoint with own data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from hyperbagel.core.config import Config
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.mixture import DataConfig, PhaseConfig
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, ViTConfig
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.train.batches import Batches, NamedBatch
+from hyperbagel.train.folder import load_model, load_vae, save_model
+from hyperbagel.train.losses.flow import flow_by_time, mixed_objective
+from hyperbagel.train.optim import OptimConfig
+from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+
+_HELD_OUT_SEED = 1_000_003  # batches that are measured, whatever the recipe's seed
+
+
+class Shape(Config):
+    """A new model's shape; unknown keys are refused here, although checkpoint files may carry them. The VAE's comes from its own folder."""
+
+    llm: LLMConfig = LLMConfig()
+    vit: ViTConfig = ViTConfig()
+    options: BagelOptions = BagelOptions()
+
+    @field_validator("llm", "vit", "options", mode="before")
+    @classmethod
+    def _known(cls, value: Any, info: Any) -> Any:
+        known = cls.model_fields[info.field_name].annotation
+        unknown = sorted(set(value) - set(known.model_fields)) if isinstance(value, dict) and known is not None else []
+        if unknown:
+            raise ValueError(f"unknown keys {', '.join(unknown)}")
+        return value
+
+
+class Recipe(TrainRecipe):
+    """Settings of the stage "base"."""
+
+    init: Path | None = None  # a BAGEL folder to go on from; None: a new model of `shape`
+    shape: Shape = Shape()
+    vae: Path | None = None  # folder of ae.safetensors; None: the one of `init`
+    tokenizer: Path | None = None  # folder of tokenizer.json; None: the one of `init`, else the embedded model's
+    frozen: tuple[str, ...] = ()  # parameters whose names begin so are not trained
+    data: DataConfig
+    held_out: DataConfig | None = None  # what is measured; its mixture is not used
+    held_out_batches: int = Field(2, ge=1)  # of each held-out source
+    shift: float = Field(1.0, gt=0)  # of the timesteps in training
+    mse_weight: float = Field(1.0, ge=0)
+    ce_weight: float = Field(1.0, ge=0)
+    export_dtype: str = Field("bfloat16", pattern="^(bfloat16|float32)$")
+    optim: OptimConfig = OptimConfig(lr=1e-3, ema_decay=0.999)
+
+
+class BaseStage(Stage):
+    """One player, "model"."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        source = recipe.vae or recipe.init
+        if source is None:
+            raise InputError("vae: got no folder, expected one with ae.safetensors, set vae=FOLDER or init=FOLDER")
+        self.vae = load_vae(source, device)
+        self.tokenizer_folder = recipe.tokenizer or recipe.init or Path(__file__).parents[2] / "assets" / "toybox"
+        tokenizer = Tokenizer.from_folder(self.tokenizer_folder)
+        self.model = self._model()
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(recipe.frozen):
+                parameter.requires_grad_(False)
+        self.players = {"model": Player.of(self.model, recipe.optim)}
+        make = {"model": self.model.config, "tokenizer": tokenizer, "vae": self.vae, "device": device, "shift": recipe.shift}
+        self.batches = Batches(recipe.data, seed=recipe.seed, **make)
+        self.measured: list[NamedBatch] = []
+        for data in _single_sources(recipe.held_out):
+            batches = Batches(data, seed=_HELD_OUT_SEED, **make)
+            self.measured += [batches.next(Draws.at(_HELD_OUT_SEED, i)) for i in range(recipe.held_out_batches)]
+            batches.close()
+
+    def _model(self) -> Bagel:
+        r = self.recipe
+        if r.init is not None:
+            return load_model(r.init, self.device)
+        config = BagelConfig(llm=r.shape.llm, vit=r.shape.vit, options=r.shape.options, vae=self.vae.config)
+        return fresh_bagel(config, torch.Generator().manual_seed(r.seed)).to(self.device)
+
+    def batch(self, step: int, rng: Draws) -> NamedBatch:
+        return self.batches.next(rng)
+
+    def loss(self, player: str, batch: NamedBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        r = self.recipe
+        out = self.model.forward_train(batch.packed)
+        loss, parts = mixed_objective(out.mse, out.ce, batch.packed.ce_weights, mse_weight=r.mse_weight, ce_weight=r.ce_weight)
+        return loss, {f"{batch.source}_{name}": value for name, value in parts.items()}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out losses of each source with the averaged weights; the flow's also by quarters of t (0: clean, 3: noise)."""
+        found: dict[str, list[float]] = {}
+        with self.players["model"].averaged():
+            for batch in self.measured:
+                out = self.model.forward_train(batch.packed)
+                _, parts = mixed_objective(out.mse, out.ce, batch.packed.ce_weights)
+                values = {name: value.item() for name, value in parts.items()}
+                if out.mse.numel():
+                    times = batch.packed.timesteps[batch.packed.mse_index]
+                    values |= {f"mse_t{i}": v for i, v in enumerate(flow_by_time(out.mse, times).tolist()) if v == v}  # not the empty ones
+                for name, value in values.items():
+                    found.setdefault(f"{batch.source}_{name}", []).append(value)
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+    def state(self) -> dict[str, Any]:
+        return self.batches.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.batches.load_state(state)
+
+    def finish(self, out: Path) -> None:
+        """export/: a whole model folder in BAGEL's layout, averaged weights."""
+        with self.players["model"].averaged():
+            save_model(out / "export", self.model, self.vae, self.tokenizer_folder, getattr(torch, self.recipe.export_dtype))
+
+    def close(self) -> None:
+        self.batches.close()
+
+
+def _single_sources(data: DataConfig | None) -> list[DataConfig]:
+    """One data configuration for each source."""
+    if data is None:
+        return []
+    return [
+        data.model_copy(update={"sources": {name: source}, "mixture": [PhaseConfig(weights={name: 1.0})], "workers": 0})
+        for name, source in data.sources.items()
+    ]
+
+
+def build(recipe: Recipe, device: torch.device) -> BaseStage:
+    """The stage's entry point, called by name."""
+    return BaseStage(recipe, device)
