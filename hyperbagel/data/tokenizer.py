@@ -40,18 +40,16 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, origin: str) -> None:
         self._backend = backend
         alphabet = byte_alphabet()
-        missing = [
-            t for t in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", *alphabet) if backend.token_to_id(t) is None
-        ]
+        wanted = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", *alphabet)
+        ids = {token: i for token in wanted if (i := backend.token_to_id(token)) is not None}
+        missing = [token for token in wanted if token not in ids]
         if missing:
             raise InputError(
                 f"{origin}: got a tokenizer without {missing[0]!r}, expected Qwen2.5's byte-level BPE with BAGEL's special tokens; "
                 "copy tokenizer.json from the model's own folder"
             )
-        self.im_start: int = backend.token_to_id("<|im_start|>")
-        self.im_end: int = backend.token_to_id("<|im_end|>")
-        self.vision_start: int = backend.token_to_id("<|vision_start|>")
-        self.vision_end: int = backend.token_to_id("<|vision_end|>")
+        self.im_start, self.im_end = ids["<|im_start|>"], ids["<|im_end|>"]
+        self.vision_start, self.vision_end = ids["<|vision_start|>"], ids["<|vision_end|>"]
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._alphabet = alphabet

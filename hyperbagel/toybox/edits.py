@@ -158,6 +158,8 @@ def _swap(rng: random.Random, scene: Scene, text_split: str) -> Edit | None:
     if len(scene.things) < 2:
         return None
     a, b = rng.sample(scene.things, 2)
+    if words(a, size=True) == words(b, size=True):  # nothing would be seen of it
+        return None
     text = choose(rng, _SWAP, text_split).format(r=rng.choice(references(scene, a)), s=rng.choice(references(scene, b)))
     places = {a: b, b: a}  # each goes exactly where the other stood
     things = tuple(replace(t, cell=o.cell, dx=o.dx, dy=o.dy) if (o := places.get(t)) else t for t in scene.things)
