@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+from hyperbagel.core.errors import InputError
 from hyperbagel.toybox.captions import count_phrase
 from hyperbagel.toybox.heldout import heldout_kinds
 from hyperbagel.toybox.phrases import article, choose, full, join, look_words, place, plural, references, sentence, words
@@ -270,6 +271,10 @@ def sample_edit(rng: random.Random, *, split: str = "train", group: str | None =
     text_split = "heldout" if kind == "template" else "train"
     scene_split, scene_kind = ("train", None) if kind == "template" else (split, kind)
     allowed = {scene_kind} if scene_kind else set()
+    if group not in _WEIGHTS or (group, kind) == ("add", "count"):
+        raise InputError(
+            f"got group {group!r} with kind {kind!r}, expected one of {', '.join(_WEIGHTS)}, and no adding to four things; change one of them"
+        )
     make = _compound if group == "compound" else _SIMPLE[group]
     while True:
         source = _source(rng, group, scene_split, scene_kind)

@@ -239,8 +239,18 @@ def test_every_kind_of_question_exists_in_both_splits() -> None:
         for kind in KINDS:
             sample = sample_question(rng, split=split, kind=kind)
             assert sample.kind == kind and sample.question[0].isupper() and sample.think
-    with pytest.raises(InputError):
+
+
+def test_impossible_wishes_are_input_errors() -> None:
+    rng = random.Random(14)
+    with pytest.raises(InputError, match="nonsense"):
         sample_t2i(rng, split="nonsense")
+    with pytest.raises(InputError, match="nonsense"):
+        sample_edit(rng, group="nonsense")
+    with pytest.raises(InputError, match="adding"):
+        sample_edit(rng, split="heldout", group="add", kind="count")
+    with pytest.raises(InputError, match="exclude"):
+        sample_t2i(rng, split="heldout", style="terse", category="two", kind="count")
 
 
 def test_held_out_sentences_are_never_drawn_in_training() -> None:
