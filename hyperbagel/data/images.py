@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import struct
+import textwrap
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_bytes
@@ -101,3 +103,19 @@ def read_settings(path: Path | str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"{path}: got a picture without settings, expected a PNG written by this program, give that one")
     return settings
+
+
+def captioned_grid(cells: Sequence[tuple[Image.Image, str]], columns: int, side: int = 128, lines: int = 4) -> Image.Image:
+    """A sheet of pictures, each scaled to `side` pixels, with up to `lines` lines of text below it."""
+    font = ImageFont.load_default(11)
+    line, gap = 13, 8
+    height = side + lines * line + gap
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * height + gap), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(cells):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * height
+        sheet.paste(to_rgb(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        wrapped = [piece for part in text.splitlines() for piece in textwrap.wrap(part, max(8, side // 6))]
+        draw.multiline_text((x, y + side + 2), "\n".join(wrapped[:lines]), fill=(0, 0, 0), font=font, spacing=2)
+    return sheet

@@ -7,27 +7,23 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, make_folder
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.model.config import BagelConfig, VaeConfig
+from hyperbagel.model.config import VaeConfig
 from hyperbagel.model.vae import AutoEncoder
-from hyperbagel.model.weights import TensorFolder, fill, save_sharded, save_tensors
+from hyperbagel.model.weights import TensorFolder, fill, load_folder, save_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-SHARD_BYTES = 40 * 2**30
 
 
 def load_model(folder: Path, device: torch.device) -> Bagel:
     """A checkpoint's model, trainable, in fp32 (the optimiser's copy; autocast casts for the forward). Raises InputError."""
-    with torch.device("meta"):
-        model = Bagel(BagelConfig.from_folder(folder))
-    fill(model, TensorFolder(folder, "ema"), device, torch.float32)
+    model, _ = load_folder(folder, device, torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.endswith("pos_embed.pos_embed"))  # the fixed tables
-    return model
+    return model.train()
 
 
 def load_vae(folder: Path, device: torch.device) -> AutoEncoder:
@@ -44,18 +40,10 @@ def load_vae(folder: Path, device: torch.device) -> AutoEncoder:
 
 
 def save_model(folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Path, dtype: torch.dtype) -> None:
-    """Write a folder in BAGEL's layout: ema, ae (fp32), four JSON files, tokenizer. Whole or absent. Raises InputError."""
+    """Write a folder in BAGEL's layout: ema, ae, four JSON files, tokenizer. Whole or absent. Raises InputError."""
     make_folder(folder.parent)
     with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        save_sharded(temporary, "ema", _tensors(model, dtype), SHARD_BYTES)
-        save_tensors(temporary / "ae.safetensors", _tensors(vae, torch.float32))
-        for name, values in model.config.files().items():
-            (temporary / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        save_folder(temporary, model.config, model.state_dict(), vae.state_dict(), dtype=dtype)
         for name in TOKENIZER_FILES:
             if (tokenizer / name).exists():
                 shutil.copyfile(tokenizer / name, temporary / name)
-
-
-def _tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}

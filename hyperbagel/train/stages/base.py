@@ -16,13 +16,15 @@ from hyperbagel.core.config import Config
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.mixture import DataConfig, PhaseConfig
 from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.generate.session import Parts
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
-from hyperbagel.train.batches import Batches, NamedBatch
+from hyperbagel.train.batches import Batches, NamedBatch, transform
 from hyperbagel.train.folder import load_model, load_vae, save_model
 from hyperbagel.train.losses.flow import flow_by_time, mixed_objective
 from hyperbagel.train.optim import OptimConfig
+from hyperbagel.train.previews import write_previews
 from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
 
 _HELD_OUT_SEED = 1_000_003  # batches that are measured, whatever the recipe's seed
@@ -80,6 +82,8 @@ class BaseStage(Stage):
                 parameter.requires_grad_(False)
         self.players = {"model": Player.of(self.model, recipe.optim)}
         make = {"model": self.model.config, "tokenizer": tokenizer, "vae": self.vae, "device": device, "shift": recipe.shift}
+        sizes = self.model.config.options
+        self.parts = Parts(self.model, self.vae, tokenizer, transform(sizes.vae_transform), transform(sizes.vit_transform))
         self.batches = Batches(recipe.data, seed=recipe.seed, **make)
         self.measured: list[NamedBatch] = []
         for data in _single_sources(recipe.held_out):
@@ -117,6 +121,11 @@ class BaseStage(Stage):
                 for name, value in values.items():
                     found.setdefault(f"{batch.source}_{name}", []).append(value)
         return {name: sum(values) / len(values) for name, values in found.items()}
+
+    def sample(self, step: int, out: Path) -> None:
+        """A sheet of the averaged model's pictures, edits and answers."""
+        with self.players["model"].averaged():
+            write_previews(out / f"step-{step:08d}.png", self.parts, _HELD_OUT_SEED)
 
     def state(self) -> dict[str, Any]:
         return self.batches.state()
