@@ -241,7 +241,7 @@ def _source(rng: random.Random, group: str, split: str, kind: str | None) -> Sce
     return scene
 
 
-def edit_think(source: Scene, target: Scene, instruction: str) -> str:
+def edit_think(source: Scene, target: Scene) -> str:
     """Looks up what is there and says what the picture holds afterwards."""
     before, after = set(source.things), set(target.things)
     parts = [f"there are {count_phrase(len(source.things))} now" if len(source.things) > 1 else "there is one thing now"]
@@ -273,7 +273,7 @@ def sample_edit(rng: random.Random, *, split: str = "train", group: str | None =
     allowed = {scene_kind} if scene_kind else set()
     if group not in _WEIGHTS or (group, kind) == ("add", "count"):
         raise InputError(
-            f"got group {group!r} with kind {kind!r}, expected one of {', '.join(_WEIGHTS)}, and no adding to four things; change one of them"
+            f"got group {group!r} with kind {kind!r}, expected one of {', '.join(_WEIGHTS)}, and no adding to four things; change them"
         )
     make = _compound if group == "compound" else _SIMPLE[group]
     while True:
@@ -281,4 +281,4 @@ def sample_edit(rng: random.Random, *, split: str = "train", group: str | None =
         for _ in range(4):
             made = make(rng, source, text_split)
             if made and heldout_kinds(made[0].things) <= allowed and made[0] != source:
-                return EditSample(source, made[1], made[0], group, edit_think(source, made[0], made[1]))
+                return EditSample(source, made[1], made[0], group, edit_think(source, made[0]))
