@@ -33,11 +33,21 @@ def readable_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        elsewhere = error.filename is not None and path.parent not in Path(os.fsdecode(error.filename)).parents
-        if error.errno not in _REASONS or (elsewhere and Path(os.fsdecode(error.filename)) != path.parent):
+        if error.errno not in _REASONS or not _concerns(path, error):
             raise
         got, do = _REASONS[error.errno]
         raise InputError(f"{path}: got {got}, expected a place that can be written, {do}") from error
+
+
+def _concerns(path: Path, error: OSError) -> bool:
+    """Whether `error` is about `path`: itself, a folder above it, something in it, or its temporary neighbour."""
+    if error.filename is None:
+        return True
+    other = Path(os.fsdecode(error.filename))
+    neighbour = (
+        other.is_relative_to(path.parent) and other != path.parent and other.relative_to(path.parent).parts[0].startswith(f".{path.name}.")
+    )
+    return neighbour or path.is_relative_to(other) or other.is_relative_to(path)
 
 
 def fsync_path(path: Path) -> None:

@@ -70,7 +70,7 @@ def _write(path: Path, stage: Stage, progress: Progress, score: float | None) ->
         temporary.mkdir()
         scalars = {name: _save_player(temporary, name, player) for name, player in stage.players.items()}
         save_file(_rng_tensors(), temporary / "rng.safetensors")
-        state = {"format": _FORMAT, "step": progress.step, "seconds": progress.seconds, "score": score}
+        state: dict[str, Any] = {"format": _FORMAT, "step": progress.step, "seconds": progress.seconds, "score": score}
         state |= {"players": scalars, "stage": stage.state()}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
 

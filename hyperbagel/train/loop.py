@@ -188,5 +188,7 @@ def _numbers(values: Metrics) -> dict[str, float]:
 
 
 def _show(step: int, values: Metrics) -> str:
-    parts: Iterable[str] = (f"{key.split('/')[-1]} {float(value):.4g}" for key, value in values.items())
+    parts: Iterable[str] = (
+        f"{key.split('/')[-1]} {float(value.detach() if isinstance(value, Tensor) else value):.4g}" for key, value in values.items()
+    )
     return f"step {step}  " + "  ".join(parts)

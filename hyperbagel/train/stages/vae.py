@@ -17,10 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hyperbagel.core.config import Config
+from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_text, make_folder
 from hyperbagel.model.config import VaeConfig
 from hyperbagel.model.vae import AttnBlock, AutoEncoder, Resample, ResBlock
-from hyperbagel.model.weights import save_tensors
+from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import sample_scene
 from hyperbagel.train.optim import OptimConfig
@@ -54,6 +55,8 @@ class Recipe(TrainRecipe):
     finest_from_step: int = Field(default=0, ge=0)  # before, the residual blocks at full resolution sleep: they cost most, add least
     held_out: int = Field(default=128, ge=1)  # pictures measured
     architecture: Architecture = Architecture()
+    init: Path | None = None  # folder with ae.safetensors and vae_config.json to start from; `architecture` must be its own
+    freeze_encoder: bool = False  # train the decoder alone: latents stay what later stages have learned
     optim: OptimConfig = OptimConfig(kind="muon", lr=0.02, ema_decay=0.998)
 
 
@@ -93,7 +96,7 @@ def initialise(model: AutoEncoder) -> None:
 
 def finest_blocks(model: AutoEncoder) -> list[ResBlock]:
     """The residual blocks at the pictures' own resolution, of encoder and decoder."""
-    return [block for level in (model.encoder.down[0], model.decoder.up[0]) for block in level.block]
+    return [m for level in (model.encoder.down[0], model.decoder.up[0]) for m in level.modules() if isinstance(m, ResBlock)]
 
 
 def set_asleep(block: ResBlock, asleep: bool) -> None:
@@ -134,6 +137,9 @@ class VaeStage(Stage):
             torch.manual_seed(recipe.seed)
             self.model = AutoEncoder(config)
             initialise(self.model)
+        if recipe.init is not None:
+            self._load(recipe.init)
+        self.model.encoder.requires_grad_(not recipe.freeze_encoder)
         # channels last is the faster layout on a GPU, the slower one on a CPU where group norms dominate
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
@@ -142,6 +148,17 @@ class VaeStage(Stage):
         self.held_out = to_signed(pictures).to(device)
         self.pool = ProcessPoolExecutor(recipe.workers, mp_context=multiprocessing.get_context("spawn")) if recipe.workers else None
         self.ahead: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
+
+    def _load(self, folder: Path) -> None:
+        """Weights, scale and shift of an exported autoencoder."""
+        if self.recipe.finest_from_step:
+            raise InputError(f"finest_from_step: got {self.recipe.finest_from_step} with init, expected 0, trained blocks cannot sleep")
+        config = VaeConfig.model_validate_json((folder / "vae_config.json").read_text())
+        shape = {"scale_factor", "shift_factor"}
+        if config.model_dump(exclude=shape) != self.model.config.model_dump(exclude=shape):
+            raise InputError(f"{folder}: got an autoencoder of another shape than the recipe's, set architecture and resolution to its own")
+        self.model.config = config
+        self.model.load_state_dict(load_tensors(folder / "ae.safetensors"))
 
     def batch(self, step: int, rng: Draws) -> tuple[Tensor, Tensor]:
         """Pictures [B, 3, R, R] in [-1, 1] and posterior noise [2, B, Z, h, h] (sampling, latent noise)."""
@@ -168,7 +185,8 @@ class VaeStage(Stage):
         for block in finest_blocks(self.model):
             set_asleep(block, step < self.recipe.finest_from_step)
         pictures, (eps, extra) = batch
-        mean, logvar = self.model.moments(pictures)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.recipe.freeze_encoder):
+            mean, logvar = self.model.moments(pictures)
         mean, logvar = mean.float(), logvar.float().clamp(-30, 20)
         z = mean + torch.exp(0.5 * logvar) * eps
         if self.recipe.latent_noise:
@@ -204,11 +222,11 @@ class VaeStage(Stage):
 
     def finish(self, out: Path) -> None:
         """export/ae.safetensors and vae_config.json, scale and shift measured so that latents have mean 0 and deviation 1."""
-        r = self.recipe
-        pictures = draw_pictures(_HELD_OUT_SEED + 1, 512, r.resolution, r.variety)
-        _, latents = self._reconstruct(to_signed(pictures).to(self.device))
-        measured = {"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()}
-        config = self.model.config.model_copy(update=measured)
+        r, config = self.recipe, self.model.config
+        if not r.freeze_encoder:  # else the latents are the old ones, and so are scale and shift
+            pictures = draw_pictures(_HELD_OUT_SEED + 1, 512, r.resolution, r.variety)
+            _, latents = self._reconstruct(to_signed(pictures).to(self.device))
+            config = config.model_copy(update={"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()})
         folder = make_folder(out / "export")
         with self.players["vae"].averaged():
             save_tensors(folder / "ae.safetensors", self.model.state_dict())

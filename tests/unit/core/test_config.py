@@ -1,0 +1,69 @@
+"""Recipes are checked to the last key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hyperbagel.core.config import Config, dump_config, load_config
+from hyperbagel.core.errors import InputError
+
+
+class Inner(Config):
+    rate: float = 0.1
+    name: str = "x"
+
+
+class Outer(Config):
+    steps: int = 3
+    limit: float | None = 1.0
+    folder: Path | None = None
+    sizes: tuple[int, ...] = (1,)
+    inner: Inner = Inner()
+
+
+def test_file_then_overrides_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("steps: 5\ninner: {rate: 1.0e-3}\n")
+    got = load_config(Outer, path, ["inner.name=007", "steps=6", "steps=7", "limit=null", "sizes=[2, 3]", "inner.rate=2e-5", "folder=a=b"])
+    assert (got.steps, got.limit, got.sizes, got.folder) == (7, None, (2, 3), Path("a=b"))
+    assert (got.inner.rate, got.inner.name) == (2e-5, "007")
+
+
+def test_dump_loads_to_the_same(tmp_path: Path) -> None:
+    config = Outer(sizes=(4, 5), folder=Path("x"), inner=Inner(name="null"))
+    path = tmp_path / "r.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(Outer, path) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stps: 1", r"r\.yaml.*unknown key 'stps'.*did you mean 'steps'"),
+        ("inner: {rat: 1}", r"unknown key 'inner\.rat'.*did you mean 'inner\.rate'"),
+        ("zzz: 1", "use one of steps, limit"),
+        ("steps: many", r"steps: got 'many'"),
+        ("steps: [", "broken YAML"),
+        ("- 1", "got a list at the top"),
+    ],
+)
+def test_mistakes_name_key_and_file(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        load_config(Outer, path)
+
+
+@pytest.mark.parametrize("text", ["steps", "=3", "inner..rate=1", "steps.more=1"])
+def test_bad_overrides(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("steps: 1")
+    with pytest.raises(InputError, match="override"):
+        load_config(Outer, path, [text])
+
+
+def test_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml.*check the path"):
+        load_config(Outer, tmp_path / "none.yaml")

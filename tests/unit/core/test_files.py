@@ -1,0 +1,67 @@
+"""Files are whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_path, atomic_write_bytes, atomic_write_text, make_folder
+
+
+def test_writes_and_replaces(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "a.txt", "één\n")
+    atomic_write_bytes(tmp_path / "a.txt", b"two")
+    assert (tmp_path / "a.txt").read_bytes() == b"two"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_failure_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(RuntimeError, match="halfway"), atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError("halfway")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_replaces_a_full_folder(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with atomic_path(tmp_path / "f") as temporary:
+            temporary.mkdir()
+            (temporary / text).write_text(text)
+    assert [p.name for p in tmp_path.rglob("*")] == ["f", "new"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "full disk.*free some space"), (errno.EACCES, "no permission.*may write to"), (errno.EROFS, "read-only")],
+)
+def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "a.txt"))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(InputError, match=words):
+        atomic_write_text(tmp_path / "a.txt", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="create the folder first"):
+        atomic_write_text(tmp_path / "none" / "a.txt", "x")
+
+
+def test_an_error_about_another_file_passes_through(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.txt"):
+        (tmp_path / "elsewhere" / "b.txt").read_text()
+
+
+def test_make_folder_refuses_a_file(tmp_path: Path) -> None:
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "c").write_text("")
+    with pytest.raises(InputError, match="got a file"):
+        make_folder(tmp_path / "c")

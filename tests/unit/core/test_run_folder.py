@@ -1,0 +1,52 @@
+"""The run folder's records and the progress report."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from hyperbagel.core.config import Config
+from hyperbagel.core.progress import ProgressReport, format_seconds
+from hyperbagel.core.run import RunFolder, read_metrics
+
+
+class Settings(Config):
+    rate: float = 0.5
+
+
+def test_provenance_tells_every_launch(tmp_path: Path) -> None:
+    for resume in (False, True):
+        with RunFolder(tmp_path / "run", Settings(), seed=7, resume=resume):
+            pass
+    launches = json.loads((tmp_path / "run" / "provenance.json").read_text())["launches"]
+    assert len(launches) == 2
+    assert launches[0]["seed"] == 7 and launches[0]["settings"] == {"rate": 0.5} and "torch" in launches[0]["versions"]
+    assert (tmp_path / "run" / "config.yaml").read_text() == "rate: 0.5\n"
+
+
+def test_metrics_lines_and_rewind(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", Settings(), seed=0) as run:
+        for step in (1, 2, 3):
+            run.log(step, {"loss": step / 2, "odd": float("nan")})
+    assert read_metrics(run.metrics_path)[2] == {"step": 3, "loss": 1.5, "odd": None}
+    with RunFolder(tmp_path / "run", Settings(), seed=0, resume=True) as run:
+        run.rewind(2)
+        run.log(3, {"loss": 9.0})
+    assert [line["loss"] for line in read_metrics(run.metrics_path)] == [0.5, 1.0, 9.0]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_plain_progress_lines_are_spaced_in_time() -> None:
+    now, stream = [0.0], io.StringIO()
+    with ProgressReport("job", every=10, stream=stream, clock=lambda: now[0]) as report:
+        for second in range(31):
+            now[0] = float(second)
+            report.update(second / 60, f"step {second}")
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[-1] for line in lines] == ["0", "10", "20", "30"]
+    assert "0:30 passed, 0:30 left" in lines[-1]
+
+
+def test_format_seconds() -> None:
+    assert [format_seconds(s) for s in (9.9, 309, 3909)] == ["0:09", "5:09", "1:05:09"]

@@ -1,0 +1,86 @@
+"""Schedules, parameter groups, averages and Muon against closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hyperbagel.train.ema import Ema, decay_at
+from hyperbagel.train.muon import Muon, orthogonalise
+from hyperbagel.train.optim import OptimConfig, decay_groups, lr_factor
+from hyperbagel.train.stage import Draws
+
+
+def test_schedule_corners() -> None:
+    cosine = OptimConfig(warmup_steps=9, final_ratio=0.1)
+    assert lr_factor(cosine, 0, 0.0) == pytest.approx(0.1)
+    assert lr_factor(cosine, 9, 0.0) == 1.0
+    assert lr_factor(cosine, 100, 0.5) == pytest.approx(0.55)
+    assert lr_factor(cosine, 100, 1.0) == lr_factor(cosine, 100, 1.7) == pytest.approx(0.1)
+    assert lr_factor(OptimConfig(warmup_steps=0, schedule="constant"), 0, 0.9) == 1.0
+
+
+def test_norms_biases_and_embeddings_do_not_decay() -> None:
+    module = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv2d(4, 4, 3))
+    module[3].bias.requires_grad_(False)
+    decay, plain = decay_groups(module, 0.1)
+    assert {id(p) for p in decay["params"]} == {id(module[1].weight), id(module[3].weight)}
+    assert {id(p) for p in plain["params"]} == {id(p) for p in (module[0].weight, module[1].bias, module[2].weight, module[2].bias)}
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
+def test_average_equals_the_recurrence_and_block_restores_bits() -> None:
+    p = nn.Parameter(torch.randn(3, generator=torch.Generator().manual_seed(0)))
+    ema = Ema({"p": p}, 0.5)
+    expected = p.detach().double()
+    for n in range(12):
+        with torch.no_grad():
+            p.add_(0.1 * (n + 1))
+        ema.update({"p": p})
+        d = min(0.5, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * p.detach().double()
+    assert torch.allclose(ema.shadow["p"].double(), expected, atol=1e-6)
+    before = p.detach().clone()
+    with ema.applied({"p": p}):
+        assert torch.equal(p.detach(), ema.shadow["p"])
+    assert torch.equal(p.detach(), before)
+    assert decay_at(0, 0.999) == 0.1 and decay_at(10**6, 0.999) == 0.999
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_orthogonalise_keeps_directions_and_levels_sizes(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    rotated = u.T @ orthogonalise(matrix) @ vt.T
+    sizes = rotated.diagonal()
+    assert ((sizes > 0.6) & (sizes < 1.3)).all()
+    assert (rotated - sizes.diag()).abs().max() < 1e-6
+
+
+def test_muon_fits_and_its_vectors_follow_adam() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, target = torch.randn(64, 8, generator=generator), torch.randn(8, 8, generator=generator)
+    weight, bias, twin = nn.Parameter(torch.zeros(8, 8)), nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
+    muon, adam = Muon([weight], [bias], 0.05, ratio=0.1), torch.optim.Adam([twin], 0.005, betas=(0.9, 0.95))
+    losses = []
+    for i in range(150):
+        muon.param_groups[0]["lr"] = 0.05 * (1 - i / 150)
+        loss = (x @ weight.T + bias - x @ target.T - 1).square().mean()
+        loss.backward()
+        twin.grad = bias.grad.clone() if bias.grad is not None else None
+        muon.step()
+        adam.step()
+        muon.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    assert torch.allclose(bias, twin, atol=1e-6)
+
+
+def test_draws_depend_on_the_key_only() -> None:
+    def numbers(*key: int) -> tuple[float, float, float]:
+        d = Draws.at(*key)
+        return d.python.random(), float(d.numpy.random()), torch.rand(1, generator=d.torch).item()
+
+    assert numbers(1, 2, 3) == numbers(1, 2, 3)
+    assert len({numbers(1, 2, 3), numbers(1, 3, 2), numbers(0, 2, 3), numbers(1, 2, 4)}) == 4
