@@ -8,6 +8,7 @@ here ever needs a position.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,6 +91,20 @@ class KVCache:
             for x in store:
                 x[row, :, start : start + n] = x[row].index_select(1, kept)
         self.lengths[row] = start + n
+
+    def prefix(self, length: int) -> KVCache:
+        """One row as if it ended at `length`. Shares storage: read it or stack it, do not append to it."""
+        assert len(self.lengths) == 1 and length <= self.lengths[0], f"no prefix of {length} in {self.lengths}"
+        view = copy.copy(self)
+        view.lengths = [length]
+        return view
+
+    def first_rows(self, rows: int) -> KVCache:
+        """The first rows alone. Shares storage: appends within the capacity are seen by both."""
+        view = copy.copy(self)
+        view.k, view.v = [x[:rows] for x in self.k], [x[:rows] for x in self.v]
+        view.lengths = self.lengths[:rows]
+        return view
 
     def fork(self) -> KVCache:
         """A copy that can grow on its own."""

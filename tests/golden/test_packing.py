@@ -6,7 +6,8 @@ import random
 import numpy as np
 import torch
 from torch import Tensor
-from train_batch import GOLDEN, INSTRUCTION, SPEC, golden_train_batch
+from archive import GOLDEN
+from train_batch import INSTRUCTION, SPEC, golden_train_batch
 
 from hyperbagel.core.types import PackedBatch
 from hyperbagel.data.packing import pack
@@ -47,8 +48,8 @@ def gen_order(batch: PackedBatch, slots: Tensor) -> list[int]:
 
 
 def test_mixed_batch() -> None:
-    golden = load_tensors(GOLDEN / "train_mixed.safetensors")
-    told = json.loads((GOLDEN / "train_mixed.json").read_text())
+    golden = load_tensors(GOLDEN / "fp32" / "train_mixed.safetensors")
+    told = json.loads((GOLDEN / "fp32" / "train_mixed.json").read_text())
     batch = golden_train_batch()
     index = read_order(batch)
     assert batch.rows == 1 and len(index) == batch.su + batch.sg == told["sequence_length"] == 105
@@ -72,7 +73,7 @@ def test_mixed_batch() -> None:
 
 
 def test_one_sample_a_row_is_the_same_sequence() -> None:
-    golden = load_tensors(GOLDEN / "train_mixed.safetensors")
+    golden = load_tensors(GOLDEN / "fp32" / "train_mixed.safetensors")
     batch = golden_train_batch(rows="one")
     assert batch.rows == 3 and batch.su == 31 and batch.sg == 12
     start = 0
@@ -85,7 +86,7 @@ def test_one_sample_a_row_is_the_same_sequence() -> None:
 
 
 def test_dropout() -> None:
-    cases = json.loads((GOLDEN / "train_dropout_packing.json").read_text())
+    cases = json.loads((GOLDEN / "fp32" / "train_dropout_packing.json").read_text())
     assert len(cases) == 8
     pixels = np.zeros((32, 48, 3), np.uint8)
     plan = [

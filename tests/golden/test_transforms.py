@@ -1,16 +1,15 @@
 """Resize rules, pixels, patches and positions against the reference's."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from archive import GOLDEN
 from PIL import Image
 
 from hyperbagel.data.transforms import ImageTransform, grid_positions, patchify
 from hyperbagel.model.weights import load_tensors
 
-GOLDEN = Path(__file__).parent / "fp32"
 VAE, VIT = ImageTransform(64, 32, 16), ImageTransform(112, 28, 14)  # the golden data's own
 
 REAL_SIZES = {
@@ -24,7 +23,7 @@ REAL_SIZES = {
 
 
 def test_resize_table() -> None:
-    table = json.loads((GOLDEN / "resize_table.json").read_text())
+    table = json.loads((GOLDEN / "fp32" / "resize_table.json").read_text())
     assert len(table) == 15
     for row in table:
         for name, (transform, pictures) in REAL_SIZES.items():
@@ -35,7 +34,7 @@ def test_resize_table() -> None:
 
 @pytest.mark.parametrize("i", range(4))
 def test_pixels_patches_positions(i: int) -> None:
-    golden = load_tensors(GOLDEN / "transforms.safetensors")
+    golden = load_tensors(GOLDEN / "fp32" / "transforms.safetensors")
     image = Image.fromarray(golden[f"in.{i}"].numpy())
     vae, vit = VAE(image), VIT(image)
     assert torch.equal(vae, golden[f"vae.{i}"])

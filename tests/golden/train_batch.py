@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
+from archive import GOLDEN
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,7 +15,6 @@ from hyperbagel.data.packing import PackSpec, pack
 from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage
 from hyperbagel.model.weights import load_tensors
 
-GOLDEN = Path(__file__).parent / "fp32"
 # the tiny model's tokens and tables
 SPEC = PackSpec(317, 318, 325, 326, vit_patch=14, vit_per_side=10, latent_patch=2, latent_stride=16, latent_per_side=8)
 CAPTION = [97, 279, 100, 32, 312, 32, 111, 110, 263, 32, 98, 108, 117, 101, 32, 283, 102, 97, 46]
@@ -46,7 +45,7 @@ def golden_samples(golden: dict[str, Tensor]) -> list[Sample]:
 
 def golden_train_batch(rows: str = "packed") -> PackedBatch:
     """`train_mixed` with the reference's own latents, noise and timesteps. rows: "packed" (one row, as the reference) or "one"."""
-    golden = load_tensors(GOLDEN / "train_mixed.safetensors")
+    golden = load_tensors(GOLDEN / "fp32" / "train_mixed.safetensors")
 
     def encode(pixels: Tensor) -> Tensor:  # looks up what the reference's VAE gave; its pictures were padded to one size
         found = []

@@ -1,0 +1,26 @@
+"""Where on [0, 1] the sampler stands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t' = s t / (1 + (s - 1) t): s > 1 spends more of the steps near noise."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def unshift_time(t: Tensor, shift: float) -> Tensor:
+    """Inverse of `shift_time`."""
+    return t / (shift - (shift - 1) * t)
+
+
+def time_grid(num_steps: int, shift: float) -> Tensor:
+    """num_steps + 1 times from 1 to 0, fp32. BAGEL's `num_timesteps` N counts the points, so N = num_steps + 1."""
+    return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
+
+
+def segment_bounds(segments: int) -> Tensor:
+    """0 = b_0 < ... < b_k = 1, equal parts in unshifted time (TSCD, Hyper-Bagel 3.2.2)."""
+    return torch.linspace(0, 1, segments + 1)

@@ -1,0 +1,137 @@
+"""Denoising latents behind prefilled contexts, and turning them into pictures.
+
+Shape legend: B requests, N latent tokens of the largest picture, C values of a token, R = B * branches rows of one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.transforms import grid_positions
+from hyperbagel.flow.guidance import guidance_on, guide
+from hyperbagel.flow.schedule import time_grid
+from hyperbagel.flow.solvers import euler_steps
+from hyperbagel.generate.session import Branch, Parts, Session, check_latent_grid
+from hyperbagel.generate.types import Denoising, OnStep
+from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.model.vae import unpatchify
+from hyperbagel.nn.kv_cache import KVCache, Plan
+
+
+class GuidedVelocity:
+    """velocity(x_t [B, N, C], t) -> v [B, N, C] of a batch of prefilled sessions; counts its evaluations (NFE) per picture.
+
+    The contexts of all branches stand in one stacked cache, rows [full | text dropped | image dropped], so that a guided step is one
+    forward. The latents' keys go into scratch slots behind each row's context and are overwritten by the next step.
+    """
+
+    def __init__(self, sessions: Sequence[Session], grids: Sequence[tuple[int, int]], settings: Denoising) -> None:
+        self.parts, self.settings, self.evaluations = sessions[0].parts, settings, 0
+        branches: list[list[Branch]] = [[s.full() for s in sessions]]
+        self.image_branch = False
+        if settings.text_scale > 1:
+            branches.append([s.text_dropped() for s in sessions])
+            if settings.image_scale > 1:
+                dropped = [s.image_dropped() for s in sessions]
+                # Without images both contexts are one and the same: v_image = v, for free.
+                self.image_branch = any(b.cache is not s.cache for b, s in zip(dropped, sessions, strict=True))
+                if self.image_branch:
+                    branches.append(dropped)
+        self.branches = len(branches)
+        rows = [branch for group in branches for branch in group]
+        model, device = self.parts.model, self.parts.model.device
+        counts = [h * w for h, w in grids]
+        n = max(counts)
+        inside = torch.arange(n) < torch.tensor(counts)[:, None]
+        self.inside = None if min(counts) == n else inside.unsqueeze(-1).to(device)  # [B, N, 1], only if sizes differ
+        options = model.config.options
+        self.where = torch.zeros(len(grids), n, dtype=torch.long)
+        for i, (h, w) in enumerate(grids):
+            self.where[i, : h * w] = grid_positions(h, w, options.max_latent_size, options.interpolate_pos)
+        self.where = self.where.to(device)
+        self.markers = sessions[0].markers().expand(len(rows), -1, -1)
+        self.positions = torch.tensor([b.position for b in rows], device=device)[:, None].expand(-1, n + 2)
+        self.guided = _context([b.view() for b in rows], [c + 2 for c in counts] * self.branches, n + 2)
+        self.plain = _first(self.guided[0], len(sessions), [c + 2 for c in counts]) if self.branches > 1 else self.guided
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        with_guidance = self.branches > 1 and guidance_on(t, self.settings.interval)
+        branches = self.branches if with_guidance else 1
+        cache, plan = self.guided if with_guidance else self.plain
+        model, rows = self.parts.model, x.shape[0] * branches
+        g = model.embed_latent(x, torch.full(x.shape[:2], t, device=x.device), self.where).repeat(branches, 1, 1)
+        hidden = model.backbone(Streams(self.markers[:rows], g), self.positions[:rows], cache=cache, plan=plan)
+        assert hidden.g is not None
+        v = model.velocity(hidden.g)  # [R, N, C]
+        if self.inside is not None:
+            v = v * self.inside.repeat(branches, 1, 1)
+        self.evaluations += branches
+        if not with_guidance:
+            return v
+        parts = v.chunk(branches)
+        s = self.settings
+        v_image = parts[2] if self.image_branch else parts[0]
+        return guide(parts[0], parts[1], v_image, s.text_scale, s.image_scale, s.renorm, s.renorm_min)
+
+
+def _context(views: Sequence[KVCache], counts: Sequence[int], extra: int) -> tuple[KVCache, Plan]:
+    cache = KVCache.stack(views, extra)
+    return cache, cache.plan(counts, causal=False)
+
+
+def _first(cache: KVCache, rows: int, counts: Sequence[int]) -> tuple[KVCache, Plan]:
+    view = cache.first_rows(rows)
+    return view, view.plan(counts, causal=False)
+
+
+def latent_grid(parts: Parts, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels to latent tokens. Raises InputError if it is no multiple of the stride or too large."""
+    stride = parts.model.config.latent_stride
+    if size[0] % stride or size[1] % stride or min(size) < stride:
+        near = "x".join(str(max(stride, round(side / stride) * stride)) for side in (size[1], size[0]))
+        raise InputError(f"got size {size[1]}x{size[0]}, expected multiples of {stride}; the nearest is {near}")
+    grid = size[0] // stride, size[1] // stride
+    check_latent_grid(*grid, parts.model.config.options.max_latent_size, stride)
+    return grid
+
+
+def draw_noise(parts: Parts, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Initial noise [h * w, C], fp32, on the CPU: the reference's draw, in token order."""
+    return torch.randn(grid[0] * grid[1], parts.model.config.latent_channels, generator=generator)
+
+
+@torch.inference_mode()
+def denoise(
+    sessions: Sequence[Session],
+    grids: Sequence[tuple[int, int]],
+    noises: Sequence[Tensor],
+    settings: Denoising,
+    on_step: OnStep | None = None,
+) -> tuple[list[Tensor], int]:
+    """Euler from noise to latents for a batch of sessions of any sizes.
+
+    Returns latents, [h_b * w_b, C] each, and the number of velocity evaluations per picture.
+    """
+    device = sessions[0].parts.model.device
+    velocity = GuidedVelocity(sessions, grids, settings)
+    n = max(len(noise) for noise in noises)
+    x = torch.stack([torch.nn.functional.pad(noise, (0, 0, 0, n - len(noise))) for noise in noises]).to(device)
+    for k, state in euler_steps(x, velocity, time_grid(settings.num_steps, settings.shift)):
+        x = state
+        if on_step is not None:
+            on_step(k + 1, settings.num_steps, x)
+    return [row[: h * w] for row, (h, w) in zip(x, grids, strict=True)], velocity.evaluations
+
+
+@torch.inference_mode()
+def decode_latents(parts: Parts, latents: Tensor, grid: tuple[int, int]) -> Image.Image:
+    """Latents [h * w, C] to a picture: VAE, then (x / 2 + 1/2) clamped, times 255, truncated."""
+    z = unpatchify(latents.unsqueeze(0), *grid, parts.model.config.options.latent_patch_size)
+    pixels = parts.vae.decode(z.float())[0]
+    pixels = (pixels * 0.5 + 0.5).clamp(0, 1) * 255
+    return Image.fromarray(pixels.permute(1, 2, 0).to(torch.uint8).cpu().numpy())

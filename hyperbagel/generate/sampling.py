@@ -1,0 +1,22 @@
+"""From logits to a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / T) over the last dimension, in fp32; T > 0."""
+    return (logits.float() / temperature).softmax(-1)
+
+
+def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """logits [B, V] -> [B] tokens: argmax for T = 0, else one draw a row from that row's own generator (on the CPU)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = probabilities(logits, temperature).cpu()
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)]
+    return torch.cat(drawn).to(logits.device)

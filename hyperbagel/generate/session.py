@@ -1,0 +1,190 @@
+"""One conversation: its keys and values, its RoPE position, and the snapshots that guidance needs.
+
+Context rules (BAGEL): text is causal and each token advances the position by one; an image, as ViT patches or as clean latents, sees
+all of itself, shares one position and advances it by one. Input pictures of a generation give a latent block, then a ViT block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import ImageTransform, grid_positions, patchify
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import ImageSizes
+from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.model.vae import patchify as patchify_latents
+from hyperbagel.model.weights import load_folder
+from hyperbagel.nn.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a session works with; shared by all sessions, never changed by them."""
+
+    model: Bagel
+    vae: AutoEncoder
+    tokenizer: Tokenizer
+    vae_transform: ImageTransform
+    vit_transform: ImageTransform
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
+        """Reads a folder in BAGEL's layout. Raises InputError if it is not one."""
+
+        def transform(sizes: ImageSizes) -> ImageTransform:
+            return ImageTransform(sizes.max_size, sizes.min_size, sizes.stride, sizes.max_pixels)
+
+        model, vae = load_folder(folder, device, dtype)
+        options = model.config.options
+        return cls(model, vae, Tokenizer.from_folder(folder), transform(options.vae_transform), transform(options.vit_transform))
+
+
+@dataclass
+class Branch:
+    """A context that a denoising step can look at: `length` cached tokens, next position."""
+
+    cache: KVCache
+    length: int
+    position: int
+
+    def view(self) -> KVCache:
+        """The cache as if it ended at `length`; shares storage, for reading only."""
+        return self.cache.prefix(self.length)
+
+
+@dataclass
+class Session:
+    parts: Parts
+    cache: KVCache
+    position: int = 0
+    texts: list[list[int]] = field(default_factory=list)  # texts the image-dropped context holds
+    dropped: tuple[int, int] = (0, 0)  # (cached tokens, position) before the last text
+    has_images: bool = False
+    last_size: tuple[int, int] | None = None  # (height, width) of the last input image, after its resize
+
+    @classmethod
+    def new(cls, parts: Parts) -> Session:
+        return cls(parts, parts.model.new_cache())
+
+    def fork(self) -> Session:
+        """A copy that goes its own way; this one stays as it is."""
+        return replace(self, cache=self.cache.fork(), texts=list(self.texts))
+
+    # -- context ---------------------------------------------------------------------------------------------------------------
+
+    def add_text(self, text: str, *, guided: bool = True) -> None:
+        """im_start + ids + im_end, causal. `guided`: guidance may drop it (the thinking a model adds to itself is not)."""
+        tokenizer = self.parts.tokenizer
+        ids = [tokenizer.im_start, *tokenizer.encode(text), tokenizer.im_end]
+        self.check_room(len(ids))
+        if guided:
+            self.dropped = (self.cache.lengths[0], self.position)
+            self.texts.append(ids)
+        self.position = _prefill_text(self.parts.model, self.cache, ids, self.position)
+
+    def add_image(self, image: Image, *, latents: bool, generator: torch.Generator | None = None, resize: bool = True) -> None:
+        """A picture: as clean latents and ViT patches (`latents`, for generation) or as ViT patches alone (understanding).
+
+        The picture is first resized by the latent rule (`resize`), so that both blocks show the same pixels. `generator` gives the
+        noise of the posterior sample, drawn on the CPU; None takes the mean. After an image there is no text to drop.
+        """
+        if resize:
+            image = self.parts.vae_transform.resize(image)
+        if latents:
+            self._add_latents(self.parts.vae_transform(image), generator)
+        self._add_vit(self.parts.vit_transform(image))
+        self.dropped = (self.cache.lengths[0], self.position)
+        self.has_images = True
+        self.last_size = (image.height, image.width)
+
+    def _add_latents(self, pixels: Tensor, generator: torch.Generator | None) -> None:
+        model, vae = self.parts.model, self.parts.vae
+        options, f = model.config.options, model.config.vae.downsample
+        shape = (1, model.config.vae.z_channels, pixels.shape[1] // f, pixels.shape[2] // f)
+        eps = torch.zeros(shape) if generator is None else torch.randn(shape, generator=generator)
+        z = vae.encode(pixels.unsqueeze(0).to(model.device), eps.to(model.device))
+        p = options.latent_patch_size
+        tokens = patchify_latents(z, p)  # [1, N, C]
+        h, w = z.shape[2] // p, z.shape[3] // p
+        check_latent_grid(h, w, options.max_latent_size, model.config.latent_stride)
+        self.check_room(tokens.shape[1] + 2)
+        where = grid_positions(h, w, options.max_latent_size, options.interpolate_pos).to(model.device)
+        g = model.embed_latent(tokens, torch.zeros(tokens.shape[:2], device=model.device), where)
+        self._add_block(Streams(self.markers(), g))
+
+    def _add_vit(self, pixels: Tensor) -> None:
+        model = self.parts.model
+        patch = model.config.vit.patch_size
+        patches = patchify(pixels, patch).to(model.device)
+        options = model.config.options
+        h, w = pixels.shape[1] // patch, pixels.shape[2] // patch
+        where = grid_positions(h, w, options.vit_max_num_patch_per_side, options.interpolate_pos).to(model.device)
+        self.check_room(len(patches) + 2)
+        seen = model.embed_vit(patches, where, [len(patches)]).unsqueeze(0)
+        start, end = self.markers().split(1, dim=1)
+        self._add_block(Streams(torch.cat([start, seen, end], dim=1), None))
+
+    def _add_block(self, x: Streams) -> None:
+        """A block that sees itself and all before it, at one shared position."""
+        n = sum(s.shape[1] for s in x if s is not None)
+        plan = self.cache.plan([n], causal=False)
+        where = torch.full((1, n), self.position, device=self.parts.model.device)
+        self.parts.model.backbone(x, where, cache=self.cache, plan=plan)
+        self.cache.advance([n])
+        self.position += 1
+
+    def markers(self) -> Tensor:
+        """Embeddings of vision_start and vision_end, [1, 2, E]."""
+        tokenizer, model = self.parts.tokenizer, self.parts.model
+        return model.embed_text(torch.tensor([[tokenizer.vision_start, tokenizer.vision_end]], device=model.device))
+
+    def check_room(self, tokens: int) -> None:
+        """Raises InputError if `tokens` more do not fit into the model's context."""
+        limit = self.parts.model.config.llm.max_position_embeddings
+        if self.cache.lengths[0] + tokens > limit:
+            raise InputError(
+                f"got a context of {self.cache.lengths[0] + tokens} tokens, expected at most {limit}; shorten the text or use fewer images"
+            )
+
+    # -- guidance --------------------------------------------------------------------------------------------------------------
+
+    def full(self) -> Branch:
+        return Branch(self.cache, self.cache.lengths[0], self.position)
+
+    def text_dropped(self) -> Branch:
+        """The context before its last text: a prefix, so nothing is computed or copied."""
+        return Branch(self.cache, *self.dropped)
+
+    def image_dropped(self) -> Branch:
+        """All given texts and no image, from position 0. Equal to the full context if that holds nothing else."""
+        given = sum(len(ids) for ids in self.texts)
+        if given == self.cache.lengths[0]:
+            return self.full()
+        cache, position = self.parts.model.new_cache(), 0
+        for ids in self.texts:
+            position = _prefill_text(self.parts.model, cache, ids, position)
+        return Branch(cache, cache.lengths[0], position)
+
+
+def _prefill_text(model: Bagel, cache: KVCache, ids: list[int], position: int) -> int:
+    """Runs the ids through the model into the cache; returns the next position."""
+    n = len(ids)
+    u = model.embed_text(torch.tensor([ids], device=model.device))
+    where = torch.arange(position, position + n, device=model.device).unsqueeze(0)
+    model.backbone(Streams(u, None), where, cache=cache, plan=cache.plan([n], causal=True))
+    cache.advance([n])
+    return position + n
+
+
+def check_latent_grid(h: int, w: int, limit: int, stride: int) -> None:
+    """Raises InputError if an h x w latent grid is outside the model's position table."""
+    if not (0 < h <= limit and 0 < w <= limit):
+        raise InputError(f"got a picture of {w * stride}x{h * stride} pixels, expected at most {limit * stride} a side for this model")

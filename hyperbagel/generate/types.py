@@ -1,0 +1,116 @@
+"""What callers ask for and what they get. The defaults of the whole program live here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from PIL.Image import Image
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.flow.guidance import RENORMS, Renorm
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How latents are denoised. `num_steps` counts updates (BAGEL's num_timesteps is one more)."""
+
+    num_steps: int = 50
+    text_scale: float = 4.0
+    image_scale: float = 1.0
+    interval: tuple[float, float] = (0.4, 1.0)
+    renorm: Renorm = "global"
+    renorm_min: float = 0.0
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise InputError(f"got {self.num_steps} steps, expected at least 1; 50 is usual")
+        if self.renorm not in RENORMS:
+            raise InputError(f"got renorm {self.renorm!r}, expected one of {', '.join(RENORMS)}")
+        if not (0 <= self.interval[0] <= self.interval[1] <= 1):
+            raise InputError(f"got guidance interval {self.interval}, expected two times with 0 <= LO <= HI <= 1")
+        if not 0 <= self.renorm_min <= 1:
+            raise InputError(f"got renorm_min {self.renorm_min}, expected 0 to 1")
+        for name in ("text_scale", "image_scale", "shift"):
+            value = getattr(self, name)
+            if not 0 < value < 1e3:
+                raise InputError(f"got {name} {value}, expected a positive number (1 is neutral)")
+
+
+TEXT_TO_IMAGE = Denoising()
+EDIT = Denoising(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """A picture to draw (no images) or to edit. Settings left None take the defaults of the kind (TEXT_TO_IMAGE, EDIT).
+
+    `inputs`, if given, is the interleaved form: texts and images in any order, last text is what guidance drops.
+    """
+
+    prompt: str = ""
+    images: tuple[Image, ...] = ()
+    seed: int = 0
+    size: tuple[int, int] | None = None  # (height, width); None: the last image's, or the model's own
+    think: bool = False
+    max_think_tokens: int = 256
+    steps: int | None = None
+    text_scale: float | None = None
+    image_scale: float | None = None
+    interval: tuple[float, float] | None = None
+    renorm: Renorm | None = None
+    renorm_min: float | None = None
+    shift: float | None = None
+    inputs: tuple[str | Image, ...] | None = None
+
+    def items(self) -> tuple[str | Image, ...]:
+        """Images, then the text; or the interleaved inputs."""
+        return (*self.images, self.prompt) if self.inputs is None else self.inputs
+
+    def denoising(self) -> Denoising:
+        """The settings with the defaults of the request's kind filled in."""
+        base = EDIT if any(isinstance(item, Image) for item in self.items()) else TEXT_TO_IMAGE
+        names = {"num_steps": "steps"}
+        own = {name: getattr(self, names.get(name, name)) for name in asdict(base)}
+        return replace(base, **{name: value for name, value in own.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class AskRequest:
+    """A question about any number of images. `turns` are earlier (question, answer) pairs about the same images."""
+
+    question: str
+    images: tuple[Image, ...] = ()
+    max_tokens: int = 256
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0
+    think: bool = False
+    turns: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class ImageResult:
+    image: Image
+    seed: int
+    nfe: int  # velocity evaluations this picture took
+    timings: dict[str, float]  # seconds: prefill, denoise, decode; shared by the pictures of one batch
+    thinking: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TextResult:
+    text: str
+    tokens: int  # generated
+    prompt_tokens: int  # of the context, image tokens included
+    timings: dict[str, float]  # seconds: prefill, decode
+    thinking: str | None = None
+    finish_reason: str = "stop"  # or "length"
+
+
+# Called after each denoising update with (updates done, updates in all, latents [B, N, C]); may raise to stop the work.
+OnStep = Callable[[int, int, Any], None]
+# Called with (row, token id) for each generated token; may raise to stop the work.
+OnToken = Callable[[int, int], None]

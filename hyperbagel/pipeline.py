@@ -1,0 +1,221 @@
+"""`HyperBagel`: load a checkpoint, draw, edit, answer."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL.Image import Image
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
+from hyperbagel.generate.decode import decode
+from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult, OnStep, OnToken, TextResult
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class HyperBagel:
+    """One loaded model. Nothing that a request does changes it, so one object may serve any number of requests in turn."""
+
+    def __init__(self, parts: Parts, name: str, load_seconds: float = 0.0) -> None:
+        self.parts, self.name, self.load_seconds = parts, name, load_seconds
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path = "toybox", *, device: str | None = None, dtype: Literal["float32", "bfloat16"] | None = None
+    ) -> HyperBagel:
+        """Loads "toybox" (ships with the package) or a folder in BAGEL's layout.
+
+        Args:
+            device: "cpu", "cuda", ...; default: a GPU if there is one.
+            dtype: of the weights and the computation; default: float32 on a CPU, bfloat16 on a GPU. The autoencoder is always float32.
+        Raises:
+            InputError: the folder, device or dtype cannot be used.
+        """
+        start = time.perf_counter()
+        folder = Path(str(files("hyperbagel") / "assets" / "toybox")) if str(model) == "toybox" else Path(model)
+        where = _device(device)
+        kind = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+        if kind not in DTYPES:
+            raise InputError(f"got dtype {kind!r}, expected one of {', '.join(DTYPES)}")
+        parts = Parts.load(folder, where, DTYPES[kind])
+        return cls(parts, str(model), time.perf_counter() - start)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) of a picture when none is asked for."""
+        return self.parts.model.config.options.default_size
+
+    # -- one request -----------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: str, *, n: int = 1, seed: int | None = None, on_step: OnStep | None = None, **settings: Any
+    ) -> list[ImageResult]:
+        """Draws `n` pictures, with seeds seed, seed + 1, ... (None: a random one). Settings: fields of ImageRequest."""
+        return self._pictures(ImageRequest(prompt, **settings), n, seed, on_step)
+
+    def edit(
+        self,
+        images: Image | Sequence[Image],
+        instruction: str,
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        on_step: OnStep | None = None,
+        **settings: Any,
+    ) -> list[ImageResult]:
+        """Changes a picture, or composes several, as the instruction says. Settings: fields of ImageRequest."""
+        given = (images,) if isinstance(images, Image) else tuple(images)
+        if not given:
+            raise InputError("got no image to edit, expected at least one; to draw from text alone use generate")
+        return self._pictures(ImageRequest(instruction, given, **settings), n, seed, on_step)
+
+    def ask(self, question: str, images: Image | Sequence[Image] = (), *, on_token: OnToken | None = None, **settings: Any) -> TextResult:
+        """Answers a question about any number of images. Settings: fields of AskRequest."""
+        given = (images,) if isinstance(images, Image) else tuple(images)
+        return self.ask_batch([AskRequest(question, given, **settings)], on_token=on_token)[0]
+
+    def _pictures(self, request: ImageRequest, n: int, seed: int | None, on_step: OnStep | None) -> list[ImageResult]:
+        first = random.SystemRandom().randrange(2**31) if seed is None else seed
+        return self.generate_batch([replace(request, seed=first + i) for i in range(n)], on_step=on_step)
+
+    # -- batches ---------------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate_batch(self, requests: Sequence[ImageRequest], *, on_step: OnStep | None = None) -> list[ImageResult]:
+        """Draws or edits many at once; each result is what the request alone would give. Sizes and prompts may differ; requests with
+        equal denoising settings share forwards."""
+        for request in requests:
+            self._check(request)
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[request.denoising()].append(i)
+        results: dict[int, ImageResult] = {}
+        for settings, members in groups.items():
+            start = time.perf_counter()
+            prepared = [self._prepare(requests[i]) for i in members]
+            sessions = [session for session, _, _ in prepared]
+            grids = [latent_grid(self.parts, requests[i].size or s.last_size or self.default_size) for i, s in zip(members, sessions)]
+            noises = [draw_noise(self.parts, grid, generator) for grid, (_, generator, _) in zip(grids, prepared)]
+            middle = time.perf_counter()
+            latents, nfe = denoise(sessions, grids, noises, settings, on_step)
+            late = time.perf_counter()
+            images = [decode_latents(self.parts, x, grid) for x, grid in zip(latents, grids)]
+            timings = {"prefill": middle - start, "denoise": late - middle, "decode": time.perf_counter() - late}
+            for i, image, (_, _, thinking) in zip(members, images, prepared, strict=True):
+                request = requests[i]
+                used = {"model": self.name, "prompt": request.prompt, "seed": request.seed, "think": request.think, **asdict(settings)}
+                used |= {"size": [image.width, image.height], "nfe": nfe}
+                results[i] = ImageResult(
+                    image, request.seed, nfe, timings, thinking, used | {"size": [image.width, image.height], "nfe": nfe}
+                )
+        return [results[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def ask_batch(self, requests: Sequence[AskRequest], *, on_token: OnToken | None = None) -> list[TextResult]:
+        """Answers many at once; requests with equal max_tokens and temperature are decoded together."""
+        for request in requests:
+            if not request.question.strip():
+                raise InputError("got an empty question, expected some text")
+            if request.max_tokens < 1:
+                raise InputError(f"got max_tokens {request.max_tokens}, expected at least 1")
+            if not 0 <= request.temperature <= 100:
+                raise InputError(f"got temperature {request.temperature}, expected 0 (greedy) to 100")
+        groups: dict[tuple[int, float], list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[request.max_tokens, request.temperature].append(i)
+        results: dict[int, TextResult] = {}
+        for (max_tokens, temperature), members in groups.items():
+            start = time.perf_counter()
+            sessions = [self._context(requests[i]) for i in members]
+            generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
+            middle = time.perf_counter()
+
+            def report(row: int, token: int, members: list[int] = members) -> None:
+                if on_token is not None:
+                    on_token(members[row], token)
+
+            decoded = decode(sessions, max_tokens=max_tokens, temperature=temperature, generators=generators, on_token=report)
+            timings = {"prefill": middle - start, "decode": time.perf_counter() - middle}
+            for i, session, out in zip(members, sessions, decoded, strict=True):
+                thinking, answer = split_thinking(self.parts.tokenizer.decode(out.ids), requests[i].think)
+                results[i] = TextResult(answer, len(out.ids), session.cache.lengths[0], timings, thinking, out.finish_reason)
+        return [results[i] for i in range(len(requests))]
+
+    # -- contexts --------------------------------------------------------------------------------------------------------------
+
+    def _check(self, request: ImageRequest) -> None:
+        """Everything that can be refused before work starts."""
+        items = request.items()
+        if not any(isinstance(item, str) and item.strip() for item in items):
+            raise InputError("got an empty prompt, expected some text")
+        if request.size is not None:
+            latent_grid(self.parts, request.size)
+        request.denoising()
+        tokenizer = self.parts.tokenizer
+        texts = [item for item in items if isinstance(item, str)] + ([THINK_DRAW] if request.think else [])
+        limit = self.parts.model.config.llm.max_position_embeddings
+        tokens = sum(len(tokenizer.encode(text)) + 2 for text in texts)
+        if tokens > limit:
+            raise InputError(f"got a prompt of {tokens} tokens, expected at most {limit} for this model; shorten it")
+
+    def _prepare(self, request: ImageRequest) -> tuple[Session, torch.Generator, str | None]:
+        """Context of a picture, its random stream (VAE noise was drawn first, the initial noise comes next) and its thinking."""
+        generator = torch.Generator().manual_seed(request.seed)
+        session = Session.new(self.parts)
+        if request.think:
+            session.add_text(THINK_DRAW)
+        for item in request.items():
+            if isinstance(item, str):
+                session.add_text(item)
+            else:
+                session.add_image(item, latents=True, generator=generator)
+        thinking = None
+        if request.think:
+            out = decode([session], max_tokens=request.max_think_tokens)[0]
+            thinking = self.parts.tokenizer.decode(out.ids)
+            # The reference reads the string back in as a new text; guidance never drops it.
+            session.add_text(thinking, guided=False)
+        return session, generator, thinking
+
+    def _context(self, request: AskRequest) -> Session:
+        session = Session.new(self.parts)
+        if request.think:
+            session.add_text(THINK_ANSWER)
+        for image in request.images:
+            session.add_image(image, latents=False)
+        for question, answer in request.turns:
+            session.add_text(question)
+            session.add_text(answer)
+        session.add_text(request.question)
+        return session
+
+
+def split_thinking(text: str, think: bool) -> tuple[str | None, str]:
+    """("...", answer) of "<think> ... </think> answer"; (None, text) if there is no such part."""
+    if not think or "</think>" not in text:
+        return None, text.strip()
+    thought, _, answer = text.partition("</think>")
+    return thought.replace("<think>", "").strip(), answer.strip()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"got device {name!r}, which cannot be used here ({reason}); try --device cpu") from error
+    return device
