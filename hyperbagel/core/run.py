@@ -57,20 +57,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def check_run_folder(path: Path, *, resume: bool) -> None:
+    """Raises InputError if `path` already holds a run and `resume` is False, or holds none and `resume` is True."""
+    holds = (path / "provenance.json").exists()
+    if holds and not resume:
+        raise InputError(f"{path}: got a folder that holds a run, expected a new one, give another folder or resume this one")
+    if resume and not holds:
+        raise InputError(f"{path}: got no run to resume, expected a run folder, check the path or start without resume")
+
+
 class RunFolder:
     """One training's folder. Opening it writes config and provenance; a `with` block closes its files."""
 
     def __init__(self, path: Path | str, config: Config, *, seed: int, resume: bool = False) -> None:
         """
         Raises:
-            InputError: the folder already holds a run and `resume` is False, or it holds none and `resume` is True, or cannot be written.
+            InputError: see `check_run_folder`; or the folder cannot be written.
         """
         self.path = Path(path)
+        check_run_folder(self.path, resume=resume)
         provenance = self.path / "provenance.json"
-        if provenance.exists() and not resume:
-            raise InputError(f"{self.path}: got a folder that holds a run, expected a new one, give another folder or resume this one")
-        if resume and not provenance.exists():
-            raise InputError(f"{self.path}: got no run to resume, expected a run folder, check the path or start without resume")
         make_folder(self.path)
         launches = json.loads(provenance.read_text())["launches"] if resume else []
         launches.append(

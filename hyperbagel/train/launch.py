@@ -11,7 +11,7 @@ import torch
 
 from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.run import RunFolder
+from hyperbagel.core.run import RunFolder, check_run_folder
 from hyperbagel.train import stages
 from hyperbagel.train.loop import TrainResult, pick_device, train
 
@@ -34,10 +34,15 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
         hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
         raise InputError(f"stage: got {name!r}, expected one of {', '.join(names)}; {hint}")
     module = importlib.import_module(f"{stages.__name__}.{name.replace('-', '_')}")
-    if resume and recipe is None and (out / "config.yaml").exists():
+    check_run_folder(out, resume=resume)
+    if resume and recipe is None:
         recipe = out / "config.yaml"
     settings = load_config(module.Recipe, recipe, overrides)
     torch.set_num_threads(settings.threads)
-    with RunFolder(out, settings, seed=settings.seed, resume=resume) as run:
-        stage = module.build(settings, pick_device(settings.device))
-        return train(stage, settings, run, resume=resume)
+    # the stage first: a mistake in the recipe then leaves no folder behind that "holds a run"
+    stage = module.build(settings, pick_device(settings.device))
+    try:
+        with RunFolder(out, settings, seed=settings.seed, resume=resume) as run:
+            return train(stage, settings, run, resume=resume)
+    finally:
+        stage.close()

@@ -62,11 +62,7 @@ def train(
         Diverged: a loss or gradient norm is not finite; the state before that step is saved.
         InputError: a checkpoint cannot be read or written.
     """
-    loop = _Loop(stage, recipe, run, clock)
-    try:
-        return loop.go(resume)
-    finally:
-        stage.close()
+    return _Loop(stage, recipe, run, clock).go(resume)
 
 
 class _Loop:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from hyperbagel.core.config import Config
@@ -58,6 +58,13 @@ class Recipe(TrainRecipe):
     init: Path | None = None  # folder with ae.safetensors and vae_config.json to start from; `architecture` must be its own
     freeze_encoder: bool = False  # train the decoder alone: latents stay what later stages have learned
     optim: OptimConfig = OptimConfig(kind="muon", lr=0.02, ema_decay=0.998)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Recipe:
+        a = self.architecture
+        if a.downsample != 2 ** (len(a.ch_mult) - 1) or self.resolution % a.downsample:
+            raise ValueError(f"resolution must be divisible by downsample, and downsample be {2 ** (len(a.ch_mult) - 1)} for these ch_mult")
+        return self
 
 
 def draw_pictures(seed: int, count: int, resolution: int, variety: float, crowded: float = 0.0, split: str = "train") -> np.ndarray:
@@ -153,7 +160,10 @@ class VaeStage(Stage):
         """Weights, scale and shift of an exported autoencoder."""
         if self.recipe.finest_from_step:
             raise InputError(f"finest_from_step: got {self.recipe.finest_from_step} with init, expected 0, trained blocks cannot sleep")
-        config = VaeConfig.model_validate_json((folder / "vae_config.json").read_text())
+        try:
+            config = VaeConfig.model_validate_json((folder / "vae_config.json").read_text())
+        except (OSError, ValidationError) as error:
+            raise InputError(f"{folder}: got no readable vae_config.json, expected an exported autoencoder, check the path") from error
         shape = {"scale_factor", "shift_factor"}
         if config.model_dump(exclude=shape) != self.model.config.model_dump(exclude=shape):
             raise InputError(f"{folder}: got an autoencoder of another shape than the recipe's, set architecture and resolution to its own")

@@ -107,5 +107,9 @@ def test_recipe_file_is_valid_and_mistakes_are_named(tmp_path: Path) -> None:
     assert load_config(Recipe, recipe).resolution == 64
     with pytest.raises(InputError, match=r"did you mean 'architecture\.ch_mult'"):
         run_training("vae", recipe, ["architecture.ch_mul=[1]"], tmp_path / "run")
+    for wrong, words in (("resolution=66", "divisible"), (f"init={tmp_path}", "vae_config")):
+        with pytest.raises(InputError, match=words):
+            run_training("vae", recipe, [wrong, "finest_from_step=0", "device=cpu"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="did you mean 'vae'"):
         run_training("vea", None, [], tmp_path / "run")
