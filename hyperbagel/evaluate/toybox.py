@@ -6,6 +6,7 @@ function of its id, so that two models see the same prompts and the same noise (
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from hyperbagel.evaluate.calibration import detector_table, read_all
 from hyperbagel.evaluate.records import Record, Worker, run_items
 from hyperbagel.evaluate.report import print_report, write_report
 from hyperbagel.evaluate.summary import summarise_edits, summarise_questions, summarise_t2i
-from hyperbagel.generate.types import AskRequest, ImageRequest
+from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult, TextResult
 from hyperbagel.model.weights import load_tensors
 from hyperbagel.toybox.detector import Detector
 from hyperbagel.toybox.items import edit_eval_items, question_eval_items, t2i_eval_prompts
@@ -34,9 +35,9 @@ DETECTOR = Path(__file__).parents[1] / "assets" / "toybox" / "detector.safetenso
 class Model(Protocol):
     """What is asked of a model; hyperbagel.pipeline.HyperBagel is one."""
 
-    def generate_batch(self, requests: list[ImageRequest]) -> list[Any]: ...
+    def generate_batch(self, requests: list[ImageRequest]) -> list[ImageResult]: ...
 
-    def ask_batch(self, requests: list[AskRequest]) -> list[Any]: ...
+    def ask_batch(self, requests: list[AskRequest]) -> list[TextResult]: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,13 @@ class Settings:
     image: dict[str, Any] = field(default_factory=dict)
     edit: dict[str, Any] = field(default_factory=dict)
     answer: dict[str, Any] = field(default_factory=lambda: {"max_tokens": 192})
+
+
+def resolve(settings: Settings) -> dict[str, Any]:
+    """The settings with every default of the requests filled in, as JSON knows them: what a figure depends on besides the model."""
+    edit = ImageRequest(images=(Image.new("RGB", (16, 16)),), **settings.edit).denoising()
+    full = asdict(settings) | {"image": asdict(ImageRequest(**settings.image).denoising()), "edit": asdict(edit)}
+    return json.loads(json.dumps(full))
 
 
 def load_detector(path: Path = DETECTOR) -> Detector:
@@ -83,11 +91,13 @@ def run_toybox_eval(
     detector = detector or load_detector()
     out = None if out is None else make_folder(out)
 
+    resolved = resolve(chosen)
+
     def run(part: str, items: Sequence[Any], worker: Worker) -> list[Record]:
-        header = {"settings": asdict(chosen), "n": len(items)}
+        header = {"settings": resolved, "n": len(items)}
         return run_items(part, items, worker, seed=chosen.seed, batch=batch, header=header, path=out and out / f"{part}.jsonl")
 
-    result: dict[str, Any] = {"settings": asdict(chosen)}
+    result: dict[str, Any] = {"settings": resolved}
     t2i_items = t2i_eval_prompts(n_t2i, chosen.seed, chosen.split) if n_t2i else []
     if n_t2i:
         result["t2i"] = summarise_t2i(run("t2i", t2i_items, _t2i_worker(model, detector, chosen)))
@@ -148,7 +158,7 @@ def _question_worker(model: Model, s: Settings) -> Worker:
         for item, result in zip(items, results, strict=True):
             score = asdict(questions.score_question(item, result.text))
             row = {"kind": item.kind, "pair": item.pair, "question": item.question, "answer": result.text, "truth": item.answer}
-            records.append(row | {"heldout": item.heldout, "tokens": _count(result.tokens)} | score)
+            records.append(row | {"heldout": item.heldout, "tokens": result.tokens} | score)
         return records
 
     return work
@@ -156,11 +166,6 @@ def _question_worker(model: Model, s: Settings) -> Worker:
 
 def _drawn(scene: Scene, side: int) -> Image.Image:
     return Image.fromarray(render(scene, side))
-
-
-def _count(tokens: Any) -> int:
-    """Number of tokens of a result, given as a number or as the tokens themselves."""
-    return tokens if isinstance(tokens, int) else len(tokens)
 
 
 def as_square(image: Image.Image, side: int) -> np.ndarray:
