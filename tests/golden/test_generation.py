@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from archive import TINY, scenario
@@ -97,7 +98,7 @@ def test_generation_fp32(name: str) -> None:
         if i:
             torch.testing.assert_close(seen[i - 1], golden[f"x_t.{i}"], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(latents[0], golden["final_latent"], atol=TOLERANCE, rtol=0)
-    ours = torch.tensor(list(decode_latents(model.parts, latents[0], grid).getdata())).reshape(golden["output_image"].shape)
+    ours = torch.from_numpy(np.asarray(decode_latents(model.parts, latents[0], grid)).astype(int))
     assert (ours - golden["output_image"].int()).abs().max() <= 1
 
 
@@ -107,7 +108,9 @@ def compare_cache(golden: dict[str, Tensor], prefix: str, branch: Branch) -> Non
     if f"{prefix}.key.0" not in golden:
         return
     layers = range(len(branch.cache.k))
-    ours = torch.cat([x[0, :, : branch.length].transpose(0, 1).flatten(1) for i in layers for x in (branch.cache.k[i], branch.cache.v[i])], 1)
+    ours = torch.cat(
+        [x[0, :, : branch.length].transpose(0, 1).flatten(1) for i in layers for x in (branch.cache.k[i], branch.cache.v[i])], 1
+    )
     theirs = torch.cat([golden[f"{prefix}.{kind}.{i}"].flatten(1) for i in layers for kind in ("key", "value")], 1)
     order = torch.cdist(ours.double(), theirs.double()).argmin(1)
     assert sorted(order.tolist()) == list(range(len(theirs)))
@@ -173,8 +176,9 @@ def test_answers_fp32(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in GENERATIONS if not n.endswith("think")])
 @torch.inference_mode()
 def test_generation_bf16(name: str) -> None:
-    """bf16 weights and activations; the reference's bf16 is autocast, so velocities agree to bf16's own accuracy."""
+    """bf16 weights and activations, against the reference in bf16 (velocities) and in fp32 (both; two bf16 roundings would add up)."""
     settings, golden = scenario(name, "bf16")
+    exact = scenario(name)[1]
     model = bagel(torch.bfloat16)
     asked = request(settings, golden)
     session, generator, _ = model._prepare(asked)
@@ -182,9 +186,11 @@ def test_generation_bf16(name: str) -> None:
     noise = draw_noise(model.parts, grid, generator)
     velocity = GuidedVelocity([session], [grid], asked.denoising())
     for i, t in enumerate(settings["timesteps"]):
-        assert relative(velocity(golden[f"x_t.{i}"][None], t)[0], golden[f"v_t.{i}"]) < 0.045
+        # the reference's own bf16 is up to 0.042 away from its fp32; against that bf16 both roundings add up
+        for told, bound in ((exact, 0.045), (golden, 0.065)):
+            assert relative(velocity(told[f"x_t.{i}"][None], t)[0], told[f"v_t.{i}"]) < bound
     latents, _ = denoise([session], [grid], [noise], asked.denoising())
-    assert relative(latents[0], golden["final_latent"]) < 0.02
+    assert relative(latents[0], exact["final_latent"]) < 0.02
 
 
 @pytest.mark.parametrize("name", ["und", "text_only", "chat_two_images"])
@@ -198,7 +204,9 @@ def test_answers_bf16_on_forced_tokens(name: str) -> None:
     from hyperbagel.model.qwen2_mot import Streams
 
     where = torch.arange(session.position, session.position + n)[None]
-    hidden = bag.backbone(Streams(bag.embed_text(tokens[None]), None), where, cache=session.cache, plan=session.cache.plan([n], causal=True))
+    hidden = bag.backbone(
+        Streams(bag.embed_text(tokens[None]), None), where, cache=session.cache, plan=session.cache.plan([n], causal=True)
+    )
     assert relative(bag.logits(hidden.u[0]).float(), golden["logits"][:n, 0].float()) < 0.045
 
 
