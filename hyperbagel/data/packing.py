@@ -194,17 +194,18 @@ class _Layout:
 def assign_rows(lengths: Sequence[tuple[int, int]], layout: Rows, row_tokens: int) -> list[int]:
     """Row of each sample. "one": its own.
 
-    "packed": as many rows as `row_tokens` (both streams) asks for on average. Longest first, each sample joins the row where the fuller
-    stream stays emptiest: both streams are padded to their fullest row, so both must be level.
+    "packed": as many rows as `row_tokens` (both streams) asks for on average. Both streams are padded to their fullest row, so, longest
+    first, each sample joins the row where that costs least, and among equals the emptiest one.
     """
     if layout == "one":
         return list(range(len(lengths)))
-    totals = np.maximum(np.sum(lengths, axis=0), 1)
-    load = np.zeros((max(1, round(totals.sum() / max(row_tokens, 1))), 2))
+    sizes = np.asarray(lengths, np.float64)
+    load = np.zeros((max(1, round(sizes.sum() / max(row_tokens, 1))), 2))
     rows = [0] * len(lengths)
-    for i in sorted(range(len(lengths)), key=lambda i: -sum(lengths[i])):
-        row = int(((load + lengths[i]) / totals).max(axis=1).argmin())
-        load[row] += lengths[i]
+    for i in np.argsort(-sizes.sum(axis=1), kind="stable"):
+        width = np.maximum(load + sizes[i], load.max(axis=0)).sum(axis=1)
+        row = int(np.lexsort((load.sum(axis=1), width))[0])
+        load[row] += sizes[i]
         rows[i] = row
     used = sorted(set(rows))
     return [used.index(row) for row in rows]

@@ -1,0 +1,122 @@
+"""The loader's order is a pure function of its position: workers, ranks and resuming do not change it."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.loader import BrokenRow, Loader, Phase
+from hyperbagel.data.plan import Sample, Text
+
+
+@dataclass
+class Numbers:
+    """Sample i is the text [base + i]; indexes in `broken` cannot be read."""
+
+    base: int
+    broken: frozenset[int] = frozenset()
+    rows: int = 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def sample(self, index: int) -> Sample:
+        if index in self.broken or (self.rows and index % self.rows in self.broken):
+            raise BrokenRow(f"row {index}")
+        return [Text([self.base + index])]
+
+
+PHASES = [Phase(20, {"a": 1.0, "b": 0.0}), Phase(None, {"a": 1.0, "b": 3.0})]
+
+
+def make(**options: object) -> Loader:
+    sources = {"a": Numbers(0), "b": Numbers(10_000)}
+    return Loader(sources, PHASES, {"a": 2, "b": 3}, seed=5, **options)  # type: ignore[arg-type]
+
+
+def take(loader: Loader, n: int) -> list[tuple[str, list[int]]]:
+    groups = [loader.next_group() for _ in range(n)]
+    return [(g.source, [item.ids[0] for sample in g.samples for item in sample if isinstance(item, Text)]) for g in groups]
+
+
+def test_mixture_by_phase() -> None:
+    groups = take(make(), 420)
+    assert {name for name, _ in groups[:20]} == {"a"}
+    shares = Counter(name for name, _ in groups[20:])
+    assert abs(shares["b"] / 400 - 0.75) < 0.07
+    assert [i for name, ids in groups for i in ids if name == "a"] == list(range(2 * sum(name == "a" for name, _ in groups)))
+
+
+@pytest.mark.parametrize("options", [{"workers": 3}, {"workers": 1, "kind": "process"}])
+def test_workers_change_nothing(options: dict[str, object]) -> None:
+    loader = make(**options)
+    try:
+        assert take(loader, 40) == take(make(), 40)
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact(workers: int) -> None:
+    whole = take(make(), 50)
+    loader = make(workers=workers)
+    assert take(loader, 23) == whole[:23]
+    state = loader.state_dict()
+    other = make(workers=workers)
+    take(other, 5)
+    other.load_state_dict(state)
+    assert take(other, 27) == whole[23:]
+    assert take(loader, 27) == whole[23:]
+    loader.close()
+    other.close()
+
+
+def test_ranks_share_the_stream() -> None:
+    parts = [take(make(rank=rank, world=2), 30) for rank in range(2)]
+    assert [name for name, _ in parts[0]] == [name for name, _ in parts[1]]
+    both = sorted(i for part in parts for name, ids in part for i in ids if name == "a")
+    assert both == list(range(len(both)))
+
+
+def test_broken_rows_are_skipped_counted_and_shown(caplog: pytest.LogCaptureFixture) -> None:
+    loader = Loader({"a": Numbers(0, frozenset({1, 2, 30, 31, 32, 33}))}, [Phase(None, {"a": 1})], {"a": 4}, seed=0)
+    with caplog.at_level(logging.WARNING):
+        groups = take(loader, 10)
+    assert groups[0][1] == [0, 3, 3, 3]  # the next whole row takes a broken one's place
+    assert loader.broken["a"] > 5 and loader.state_dict()["broken"] == {"a": loader.broken["a"]}
+    assert "row 1" in caplog.text and "only counted" in caplog.text and len(caplog.records) == 6
+
+
+def test_all_broken_is_an_error() -> None:
+    loader = Loader({"a": Numbers(0, frozenset(range(3)), rows=3)}, [Phase(None, {"a": 1})], {"a": 1}, seed=0)
+    with pytest.raises(InputError, match="3 broken rows"):
+        loader.next_group()
+
+
+def test_an_error_in_a_worker_reaches_the_caller() -> None:
+    loader = Loader({"a": Numbers(0, frozenset(range(3)), rows=3)}, [Phase(None, {"a": 1})], {"a": 1}, seed=0, workers=1)
+    with pytest.raises(InputError, match="3 broken rows"):
+        loader.next_group()
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ([], "no phase"),
+        ([Phase(None, {"c": 1.0})], "'c'"),
+        ([Phase(None, {"a": 0.0})], "one is > 0"),
+        ([Phase(None, {"a": 2.0, "b": -1.0})], ">= 0"),
+        ([Phase(5, {"a": 1.0}), Phase(5, {"a": 1.0})], "growing"),
+    ],
+)
+def test_wrong_mixtures(phases: list[Phase], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Loader({"a": Numbers(0), "b": Numbers(1)}, phases, {"a": 1, "b": 1}, seed=0)
+
+
+def test_a_foreign_position_is_refused() -> None:
+    with pytest.raises(InputError, match="ranks"):
+        make(world=2).load_state_dict(make().state_dict())
