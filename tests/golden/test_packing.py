@@ -5,8 +5,8 @@ import random
 
 import numpy as np
 import torch
-from torch import Tensor
 from archive import GOLDEN
+from torch import Tensor
 from train_batch import INSTRUCTION, SPEC, golden_train_batch
 
 from hyperbagel.core.types import PackedBatch

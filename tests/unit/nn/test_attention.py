@@ -1,0 +1,42 @@
+"""Every path of `attend` against the slow definition: values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperbagel.nn.attention import attend, causal_mask, reference
+
+
+def inputs(sq: int, sk: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(sq * 100 + sk)
+    return tuple(torch.randn(2, h, s, 8, generator=g, dtype=torch.float64) for h, s in ((2 * groups, sq), (2, sk), (2, sk)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("sq", "sk"), [(1, 1), (5, 5), (2, 7), (1, 9)])
+@pytest.mark.parametrize("kind", ["full", "causal", "mask"])
+def test_value_and_gradient(groups: int, sq: int, sk: int, kind: str) -> None:
+    mask = None
+    if kind == "mask":
+        mask = torch.rand(2, 1, sq, sk, generator=torch.Generator().manual_seed(0)) < 0.5
+        mask[..., 0] = True
+    slow = [x.requires_grad_() for x in inputs(sq, sk, groups)]
+    fast = [x.detach().clone().requires_grad_() for x in slow]
+    want = reference(*slow, causal_mask(sq, sk, torch.device("cpu")) if kind == "causal" else mask)
+    got = attend(*fast, mask, causal=kind == "causal")
+    torch.testing.assert_close(got, want)
+    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (want * weight).sum().backward()
+    (got * weight).sum().backward()
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_causal_is_aligned_bottom_right() -> None:
+    assert causal_mask(2, 5, torch.device("cpu")).int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_mask_and_causal_together_are_refused() -> None:
+    q, k, v = inputs(2, 2, 1)
+    with pytest.raises(AssertionError):
+        attend(q, k, v, torch.ones(2, 2, dtype=torch.bool), causal=True)
