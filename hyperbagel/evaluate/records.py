@@ -72,6 +72,14 @@ def read_records(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """What the records of a file depend on; empty if there is no file."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8") as file:
+        return json.loads(file.readline() or "{}")
+
+
 def _append(path: Path, records: list[Record]) -> None:
     with readable_errors(path), path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(r) + "\n" for r in records))

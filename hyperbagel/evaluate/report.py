@@ -12,18 +12,20 @@ from rich.table import Table
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_text
-from hyperbagel.evaluate.records import read_records
+from hyperbagel.evaluate.records import read_header, read_records
 from hyperbagel.evaluate.statistics import paired_difference
 
 LOSSLESS = -0.015  # lower 95 % bound of a paired difference, as a share: above it a student counts as lossless
 # the figure of a record that each part is compared by, and what turns it into a share
 FIGURES = {"t2i": ("strict", 1.0), "edits": ("o", 0.1), "questions": ("score", 1.0)}
 
+TITLES = {"t2i": "Pictures from prompts", "diversity": "Pictures of one prompt", "edits": "Edits", "questions": "Questions"}
+
 
 def print_report(result: dict[str, Any], console: Console | None = None) -> None:
     """The result of `run_toybox_eval` as tables: each part with its 95 % intervals, then the detector's own table."""
     console = console or Console()
-    for part, title in (("t2i", "Pictures from prompts"), ("edits", "Edits"), ("questions", "Questions")):
+    for part, title in TITLES.items():
         if part in result:
             console.print(_part_table(title, result["settings"]["split"], result[part]))
     console.print(_detector_table(result["detector"]))
@@ -45,16 +47,22 @@ def compare_evaluations(ours: Path, theirs: Path) -> dict[str, Any]:
     """
     table: dict[str, Any] = {}
     for part, (figure, scale) in FIGURES.items():
-        a, b = (
-            {r["id"]: scale * float(r[figure]) for r in read_records(folder / f"{part}.jsonl") if not r.get("missing")}
-            for folder in (ours, theirs)
-        )
+        paths = (ours / f"{part}.jsonl", theirs / f"{part}.jsonl")
+        sets = [_item_set(read_header(path)) for path in paths if path.is_file()]
+        if len(sets) == 2 and sets[0] != sets[1]:
+            raise InputError(f"{paths[0]} and {paths[1]}: got items {sets[0]} and {sets[1]}, expected one set; evaluate both on the same")
+        a, b = ({r["id"]: scale * float(r[figure]) for r in read_records(path)} for path in paths)
         if a or b:
             estimate = paired_difference(a, b)
             table[part] = estimate.to_dict() | {"lossless": estimate.low > LOSSLESS}
     if not table:
         raise InputError(f"got no records in {ours} and {theirs}, expected two folders of finished evaluations; run them first")
     return table
+
+
+def _item_set(header: dict[str, Any]) -> dict[str, Any]:
+    """The part of a header that names the set of items; ids mean the same prompts only within one set."""
+    return {"n": header["n"]} | {k: header["settings"][k] for k in ("split", "seed", "side")}
 
 
 def _part_table(title: str, split: str, part: dict[str, dict[str, Any]]) -> Table:

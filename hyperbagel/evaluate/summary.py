@@ -22,6 +22,11 @@ def summarise_t2i(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
+def summarise_diversity(records: Sequence[Record]) -> dict[str, Any]:
+    """Mean difference of pictures of one prompt, for each category: of their scene graphs, and of their pixels."""
+    return {f"differ in {name}": _means(records, "category", name, t2i.CATEGORIES) for name in ("scene", "pixel")}
+
+
 def summarise_edits(records: Sequence[Record]) -> dict[str, Any]:
     """O and its parts out of ten for each group, and the share of strict successes."""
     table = {name: _means(records, "group", name, edits.GROUPS) for name in ("o", "sc1", "sc2", "pq1", "pq2")}

@@ -19,14 +19,16 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import make_folder
 from hyperbagel.evaluate import edits, questions, t2i
 from hyperbagel.evaluate.calibration import detector_table, read_all
+from hyperbagel.evaluate.diversity import DRAWS, pixel_diversity, scene_diversity
 from hyperbagel.evaluate.records import Record, Worker, run_items
 from hyperbagel.evaluate.report import print_report, write_report
-from hyperbagel.evaluate.summary import summarise_edits, summarise_questions, summarise_t2i
+from hyperbagel.evaluate.summary import summarise_diversity, summarise_edits, summarise_questions, summarise_t2i
 from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult, TextResult
 from hyperbagel.model.weights import load_tensors
 from hyperbagel.toybox.detector import Detector
 from hyperbagel.toybox.items import edit_eval_items, question_eval_items, t2i_eval_prompts
 from hyperbagel.toybox.render import render
+from hyperbagel.toybox.rerender import rerender
 from hyperbagel.toybox.scene import Scene
 
 DETECTOR = Path(__file__).parents[1] / "assets" / "toybox" / "detector.safetensors"
@@ -74,6 +76,7 @@ def run_toybox_eval(
     n_t2i: int = 2400,
     n_edits: int = 1200,
     n_questions: int = 3000,
+    n_diversity: int | None = None,
     batch: int = 16,
     settings: Settings | None = None,
     out: Path | str | None = None,
@@ -84,6 +87,7 @@ def run_toybox_eval(
 ) -> dict[str, Any]:
     """Score `model` on the three tasks; a count of 0 leaves a task out.
 
+    n_diversity: prompts that are drawn four times to see how much the pictures differ; None: one for 40 of `n_t2i`.
     out: folder for t2i.jsonl, edits.jsonl, questions.jsonl and report.json; None keeps nothing. split: used if no `settings` are given.
     calibrate: scenes in the detector's own table. show: print the tables. Raises InputError on records made with other settings.
     """
@@ -101,6 +105,10 @@ def run_toybox_eval(
     t2i_items = t2i_eval_prompts(n_t2i, chosen.seed, chosen.split) if n_t2i else []
     if n_t2i:
         result["t2i"] = summarise_t2i(run("t2i", t2i_items, _t2i_worker(model, detector, chosen)))
+    n_diversity = n_t2i // 40 if n_diversity is None else n_diversity
+    if n_diversity:
+        open_items = t2i_eval_prompts(n_diversity, chosen.seed + 1, chosen.split)
+        result["diversity"] = summarise_diversity(run("diversity", open_items, _diversity_worker(model, detector, chosen)))
     if n_edits:
         items = edit_eval_items(n_edits, chosen.seed, chosen.split)
         result["edits"] = summarise_edits(run("edits", items, _edit_worker(model, detector, chosen)))
@@ -124,6 +132,21 @@ def _t2i_worker(model: Model, detector: Detector, s: Settings) -> Worker:
         for item, result, picture, reading in zip(items, results, pictures, read_all(detector, pictures), strict=True):
             score = asdict(t2i.score_t2i(item, picture, reading))
             records.append({"category": item.category, "prompt": item.prompt, "heldout": item.heldout, **score, "nfe": result.nfe})
+        return records
+
+    return work
+
+
+def _diversity_worker(model: Model, detector: Detector, s: Settings) -> Worker:
+    def work(items: list[Any], seeds: list[int]) -> list[Record]:
+        asked: dict[str, Any] = {"size": (s.side, s.side), "think": s.think} | s.image
+        records = []
+        for item, seed in zip(items, seeds):
+            results = model.generate_batch([ImageRequest(prompt=item.prompt, seed=seed + k, **asked) for k in range(DRAWS)])
+            pictures = np.stack([as_square(r.image, s.side) for r in results])
+            scenes = [rerender(p, r).scene for p, r in zip(pictures, read_all(detector, pictures), strict=True)]
+            differ = {"scene": scene_diversity(scenes), "pixel": pixel_diversity(pictures)}
+            records.append({"category": item.category, "prompt": item.prompt} | differ)
         return records
 
     return work

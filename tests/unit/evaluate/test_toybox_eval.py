@@ -22,7 +22,7 @@ from hyperbagel.toybox.items import edit_eval_items, question_eval_items, t2i_ev
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene
 
-COUNTS = {"n_t2i": 60, "n_edits": 45, "n_questions": 100}
+COUNTS = {"n_t2i": 48, "n_edits": 36, "n_questions": 100, "n_diversity": 6}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ class Oracle:
     seeds: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.drawings: dict[Any, Scene] = {i.prompt: i.scene for i in t2i_eval_prompts(60, 0, "train")}
-        for edit in edit_eval_items(45, 0, "train"):
+        self.drawings: dict[Any, Scene] = {i.prompt: i.scene for i in [*t2i_eval_prompts(6, 1, "train"), *t2i_eval_prompts(48, 0, "train")]}
+        for edit in edit_eval_items(36, 0, "train"):
             self.drawings[edit.instruction, picture(edit.source).tobytes()] = edit.target
         self.answers = {(q.question, picture(q.scene).tobytes()): q.answer for q in question_eval_items(100, 0, "train")}
 
@@ -92,6 +92,8 @@ def test_an_oracle_scores_nearly_one_and_a_copier_nothing(tmp_path: Path, detect
         assert worst[part][column]["overall"]["mean"] == 0.0
     assert worst["edits"]["O of 10"]["overall"]["mean"] < 0.1
     assert json.loads((tmp_path / "oracle" / "report.json").read_text()) == best
+    # both always draw the same: whatever they score, they have no diversity
+    assert best["diversity"]["differ in scene"]["overall"]["mean"] == best["diversity"]["differ in pixel"]["overall"]["mean"] == 0.0
     # the paired comparison sees the gap, and sees that a model loses nothing to itself
     assert compare_evaluations(tmp_path / "copier", tmp_path / "oracle")["t2i"]["high"] < -0.9
     same = compare_evaluations(tmp_path / "oracle", tmp_path / "oracle")
@@ -105,7 +107,7 @@ def test_an_oracle_scores_nearly_one_and_a_copier_nothing(tmp_path: Path, detect
 
 def test_a_killed_evaluation_goes_on_and_ends_the_same(tmp_path: Path, detector: Detector) -> None:
     asked: dict[str, Any] = {"n_t2i": 24, "n_edits": 0, "n_questions": 0, "batch": 5, "detector": detector, "calibrate": 4, "show": False}
-    drawn = {i.prompt: i.scene for i in t2i_eval_prompts(24, 0, "train")}
+    drawn = {i.prompt: i.scene for n in (24, 18) for i in t2i_eval_prompts(n, 0, "train")}
     straight, broken, second = Oracle(), Oracle(dies=3), Oracle()
     for model in (straight, broken, second):
         model.drawings = dict(drawn)
@@ -119,6 +121,10 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tmp_path: Path, detector:
     assert run_toybox_eval(second, **asked, out=tmp_path / "b") == whole
     assert second.calls == 3  # 14 items left, five at a time
     assert broken.seeds + second.seeds == straight.seeds
+    # other sets bear the same ids: they are never compared
+    run_toybox_eval(second, **asked | {"n_t2i": 18}, out=tmp_path / "c")
+    with pytest.raises(InputError, match="one set"):
+        compare_evaluations(tmp_path / "a", tmp_path / "c")
     assert records.read_bytes() == (tmp_path / "a" / "t2i.jsonl").read_bytes()
 
 
