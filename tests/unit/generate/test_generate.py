@@ -1,0 +1,192 @@
+"""Sessions, denoising and decoding on a model of another shape than the golden one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hyperbagel
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import ImageTransform
+from hyperbagel.generate.decode import decode
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, AskRequest, ImageRequest
+from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.pipeline import HyperBagel, split_thinking
+
+TOKENIZER = Path(hyperbagel.__file__).parent / "assets" / "toybox"
+CONFIG = BagelConfig(  # two latent grids, three heads over one, another patch, another stride than anything shipped
+    llm=LLMConfig(
+        hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=1024,
+        max_position_embeddings=400,
+    ),
+    vit=ViTConfig(hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=40, patch_size=10),
+    vae=VaeConfig(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=2, downsample=2),
+    options=BagelOptions(max_latent_size=12, vit_max_num_patch_per_side=4, default_size=(16, 16)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> HyperBagel:
+    torch.manual_seed(0)
+    bagel = fresh_bagel(CONFIG, torch.Generator().manual_seed(0), std=0.3).eval()
+    with torch.no_grad():  # the velocity head starts at zero: give it something to say
+        bagel.llm2vae.weight.copy_(torch.randn(bagel.llm2vae.weight.shape) * 0.1)
+    parts = Parts(
+        bagel, AutoEncoder(CONFIG.vae).eval(), Tokenizer.from_folder(TOKENIZER), ImageTransform(32, 8, 4), ImageTransform(40, 10, 10)
+    )
+    return HyperBagel(parts, "test")
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+REQUESTS = [
+    ImageRequest("a red car", seed=0, size=(16, 16), steps=4),
+    ImageRequest("two blue boats and a green tree", seed=1, size=(24, 12), steps=4),
+    ImageRequest("a star", (photo(30, 20),), seed=2, steps=4),
+    ImageRequest("swap them", (photo(30, 20), photo(9, 31, 1)), seed=3, steps=4),
+    ImageRequest("make it red", (photo(16, 32, 2),), seed=4, steps=4, interval=(0.4, 1.0), image_scale=1.5),
+    ImageRequest("a lamp", seed=5, steps=3, text_scale=1.0),
+]
+
+
+def test_each_result_of_a_batch_equals_its_result_alone(model: HyperBagel) -> None:
+    together = model.generate_batch(REQUESTS)
+    for request, result in zip(REQUESTS, together, strict=True):
+        alone = model.generate_batch([request])[0]
+        assert result.image.size == alone.image.size and result.nfe == alone.nfe
+        assert np.abs(pixels(result.image) - pixels(alone.image)).max() <= 1
+
+
+def test_same_seed_same_picture_and_zero_is_a_seed(model: HyperBagel) -> None:
+    first, again, other = (model.generate("a car", seed=s, steps=2)[0] for s in (0, 0, 1))
+    assert np.array_equal(pixels(first.image), pixels(again.image)) and first.seed == 0
+    assert not np.array_equal(pixels(first.image), pixels(other.image))
+    many = model.generate("a car", n=2, seed=0, steps=2)
+    assert [r.seed for r in many] == [0, 1] and np.abs(pixels(many[1].image) - pixels(other.image)).max() <= 1
+
+
+def test_evaluations_are_counted(model: HyperBagel) -> None:
+    assert model.generate("a car", seed=0, steps=50, interval=(0, 1))[0].nfe == 100
+    edit = model.edit(photo(16, 16), "x", seed=0, steps=50, interval=(0.4, 1), image_scale=1.5)[0]
+    assert edit.nfe == 132
+    assert model.generate("a car", seed=0, steps=5, text_scale=1.0)[0].nfe == 5
+
+
+def test_size_of_an_edit_is_the_last_images(model: HyperBagel) -> None:
+    assert model.edit([photo(16, 16), photo(32, 16)], "x", seed=0, steps=1)[0].image.size == (32, 16)
+    assert model.generate("x", seed=0, steps=1)[0].image.size == (16, 16)
+
+
+def test_defaults_by_kind() -> None:
+    assert ImageRequest("x").denoising() == TEXT_TO_IMAGE
+    assert ImageRequest("x", (photo(8, 8),)).denoising() == EDIT
+    assert ImageRequest("x", steps=7).denoising() == replace(TEXT_TO_IMAGE, num_steps=7)
+
+
+def test_fork_leaves_its_parent_alone(model: HyperBagel) -> None:
+    with torch.inference_mode():
+        parent = Session.new(model.parts)
+        parent.add_text("a red car")
+        state = parent.cache.lengths[0], parent.position, parent.dropped, [k.clone() for k in parent.cache.k]
+        child = parent.fork()
+        child.add_image(photo(20, 20), latents=True)
+        child.add_text("more")
+    assert (parent.cache.lengths[0], parent.position, parent.dropped) == state[:3] and len(parent.texts) == 1
+    assert all(torch.equal(a[:, :, : state[0]], b[:, :, : state[0]]) for a, b in zip(parent.cache.k, state[3], strict=True))
+    assert child.cache.lengths[0] > state[0]
+
+
+@torch.inference_mode()
+def test_decoding_equals_a_fresh_prefill_of_what_was_decoded(model: HyperBagel) -> None:
+    session = Session.new(model.parts)
+    session.add_image(photo(20, 10), latents=False)
+    session.add_text("what is this")
+    length = session.cache.lengths[0]
+    out = decode([session], max_tokens=8, keep_logits=True)[0]
+    assert session.cache.lengths[0] == length
+    bag = model.parts.model
+    from hyperbagel.model.qwen2_mot import Streams
+
+    ids = torch.tensor([[model.parts.tokenizer.im_start, *out.ids]])
+    where = torch.arange(session.position, session.position + ids.shape[1])[None]
+    plan = session.cache.plan([ids.shape[1]], causal=True)
+    hidden = bag.backbone(Streams(bag.embed_text(ids), None), where, cache=session.cache, plan=plan).u
+    logits = bag.logits(hidden[0])
+    torch.testing.assert_close(torch.stack(out.logits)[: len(logits)], logits[: len(out.logits)], atol=1e-4, rtol=1e-4)
+    assert logits.argmax(-1)[: len(out.ids)].tolist() == out.ids
+
+
+def test_answers_of_a_batch_equal_each_alone(model: HyperBagel) -> None:
+    asked = [
+        AskRequest("what", (photo(20, 10),), max_tokens=6),
+        AskRequest("how many cars are there in the picture", max_tokens=6),
+        AskRequest("why", (photo(20, 10), photo(10, 10, 3)), max_tokens=6, turns=(("is it red", "yes"),)),
+        AskRequest("random", max_tokens=6, temperature=1.0, seed=3),
+    ]
+    together = model.ask_batch(asked)
+    assert [r.text for r in together] == [model.ask_batch([a])[0].text for a in asked]
+    assert all(r.tokens <= 6 for r in together)
+
+
+def test_streamed_tokens_are_the_answer(model: HyperBagel) -> None:
+    seen: list[int] = []
+    result = model.ask("what", max_tokens=5, on_token=lambda row, token: seen.append(token))
+    assert len(seen) == result.tokens and model.parts.tokenizer.decode(seen).strip() == result.text
+
+
+def test_thinking_is_split_off() -> None:
+    assert split_thinking("<think> two cars </think> 2", True) == ("two cars", "2")
+    assert split_thinking("<think> two cars", True) == (None, "<think> two cars")
+    assert split_thinking("2", False) == (None, "2")
+
+
+def test_cancel_from_a_step(model: HyperBagel) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int, x: torch.Tensor) -> None:
+        if done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        model.generate("a car", seed=0, steps=5, on_step=stop)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.generate("  "), "empty prompt"),
+        (lambda m: m.generate("x", size=(15, 16)), "multiples of 4; the nearest is 16x16"),
+        (lambda m: m.generate("x", size=(1024, 16)), "at most 48 a side"),
+        (lambda m: m.generate("x", steps=0), "at least 1"),
+        (lambda m: m.generate("car " * 500), "expected at most 400"),
+        (lambda m: m.generate("x", renorm="odd"), "expected one of"),
+        (lambda m: m.generate("x", interval=(0.8, 0.2)), "interval"),
+        (lambda m: m.generate("x", text_scale=-1.0), "text_scale"),
+        (lambda m: m.edit([], "x"), "no image"),
+        (lambda m: m.ask(""), "empty question"),
+        (lambda m: m.ask("x", max_tokens=0), "max_tokens"),
+        (lambda m: m.ask("x", max_tokens=5000), "at most 400"),
+        (lambda m: m.ask("x", temperature=-1.0), "temperature"),
+        (lambda m: HyperBagel.from_pretrained("/nowhere"), "got no folder"),
+        (lambda m: HyperBagel.from_pretrained("toybox", device="warp"), "device"),
+    ],
+)  # fmt: skip
+def test_refused_before_work_starts(model: HyperBagel, call, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        call(model)

@@ -1,0 +1,120 @@
+"""Folders: round trip, shards, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.model.weights import inspect_folder, load_folder, load_tensors, save_folder, save_tensors
+
+CONFIG = BagelConfig(
+    llm=LLMConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=40),
+    vit=ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4),
+    vae=VaeConfig(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=2, norm_groups=2, downsample=2),
+    options=BagelOptions(max_latent_size=4, vit_max_num_patch_per_side=4),
+)
+
+
+def build() -> tuple[Bagel, AutoEncoder]:
+    torch.manual_seed(0)
+    return fresh_bagel(CONFIG, torch.Generator().manual_seed(0)), AutoEncoder(CONFIG.vae)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model, vae = build()
+    save_folder(tmp_path / "m", CONFIG, model.state_dict(), vae.state_dict(), dtype=torch.float32)
+    return tmp_path / "m"
+
+
+def test_round_trip(folder: Path) -> None:
+    model, vae = load_folder(folder)
+    before, vae_before = build()
+    assert model.config == CONFIG
+    for a, b in ((model, before), (vae, vae_before)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert not any(p.is_meta or p.requires_grad for p in model.parameters())
+
+
+def test_shards_equal_one_file(folder: Path, tmp_path: Path) -> None:
+    model, vae = build()
+    save_folder(tmp_path / "s", CONFIG, model.state_dict(), vae.state_dict(), dtype=torch.float32, max_bytes=20_000)
+    assert (tmp_path / "s" / "ema.safetensors.index.json").exists() and not (tmp_path / "s" / "ema.safetensors").exists()
+    one, many = load_folder(folder)[0], load_folder(tmp_path / "s")[0]
+    assert all(torch.equal(x, y) for x, y in zip(one.state_dict().values(), many.state_dict().values(), strict=True))
+    report = inspect_folder(tmp_path / "s")
+    assert report["weights"]["ema"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert len(report["weights"]["ema"]["files"]) > 1
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    whole = load_tensors(folder / "ema.safetensors")
+    for name, tensor in tensors.items():
+        name = name.replace("__", ".")
+        if tensor is None:
+            del whole[name]
+        else:
+            whole[name] = tensor
+    save_tensors(folder / "ema.safetensors", whole)
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_folder(folder)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_tensors_are_named(folder: Path) -> None:
+    change(folder, llm2vae__bias=None, vae2llm__bias=torch.zeros(7), extra__one=torch.zeros(1))
+    refused(folder, "3 of", "missing llm2vae.bias", "vae2llm.bias is [7], expected [24]", "unexpected extra.one")
+
+
+def test_values_that_are_not_finite(folder: Path) -> None:
+    change(folder, llm2vae__bias=torch.full((8,), float("nan")))
+    refused(folder, "llm2vae.bias", "not finite")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle in a zip", b"\x10\0\0\0\0\0\0\0{broken", b"\xff" * 64])
+def test_foreign_files(folder: Path, content: bytes) -> None:
+    (folder / "ema.safetensors").write_bytes(content)
+    refused(folder, "ema.safetensors", "not a whole safetensors file")
+
+
+def test_truncated_file(folder: Path) -> None:
+    whole = (folder / "ema.safetensors").read_bytes()
+    (folder / "ema.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(folder, "not a whole safetensors file")
+
+
+def test_missing_parts(folder: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "got no folder")
+    (folder / "ae.safetensors").unlink()
+    refused(folder, "ae.safetensors")
+    (folder / "llm_config.json").unlink()
+    refused(folder, "llm_config.json: missing")
+
+
+def test_broken_json(folder: Path) -> None:
+    (folder / "llm_config.json").write_text("{")
+    refused(folder, "llm_config.json", "not readable as JSON")
+    (folder / "llm_config.json").write_text(json.dumps({"hidden_size": "wide"}))
+    refused(folder, "hidden_size", "wide")
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"weight_map": {"a": "../outside.safetensors"}}', '{"weight_map": {"a": "gone.safetensors"}}']
+)
+def test_broken_index(folder: Path, index: str) -> None:
+    (folder / "ema.safetensors").unlink()
+    (folder / "ema.safetensors.index.json").write_text(index)
+    refused(folder, str(folder))
