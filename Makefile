@@ -10,8 +10,8 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The seconds a test may take depend on one thread a worker: more threads than cores make everything slower.
-export OMP_NUM_THREADS ?= 1
+# One thread a test worker: more threads than cores make everything slower.
+unit: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint types unit format clean
 

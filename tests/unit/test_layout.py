@@ -59,7 +59,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "uvicorn": ("serve/",),
     "gradio": ("serve/",),
     # pictures have many owners; the maths (nn, flow, model) and the command line see tensors and paths only
-    "PIL": ("toybox/", "data/", "generate/", "pipeline.py", "evaluate/", "demo.py", "serve/", "train/sheet.py"),
+    "PIL": ("toybox/", "data/", "generate/", "pipeline.py", "evaluate/", "demo.py", "serve/", "train/previews.py"),
 }
 # import name -> name on the package index, where they differ
 INDEX_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "flash_attn": "flash-attn"}

@@ -1,0 +1,107 @@
+"""The commands end to end on the tiny random model: real pipeline, real files, nothing faked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperbagel import cli, demo
+from hyperbagel.data.images import read_settings
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = {"stride": 16, "min_size": 32, "max_size": 32, "max_pixels": 1024}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with picture sizes to its measure: it was made for 32-pixel pictures but says BAGEL's own sizes."""
+    spec = importlib.util.spec_from_file_location("golden_archive", GOLDEN / "archive.py")
+    assert spec is not None and spec.loader is not None
+    archive = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(archive)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(archive.TINY, folder)
+    config = folder / "bagel_config.json"
+    options = json.loads(config.read_text("utf-8"))
+    options |= {"default_size": [32, 32], "vae_transform": SMALL, "vit_transform": SMALL | {"stride": 14, "min_size": 28, "max_size": 28}}
+    config.write_text(json.dumps(options), "utf-8")
+    return folder
+
+
+def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    capsys.readouterr()
+    code = cli.main(argv)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out, err
+
+
+def test_draw_edit_ask_and_inspect(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--model", str(folder), "--device", "cpu", "--steps", "2"]
+    out, err = run(["generate", "a red car", "-o", "a.png", "-n", "2", "--seed", "5", "--size", "48x32", *small], capsys)
+    assert out.split() == ["a-0.png", "a-1.png"]
+    assert "48x32, seed 5, 4 NFE\n" in err and "48x32, seed 6, 4 NFE\n" in err and "denoise" in err
+    assert Image.open("a-0.png").size == (48, 32)
+    assert not np.array_equal(np.asarray(Image.open("a-0.png")), np.asarray(Image.open("a-1.png")))
+
+    out, _ = run(["generate", "a red car", "-o", "b.png", "--seed", "6", "--size", "48x32", "--json", *small], capsys)
+    [row] = json.loads(out)["pictures"]
+    assert row["settings"] == read_settings("b.png") and row["settings"]["num_steps"] == 2
+    assert np.array_equal(np.asarray(Image.open("b.png")), np.asarray(Image.open("a-1.png"))), "the seed makes the picture"
+
+    out, _ = run(["edit", "a-0.png", "make it blue", "-o", "c.png", "--seed", "0", *small], capsys)
+    assert out == "c.png\n" and read_settings("c.png")["renorm"] == "text_channel"
+
+    out, err = run(["ask", "a-0.png", "c.png", "what is it?", "--model", str(folder), "--max-tokens", "3", "--json"], capsys)
+    assert json.loads(out)["tokens"] <= 3
+
+    assert "num_steps    2" in run(["inspect", "c.png"], capsys)[0]
+    assert "parameters" in run(["inspect", str(folder)], capsys)[0]
+
+
+WRONG_FOR_THIS_MODEL = {
+    "too large": (["--size", "512x512"], "128 a side"),
+    "no such folder": (["--model", "nowhere"], "nowhere"),
+    "no such device": (["--device", "warp"], "'warp'"),
+    "no such dtype": (["--dtype", "int4"], "'int4'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FOR_THIS_MODEL)
+def test_what_only_the_model_can_refuse(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options, message = WRONG_FOR_THIS_MODEL[name]
+    assert cli.main(["generate", "a red car", "-o", "a.png", "--seed", "1", "--model", str(folder), *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_beyond_the_context_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate", "a red car " * 20000, "-o", "a.png", "--seed", "1", "--model", str(folder)]) == 2
+    assert "shorten it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_page(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for count in ("PICTURES", "EDITS", "ANSWERS"):
+        monkeypatch.setattr(demo, count, 1)
+    out, err = run(["demo", "--out", str(tmp_path / "page"), "--model", str(folder)], capsys)
+    page = (tmp_path / "page" / "index.html").read_text("utf-8")
+    assert out.strip() == str(tmp_path / "page" / "index.html")
+    assert page.count("<article>") == 3 and page.count("data:image/png") == 5
+    assert "picture 1 of 1" in err and "edit 1 of 1" in err and "question 1 of 1" in err
