@@ -66,17 +66,21 @@ def _item_set(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _part_table(title: str, split: str, part: dict[str, dict[str, Any]]) -> Table:
-    table = Table("", *part, title=f"{title} ({split} split)", title_justify="left")
+    table = Table("", "n", *part, title=f"{title} ({split} split)", title_justify="left")
     for row in _union(part.values()):
-        table.add_row(row, *(_cell(column.get(row)) for column in part.values()))
+        number = max(column[row]["n"] for column in part.values() if row in column)
+        # a wide part keeps its intervals to the first two columns, so that it fits a terminal; the JSON has them all
+        table.add_row(row, str(number), *(_cell(c.get(row), interval=len(part) <= 3 or i < 2) for i, c in enumerate(part.values())))
     return table
 
 
-def _cell(value: dict[str, float] | None) -> str:
-    """`.873 [.851, .894]`, the interval at 95 %; marks out of ten keep two places."""
+def _cell(value: dict[str, float] | None, *, interval: bool) -> str:
+    """A mean with its 95 % interval: `0.873 [0.851 0.894]` for shares, fewer places for larger figures."""
     if value is None:
         return ""
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]  n={value['n']}"
+    places = 3 if value["high"] <= 1 else 2 if value["high"] <= 10 else 1
+    mean, low, high = (f"{value[k]:.{places}f}" for k in ("mean", "low", "high"))
+    return f"{mean} [{low} {high}]" if interval else mean
 
 
 def _detector_table(table: dict[str, dict[str, float]]) -> Table:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hyperbagel.evaluate import edits, t2i
+from hyperbagel.evaluate.questions import DENSE
 from hyperbagel.evaluate.records import Record
 from hyperbagel.evaluate.statistics import Estimate, bootstrap_groups, bootstrap_mean, wilson
 
@@ -36,27 +37,35 @@ def summarise_edits(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def summarise_questions(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean score of each kind; for kinds with pairs or rotations also the share of whole sets right."""
+    """Mean score of each kind; of descriptions and counts also the share of stated facts that are right; of yes/no pairs and of rotated
+    choices also the share of whole sets right."""
     kinds = list(dict.fromkeys(r["kind"] for r in records))
     sets: dict[tuple[str, str], list[float]] = {}
     for r in records:
         if r["pair"]:
             sets.setdefault((r["kind"], r["pair"]), []).append(r["score"])
     together = [{"kind": kind, "score": float(all(s == 1.0 for s in scores))} for (kind, _), scores in sets.items()]
-    table = {"right": _means(records, "kind", "score", kinds)}
-    return table | ({"whole sets right": _means(together, "kind", "score", kinds)} if together else {})
+    stated = [{"kind": r["kind"], "score": r["right"] / max(r["stated"], 1)} for r in records if r["kind"] in DENSE]
+    short = [k for k in kinds if k not in DENSE]
+    table = {"right": _means(records, "kind", "score", kinds, shares=short)}
+    if together:
+        table["whole sets right"] = _means(together, "kind", "score", kinds, shares=short)
+    if stated:
+        table["stated facts right"] = _means(stated, "kind", "score", kinds)
+    return table
 
 
 def _shares(records: Sequence[Record], by: str, figure: str, order: Sequence[str]) -> dict[str, dict[str, float | int]]:
-    """Wilson interval of each group's share, and the bootstrap of their unweighted mean."""
+    return _means(records, by, figure, order, shares=order)
+
+
+def _means(
+    records: Sequence[Record], by: str, figure: str, order: Sequence[str], *, shares: Sequence[str] = ()
+) -> dict[str, dict[str, float | int]]:
+    """Mean of each group, and the bootstrap of their unweighted mean. Groups in `shares` hold rights and wrongs: a Wilson interval."""
     groups = _grouped(records, by, figure, order)
-    rows = {name: wilson(int(sum(values)), len(values)) for name, values in groups.items()}
+    rows = {name: wilson(round(sum(v)), len(v)) if name in shares else bootstrap_mean(v) for name, v in groups.items()}
     return _rows(rows | {"overall": bootstrap_groups(groups)})
-
-
-def _means(records: Sequence[Record], by: str, figure: str, order: Sequence[str]) -> dict[str, dict[str, float | int]]:
-    groups = _grouped(records, by, figure, order)
-    return _rows({name: bootstrap_mean(values) for name, values in groups.items()} | {"overall": bootstrap_groups(groups)})
 
 
 def _rows(rows: dict[str, Estimate]) -> dict[str, dict[str, float | int]]:
