@@ -1,0 +1,205 @@
+"""BAGEL's file formats: what rows become, and that nothing is lost in silence."""
+
+import io
+import itertools
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.loader import BrokenRow, Loader, Phase
+from hyperbagel.data.mixture import SourceConfig, build_source
+from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage
+from hyperbagel.data.sources import ChatSource, EditSource, FileSource, Reading, T2ISource
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.toybox_source import ToyboxSource
+from hyperbagel.data.transforms import ImageTransform
+
+ASSETS = Path(__file__).parents[3] / "hyperbagel" / "assets" / "toybox"
+TOKENIZER = Tokenizer.from_folder(ASSETS)
+READING = Reading(TOKENIZER, ImageTransform(64, 32, 16), ImageTransform(64, 32, 8), seed=3)
+
+
+def png(shade: int, size: tuple[int, int] = (48, 32)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (shade,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path: Path, rows: list[dict[str, Any]], row_group_size: int = 2) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    return path
+
+
+def shape(sample: Sample) -> list[str]:
+    """A plan in short: text words, e = VAE clean, n = noise, v = ViT, with the first pixel's shade."""
+    out = []
+    for item in sample:
+        if isinstance(item, Text):
+            out.append(TOKENIZER.decode(list(item.ids)) + ("*" if item.loss else "") + ("?" if item.enable_cfg else ""))
+        else:
+            kind = "v" if isinstance(item, VitImage) else "n" if item.loss else "e"
+            out.append(f"{kind}{item.pixels[0, 0, 0]}" + ("?" if item.enable_cfg else ""))
+    return out
+
+
+def test_t2i(tmp_path: Path) -> None:
+    rows = [{"image": png(i), "captions": json.dumps({"short": f"number {i}", "empty": ""})} for i in range(5)]
+    source = T2ISource(write(tmp_path / "a.parquet", rows), READING)
+    assert len(source) == 5
+    found = [shape(source.sample(i)) for i in range(10)]
+    assert sorted(found[:5]) == sorted(found[5:]) == [[f"number {i}?", f"n{i}"] for i in range(5)]
+    assert found[:5] != found[5:]  # each pass has its own order
+    assert [shape(source.sample(i)) for i in range(10)] == found
+    image = source.sample(0)[1]
+    assert isinstance(image, VaeImage) and image.pixels.shape == (32, 48, 3) and image.pixels.dtype == np.uint8
+    copy = pickle.loads(pickle.dumps(source))
+    assert shape(copy.sample(7)) == found[7]
+
+
+def test_caption_lists_and_the_datasets_form(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": png(7), "path": "x.png"}, "captions": json.dumps(["one", "two"])}]
+    source = T2ISource(write(tmp_path / "a.parquet", rows), READING)
+    assert {shape(source.sample(i))[0] for i in range(20)} == {"one?", "two?"}
+
+
+def test_edit_chains(tmp_path: Path) -> None:
+    rows = [{"image_list": [png(0), png(1), png(2)], "instruction_list": [["add a cat."], ["make it red", "paint it red"]]}]
+    source = EditSource(write(tmp_path / "a.parquet", rows), READING)
+    found = {" ".join(shape(source.sample(i))) for i in range(60)}
+    red = ("make it red", "paint it red")
+    single = {"e0? v0? add a cat.? n1", *(f"e1? v1? {r}? n2" for r in red)}
+    merged = {f"e0? v0? add a cat; {r}? n2" for r in red}
+    turns = {f"e0? v0? add a cat.? n1 e1? v1? {r}? n2" for r in red}
+    assert found == single | merged | turns
+
+
+def test_chat(tmp_path: Path) -> None:
+    (tmp_path / "pics").mkdir()
+    for i in range(2):
+        (tmp_path / "pics" / f"{i}.png").write_bytes(png(i))
+    turns = [{"from": "human", "value": "<image>left, <image>right: same?"}, {"from": "gpt", "value": "no"}]
+    more = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "the shade"}]
+    lines = [
+        {"image": ["0.png", "1.png"], "conversations": turns + more},
+        {"image": "1.png", "conversations": [{"from": "user", "value": "what?"}, {"from": "assistant", "value": "a one"}]},
+        {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]},
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n", encoding="utf-8")
+    source = ChatSource(path, tmp_path / "pics", READING)
+    assert len(source) == 3
+    assert sorted(shape(source.sample(i)) for i in range(3)) == sorted(
+        [["v0", "left,", "v1", "right: same?", "no*", "why?", "the shade*"], ["v1", "what?", "a one*"], ["hello", "hi*"]]
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": b"no picture", "captions": '["a"]'},
+        {"image": png(1)[:40], "captions": '["a"]'},
+        {"image": None, "captions": '["a"]'},
+        {"image": png(1), "captions": "not json"},
+        {"image": png(1), "captions": "[]"},
+        {"image": png(1), "captions": "3"},
+        {"image": png(1), "captions": None},
+    ],
+)
+def test_a_broken_row_says_where(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.parquet", [row, {"image": png(1), "captions": '["whole"]'}])
+    source = T2ISource(path, READING)
+    outcomes = []
+    for i in range(2):
+        try:
+            outcomes.append(shape(source.sample(i)))
+        except BrokenRow as error:
+            assert f"{path} row group 0 row 0: " in str(error)
+    assert outcomes == [["whole?", "n1"]]
+    loader = Loader({"a": source}, [Phase(None, {"a": 1})], {"a": 4}, seed=0)
+    assert [shape(s) for s in loader.next_group().samples] == [["whole?", "n1"]] * 4 and loader.broken["a"] == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{not json",
+        '{"image": "none.png", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}',
+        '{"image": [], "conversations": [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]}',
+        '{"conversations": [{"from": "human", "value": "only a question"}]}',
+        '{"conversations": [{"from": "robot", "value": "a"}]}',
+        '{"text": "other format"}',
+        "[1, 2]",
+    ],
+)
+def test_broken_chat_lines(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(BrokenRow, match=r"a\.jsonl row 1: "):
+        ChatSource(tmp_path, tmp_path, READING).sample(0)
+
+
+def test_no_data_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing there"):
+        T2ISource(tmp_path / "absent", READING)
+    with pytest.raises(InputError, match="without such files"):
+        EditSource(tmp_path, READING)
+    with pytest.raises(InputError, match="columns other, expected image, captions"):
+        T2ISource(write(tmp_path / "a.parquet", [{"other": 1}]), READING)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(InputError, match="no readable parquet"):
+        T2ISource(tmp_path, READING)
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    with pytest.raises(InputError, match="without a single row"):
+        ChatSource(tmp_path / "a.jsonl", tmp_path, READING)
+
+
+def test_a_pass_reads_each_row_once_across_files(tmp_path: Path) -> None:
+    for k in range(3):
+        rows = [{"image": png(10 * k + i), "captions": f'["{k} {i}"]'} for i in range(k + 3)]
+        write(tmp_path / f"{k}.parquet", rows)
+    source: FileSource = T2ISource(tmp_path, READING)
+    seen = [source.locate(i) for i in range(len(source))]
+    assert len(source) == 12 and len(set(seen)) == 12
+    blocks = [block for block, _ in seen]
+    assert sum(a != b for a, b in itertools.pairwise(blocks)) == len(set(blocks)) - 1  # a row group is read in one go
+
+
+def test_recipes_name_sources(tmp_path: Path) -> None:
+    vae, vit = READING.vae, READING.vit
+    write(tmp_path / "a.parquet", [{"image": png(1), "captions": '["a"]'}])
+    assert len(build_source("x", SourceConfig(kind="t2i", path=tmp_path), TOKENIZER, vae, vit, 0)) == 1
+    with pytest.raises(InputError, match="no path"):
+        build_source("x", SourceConfig(kind="edit"), TOKENIZER, vae, vit, 0)
+    with pytest.raises(InputError, match="no task"):
+        build_source("x", SourceConfig(), TOKENIZER, vae, vit, 0)
+
+
+def test_toybox_plans() -> None:
+    t2i = ToyboxSource("t2i", TOKENIZER, 0, noise_copies=3).sample(0)
+    assert [type(i) for i in t2i] == [Text, VaeImage, VaeImage, VaeImage] and isinstance(t2i[0], Text) and t2i[0].enable_cfg
+    assert t2i[1].pixels is t2i[3].pixels and t2i[1].pixels.shape == (64, 64, 3)  # type: ignore[union-attr]
+    edit = ToyboxSource("edit", TOKENIZER, 0).sample(0)
+    assert [type(i) for i in edit] == [VaeImage, VitImage, Text, VaeImage]
+    assert [getattr(i, "loss", False) for i in edit] == [False, False, False, True]
+    assert (edit[0].pixels != edit[3].pixels).any()  # type: ignore[union-attr]
+    question = ToyboxSource("question", TOKENIZER, 0).sample(0)
+    assert [type(i) for i in question] == [VitImage, Text, Text] and question[2].loss and not question[1].loss  # type: ignore[union-attr]
+
+
+def test_toybox_think_mode_and_repeatability() -> None:
+    source = ToyboxSource("t2i", TOKENIZER, 1, think_share=1.0)
+    system, prompt, thoughts, image = source.sample(5)
+    assert isinstance(system, Text) and isinstance(prompt, Text) and isinstance(thoughts, Text) and isinstance(image, VaeImage)
+    assert TOKENIZER.decode(list(system.ids)).startswith("You should first think about the planning process")
+    assert TOKENIZER.decode(list(thoughts.ids)).startswith("<think>") and thoughts.loss and thoughts.tied and prompt.enable_cfg
+    assert shape(source.sample(5)) == shape(ToyboxSource("t2i", TOKENIZER, 1, think_share=1.0).sample(5))
+    assert shape(source.sample(5)) != shape(source.sample(6))
+    with pytest.raises(InputError, match="toybox task"):
+        ToyboxSource("paint", TOKENIZER, 1)  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""The base stage: it learns, resumes bit for bit, and exports a folder that loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperbagel.core.config import load_config
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.images import open_image
+from hyperbagel.model.config import VaeConfig
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.model.weights import load_folder, load_tensors, save_tensors
+from hyperbagel.train.launch import run_training
+from hyperbagel.train.stage import Draws
+from hyperbagel.train.stages.base import BaseStage, Recipe, build
+
+RECIPES = Path(__file__).parents[4] / "recipes"
+SMALL = [
+    "shape.llm.hidden_size=32",
+    "shape.llm.intermediate_size=48",
+    "shape.llm.num_hidden_layers=2",
+    "shape.llm.num_attention_heads=2",
+    "shape.llm.num_key_value_heads=1",
+    "shape.vit.hidden_size=16",
+    "shape.vit.intermediate_size=32",
+    "shape.vit.num_hidden_layers=2",
+    "shape.vit.num_attention_heads=2",
+    "data.row_tokens=300",
+    "data.sources.t2i.samples=2",
+    "data.sources.t2i_long.samples=2",
+    "data.sources.edit.samples=2",
+    "data.sources.question.samples=2",
+    "data.mixture=[{weights: {t2i: 1, t2i_long: 1, edit: 1, question: 1}}]",
+    "held_out=null",
+    "optim.schedule_by=steps",
+    "optim.warmup_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    config = VaeConfig(resolution=64, ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4)
+    torch.manual_seed(0)
+    save_tensors(folder / "ae.safetensors", AutoEncoder(config).state_dict())
+    (folder / "vae_config.json").write_text(config.model_dump_json())
+    return folder
+
+
+def recipe(vae: Path, *overrides: str) -> Recipe:
+    return load_config(Recipe, RECIPES / "toybox" / "base.yaml", [*SMALL, f"vae={vae}", *overrides])
+
+
+def stage(vae: Path, *overrides: str) -> BaseStage:
+    return build(recipe(vae, *overrides), torch.device("cpu"))
+
+
+def test_one_batch_is_learnt(vae: Path) -> None:
+    """Loss on one fixed batch falls by half or more."""
+    s = stage(vae, "data.mixture=[{weights: {question: 1}}]")
+    batch = s.batch(0, Draws.at(0))
+    optimizer = torch.optim.AdamW([p for p in s.model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(15):
+        loss, metrics = s.loss("model", batch, step)
+        assert set(metrics) == {"question_ce"}
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_batches_are_functions_of_the_draw(vae: Path) -> None:
+    a, b = stage(vae), stage(vae)
+    for i in range(3):
+        x, y = a.batch(i, Draws.at(1, i)), b.batch(i, Draws.at(1, i))
+        assert x.source == y.source and torch.equal(x.packed.noise, y.packed.noise) and torch.equal(x.packed.latents, y.packed.latents)
+
+
+def test_gradients_reach_all_trained_parameters(vae: Path) -> None:
+    s = stage(vae, "data.mixture=[{weights: {edit: 1}}]", "data.dropout={text: 0, vit: 0, vae: 0}", "frozen=[vit_model]")
+    with torch.no_grad():
+        s.model.llm2vae.weight.normal_(std=0.1)  # a fresh head is zero and would pass nothing on
+    s.loss("model", s.batch(0, Draws.at(0)), 0)[0].backward()
+    without = {n for n, p in s.model.named_parameters() if p.grad is None}
+    last = f"language_model.model.layers.{s.model.config.llm.num_hidden_layers - 1}."
+    # the last layer's text tokens end in nothing that is learnt here: keys and values are used, the rest is not
+    for name in without:
+        unused = "lm_head" in name or name == "language_model.model.norm.weight" or (name.startswith(last) and "_moe_gen" not in name)
+        assert unused or name.startswith("vit_model") or name.endswith("pos_embed"), name
+    assert all(p.grad is None for n, p in s.model.named_parameters() if n.startswith("vit_model"))
+
+
+def test_resume_is_bit_for_bit_and_the_export_loads(vae: Path, tmp_path: Path) -> None:
+    base = RECIPES / "toybox" / "base.yaml"
+    quick = [*SMALL, f"vae={vae}", "log_every=1", "sample_every=100"]
+    run_training("base", base, [*quick, "max_steps=5"], tmp_path / "whole")
+    # the schedule must be the same, so the first part is cut by a step limit that a constant rate does not see
+    run_training("base", base, [*quick, "max_steps=5", "optim.schedule=constant"], tmp_path / "a")
+    run_training("base", base, [*quick, "max_steps=3", "optim.schedule=constant"], tmp_path / "b")
+    run_training("base", base, [*quick, "max_steps=5", "optim.schedule=constant"], tmp_path / "b", resume=True)
+    a, b = (load_tensors(tmp_path / run / "export" / "ema.safetensors") for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    whole = load_tensors(tmp_path / "whole" / "export" / "ema.safetensors")
+    assert any(not torch.equal(a[name], whole[name]) for name in a)
+    model, _ = load_folder(tmp_path / "a" / "export")
+    assert model.config.llm.hidden_size == 32
+    assert {"tokenizer.json", "llm_config.json", "vit_config.json", "vae_config.json", "bagel_config.json", "ae.safetensors"} <= {
+        p.name for p in (tmp_path / "a" / "export").iterdir()
+    }
+    logged = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 5]
+    sheets = sorted((tmp_path / "a" / "samples").iterdir())
+    assert sheets and open_image(sheets[0]).width > 600
+
+
+def test_going_on_from_a_folder(vae: Path, tmp_path: Path) -> None:
+    run_training("base", RECIPES / "toybox" / "base.yaml", [*SMALL, f"vae={vae}", "max_steps=0", "export_dtype=float32"], tmp_path / "a")
+    s = build(recipe(vae, f"init={tmp_path / 'a' / 'export'}"), torch.device("cpu"))
+    fresh = stage(vae)
+    for (name, p), q in zip(s.model.named_parameters(), fresh.model.parameters(), strict=True):
+        assert torch.equal(p, q) and p.requires_grad == q.requires_grad, name
+
+
+def test_held_out_figures(vae: Path) -> None:
+    sources = "{t2i: {task: t2i, samples: 4}, question: {task: question, samples: 4}}"
+    one = f"{{sources: {sources}, mixture: [{{weights: {{t2i: 1}}}}]}}"
+    s = stage(vae, f"held_out={one}", "held_out_batches=1")
+    with torch.no_grad():
+        first, again = s.evaluate(0), s.evaluate(0)
+    assert first == again and {"t2i_mse", "question_ce"} <= set(first)
+
+
+def test_wrong_recipes(vae: Path) -> None:
+    with pytest.raises(InputError, match="hiden_size"):
+        recipe(vae, "shape.llm.hiden_size=3")
+    with pytest.raises(InputError, match="vae: got no folder"):
+        build(load_config(Recipe, RECIPES / "toybox" / "base.yaml", SMALL), torch.device("cpu"))
+    with pytest.raises(InputError, match="'drawing'"):
+        stage(vae, "data.mixture=[{weights: {drawing: 1}}]")
+
+
+def test_the_7b_recipe_is_valid() -> None:
+    settings = load_config(Recipe, RECIPES / "7b" / "base.yaml")
+    assert settings.init is not None and settings.data.rows == "packed" and settings.shift == 4.0
