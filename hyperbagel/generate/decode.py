@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from hyperbagel.generate.sampling import pick
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken
+from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache
 
@@ -27,6 +29,44 @@ class Decoded:
     logits: list[Tensor] = field(default_factory=list)  # [V] a step, only if asked for
 
 
+class Runner(Protocol):
+    """The inner step of decoding: EagerRunner here, GraphRunner in generate.graphs."""
+
+    def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int) -> None:
+        """Takes the contexts of B rows, their next positions, and how many tokens may follow."""
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """token [B, 1] joins every row -> logits [B, V] of the next."""
+
+    def end(self) -> None:
+        """The caches given to `begin` are as they were."""
+
+
+class EagerRunner:
+    """Every step is planned anew, over exactly the keys there are."""
+
+    def __init__(self, model: Bagel) -> None:
+        self.model = model
+
+    def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int) -> None:
+        self.cache = caches[0] if len(caches) == 1 else KVCache.stack(caches, room)
+        self.before = list(self.cache.lengths)
+        self.cache.reserve(max(self.before) + room)
+        self.position = torch.tensor(positions, device=self.model.device)[:, None]
+
+    def __call__(self, token: Tensor) -> Tensor:
+        model, ones = self.model, [1] * len(self.before)
+        plan = self.cache.plan(ones, causal=True)
+        hidden = model.backbone(Streams(model.embed_text(token), None), self.position, cache=self.cache, plan=plan).u
+        assert hidden is not None
+        self.cache.advance(ones)
+        self.position = self.position + 1
+        return model.logits(hidden[:, -1])
+
+    def end(self) -> None:
+        self.cache.truncate(self.before)
+
+
 @torch.inference_mode()
 def decode(
     sessions: Sequence[Session],
@@ -36,30 +76,25 @@ def decode(
     generators: Sequence[torch.Generator] = (),
     on_token: OnToken | None = None,
     keep_logits: bool = False,
+    runner: Runner | None = None,
 ) -> list[Decoded]:
     """Starts from im_start behind each session's context, stops at im_end or after `max_tokens` tokens.
 
     The sessions stay as they were: an answer joins a conversation as text (`Session.add_text`), as in the reference.
+    `runner` is who makes the steps; None: EagerRunner.
     """
     parts = sessions[0].parts
     model, tokenizer = parts.model, parts.tokenizer
     for session in sessions:
         session.check_room(max_tokens + 1)
-    cache = sessions[0].cache if len(sessions) == 1 else KVCache.stack([s.cache for s in sessions], max_tokens + 1)
-    before = list(cache.lengths)
-    cache.reserve(max(before) + max_tokens + 1)
-    position = torch.tensor([s.position for s in sessions], device=model.device)[:, None]
+    step_once = EagerRunner(model) if runner is None else runner
+    step_once.begin([s.cache for s in sessions], [s.position for s in sessions], max_tokens + 1)
     token = torch.full((len(sessions), 1), tokenizer.im_start, device=model.device)
     results = [Decoded() for _ in sessions]
     alive = set(range(len(sessions)))
-    ones = [1] * len(sessions)
     try:
         for step in range(max_tokens + 1):
-            plan = cache.plan(ones, causal=True)
-            hidden = model.backbone(Streams(model.embed_text(token), None), position + step, cache=cache, plan=plan).u
-            assert hidden is not None
-            cache.advance(ones)
-            logits = model.logits(hidden[:, -1])
+            logits = step_once(token)
             if keep_logits:
                 for i in alive:
                     results[i].logits.append(logits[i].float())
@@ -79,5 +114,5 @@ def decode(
             if not alive or (step == max_tokens - 1 and not keep_logits):
                 break
     finally:
-        cache.truncate(before)
+        step_once.end()
     return results

@@ -16,6 +16,7 @@ from hyperbagel.data.transforms import grid_positions
 from hyperbagel.flow.guidance import guidance_on, guide
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import euler_steps
+from hyperbagel.generate.graphs import GraphVelocity
 from hyperbagel.generate.session import Branch, Parts, Session, check_latent_grid
 from hyperbagel.generate.types import Denoising, OnStep
 from hyperbagel.model.qwen2_mot import Streams
@@ -60,17 +61,25 @@ class GuidedVelocity:
         self.plain = _first(self.guided[0], len(sessions), [c + 2 for c in counts]) if self.branches > 1 else self.guided
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
+        return self.evaluate(x, torch.full(x.shape[:2], t, device=x.device), self.begin(t))
+
+    def begin(self, t: float) -> bool:
+        """Whether the step at t is guided; counts its evaluations."""
         with_guidance = self.branches > 1 and guidance_on(t, self.settings.interval)
+        self.evaluations += self.branches if with_guidance else 1
+        return with_guidance
+
+    def evaluate(self, x: Tensor, t: Tensor, with_guidance: bool) -> Tensor:
+        """The step on the device alone, the same shapes every time: x [B, N, C], t [B, N] -> v [B, N, C]."""
         branches = self.branches if with_guidance else 1
         cache, plan = self.guided if with_guidance else self.plain
         model, rows = self.parts.model, x.shape[0] * branches
-        g = model.embed_latent(x, torch.full(x.shape[:2], t, device=x.device), self.where).repeat(branches, 1, 1)
+        g = model.embed_latent(x, t, self.where).repeat(branches, 1, 1)
         hidden = model.backbone(Streams(self.markers[:rows], g), self.positions[:rows], cache=cache, plan=plan)
         assert hidden.g is not None
         v = model.velocity(hidden.g)  # [R, N, C]
         if self.inside is not None:
             v = v * self.inside.repeat(branches, 1, 1)
-        self.evaluations += branches
         if not with_guidance:
             return v
         parts = v.chunk(branches)
@@ -112,8 +121,9 @@ def denoise(
     noises: Sequence[Tensor],
     settings: Denoising,
     on_step: OnStep | None = None,
+    graphs: bool = False,
 ) -> tuple[list[Tensor], int]:
-    """Euler from noise to latents for a batch of sessions of any sizes.
+    """Euler from noise to latents for a batch of sessions of any sizes. `graphs`: steps as CUDA graphs (generate.graphs).
 
     Returns latents, [h_b * w_b, C] each, and the number of velocity evaluations per picture.
     """
@@ -121,7 +131,7 @@ def denoise(
     velocity = GuidedVelocity(sessions, grids, settings)
     n = max(len(noise) for noise in noises)
     x = torch.stack([torch.nn.functional.pad(noise, (0, 0, 0, n - len(noise))) for noise in noises]).to(device)
-    for k, state in euler_steps(x, velocity, time_grid(settings.num_steps, settings.shift)):
+    for k, state in euler_steps(x, GraphVelocity(velocity) if graphs else velocity, time_grid(settings.num_steps, settings.shift)):
         x = state
         if on_step is not None:
             on_step(k + 1, settings.num_steps, x)

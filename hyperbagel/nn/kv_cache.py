@@ -118,12 +118,16 @@ class KVCache:
         _, heads, _, head_dim = first.k[0].shape
         whole = KVCache(len(first.k), heads, head_dim, rows=len(lengths), device=first.k[0].device, dtype=first.k[0].dtype)
         whole.reserve(max(lengths) + extra)
+        whole.load(caches)
+        return whole
+
+    def load(self, caches: Sequence[KVCache]) -> None:
+        """Copies the rows of several caches, as many as there are here and none longer than the capacity. The storage stays in place."""
         at = 0
         for cache in caches:
             rows, top = len(cache.lengths), max(cache.lengths)
-            for mine, theirs in ((whole.k, cache.k), (whole.v, cache.v)):
+            for mine, theirs in ((self.k, cache.k), (self.v, cache.v)):
                 for x, y in zip(mine, theirs, strict=True):
                     x[at : at + rows, :, :top] = y[:, :, :top]
             at += rows
-        whole.lengths = lengths
-        return whole
+        self.lengths = [n for cache in caches for n in cache.lengths]

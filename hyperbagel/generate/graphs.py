@@ -1,0 +1,163 @@
+"""Steps with fixed shapes and fixed buffers, so that a GPU can replay them as CUDA graphs without the CPU launching every kernel.
+
+On a CPU the same fixed-shape steps run as they are. What a step computes does not change, only who launches it.
+
+Shape legend: B rows, V vocabulary, N latent tokens, C values of a latent token, K slots of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.nn.kv_cache import KVCache, Plan
+
+GRANULE = 512  # capacities are multiples of it: few graphs, little attention over empty slots
+
+
+class Captured:
+    """Calls `function`, which reads and writes tensors that stay in place: first eagerly, then recorded, from then on replayed.
+
+    Every call is a real step, the first (which also warms up the libraries) and the recorded one too. On a CPU all calls are eager.
+    `compiler` is a backend of torch.compile ("inductor"), or None for none.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device, compiler: str | None = None) -> None:
+        self.function = function if compiler is None else torch.compile(function, backend=compiler, dynamic=False)
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.out: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.stream is None:
+            return self.function()
+        if self.out is None:
+            # Off the default stream, where capture is not allowed, so that workspaces are the ones the graph will use.
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.stream):
+                self.out = self.function()
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            return self.out.clone()
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):  # records, computes nothing
+                self.out = self.function()
+            self.graph = graph
+        self.graph.replay()
+        return self.out.clone()  # the next replay writes over it
+
+
+class StaticStep:
+    """One decoded token a row over a cache of K slots: lengths live on the device, and slots beyond them are masked.
+
+    Rows of lengths 2 and 4 that write their new token (n) into K = 6 slots; what the query sees:
+
+        1 1 n . . .
+        1 1 1 1 n .
+    """
+
+    def __init__(self, model: Bagel, rows: int, capacity: int, compiler: str | None = None) -> None:
+        device = model.device
+        self.model, self.capacity = model, capacity
+        self.cache = model.new_cache(rows)
+        self.cache.reserve(capacity)
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # keys before the new one
+        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.slots = torch.arange(capacity, device=device)
+        self.run = Captured(self.compute, device, compiler)
+
+    def load(self, caches: Sequence[KVCache], positions: Sequence[int]) -> None:
+        """Takes other contexts; the buffers, and with them a recorded graph, stay."""
+        self.cache.load(caches)
+        self.length.copy_(torch.tensor(self.cache.lengths)[:, None])
+        self.position.copy_(torch.tensor(list(positions))[:, None])
+        self.left = self.capacity - max(self.cache.lengths)
+
+    def compute(self) -> Tensor:
+        """Buffers in, logits [B, V] out; lengths and positions move on. No shape and no address depends on how long the rows are."""
+        seen = (self.slots <= self.length)[:, None, None, :]  # [B, 1, 1, K]
+        plan = Plan(self.length, self.capacity, seen, causal=False)
+        u = self.model.embed_text(self.token)
+        hidden = self.model.backbone(Streams(u, None), self.position, cache=self.cache, plan=plan).u
+        assert hidden is not None
+        self.length += 1
+        self.position += 1
+        return self.model.logits(hidden[:, -1])
+
+    def __call__(self, token: Tensor) -> Tensor:
+        assert self.left > 0, f"got one token more than the {self.capacity} slots hold, expected `load` to have been given the room"
+        self.left -= 1
+        self.token.copy_(token)
+        return self.run()
+
+
+class GraphRunner:
+    """`decode`'s runner with fixed shapes. It keeps the steps of the last few (rows, capacity) pairs, so that a graph outlives a request.
+
+    One runner serves one request at a time; it belongs to its caller. Equal to EagerRunner up to the order of additions in attention.
+    """
+
+    def __init__(self, model: Bagel, *, compiler: str | None = None, keep: int = 2) -> None:
+        self.model, self.compiler, self.keep = model, compiler, keep
+        self.steps: dict[tuple[int, int], StaticStep] = {}  # the last used at the end
+        self.step: StaticStep | None = None
+
+    @torch.inference_mode()
+    def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int) -> None:
+        need = max(n for cache in caches for n in cache.lengths) + room
+        key = len(positions), -(-need // GRANULE) * GRANULE
+        self.step = self.steps.pop(key, None)
+        while len(self.steps) >= self.keep:  # before a new cache is made: two would have to fit
+            del self.steps[next(iter(self.steps))]
+        if self.step is None:
+            self.step = StaticStep(self.model, *key, self.compiler)
+        self.steps[key] = self.step
+        self.step.load(caches, positions)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        assert self.step is not None, "begin comes first"
+        return self.step(token)
+
+    def end(self) -> None:
+        self.step = None
+
+
+class StaticVelocity(Protocol):
+    """What GraphVelocity needs of generate.image.GuidedVelocity."""
+
+    where: Tensor  # [B, N]
+
+    def begin(self, t: float) -> bool: ...
+    def evaluate(self, x: Tensor, t: Tensor, with_guidance: bool) -> Tensor: ...
+
+
+class GraphVelocity:
+    """velocity(x_t [B, N, C], t) -> v [B, N, C] with one graph for guided steps and one for the others.
+
+    A graph holds the addresses of its requests' contexts and serves these requests only; recording costs about one launch of a step.
+    """
+
+    def __init__(self, velocity: StaticVelocity, compiler: str | None = None) -> None:
+        self.velocity = velocity
+        device = velocity.where.device
+        self.t = torch.zeros(velocity.where.shape, device=device)
+        self.x: Tensor | None = None
+        self.runs = {on: Captured(lambda on=on: self._evaluate(on), device, compiler) for on in (False, True)}  # type: ignore[misc]
+
+    def _evaluate(self, with_guidance: bool) -> Tensor:
+        assert self.x is not None
+        return self.velocity.evaluate(self.x, self.t, with_guidance)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        if self.x is None:
+            self.x = torch.empty_like(x)
+        self.x.copy_(x)
+        self.t.fill_(t)
+        return self.runs[self.velocity.begin(t)]()

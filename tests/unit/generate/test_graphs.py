@@ -1,0 +1,172 @@
+"""Fixed-shape steps against the eager ones: on the CPU the steps themselves, on a GPU the recorded graphs too."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import ImageTransform
+from hyperbagel.generate.decode import decode
+from hyperbagel.generate.graphs import GRANULE, Captured, GraphRunner, GraphVelocity, StaticStep
+from hyperbagel.generate.image import GuidedVelocity, denoise
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.generate.types import Denoising
+from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.vae import AutoEncoder
+
+NO_GPU = not torch.cuda.is_available()
+TEXTS = ("a red ball", "what is there, and how many of them are blue?", "one")
+
+
+def parts(device: str = "cpu") -> Parts:
+    """Random weights, wide enough apart that greedy tokens vary and velocities are not zero."""
+    config = BagelConfig(
+        llm=LLMConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=1024,
+            max_position_embeddings=2048,
+        ),
+        vit=ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8),
+        vae=VaeConfig(ch=8, ch_mult=(1, 1), num_res_blocks=1, downsample=2, norm_groups=4),
+        options=BagelOptions(max_latent_size=16, vit_max_num_patch_per_side=16),
+    )
+    generator = torch.Generator().manual_seed(0)
+    model = fresh_bagel(config, generator, std=0.3)
+    with torch.no_grad():
+        model.llm2vae.weight.copy_(torch.randn(model.llm2vae.weight.shape, generator=generator) * 0.1)
+    tokenizer = Tokenizer.from_folder(Path(str(files("hyperbagel") / "assets" / "toybox")))
+    sizes = ImageTransform(64, 32, 8)
+    return Parts(model.eval().to(device), AutoEncoder(config.vae).eval().to(device), tokenizer, sizes, sizes)
+
+
+@torch.inference_mode()
+def session(of: Parts, text: str) -> Session:
+    fresh = Session.new(of)
+    fresh.add_text(text)
+    return fresh
+
+
+def same_tokens(device: str, compiler: str | None = None) -> None:
+    """Batches of rows of unlike lengths, one runner for all: the second round finds its buffers used."""
+    of = parts(device)
+    runner = GraphRunner(of.model, compiler=compiler)
+    for texts in (TEXTS, TEXTS[:1], TEXTS[::-1], TEXTS[1:2]):
+        sessions = [session(of, text) for text in texts]
+        before = [s.cache.lengths for s in sessions]
+        eager = decode(sessions, max_tokens=12, keep_logits=True)
+        static = decode(sessions, max_tokens=12, keep_logits=True, runner=runner)
+        assert [d.ids for d in static] == [d.ids for d in eager]
+        assert any(len(set(d.ids)) > 3 for d in eager)  # no constant answers
+        for a, b in zip(static, eager, strict=True):
+            torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), atol=1e-4, rtol=1e-4)
+        assert [s.cache.lengths for s in sessions] == before
+
+
+def same_velocities(device: str, compiler: str | None = None) -> None:
+    """Two pictures of unlike sizes; times inside and outside the guidance interval, by turns."""
+    of = parts(device)
+    settings = Denoising(num_steps=6, interval=(0.5, 1.0))
+    sessions, grids = [session(of, text) for text in TEXTS[:2]], [(4, 4), (3, 5)]
+    noises = [torch.randn(h * w, of.model.config.latent_channels, generator=torch.Generator().manual_seed(h)) for h, w in grids]
+    with torch.inference_mode():
+        eager, static = GuidedVelocity(sessions, grids, settings), GuidedVelocity(sessions, grids, settings)
+        graph = GraphVelocity(static, compiler)
+        for k, t in enumerate((1.0, 0.4, 0.9, 0.3, 0.8, 0.2)):
+            x = torch.randn(2, 16, of.model.config.latent_channels, generator=torch.Generator().manual_seed(k)).to(device)
+            v = eager(x, t)
+            assert v.abs().max() > 0.1
+            torch.testing.assert_close(graph(x, t), v, atol=1e-5, rtol=1e-5)
+        assert static.evaluations == eager.evaluations == 9
+    (a, n), (b, m) = (denoise(sessions, grids, noises, settings, graphs=on) for on in (True, False))
+    assert n == m
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
+def test_static_decoding_gives_the_eager_tokens() -> None:
+    same_tokens("cpu")
+
+
+def test_static_velocity_equals_the_eager_one() -> None:
+    same_velocities("cpu")
+
+
+@pytest.mark.slow
+def test_what_torch_compile_traces_is_the_same() -> None:
+    """The backend "eager" runs what was traced; the rest of compilation is the compiler's own."""
+    same_tokens("cpu", "eager")
+    same_velocities("cpu", "eager")
+
+
+@pytest.mark.skipif(NO_GPU, reason="CUDA graphs need a GPU")
+def test_recorded_decoding_gives_the_eager_tokens() -> None:
+    same_tokens("cuda")
+
+
+@pytest.mark.skipif(NO_GPU, reason="CUDA graphs need a GPU")
+def test_recorded_velocity_equals_the_eager_one() -> None:
+    same_velocities("cuda")
+
+
+@pytest.mark.skipif(NO_GPU, reason="CUDA graphs need a GPU")
+def test_a_third_call_is_a_replay() -> None:
+    x, calls = torch.zeros(1, device="cuda"), []
+
+    def count() -> Tensor:
+        calls.append(1)
+        x.add_(1)
+        return x * 2
+
+    captured = Captured(count, x.device)
+    outs = [captured() for _ in range(5)]
+    assert [float(out) for out in outs] == [2, 4, 6, 8, 10] and len(calls) == 2
+
+
+@torch.inference_mode()
+def test_mask_of_a_static_step() -> None:
+    """The matrix of StaticStep's docstring, read from what the backbone is given."""
+    of = parts()
+    step, seen = StaticStep(of.model, rows=2, capacity=6), []
+    caches = [of.model.new_cache() for _ in range(2)]
+    for cache, length in zip(caches, (2, 4)):
+        cache.reserve(length)
+        cache.advance([length])
+    step.load(caches, [2, 4])
+    backbone = of.model.backbone
+    of.model.backbone = lambda *a, **how: (seen.append(how["plan"].mask.clone()), backbone(*a, **how))[1]  # type: ignore[method-assign]
+    step(torch.ones(2, 1, dtype=torch.long))
+    assert seen[0][:, 0, 0].int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
+
+
+@torch.inference_mode()
+def test_runner_keeps_few_steps_and_reuses_them() -> None:
+    of = parts()
+    runner = GraphRunner(of.model, keep=2)
+    caches = [session(of, text).cache for text in TEXTS]
+
+    def begin(rows: int, room: int) -> StaticStep:
+        runner.begin(caches[:rows], [cache.lengths[0] for cache in caches[:rows]], room)
+        assert runner.step is not None
+        return runner.step
+
+    first = begin(1, 10)
+    assert begin(1, 20) is first  # the same capacity
+    second = begin(2, GRANULE)
+    assert second.capacity == 2 * GRANULE and begin(1, 5) is first
+    assert begin(3, 5) is not first and len(runner.steps) == 2
+    assert begin(2, GRANULE) is not second  # was the longest unused
+    end = begin(1, GRANULE - caches[0].lengths[0])
+    assert end.left == end.capacity - caches[0].lengths[0]
+    end.left = 0
+    with pytest.raises(AssertionError, match="more than"):
+        end(torch.ones(1, 1, dtype=torch.long))
