@@ -21,12 +21,12 @@ class SourceConfig(Config):
     """One source. `kind` toybox needs a task; the file kinds need a path."""
 
     kind: Literal["toybox", "t2i", "edit", "chat"] = "toybox"
-    samples: int = Field(1, ge=1)  # consecutive samples of a group
-    noise_copies: int = Field(1, ge=1)  # noise draws of a target in one sequence
+    samples: int = Field(default=1, ge=1)  # consecutive samples of a group
+    noise_copies: int = Field(default=1, ge=1)  # noise draws of a target in one sequence
     # toybox
     task: Task | None = None
-    resolution: int = Field(64, ge=16)
-    think_share: float = Field(0.0, ge=0, le=1)
+    resolution: int = Field(default=64, ge=16)
+    think_share: float = Field(default=0.0, ge=0, le=1)
     styles: dict[str, float] | None = None  # weights of terse, medium, full captions; None: the language's own
     split: Literal["train", "heldout"] = "train"
     # files
@@ -37,16 +37,16 @@ class SourceConfig(Config):
 class PhaseConfig(Config):
     """Weights of the sources until a group number; None: to the end."""
 
-    until: int | None = Field(None, ge=1)
+    until: int | None = Field(default=None, ge=1)
     weights: dict[str, float]
 
 
 class DropoutConfig(Config):
     """Shares of left-out items with enable_cfg; BAGEL's."""
 
-    text: float = Field(0.1, ge=0, le=1)
-    vit: float = Field(0.3, ge=0, le=1)
-    vae: float = Field(0.3, ge=0, le=1)
+    text: float = Field(default=0.1, ge=0, le=1)
+    vit: float = Field(default=0.3, ge=0, le=1)
+    vae: float = Field(default=0.3, ge=0, le=1)
 
     def build(self) -> Dropout:
         return Dropout(self.text, self.vit, self.vae)
@@ -59,11 +59,11 @@ class DataConfig(Config):
     mixture: list[PhaseConfig]
     dropout: DropoutConfig = DropoutConfig()
     rows: Literal["one", "packed"] = "one"
-    row_tokens: int = Field(0, ge=0)  # average length of a packed row
-    batch_tokens: int = Field(0, ge=0)  # 0: a batch is one group; else groups are added until this many tokens are reached
-    sample_tokens: int = Field(0, ge=0)  # longer samples are left out; 0: no limit
-    pad_to: int = Field(1, ge=1)
-    workers: int = Field(0, ge=0)
+    row_tokens: int = Field(default=0, ge=0)  # average length of a packed row
+    batch_tokens: int = Field(default=0, ge=0)  # 0: a batch is one group; else groups are added until this many tokens are reached
+    sample_tokens: int = Field(default=0, ge=0)  # longer samples are left out; 0: no limit
+    pad_to: int = Field(default=1, ge=1)
+    workers: int = Field(default=0, ge=0)
     worker_kind: Literal["thread", "process"] = "thread"
 
 

@@ -57,11 +57,11 @@ class Recipe(TrainRecipe):
     frozen: tuple[str, ...] = ()  # parameters whose names begin so are not trained
     data: DataConfig
     held_out: DataConfig | None = None  # what is measured; its mixture is not used
-    held_out_batches: int = Field(2, ge=1)  # of each held-out source
-    shift: float = Field(1.0, gt=0)  # of the timesteps in training
-    mse_weight: float = Field(1.0, ge=0)
-    ce_weight: float = Field(1.0, ge=0)
-    export_dtype: str = Field("bfloat16", pattern="^(bfloat16|float32)$")
+    held_out_batches: int = Field(default=2, ge=1)  # of each held-out source
+    shift: float = Field(default=1.0, gt=0)  # of the timesteps in training
+    mse_weight: float = Field(default=1.0, ge=0)
+    ce_weight: float = Field(default=1.0, ge=0)
+    export_dtype: str = Field(default="bfloat16", pattern="^(bfloat16|float32)$")
     optim: OptimConfig = OptimConfig(lr=1e-3, ema_decay=0.999)
 
 
@@ -81,15 +81,17 @@ class BaseStage(Stage):
             if name.startswith(recipe.frozen):
                 parameter.requires_grad_(False)
         self.players = {"model": Player.of(self.model, recipe.optim)}
-        make = {"model": self.model.config, "tokenizer": tokenizer, "vae": self.vae, "device": device, "shift": recipe.shift}
         sizes = self.model.config.options
         self.parts = Parts(self.model, self.vae, tokenizer, transform(sizes.vae_transform), transform(sizes.vit_transform))
-        self.batches = Batches(recipe.data, seed=recipe.seed, **make)
+        self.batches = self._batches(recipe.data, recipe.seed)
         self.measured: list[NamedBatch] = []
         for data in _single_sources(recipe.held_out):
-            batches = Batches(data, seed=_HELD_OUT_SEED, **make)
+            batches = self._batches(data, _HELD_OUT_SEED)
             self.measured += [batches.next(Draws.at(_HELD_OUT_SEED, i)) for i in range(recipe.held_out_batches)]
             batches.close()
+
+    def _batches(self, data: DataConfig, seed: int) -> Batches:
+        return Batches(data, self.model.config, self.parts.tokenizer, self.vae, seed=seed, device=self.device, shift=self.recipe.shift)
 
     def _model(self) -> Bagel:
         r = self.recipe
