@@ -1,7 +1,7 @@
 """Muon for the weights of convolutions and linear layers, Adam for everything else, in one optimiser.
 
 Muon (Jordan et al., 2024) replaces the momentum of a weight by the nearest orthogonal matrix: all directions of the weight move at the same
-pace. On the toybox autoencoder it needs about half of AdamW's steps.
+pace. On the toybox autoencoder it took 200 steps to the 17.3 dB that AdamW reached after 300 (one seed, one rate each).
 """
 
 from __future__ import annotations

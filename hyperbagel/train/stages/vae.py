@@ -81,7 +81,7 @@ def to_signed(pictures: np.ndarray) -> Tensor:
 
 def initialise(model: AutoEncoder) -> None:
     """Start as a linear autoencoder that keeps the scale of its signal: residual branches add nothing, the main path neither shrinks nor
-    grows. ours: PyTorch's own start shrinks the main path threefold at each convolution and takes about four times the steps to 17 dB."""
+    grows. ours: PyTorch's own start shrinks the main path threefold at each convolution and takes two to three times the steps to 17 dB."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(_of(module.bias))
