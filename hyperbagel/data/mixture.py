@@ -28,6 +28,7 @@ class SourceConfig(Config):
     resolution: int = Field(default=64, ge=16)
     think_share: float = Field(default=0.0, ge=0, le=1)
     styles: dict[str, float] | None = None  # weights of terse, medium, full captions; None: the language's own
+    turns: int = Field(default=1, ge=1)  # questions about one picture in one sequence
     split: Literal["train", "heldout"] = "train"
     # files
     path: Path | None = None
@@ -80,6 +81,7 @@ def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: Ima
             noise_copies=config.noise_copies,
             think_share=config.think_share,
             styles=config.styles,
+            turns=config.turns,
             split=config.split,
         )
     if config.path is None:

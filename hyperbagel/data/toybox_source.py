@@ -14,7 +14,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage, picture_items
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.data.tokenizer import Tokenizer
-from hyperbagel.toybox.language import sample_edit, sample_question, sample_t2i
+from hyperbagel.toybox.language import questions_about, sample_edit, sample_question, sample_t2i
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene
 
@@ -31,6 +31,7 @@ class ToyboxSource:
         noise_copies: noise draws of a target in one sequence; they do not see each other and share the context.
         think_share: share of samples in think mode: system prompt, and the thoughts as text to learn.
         styles: weights of caption styles; None means the language's own.
+        turns: questions about one picture in one sequence, each seeing those before: the picture is encoded once for all.
         split: "train", or "heldout" for what training never shows.
     """
 
@@ -41,6 +42,7 @@ class ToyboxSource:
     noise_copies: int = 1
     think_share: float = 0.0
     styles: Mapping[str, float] | None = None
+    turns: int = 1
     split: str = "train"
 
     def __post_init__(self) -> None:
@@ -88,4 +90,8 @@ class ToyboxSource:
         drawn = sample_question(rng, split=self.split)
         answer = f"<think>{drawn.think}</think>{drawn.answer}" if think else drawn.answer
         system = [self._text(THINK_ANSWER)] if think else []
-        return [*system, VitImage(self._picture(drawn.scene)), self._text(drawn.question), self._text(answer, loss=True)]
+        turns = [(drawn.question, answer)]
+        if not think and self.split == "train":
+            turns += [(more.question, more.answer) for more in questions_about(rng, drawn.scene, self.turns - 1)]
+        texts = [text for question, told in turns for text in (self._text(question), self._text(told, loss=True))]
+        return [*system, VitImage(self._picture(drawn.scene)), *texts]

@@ -317,3 +317,16 @@ def sample_question(
         for _ in range(4):
             if made := _MAKERS[kind](rng, scene, text_split):
                 return QuestionSample(scene, capital(made[0]), made[1], kind, made[2])
+
+
+def questions_about(rng: random.Random, scene: Scene, n: int) -> list[QuestionSample]:
+    """`n` training questions with short answers about one scene, of any kinds that fit it: further turns of a conversation."""
+    found: list[QuestionSample] = []
+    short = [kind for kind in _WEIGHTS if kind not in ("describe", "steps", "reason")]
+    while len(found) < n:
+        kind = rng.choices(short, [_WEIGHTS[k] for k in short])[0]
+        if len(scene.things) < 2 and kind in ("relation", "comparison"):
+            continue
+        if made := _MAKERS[kind](rng, scene, "train"):
+            found.append(QuestionSample(scene, capital(made[0]), made[1], kind, made[2]))
+    return found
