@@ -126,6 +126,12 @@ class Session:
         patches = patchify(pixels, patch).to(model.device)
         options = model.config.options
         h, w = pixels.shape[1] // patch, pixels.shape[2] // patch
+        limit = min(options.vit_max_num_patch_per_side, model.config.vit.positions_per_side)
+        if max(h, w) > limit:
+            raise InputError(
+                f"got a picture of {w}x{h} ViT patches, expected at most {limit} a side; set vit_transform.max_size in bagel_config.json "
+                f"to at most {limit * patch}"
+            )
         where = grid_positions(h, w, options.vit_max_num_patch_per_side, options.interpolate_pos).to(model.device)
         self.check_room(len(patches) + 2)
         seen = model.embed_vit(patches, where, [len(patches)]).unsqueeze(0)

@@ -41,7 +41,9 @@ class FixedTable(nn.Module):
 
     def __init__(self, side: int, size: int) -> None:
         super().__init__()
-        self.pos_embed = nn.Parameter(sincos_table(side, size), requires_grad=False)
+        table = torch.empty(side * side, size)
+        # On the meta device values cannot matter, and computing them there imports PyTorch's compiler: seconds of start-up.
+        self.pos_embed = nn.Parameter(table if table.is_meta else sincos_table(side, size), requires_grad=False)
 
     def forward(self, positions: Tensor) -> Tensor:
         return self.pos_embed[positions]

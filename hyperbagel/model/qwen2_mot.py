@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hyperbagel.model.config import LLMConfig
 from hyperbagel.nn.attention import attend
 from hyperbagel.nn.kv_cache import KVCache, Plan
-from hyperbagel.nn.layers import MLP, RMSNorm, rope_table, rotate
+from hyperbagel.nn.layers import MLP, RMSNorm, embedding, rope_table, rotate
 
 
 class Streams(NamedTuple):
@@ -106,7 +106,7 @@ class Qwen2MoT(nn.Module):
     def __init__(self, cfg: LLMConfig) -> None:
         super().__init__()
         self.config = cfg
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed_tokens = embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm, self.norm_moe_gen = (RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) for _ in range(2))
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from hyperbagel.model.config import ViTConfig
 from hyperbagel.nn.attention import attend
+from hyperbagel.nn.layers import embedding
 
 
 class Embeddings(nn.Module):
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.patch_embedding = nn.Linear(cfg.num_channels * cfg.patch_size**2, cfg.hidden_size)
-        self.position_embedding = nn.Embedding(cfg.positions_per_side**2, cfg.hidden_size)
+        self.position_embedding = embedding(cfg.positions_per_side**2, cfg.hidden_size)
 
     def forward(self, patches: Tensor, positions: Tensor) -> Tensor:
         return self.patch_embedding(patches) + self.position_embedding(positions)

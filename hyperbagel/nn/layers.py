@@ -35,6 +35,11 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def embedding(rows: int, size: int) -> nn.Embedding:
+    """A table without values: PyTorch's own initialisation on the meta device imports its compiler, seconds of start-up for nothing."""
+    return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
+
+
 def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin for positions [B, S], each [B, 1, S, D]. Computed in fp32."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
@@ -70,9 +75,13 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.frequencies, size), nn.SiLU(), nn.Linear(size, size))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.mlp.parameters()).dtype
+
     def forward(self, t: Tensor) -> Tensor:
         """t [...] -> [..., size]."""
         half = self.frequencies // 2
         f = torch.exp(-math.log(1e4) / half * torch.arange(half, device=t.device, dtype=torch.float32))
         angle = t.float().unsqueeze(-1) * f
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.dtype))
