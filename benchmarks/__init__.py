@@ -1,0 +1,1 @@
+"""Times of single operations, measured: python -m benchmarks.run --help"""

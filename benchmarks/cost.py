@@ -1,0 +1,88 @@
+"""Work of an operation in closed form: floating point operations and bytes that must be read.
+
+Only matrix products count (two operations a multiply-add); norms, rotations and softmax are left out. Bytes are weights once and keys and
+values once a row: what no implementation can avoid at the given batch.
+
+Shape legend: n new tokens, E hidden size, V vocabulary, P patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hyperbagel.model.config import BagelConfig, LLMConfig
+from hyperbagel.model.vae import AutoEncoder
+
+
+class Cost(NamedTuple):
+    flops: float
+    bytes: float
+
+
+def expert_weights(llm: LLMConfig) -> int:
+    """Matrix entries of one expert, all layers, without embedding and head."""
+    e, q, kv = llm.hidden_size, llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
+    return llm.num_hidden_layers * (2 * e * q + 2 * e * kv + 3 * e * llm.intermediate_size)
+
+
+def attention_flops(llm: LLMConfig, queries: float, keys: float) -> float:
+    """Scores and weighted values of all layers."""
+    return 4 * queries * keys * llm.num_attention_heads * llm.head_dim * llm.num_hidden_layers
+
+
+def cache_entries(llm: LLMConfig, slots: float) -> float:
+    """Keys and values of `slots` tokens, all layers."""
+    return 2 * slots * llm.num_key_value_heads * llm.head_dim * llm.num_hidden_layers
+
+
+def block(config: BagelConfig, contexts: Sequence[int], understanding: int, latents: int, width: int) -> Cost:
+    """A forward of rows behind `contexts` cached tokens each: `understanding` + `latents` new tokens a row, all seeing each other.
+
+    A denoising step is (2 markers, n latents), one row a picture and branch; a picture as context is (patches + 2, 0) or (2, n).
+    """
+    llm, n = config.llm, understanding + latents
+    expert, ends = expert_weights(llm), 2 * config.latent_channels * llm.hidden_size  # into and out of the model
+    flops = sum(2 * (n * expert + latents * ends) + attention_flops(llm, n, past + n) for past in contexts)
+    used = (understanding > 0) + (latents > 0)
+    return Cost(flops, width * (used * expert + sum(cache_entries(llm, past) for past in contexts)))
+
+
+def text(config: BagelConfig, n: int, width: int) -> Cost:
+    """Prefill of n tokens of text behind nothing, causal, no head."""
+    expert = expert_weights(config.llm)
+    return Cost(2 * n * expert + attention_flops(config.llm, n, (n + 1) / 2), width * expert)
+
+
+def decode(config: BagelConfig, rows: int, past: int, width: int) -> Cost:
+    """One token in each of `rows` rows behind `past` others, with the head over the vocabulary."""
+    llm = config.llm
+    weights = expert_weights(llm) + llm.vocab_size * llm.hidden_size
+    flops = rows * (2 * weights + attention_flops(llm, 1, past + 1))
+    return Cost(flops, width * (weights + rows * cache_entries(llm, past)))
+
+
+def vision(config: BagelConfig, patches: int, width: int) -> Cost:
+    """The vision tower and the connector over one picture's patches."""
+    vit, e = config.vit, config.llm.hidden_size
+    v = vit.hidden_size
+    layer = 4 * v * v + 2 * v * vit.intermediate_size
+    weights = vit.layers_used * layer + vit.num_channels * vit.patch_size**2 * v + v * e + e * e
+    return Cost(2 * patches * weights + 4 * patches**2 * v * vit.layers_used, width * weights)
+
+
+def autoencoder(config: BagelConfig, size: tuple[int, int], *, encode: bool) -> Cost:
+    """Counted on the meta device: convolutions have no short closed form. Weights are fp32 as in the reference."""
+    with torch.device("meta"):
+        vae = AutoEncoder(config.vae)
+        f = config.vae.downsample
+        latent = torch.empty(1, config.vae.z_channels, size[0] // f, size[1] // f)
+        pixels = torch.empty(1, config.vae.in_channels, *size)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        _ = vae.encode(pixels, latent) if encode else vae.decode(latent)
+    side = vae.encoder if encode else vae.decoder
+    return Cost(counter.get_total_flops(), 4 * sum(p.numel() for p in side.parameters()))

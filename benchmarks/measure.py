@@ -1,0 +1,125 @@
+"""Timing: many runs, their median and their spread. CUDA events on a GPU, perf_counter on a CPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run: median, 10th and 90th percentile, fastest."""
+
+    median: float
+    low: float
+    high: float
+    fastest: float
+    runs: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        ordered = sorted(seconds)
+
+        def at(share: float) -> float:
+            return ordered[round(share * (len(ordered) - 1))]
+
+        return cls(statistics.median(ordered), at(0.1), at(0.9), ordered[0], len(ordered))
+
+
+def measure(call: Callable[[], Any], device: torch.device, *, seconds: float, warmup: int = 3, most: int = 200) -> Timing:
+    """Runs `call` `warmup` times, then as often as fits into `seconds`: at least three times, at most `most`.
+
+    On a GPU the runs queue one behind the other, as the steps of a sampler do, and events between them take the times.
+    """
+    start = time.perf_counter()
+    for _ in range(warmup):
+        call()
+    wait(device)
+    each = max((time.perf_counter() - start) / max(warmup, 1), 1e-6)  # slower than the runs to come: they stay within the time
+    runs = max(3, min(most, int(seconds / each)))
+    if device.type != "cuda":
+        return Timing.of([_clocked(call) for _ in range(runs)])
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    wait(device)
+    return Timing.of([a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)])
+
+
+def _clocked(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_rates(device: torch.device, dtype: torch.dtype, seconds: float, *, side: int, elements: int) -> dict[str, Any]:
+    """What the device does at best, to hold the figures against: bytes/s of a copy (read and written), FLOP/s of a square matmul.
+
+    Random data: constant data draws less power and runs faster than any model will.
+    """
+    copy, matmul = _copy(device, dtype, seconds, elements), _matmul(device, dtype, seconds, side)
+    moved = 2 * elements * dtype.itemsize
+    return {
+        "copy_bytes_per_second": moved / copy.median,
+        "copy": {"bytes": moved, **vars(copy)},
+        "matmul_flops_per_second": 2 * side**3 / matmul.median,
+        "matmul": {"side": side, "dtype": str(dtype).removeprefix("torch."), **vars(matmul)},
+    }
+
+
+def _copy(device: torch.device, dtype: torch.dtype, seconds: float, elements: int) -> Timing:
+    source = torch.randn(elements, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
+    target = torch.empty_like(source)
+    return measure(lambda: target.copy_(source), device, seconds=seconds)
+
+
+def _matmul(device: torch.device, dtype: torch.dtype, seconds: float, side: int) -> Timing:
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
+    out = torch.empty_like(a)
+    return measure(lambda: torch.mm(a, b, out=out), device, seconds=seconds)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The hardware a figure belongs to, and how busy it was."""
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "gpu_processors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+def _processor() -> str:
+    """The CPU's own name; Linux tells it in /proc."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,96 @@
+"""The models under measurement: a folder, the embedded model, or the 7B shape with random weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import yaml
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import ImageTransform
+from hyperbagel.generate.session import Parts
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import BagelConfig
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.vae import AutoEncoder
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = Path(str(files("hyperbagel") / "assets" / "toybox"))
+STD = 0.02  # of random weights
+
+
+@dataclass(frozen=True)
+class Subject:
+    parts: Parts
+    weights: str  # where they come from, in words
+
+
+def load(shape: str, device: torch.device) -> Subject:
+    """`shape` is toybox, 7b or a model folder. bf16 on a GPU, fp32 on a CPU; the 7B shape on a CPU stands on the meta device.
+
+    Raises InputError if it is none of these.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if shape == "7b":
+        if device.type == "cuda":
+            return Subject(_random_7b(device), "random")
+        return Subject(shapes_only(BagelConfig()), "none, shapes only")
+    if shape == "toybox" and not (ASSETS / "ema.safetensors").exists():
+        return Subject(_random_toybox(device, dtype), "random, of the shape in recipes/toybox/base.yaml")
+    folder = ASSETS if shape == "toybox" else Path(shape)
+    if not folder.is_dir():
+        raise InputError(f"got --shape {shape}, expected toybox, 7b or a model folder; check the name")
+    return Subject(Parts.load(folder, device, dtype), "trained" if shape == "toybox" else "of the folder")
+
+
+def endless(parts: Parts) -> Parts:
+    """The same model that never ends an answer: no token has the id -1."""
+    tokenizer = copy.copy(parts.tokenizer)
+    tokenizer.im_end = -1
+    return replace(parts, tokenizer=tokenizer)
+
+
+def _parts(model: Bagel, vae: AutoEncoder) -> Parts:
+    """With the embedded model's tokenizer: its ids are valid in any vocabulary, and times do not depend on the words."""
+    options = model.config.options
+    sizes = [ImageTransform(s.max_size, s.min_size, s.stride, s.max_pixels) for s in (options.vae_transform, options.vit_transform)]
+    return Parts(model.eval().requires_grad_(False), vae.eval().requires_grad_(False), Tokenizer.from_folder(ASSETS), *sizes)
+
+
+def _random_toybox(device: torch.device, dtype: torch.dtype) -> Parts:
+    recipes = [yaml.safe_load((ROOT / "recipes" / "toybox" / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("base", "vae")]
+    config = BagelConfig(**recipes[0]["shape"], vae=recipes[1]["architecture"])
+    generator = torch.Generator().manual_seed(0)
+    model = fresh_bagel(config, generator)
+    with torch.no_grad():  # a fresh velocity head is zero
+        model.llm2vae.weight.copy_(torch.randn(model.llm2vae.weight.shape, generator=generator) * STD)
+    return _parts(model.to(device, dtype), AutoEncoder(config.vae).to(device))
+
+
+def shapes_only(config: BagelConfig) -> Parts:
+    """On the meta device: shapes without values. bf16 as on a GPU, so that bytes are counted as there."""
+    with torch.device("meta"):
+        return _parts(Bagel(config).to(torch.bfloat16), AutoEncoder(config.vae))
+
+
+def _random_7b(device: torch.device) -> Parts:
+    """Made where they stay: 29 GB in bf16 that host memory never sees. Norms are 1, all else normal."""
+    config = BagelConfig()
+    with torch.device("meta"):
+        model = Bagel(config).to(torch.bfloat16)
+    with torch.device(device):
+        vae = AutoEncoder(config.vae)
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and name.endswith("weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=STD, generator=generator)
+    return _parts(model, vae)

@@ -1,0 +1,78 @@
+"""The benchmarks run, say what they did, and count work as the model does it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import run as benchmark
+from benchmarks.attention import folded
+from benchmarks.operations import Workload, operations
+from benchmarks.subjects import shapes_only
+from benchmarks.table import show
+from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.nn.attention import reference
+
+
+def found(*given: str) -> dict[str, Any]:
+    return benchmark.run(benchmark.arguments(["--device", "cpu", "--smallest", "--each", "0.01", *given]))
+
+
+def test_every_operation_is_timed(tmp_path: Path) -> None:
+    out = found()
+    assert out["failed"] == [] and out["left_out"] == []
+    names = [figure["name"] for figure in out["figures"]]
+    assert len(set(names)) == len(names) and {name.split()[0] for name in names} == {"step", "decode", "prefill", "vae", "attention"}
+    for figure in out["figures"]:
+        ms = figure["milliseconds"]
+        assert 0 < ms["fastest"] <= ms["low"] <= ms["median"] <= ms["high"] and figure["runs"] >= 3
+        assert figure["flops"] > 0 and figure["bytes"] > 0 and figure["fraction"] > 0
+    table = show(out)
+    assert all(name in table for name in names)
+    assert json.loads(json.dumps(out))["hardware"]["threads"] == torch.get_num_threads()
+
+
+def test_what_does_not_fit_the_budget_is_named() -> None:
+    out = found("--budget", "0", "--only", "vae")
+    assert out["figures"] == [] and out["left_out"] == ["vae encode", "vae decode"]
+    assert "left out, no time: vae decode" in show(out)
+
+
+def test_wrong_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = str(torch.get_num_threads())
+    assert benchmark.main(["--shape", str(tmp_path / "none"), "--device", "cpu", "--threads", threads]) == 2
+    assert benchmark.main(["--threads", "0", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.count("error: got ") == 2
+
+
+def test_closed_forms_equal_what_the_model_computes() -> None:
+    """On the meta device, every matrix product counted. The forms leave out time embeddings and masked scores, and add nothing."""
+    config = BagelConfig(
+        llm=LLMConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2),
+        vit=ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=128, patch_size=8),
+        vae=VaeConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4),
+        options=BagelOptions(
+            max_latent_size=16,
+            vit_max_num_patch_per_side=16,
+            default_size=(128, 128),
+            vae_transform=ImageSizes(max_size=128, min_size=64, stride=16),
+            vit_transform=ImageSizes(max_size=128, min_size=64, stride=8),
+        ),
+    )
+    parts = shapes_only(config)
+    for name, ready in operations(parts, Workload.of(parts).smallest(), graphs=False, compiler=None):
+        with torch.no_grad():
+            figure = benchmark._counted(ready())
+        most = 1.001 if name.startswith(("decode", "vae", "attention step, no")) else 1.15
+        assert 0.999 <= figure["flops_counted"] / figure["flops"] <= most, name
+
+
+def test_groups_as_queries_is_the_same_attention() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((6, 1), (2, 5), (2, 5)))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()[:, None, None, :]
+    torch.testing.assert_close(folded(q, k, v, mask), reference(q, k, v, mask))
