@@ -108,10 +108,10 @@ def test_the_shipped_detector_keeps_its_promise(shipped: Detector) -> None:
     """A small draw of the table that is printed beside every score; bounds allow for the draw."""
     table = detector_table(shipped, t2i_eval_prompts(120, 5), n=150, redrawn=40, seed=7)
     for condition, row in table.items():
-        assert row["wrong prompts"] <= 0.01, condition
+        assert row["wrong prompts"] <= 0.005, condition
         for word in ("found", "noun", "colour", "size", "background", "style", "tone", "right prompts"):
-            assert row[word] >= (0.985 if condition == "clean" else 0.96), (condition, word, row[word])
-    assert table["clean"]["graph"] >= 0.95
+            assert row[word] >= (0.99 if condition == "clean" else 0.975), (condition, word, row[word])
+        assert row["graph"] >= 0.95, condition
 
 
 def test_larger_pictures_are_read_alike(shipped: Detector) -> None:
