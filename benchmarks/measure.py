@@ -36,15 +36,17 @@ class Timing:
 
 
 def measure(call: Callable[[], Any], device: torch.device, *, seconds: float, warmup: int = 3, most: int = 200) -> Timing:
-    """Runs `call` `warmup` times, then as often as fits into `seconds`: at least three times, at most `most`.
+    """Runs `call` `warmup` (at least one) times, then as often as fits into `seconds`: at least three times, at most `most`.
 
     On a GPU the runs queue one behind the other, as the steps of a sampler do, and events between them take the times.
     """
-    start = time.perf_counter()
-    for _ in range(warmup):
+    for _ in range(warmup - 1):
         call()
     wait(device)
-    each = max((time.perf_counter() - start) / max(warmup, 1), 1e-6)  # slower than the runs to come: they stay within the time
+    start = time.perf_counter()
+    call()  # the last of the warm-up says how many runs fit
+    wait(device)
+    each = time.perf_counter() - start
     runs = max(3, min(most, int(seconds / each)))
     if device.type != "cuda":
         return Timing.of([_clocked(call) for _ in range(runs)])

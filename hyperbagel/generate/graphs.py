@@ -46,7 +46,8 @@ class Captured:
             return self.out.clone()
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):  # records, computes nothing
+            # Records, computes nothing. What other threads of a server do on the device meanwhile is none of its business.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.out = self.function()
             self.graph = graph
         self.graph.replay()
