@@ -20,6 +20,7 @@ from hyperbagel.generate.decode import decode
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult, OnStep, OnToken, TextResult
+from hyperbagel.nn.attention import check_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,13 +33,19 @@ class HyperBagel:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path = "toybox", *, device: str | None = None, dtype: Literal["float32", "bfloat16"] | None = None
+        cls,
+        model: str | Path = "toybox",
+        *,
+        device: str | None = None,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        attention: Literal["sdpa", "reference", "flash"] = "sdpa",
     ) -> HyperBagel:
         """Loads "toybox" (ships with the package) or a folder in BAGEL's layout.
 
         Args:
             device: "cpu", "cuda", ...; default: a GPU if there is one.
             dtype: of the weights and the computation; default: float32 on a CPU, bfloat16 on a GPU. The autoencoder is always float32.
+            attention: "sdpa" everywhere; "flash" uses flash-attn, if installed, where no mask is needed; "reference" is slow and plain.
         Raises:
             InputError: the folder, device or dtype cannot be used.
         """
@@ -48,7 +55,8 @@ class HyperBagel:
         kind = dtype or ("bfloat16" if where.type == "cuda" else "float32")
         if kind not in DTYPES:
             raise InputError(f"got dtype {kind!r}, expected one of {', '.join(DTYPES)}")
-        parts = Parts.load(folder, where, DTYPES[kind])
+        check_backend(attention, where, DTYPES[kind])
+        parts = Parts.load(folder, where, DTYPES[kind], attention)
         return cls(parts, str(model), time.perf_counter() - start)
 
     @property

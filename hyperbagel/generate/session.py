@@ -36,13 +36,13 @@ class Parts:
     vit_transform: ImageTransform
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
+    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Parts:
         """Reads a folder in BAGEL's layout. Raises InputError if it is not one."""
 
         def transform(sizes: ImageSizes) -> ImageTransform:
             return ImageTransform(sizes.max_size, sizes.min_size, sizes.stride, sizes.max_pixels)
 
-        model, vae = load_folder(folder, device, dtype)
+        model, vae = load_folder(folder, device, dtype, attention)
         options = model.config.options
         return cls(model, vae, Tokenizer.from_folder(folder), transform(options.vae_transform), transform(options.vit_transform))
 

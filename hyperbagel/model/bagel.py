@@ -50,13 +50,13 @@ class FixedTable(nn.Module):
 
 
 class Bagel(nn.Module):
-    """Everything in ema.safetensors; the autoencoder is a module of its own (model.vae)."""
+    """Everything in ema.safetensors; the autoencoder is a module of its own (model.vae). `attention`: see nn.attention.BACKENDS."""
 
-    def __init__(self, config: BagelConfig) -> None:
+    def __init__(self, config: BagelConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.config = config
         e, opt = config.llm.hidden_size, config.options
-        self.language_model = Qwen2ForCausalLM(config.llm)
+        self.language_model = Qwen2ForCausalLM(config.llm, attention)
         self.vit_model = SiglipVisionModel(config.vit)
         self.connector = Connector(config.vit.hidden_size, e)
         self.vit_pos_embed = FixedTable(opt.vit_max_num_patch_per_side, e)
@@ -102,7 +102,7 @@ class Bagel(nn.Module):
         """[..., E] -> [..., C], in fp32 so that the sampler's state never leaves fp32."""
         return self.llm2vae(hidden).float()
 
-    def forward_train(self, batch: PackedBatch, mask: Any = None, backend: str = "sdpa") -> TrainOutput:
+    def forward_train(self, batch: PackedBatch, mask: Any = None, backend: str | None = None) -> TrainOutput:
         """The mixed objective's forward: next-token cross entropy and velocity error (v = e - x0), neither reduced."""
         rows, e = batch.rows, self.config.llm.hidden_size
         # Under autocast embeddings stay fp32 while projections come out in bf16: the streams take the widest of the two.

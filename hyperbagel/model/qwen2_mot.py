@@ -103,9 +103,9 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2MoT(nn.Module):
-    def __init__(self, cfg: LLMConfig) -> None:
+    def __init__(self, cfg: LLMConfig, attention: str = "sdpa") -> None:
         super().__init__()
-        self.config = cfg
+        self.config, self.attention = cfg, attention
         self.embed_tokens = embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm, self.norm_moe_gen = (RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) for _ in range(2))
@@ -118,14 +118,14 @@ class Qwen2MoT(nn.Module):
         mask: Any = None,
         cache: KVCache | None = None,
         plan: Plan | None = None,
-        backend: str = "sdpa",
+        backend: str | None = None,
         taps: list[Streams] | None = None,
     ) -> Streams:
         """All layers and the final norms. positions [B, S] in stream order [u | g]. `taps` collects the output of every layer."""
         some = x.u if x.u is not None else x.g
         assert some is not None, "a forward needs tokens"
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta, some.dtype)
-        sight = Sight(cos, sin, mask, cache, plan, backend)
+        sight = Sight(cos, sin, mask, cache, plan, backend or self.attention)
         for i, layer in enumerate(self.layers):
             x = layer(x, sight, i)
             if taps is not None:
@@ -136,7 +136,7 @@ class Qwen2MoT(nn.Module):
 class Qwen2ForCausalLM(nn.Module):
     """Only here so that keys equal the checkpoint's: language_model.model.*, language_model.lm_head.weight."""
 
-    def __init__(self, cfg: LLMConfig) -> None:
+    def __init__(self, cfg: LLMConfig, attention: str = "sdpa") -> None:
         super().__init__()
-        self.model = Qwen2MoT(cfg)
+        self.model = Qwen2MoT(cfg, attention)
         self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)

@@ -120,7 +120,9 @@ def fill(module: nn.Module, source: TensorFolder, device: torch.device, dtype: t
             owner._buffers[leaf] = value
 
 
-def load_folder(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Bagel, AutoEncoder]:
+def load_folder(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> tuple[Bagel, AutoEncoder]:
     """The model and its autoencoder from a folder in BAGEL's layout, strictly, in evaluation mode.
 
     The autoencoder stays in fp32, as in the reference. Raises InputError for anything missing, extra, misshapen or not finite.
@@ -129,7 +131,7 @@ def load_folder(folder: Path, device: torch.device | str = "cpu", dtype: torch.d
         raise InputError(f"{folder}: got no folder, expected a model folder in BAGEL's layout, or the name toybox")
     config = BagelConfig.from_folder(folder)
     with torch.device("meta"):
-        model, vae = Bagel(config), AutoEncoder(config.vae)
+        model, vae = Bagel(config, attention), AutoEncoder(config.vae)
     fill(model, TensorFolder(folder, "ema"), torch.device(device), dtype)
     fill(vae, TensorFolder(folder, "ae"), torch.device(device), torch.float32)
     return model.eval(), vae.eval()

@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("sdpa", "reference", "flash", "flex")
+from hyperbagel.core.errors import InputError
+
+BACKENDS = ("sdpa", "reference", "flash")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = False, backend: str = "sdpa") -> Tensor:
     """softmax(q k^T / sqrt(D)) v with grouped heads.
 
     q [B, Hq, Sq, D], k and v [B, Hk, Sk, D] -> [B, Hq, Sq, D]. `mask` is a bool tensor, True where a key is seen, that broadcasts to
-    [B, 1, Sq, Sk], or a flex BlockMask. `causal` aligns bottom right: the last query sees every key. Not both.
+    [B, 1, Sq, Sk], or a flex BlockMask (which then picks the kernel). `causal` aligns bottom right: the last query sees every key. Not both.
     """
     assert not (causal and mask is not None), "give a mask or causal, not both"
     if backend == "reference":
@@ -58,8 +60,15 @@ def causal_mask(sq: int, sk: int, device: torch.device) -> Tensor:
     return torch.ones(sq, sk, dtype=torch.bool, device=device).tril(sk - sq)
 
 
-def flash_available() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError for a backend that is unknown or cannot work here."""
+    if backend not in BACKENDS:
+        raise InputError(f"got attention {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "flash":
+        if importlib.util.find_spec("flash_attn") is None:
+            raise InputError("got attention 'flash', but flash-attn is not installed; install it or use sdpa")
+        if device.type != "cuda" or dtype == torch.float32:
+            raise InputError(f"got attention 'flash' with {dtype} on {device.type}, expected bfloat16 on a GPU; use sdpa")
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

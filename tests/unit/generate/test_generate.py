@@ -185,6 +185,8 @@ def test_cancel_from_a_step(model: HyperBagel) -> None:
         (lambda m: m.ask("x", temperature=-1.0), "temperature"),
         (lambda m: HyperBagel.from_pretrained("/nowhere"), "got no folder"),
         (lambda m: HyperBagel.from_pretrained("toybox", device="warp"), "device"),
+        (lambda m: HyperBagel.from_pretrained("toybox", device="cpu", attention="flash"), "flash"),
+        (lambda m: HyperBagel.from_pretrained("toybox", device="cpu", attention="odd"), "expected one of sdpa"),
     ],
 )  # fmt: skip
 def test_refused_before_work_starts(model: HyperBagel, call, words: str) -> None:
