@@ -23,7 +23,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     """Writes one safetensors file atomically."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(whole, str(temporary), metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = Fal
     """softmax(q k^T / sqrt(D)) v with grouped heads.
 
     q [B, Hq, Sq, D], k and v [B, Hk, Sk, D] -> [B, Hq, Sq, D]. `mask` is a bool tensor, True where a key is seen, that broadcasts to
-    [B, 1, Sq, Sk], or a flex BlockMask (which then picks the kernel). `causal` aligns bottom right: the last query sees every key. Not both.
+    [B, 1, Sq, Sk], or a flex BlockMask (which then picks the kernel). `causal` aligns bottom right: the last query sees every key.
+    Give one of the two at most.
     """
     assert not (causal and mask is not None), "give a mask or causal, not both"
     if backend == "reference":
