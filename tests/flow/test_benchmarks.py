@@ -12,7 +12,7 @@ import torch
 from benchmarks import run as benchmark
 from benchmarks.attention import folded
 from benchmarks.operations import Workload, operations
-from benchmarks.subjects import shapes_only
+from benchmarks.subjects import load, shapes_only
 from benchmarks.table import show
 from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.nn.attention import reference
@@ -69,6 +69,19 @@ def test_closed_forms_equal_what_the_model_computes() -> None:
             figure = benchmark._counted(ready())
         most = 1.001 if name.startswith(("decode", "vae", "attention step, no")) else 1.15
         assert 0.999 <= figure["flops_counted"] / figure["flops"] <= most, name
+
+
+def test_branches_in_turn_and_in_one_batch_are_the_same_velocity() -> None:
+    parts = load("toybox", torch.device("cpu")).parts
+    ready = dict(operations(parts, Workload.of(parts).smallest(), graphs=False, compiler=None))
+    for one, other in (
+        ("step eager guided x1", "step eager guided, branches in turn"),
+        ("step eager edit", "step eager edit, branches in turn"),
+    ):
+        with torch.inference_mode():
+            v, w = ready[one]().call(), ready[other]().call()
+        assert v.std() > 1e-3
+        torch.testing.assert_close(v, w, atol=1e-4, rtol=1e-4)
 
 
 def test_groups_as_queries_is_the_same_attention() -> None:
