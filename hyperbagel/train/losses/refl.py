@@ -1,0 +1,30 @@
+"""Reward feedback on the one-step picture (Hyper-Bagel 3.2.5) and the training of a reward on pairs.
+
+Shape legend: B samples.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def refl_loss(reward: Tensor, ceiling: float = 6.0) -> Tensor:
+    """Mean of relu(ceiling - r), reward [B] (3.2.5: 6.0 for HPSv3). Pictures that reach the ceiling pull no more."""
+    return torch.relu(ceiling - reward.float()).mean()
+
+
+def preference_loss(better: Tensor, worse: Tensor) -> Tensor:
+    """Bradley-Terry: mean of -log sigmoid(r_better - r_worse), both [B]; log 2 for a reward that knows nothing."""
+    return F.softplus(worse.float() - better.float()).mean()
+
+
+def balanced_weight(adversarial: Tensor, reward: Tensor, cap: float = 0.3) -> Tensor:
+    """ours: the weight in [0, 1] under which the reward's gradient is at most `cap` times as long as the adversarial one.
+
+    adversarial, reward: gradients of the two terms by the same tensor (x0_hat), of one shape. A reward that outweighs the judges is
+    exploited; stop where the held-out reward peaks.
+    """
+    limit = cap * torch.linalg.vector_norm(adversarial.float())
+    return (limit / torch.linalg.vector_norm(reward.float()).clamp_min(1e-12)).clamp(max=1.0)
