@@ -23,8 +23,8 @@ def guided_target(
 ) -> Tensor:
     """The teacher's guided velocity with scales of each sample's own: v, v_text, v_image [B, N, C]; text_scale, image_scale, guided [B].
 
-    Where `guided` is False (t outside the guidance interval) it is v. Sample for sample equal to `flow.guidance.guide`: a scale of at most 1
-    is no guidance, and renormalisation is the sampler's.
+    Where `guided` is False (t outside the guidance interval) it is v. Sample for sample equal to `flow.guidance.guide`: a scale of at
+    most 1 is no guidance, and renormalisation is the sampler's.
     """
     rows = []
     for i in range(v.shape[0]):  # B small calls: one rule for sampler and target is worth more than the microseconds

@@ -47,14 +47,14 @@ def couple(kind: Coupling, x0: Tensor, x_T: Tensor, x_s: Tensor, s: Tensor, tau:
 def _renoised(x_s: Tensor, s: Tensor, tau: Tensor, n: Tensor) -> Coupled:
     """x_tau = a x_s + c n with a = (1 - tau) / (1 - s), c^2 = tau^2 - a^2 s^2: if x_s is a marginal of the path, so is x_tau.
 
-    The score of x_tau is -E[n | x_tau] / c, and -E[e | x_tau] / tau for the path's own noise e. So the fake model learns e = tau n / c; with
-    the weight (c / tau)^2 its error is n's, of unit size also for tau near s, where tau / c grows without bound.
+    The score of x_tau is -E[n | x_tau] / c, and -E[e | x_tau] / tau for the path's own noise e. So the fake model learns e = tau n / c;
+    with the weight (c / tau)^2 that target keeps unit size also for tau near s, where tau / c grows without bound.
     """
     a, c = renoise_factors(s, tau)
     x = a * x_s + c * n
     e = tau / c * n
     x0 = (x - tau * e) / (1 - tau).clamp_min(1e-4)
-    return Coupled(x, e - x0, (c / tau * (1 - tau)).square())
+    return Coupled(x, e - x0, (c / tau).square())
 
 
 def renoise_factors(s: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +84,10 @@ def dmd_loss(x0_hat: Tensor, gradient: Tensor) -> Tensor:
 
 
 def contraction(times: Tensor, std: float = 1.0) -> Tensor:
-    """Where literal DMDO (`paired`) comes to rest on a scalar Gaussian: the student's std over the teacher's, for times tau of equal weight.
+    """Where literal DMDO (`paired`) rests on a scalar Gaussian: the student's std over the teacher's, for times tau of equal weight.
 
-    Teacher data N(0, std^2), student x0 = a x_T. At x_tau = ((1 - tau) a + tau) x_T the fake model knows x0_fake = a x_T; the real one, trained
-    on independent noise, says x0_real = (1 - tau) std^2 / D x_tau with D = (1 - tau)^2 std^2 + tau^2. So
+    Teacher data N(0, std^2), student x0 = a x_T. At x_tau = ((1 - tau) a + tau) x_T the fake model knows x0_fake = a x_T; the real one,
+    trained on independent noise, says x0_real = (1 - tau) std^2 / D x_tau with D = (1 - tau)^2 std^2 + tau^2. So
 
         g / x_T = (a tau^2 - (1 - tau) tau std^2) / D,    E[g x_T] = 0  at  a = std^2 E[tau (1 - tau) / D] / E[tau^2 / D].
 

@@ -90,7 +90,8 @@ def test_both_ends_agree_for_a_straight_teacher() -> None:
 def test_pseudo_huber() -> None:
     x, y = draw(B, N, C).requires_grad_(), draw(B, N, C, seed=1).requires_grad_()
     c = 0.3
-    slow = sum(math.sqrt(sum(float(a - b) ** 2 for a, b in zip(p.flatten(), q.flatten())) / (N * C) + c * c) - c for p, q in zip(x, y)) / B
+    rows = zip(x.detach().flatten(1).tolist(), y.detach().flatten(1).tolist())
+    slow = sum(math.sqrt(sum((a - b) ** 2 for a, b in zip(p, q)) / (N * C) + c * c) - c for p, q in rows) / B
     loss = pseudo_huber(x, y, c)
     assert math.isclose(loss.item(), slow, rel_tol=1e-5)
     loss.backward()
@@ -156,7 +157,7 @@ def test_fake_loss_reaches_the_fake_model_alone() -> None:
     for kind in COUPLINGS:
         made = couple(kind, x0, draw(B, N, C, seed=1), x0 * 0.9, torch.full((B,), 0.2), torch.full((B,), 0.6), draw(B, N, C, seed=2))
         loss = fake_loss(v, made)
-        slow = sum((float(made.weight[i]) * (v[i] - made.velocity[i]).square().sum().item()) for i in range(B)) / v.numel()
+        slow = sum((made.weight[i].item() * (v[i] - made.velocity[i]).square().sum().item()) for i in range(B)) / v.numel()
         assert math.isclose(loss.item(), slow, rel_tol=1e-5)
         loss.backward()
     assert x0.grad is None and v.grad is not None
@@ -182,6 +183,7 @@ def test_couplings_lie_on_their_paths() -> None:
     zero = torch.zeros(B, dtype=torch.float64)
     end = couple("tdm", x0, x_T, x0, zero, tau, n)  # at s = 0 TDM is the independent coupling
     torch.testing.assert_close(end.velocity, n - x0)
+    torch.testing.assert_close(end.weight, torch.ones_like(end.weight))
     torch.testing.assert_close(end.x_tau, couple("independent", x0, x_T, x0, zero, tau, n).x_tau)
 
 
