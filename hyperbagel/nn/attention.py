@@ -38,6 +38,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = Fal
         # SDPA's own causal flag aligns top left, which is wrong behind a cache.
         mask, causal = causal_mask(q.shape[2], k.shape[2], q.device), False
     causal = causal and q.shape[2] > 1
+    if q.is_cuda and mask is not None and q.shape[1] != k.shape[1]:
+        return without_groups(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -50,6 +52,19 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
+
+
+def without_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same attention with as many key-value heads as query heads: PyTorch's fused CUDA kernels take a mask or groups, not both.
+
+    One query a row: its heads of a group become queries of one head, and nothing is copied. Else keys and values are repeated.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if q.shape[2] == 1:
+        folded = q.unflatten(1, (k.shape[1], groups)).squeeze(3)  # [B, Hk, groups, D]
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).flatten(1, 2).unsqueeze(2)
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def causal_mask(sq: int, sk: int, device: torch.device) -> Tensor:

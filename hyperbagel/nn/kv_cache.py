@@ -2,8 +2,8 @@
 
 Shape legend: B rows (sequences), H key-value heads, K slots, D values of a head, n new tokens a row (padded to the longest).
 
-A slot is not a position: in BAGEL every token of an image shares one RoPE position. Keys are stored after norm and RoPE, so nothing
-here ever needs a position.
+A slot is not a position: in BAGEL every token of an image shares one RoPE position. Keys are stored after norm and RoPE, so attention
+never asks for a position. A cache with taps also keeps what drafters read: hidden states of some layers and the positions.
 """
 
 from __future__ import annotations
@@ -27,13 +27,34 @@ class Plan:
 
 
 class KVCache:
-    """Keys and values, `lengths` of them valid in each row."""
+    """Keys and values, `lengths` of them valid in each row.
 
-    def __init__(self, layers: int, heads: int, head_dim: int, *, rows: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    `taps`: hidden states that enter these layers are kept as well (L: leave the last), each [B, 1, K, width]; and positions [B, 1, K, 1].
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        *,
+        rows: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        taps: Sequence[int] = (),
+        width: int = 0,
+    ) -> None:
         empty = torch.empty(rows, heads, 0, head_dim, device=device, dtype=dtype)
         self.k = [empty for _ in range(layers)]
         self.v = [empty for _ in range(layers)]
+        self.taps = tuple(taps)
+        self.tapped = [torch.empty(rows, 1, 0, width, device=device, dtype=dtype) for _ in self.taps]
+        self.positions = [torch.empty(rows, 1, 0, 1, device=device, dtype=torch.long)] if self.taps else []
         self.lengths = [0] * rows
+
+    def _stores(self) -> tuple[list[Tensor], ...]:
+        """Everything that has a slot dimension, [B, *, K, *]."""
+        return self.k, self.v, self.tapped, self.positions
 
     @property
     def capacity(self) -> int:
@@ -43,7 +64,7 @@ class KVCache:
         """Makes room for `slots` keys a row; what is stored stays."""
         if slots <= self.capacity:
             return
-        for store in (self.k, self.v):
+        for store in self._stores():
             for i, old in enumerate(store):
                 new = old.new_zeros(old.shape[0], old.shape[1], slots, old.shape[3])
                 new[:, :, : old.shape[2]] = old
@@ -66,14 +87,19 @@ class KVCache:
 
     def append(self, layer: int, plan: Plan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes [B, H, n, D] at the plan's slots and returns all visible keys and values. Lengths move only with `advance`."""
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            if isinstance(plan.slots, slice):
-                store[:, :, plan.slots] = new
-            else:
-                rows = torch.arange(new.shape[0], device=new.device)[:, None]
-                # Padding may point past the last slot it was promised; those writes land in slots that the next append overwrites.
-                store[rows, :, plan.slots] = new.transpose(1, 2)
+        _write(self.k[layer], plan, k)
+        _write(self.v[layer], plan, v)
         return self.k[layer][:, :, : plan.visible], self.v[layer][:, :, : plan.visible]
+
+    def tap(self, layer: int, plan: Plan, parts: Sequence[Tensor | None]) -> None:
+        """Keeps the hidden states that enter `layer`, streams [B, n, E] in slot order, if that layer is tapped."""
+        if layer in self.taps:
+            _write(self.tapped[self.taps.index(layer)], plan, torch.cat([x for x in parts if x is not None], dim=1).unsqueeze(1))
+
+    def tap_positions(self, plan: Plan, positions: Tensor) -> None:
+        """Keeps the RoPE positions [B, n] of new tokens, if anything is tapped."""
+        if self.taps:
+            _write(self.positions[0], plan, positions[:, None, :, None])
 
     def advance(self, counts: Sequence[int]) -> None:
         self.lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
@@ -87,7 +113,7 @@ class KVCache:
     def keep(self, start: int, kept: Tensor, row: int = 0) -> None:
         """Of row `row`, keeps slots [0, start) and then, in this order, the slots `kept` (all >= start): the accepted path of a tree."""
         n = kept.numel()
-        for store in (self.k, self.v):
+        for store in self._stores():
             for x in store:
                 x[row, :, start : start + n] = x[row].index_select(1, kept)
         self.lengths[row] = start + n
@@ -102,21 +128,26 @@ class KVCache:
     def first_rows(self, rows: int) -> KVCache:
         """The first rows alone. Shares storage: appends within the capacity are seen by both."""
         view = copy.copy(self)
-        view.k, view.v = [x[:rows] for x in self.k], [x[:rows] for x in self.v]
+        view.k, view.v, view.tapped, view.positions = ([x[:rows] for x in store] for store in self._stores())
         view.lengths = self.lengths[:rows]
         return view
 
     def fork(self) -> KVCache:
         """A copy that can grow on its own."""
-        return KVCache.stack([self])
+        return KVCache.stack([self], taps=self.taps)
 
     @staticmethod
-    def stack(caches: Sequence[KVCache], extra: int = 0) -> KVCache:
-        """Rows of several caches in one, with room for `extra` more tokens a row. Copies; the originals stay as they are."""
+    def stack(caches: Sequence[KVCache], extra: int = 0, taps: Sequence[int] = ()) -> KVCache:
+        """Rows of several caches in one, with room for `extra` more tokens a row. Copies; the originals stay as they are.
+
+        `taps`: () for none, else those of the caches.
+        """
         lengths = [n for cache in caches for n in cache.lengths]
         first = caches[0]
         _, heads, _, head_dim = first.k[0].shape
-        whole = KVCache(len(first.k), heads, head_dim, rows=len(lengths), device=first.k[0].device, dtype=first.k[0].dtype)
+        width = first.tapped[0].shape[-1] if taps else 0
+        device, dtype = first.k[0].device, first.k[0].dtype
+        whole = KVCache(len(first.k), heads, head_dim, rows=len(lengths), device=device, dtype=dtype, taps=taps, width=width)
         whole.reserve(max(lengths) + extra)
         whole.load(caches)
         return whole
@@ -126,8 +157,20 @@ class KVCache:
         at = 0
         for cache in caches:
             rows, top = len(cache.lengths), max(cache.lengths)
-            for mine, theirs in ((self.k, cache.k), (self.v, cache.v)):
+            if self.taps:
+                assert cache.taps == self.taps, f"got a cache with taps {cache.taps}, expected {self.taps}"
+            for mine, theirs in zip(self._stores() if self.taps else (self.k, self.v), cache._stores()):
                 for x, y in zip(mine, theirs, strict=True):
                     x[at : at + rows, :, :top] = y[:, :, :top]
             at += rows
         self.lengths = [n for cache in caches for n in cache.lengths]
+
+
+def _write(store: Tensor, plan: Plan, new: Tensor) -> None:
+    """new [B, *, n, *] into store [B, *, K, *] at the plan's slots."""
+    if isinstance(plan.slots, slice):
+        store[:, :, plan.slots] = new
+    else:
+        rows = torch.arange(new.shape[0], device=new.device)[:, None]
+        # Padding may point past the last slot it was promised; those writes land in slots that the next append overwrites.
+        store[rows, :, plan.slots] = new.transpose(1, 2)

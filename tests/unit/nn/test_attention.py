@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperbagel.nn.attention import attend, causal_mask, reference
+from hyperbagel.nn.attention import attend, causal_mask, reference, without_groups
 
 
 def inputs(sq: int, sk: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,6 +30,14 @@ def test_value_and_gradient(groups: int, sq: int, sk: int, kind: str) -> None:
     (got * weight).sum().backward()
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(("sq", "sk"), [(1, 9), (4, 9)])
+def test_without_groups(sq: int, sk: int) -> None:
+    q, k, v = inputs(sq, sk, 3)
+    mask = torch.rand(2, 1, sq, sk, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[..., 0] = True
+    torch.testing.assert_close(without_groups(q, k, v, mask), reference(q, k, v, mask))
 
 
 def test_causal_is_aligned_bottom_right() -> None:
