@@ -73,9 +73,19 @@ class Bagel(nn.Module):
     def device(self) -> torch.device:
         return self.vae2llm.weight.device
 
-    def new_cache(self, rows: int = 1) -> KVCache:
+    def new_cache(self, rows: int = 1, taps: Sequence[int] = ()) -> KVCache:
+        """An empty cache. `taps`: also keep the hidden states that enter these layers, for a drafter."""
         llm = self.config.llm
-        return KVCache(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, rows=rows, device=self.device, dtype=self.dtype)
+        return KVCache(
+            llm.num_hidden_layers,
+            llm.num_key_value_heads,
+            llm.head_dim,
+            rows=rows,
+            device=self.device,
+            dtype=self.dtype,
+            taps=taps,
+            width=llm.hidden_size,
+        )
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """[...] -> [..., E]."""

@@ -121,15 +121,22 @@ class Qwen2MoT(nn.Module):
         backend: str | None = None,
         taps: list[Streams] | None = None,
     ) -> Streams:
-        """All layers and the final norms. positions [B, S] in stream order [u | g]. `taps` collects the output of every layer."""
+        """All layers and the final norms. positions [B, S] in stream order [u | g]. `taps` collects the output of every layer; a
+        cache with taps keeps those it was made for."""
         some = x.u if x.u is not None else x.g
         assert some is not None, "a forward needs tokens"
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta, some.dtype)
         sight = Sight(cos, sin, mask, cache, plan, backend or self.attention)
+        tapped = cache if cache is not None and cache.taps else None
+        if tapped is not None and plan is not None:
+            tapped.tap_positions(plan, positions)
+            tapped.tap(0, plan, x)
         for i, layer in enumerate(self.layers):
             x = layer(x, sight, i)
             if taps is not None:
                 taps.append(x)
+            if tapped is not None and plan is not None:
+                tapped.tap(i + 1, plan, x)
         return Streams(None if x.u is None else self.norm(x.u), None if x.g is None else self.norm_moe_gen(x.g))
 
 

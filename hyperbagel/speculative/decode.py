@@ -1,0 +1,197 @@
+"""Speculative decoding: `generate.decode` with a drafter. Same arguments, same answers, fewer forwards of the target.
+
+A round: the drafter proposes nodes below the root; the target reads root and nodes in one forward; the accepted path stays in the cache and
+the target's own next token is the new root. The first root is im_start, so the first answer token is drafted too.
+
+Shape legend: B sessions, n nodes (root included), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.generate.decode import Decoded, Runner
+from hyperbagel.generate.decode import decode as plain
+from hyperbagel.generate.sampling import probabilities
+from hyperbagel.generate.session import Session
+from hyperbagel.generate.types import OnToken
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.speculative.tree import Tree, commit, tree_plan
+from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated, Times
+from hyperbagel.speculative.verify import Accepted, greedy, greedy_chain, sampled, sampled_chain
+
+
+@torch.inference_mode()
+def decode(
+    sessions: Sequence[Session],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    generators: Sequence[torch.Generator] = (),
+    on_token: OnToken | None = None,
+    keep_logits: bool = False,
+    runner: Runner | None = None,
+    drafter: Drafter | None = None,
+) -> list[Decoded]:
+    """As `generate.decode.decode`; with a drafter the results are `Speculated`. Without one, plain decoding (`runner` is for that).
+
+    Greedy answers are those of plain decoding, token for token as far as arithmetic allows (fp32: always seen); sampled ones have its
+    distribution, though not its draws. The sessions stay as they were.
+
+    Raises:
+        InputError: no room in the context, or contexts without the hidden states that the drafter reads.
+    """
+    if drafter is None:
+        return plain(
+            sessions,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            generators=generators,
+            on_token=on_token,
+            keep_logits=keep_logits,
+            runner=runner,
+        )
+    for session in sessions:
+        session.check_room(max_tokens + 1)
+        check_taps(session, drafter)
+    work = _Work(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter)
+    try:
+        while work.alive:
+            work.round()
+    finally:
+        work.cache.truncate(work.before)
+    return list(work.results)
+
+
+def check_taps(session: Session, drafter: Drafter) -> None:
+    """Raises InputError if the session's cache lacks what the drafter reads."""
+    missing = sorted(set(drafter.taps) - set(session.cache.taps))
+    if missing:
+        raise InputError(
+            f"got a context without the hidden states of layers {missing}, expected them for this drafter, "
+            "make the session's cache with the drafter's taps"
+        )
+
+
+class _Work:
+    """One call: the stacked cache, each row's root and result."""
+
+    def __init__(
+        self,
+        sessions: Sequence[Session],
+        max_tokens: int,
+        temperature: float,
+        generators: Sequence[torch.Generator],
+        on_token: OnToken | None,
+        keep_logits: bool,
+        drafter: Drafter,
+    ) -> None:
+        parts = sessions[0].parts
+        self.model, self.im_end = parts.model, parts.tokenizer.im_end
+        self.max_tokens, self.temperature, self.generators = max_tokens, temperature, generators
+        self.on_token, self.keep_logits, self.drafter = on_token, keep_logits, drafter
+        self.results = [Speculated() for _ in sessions]
+        self.times = self.results[0].times
+        for result in self.results:
+            result.times = self.times
+        # a lone session is decoded in place
+        room = max_tokens + 1 + drafter.width
+        one = len(sessions) == 1
+        self.cache = sessions[0].cache if one else KVCache.stack([s.cache for s in sessions], room, taps=sessions[0].cache.taps)
+        self.before = list(self.cache.lengths)
+        self.cache.reserve(max(self.before) + room)
+        device = self.model.device
+        self.root = torch.full((len(sessions),), parts.tokenizer.im_start, device=device)
+        self.position = torch.tensor([s.position for s in sessions], device=device)
+        self.alive = set(range(len(sessions)))
+        self.start, self.counts, self.ids = [0] * len(sessions), list(self.before), [[] for _ in sessions]  # type: ignore[var-annotated]
+        drafter.begin(sessions, temperature, generators)
+
+    def round(self) -> None:
+        """Draft, verify, accept, commit, report."""
+        clock = [time.perf_counter()]
+        left = max(self.max_tokens - len(self.results[b].ids) for b in self.alive)
+        limit = left - 1 + self.keep_logits  # a token more comes from the target itself
+        draft = None
+        if limit > 0:
+            draft = self.drafter.propose(Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position), limit)
+        if draft is None or draft.tokens.shape[1] == 0:
+            draft = Draft(self.root.new_empty(len(self.results), 0))
+        clock.append(time.perf_counter())
+        tokens = torch.cat([self.root[:, None], draft.tokens], dim=1)  # [B, n]
+        tree = draft.tree or Tree.chain(*draft.tokens.shape, device=tokens.device)
+        logits = verify_forward(self.model, self.cache, tokens, tree, self.position, chain=draft.tree is None)
+        clock.append(time.perf_counter())
+        accepted = self._accept(logits, tokens, draft, tree)
+        begun = [end - tokens.shape[1] for end in self.cache.lengths]
+        paths = [[0, *[i for i in path if i]] for path in tree.paths(accepted.node).tolist()]
+        paths = [path if b in self.alive else [] for b, path in enumerate(paths)]
+        commit(self.cache, begun, paths)
+        clock.append(time.perf_counter())
+        self.start, self.counts = begun, [len(path) for path in paths]
+        all_ids, own = tokens.tolist(), accepted.token.tolist()
+        self.ids = [[all_ids[b][i] for i in path] for b, path in enumerate(paths)]
+        deepest = torch.where(tokens >= 0, tree.depths, 0).amax(1).tolist()
+        for b in sorted(self.alive):
+            self._report(b, paths[b], [*self.ids[b][1:], own[b]], logits, deepest[b])
+        self.root = accepted.token
+        self.position = self.position + torch.tensor(self.counts, device=self.position.device)
+        clock.append(time.perf_counter())
+        spent = [b - a for a, b in zip(clock, clock[1:])]
+        t = self.times
+        t.draft, t.verify, t.commit, t.host = (x + y for x, y in zip((t.draft, t.verify, t.commit, t.host), spent))
+
+    def _accept(self, logits: Tensor, tokens: Tensor, draft: Draft, tree: Tree) -> Accepted:
+        if self.temperature == 0:
+            best = logits.argmax(-1)
+            return greedy_chain(best, tokens) if draft.tree is None else greedy(best, tokens, tree.mask)
+        p = probabilities(logits, self.temperature)
+        n = tokens.shape[1]
+        drawn = [torch.rand(n, generator=g, dtype=torch.float64) for g in self.generators]
+        uniforms = torch.stack(drawn).to(tokens.device)
+        if draft.tree is None:
+            return sampled_chain(p, tokens, uniforms, draft.q)
+        return sampled(p, tokens, tree.parents, uniforms, draft.q)
+
+    def _report(self, b: int, path: list[int], new: list[int], logits: Tensor, deepest: int) -> None:
+        """Hands out row b's new tokens, the accepted ones and the target's own, as far as plain decoding would have gone."""
+        result, stats = self.results[b], self.results[b].stats
+        stats.rounds += 1
+        for i, (node, id_) in enumerate(zip(path, new, strict=True)):
+            if self.keep_logits:
+                result.logits.append(logits[b, node].float())
+            if len(result.ids) == self.max_tokens:  # only its logits were wanted
+                self.alive.discard(b)
+                return
+            stats.tokens += 1
+            if i < deepest:
+                stats.tried[i + 1] += 1
+                stats.accepted[i + 1] += i + 1 < len(path)
+            if id_ == self.im_end:
+                result.finish_reason = "stop"
+                self.alive.discard(b)
+                return
+            result.ids.append(id_)
+            if self.on_token is not None:
+                self.on_token(b, id_)
+            if len(result.ids) == self.max_tokens and not self.keep_logits:
+                self.alive.discard(b)
+                return
+
+
+def verify_forward(model: Bagel, cache: KVCache, tokens: Tensor, tree: Tree, position: Tensor, *, chain: bool) -> Tensor:
+    """The target reads root and nodes, tokens [B, n] (-1 as 0), root at position [B] -> logits [B, n, V]; the cache grows by n a row."""
+    counts = [tokens.shape[1]] * tokens.shape[0]
+    plan = cache.plan(counts, causal=True) if chain else tree_plan(cache, tree)
+    where = position[:, None] + tree.depths
+    hidden = model.backbone(Streams(model.embed_text(tokens.clamp(min=0)), None), where, cache=cache, plan=plan).u
+    assert hidden is not None
+    cache.advance(counts)
+    return model.logits(hidden)

@@ -1,0 +1,98 @@
+"""Trees of drafted tokens: who is whose parent, and what follows from it for masks, positions and slots.
+
+Node 0 is the root: the last token that the target chose and has not read yet. Parents come before their children.
+
+Shape legend: B rows, n nodes (root included), D longest path below the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hyperbagel.nn.kv_cache import KVCache, Plan
+
+
+@dataclass(frozen=True)
+class Tree:
+    """parents [B, n]: parents[b, i] < i, and the root is its own parent. Rows may differ."""
+
+    parents: Tensor
+
+    @classmethod
+    def of(cls, parents: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Tree:
+        """From lists, checked."""
+        for row in parents:
+            fine = len(row) > 0 and row[0] == 0 and all(0 <= p < i for i, p in enumerate(row) if i)
+            assert fine, f"got parents {list(row)}, expected 0 first and each parent before its child"
+        return cls(torch.tensor([list(row) for row in parents], device=device))
+
+    @classmethod
+    def chain(cls, rows: int, drafted: int, device: torch.device | str = "cpu") -> Tree:
+        """A root and `drafted` nodes in line."""
+        return cls((torch.arange(drafted + 1, device=device) - 1).clamp(min=0).expand(rows, -1))
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [B, n, n]: node i (row) sees node j, which is itself or an ancestor. Parents 0 0 0 1 1 2:
+
+            0       1 . . . . .
+           / \\      1 1 . . . .
+          1   2     1 . 1 . . .
+         / \\   \\    1 1 . 1 . .
+        3   4   5   1 1 . . 1 .
+                    1 . 1 . . 1
+        """
+        n = self.parents.shape[1]
+        eye = torch.eye(n, device=self.parents.device)
+        seen = (eye + torch.nn.functional.one_hot(self.parents, n)).clamp(max=1)
+        for _ in range(max(1, (n - 1).bit_length())):  # paths of twice the length each time
+            seen = (seen @ seen).clamp(max=1)
+        return seen > 0.5
+
+    @cached_property
+    def depths(self) -> Tensor:
+        """[B, n], 0 for the root: RoPE position of a node is the root's plus this."""
+        return self.mask.sum(-1) - 1
+
+    def paths(self, nodes: Tensor) -> Tensor:
+        """Retrieval indices: nodes on the way from the root (left out) to nodes[b], [B, D], filled up with 0."""
+        on = self.mask.gather(1, nodes[:, None, None].expand(-1, 1, self.parents.shape[1]))[:, 0]  # [B, n]
+        order = torch.argsort((~on).to(torch.int8), dim=1, stable=True)  # indices grow with depth
+        kept = torch.where(on.gather(1, order), order, 0)
+        return kept[:, 1:]
+
+    def leaves(self) -> list[list[int]]:
+        """Nodes without children, row by row."""
+        return [[i for i in range(len(row)) if i not in row[1:] and (i or len(row) == 1)] for row in self.parents.tolist()]
+
+
+def tree_plan(cache: KVCache, tree: Tree) -> Plan:
+    """Slots and sight of a whole tree behind each row's past. Rows of 1 and 3 cached tokens, parents 0 0 0, node by slot:
+
+    row 0:  1 1 . . . .     row 1:  1 1 1 1 . .
+            1 1 1 . . .             1 1 1 1 1 .
+            1 1 . 1 . .             1 1 1 1 . 1
+    """
+    n, longest = tree.parents.shape[1], max(cache.lengths)
+    cache.reserve(longest + n)
+    device = tree.parents.device
+    start = torch.tensor(cache.lengths, device=device)[:, None]
+    node = torch.arange(longest + n, device=device) - start  # [B, K]: which node lies in a slot
+    within = tree.mask.gather(2, node.clamp(0, n - 1)[:, None].expand(-1, n, -1)) & ((node >= 0) & (node < n))[:, None]
+    return Plan(start + torch.arange(n, device=device), longest + n, ((node < 0)[:, None] | within).unsqueeze(1), False)
+
+
+def commit(cache: KVCache, start: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
+    """After a forward over trees: row b keeps what lies before start[b] and its nodes kept[b]; everything else is forgotten.
+
+    Keys, values, positions and tapped features move together. A run from the root on lies where it belongs and is not copied.
+    """
+    cache.truncate([at + len(path) if list(path) == list(range(len(path))) else have for at, path, have in zip(start, kept, cache.lengths)])
+    for row, (at, path) in enumerate(zip(start, kept, strict=True)):
+        if list(path) != list(range(len(path))):
+            cache.keep(at, torch.tensor([at + i for i in path], device=cache.k[0].device), row)

@@ -1,0 +1,100 @@
+"""What the decoder and a drafter say to each other, and what is counted.
+
+Shape legend: B rows, N drafted nodes (without the root), n = N + 1, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.session import Session
+from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.speculative.tree import Tree
+
+
+@dataclass(frozen=True)
+class Seen:
+    """News of a round. Row b's slots [start[b], start[b] + counts[b]) of the target's cache are new (at first: the whole context).
+
+    A finished row has counts 0; what is drafted for it is not read.
+    """
+
+    cache: KVCache  # with the drafter's taps
+    start: list[int]
+    counts: list[int]
+    ids: list[list[int]]  # tokens of the new slots; empty at first, when a context may hold pictures
+    root: Tensor  # [B] the token that the target reads next
+    position: Tensor  # [B] its RoPE position
+
+
+@dataclass(frozen=True)
+class Draft:
+    """N nodes a row. `tree` None: a chain. `q`: where a node's children were drawn from, [B, >= n - 1, V] by node; None: not drawn."""
+
+    tokens: Tensor  # [B, N]; -1: no node
+    tree: Tree | None = None
+    q: Tensor | None = None
+
+
+class Drafter(Protocol):
+    """A proposer at work on one request at a time."""
+
+    taps: tuple[int, ...]  # hidden states entering these layers must be in the contexts' caches
+    width: int  # most nodes it drafts
+
+    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        """Forgets the last request. `temperature` 0: greedy."""
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        """Nodes below seen.root, at most `limit` >= 1 deep."""
+
+
+@dataclass
+class Stats:
+    """Of one row. Depths count from 1."""
+
+    rounds: int = 0  # forwards of the target
+    tokens: int = 0  # that came of them, a stop token included
+    tried: Counter[int] = field(default_factory=Counter)  # depth -> rounds in which a node of that depth was decided
+    accepted: Counter[int] = field(default_factory=Counter)  # depth -> rounds in which one was accepted
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens a round (acceptance length, the target's own token included)."""
+        return self.tokens / max(1, self.rounds)
+
+    def rates(self) -> list[float]:
+        """Acceptance by depth, given that the depth before was accepted."""
+        return [self.accepted[d] / self.tried[d] for d in sorted(self.tried)]
+
+    def add(self, other: Stats) -> None:
+        """Pools another row into this one."""
+        self.rounds += other.rounds
+        self.tokens += other.tokens
+        self.tried.update(other.tried)
+        self.accepted.update(other.accepted)
+
+
+@dataclass
+class Times:
+    """Seconds of one call, all rows: drafting, the target's forwards, acceptance and cache, all else."""
+
+    draft: float = 0.0
+    verify: float = 0.0
+    commit: float = 0.0
+    host: float = 0.0
+
+
+@dataclass
+class Speculated(Decoded):
+    """An answer with what speculation did for it; `times` is shared by the rows of a call."""
+
+    stats: Stats = field(default_factory=Stats)
+    times: Times = field(default_factory=Times)

@@ -1,0 +1,109 @@
+"""Which drafted tokens the target accepts. Pure functions of tensors; exact for any drafter.
+
+Greedy: a node is accepted if it is what the target would choose after its parent. Sampled: speculative sampling, and for several children of
+one node recursive rejection: each child is tried against what is left of the target's distribution, so that the token that comes out is
+distributed as if the target had been sampled.
+
+Shape legend: B rows, n nodes (root included), V vocabulary. Node 0 is the root; tokens[:, 0] is not looked at. A token of -1 is no draft.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Accepted(NamedTuple):
+    """node [B]: the last accepted node (0: none but the root); token [B]: the target's own next token after it."""
+
+    node: Tensor
+    token: Tensor
+
+
+def greedy(best: Tensor, tokens: Tensor, mask: Tensor) -> Accepted:
+    """best [B, n]: the target's argmax after each node. tokens [B, n]. mask [B, n, n]: Tree.mask. The deepest accepted node wins."""
+    parent_last = mask.clone()  # a node's parent is its last ancestor
+    n = tokens.shape[1]
+    parent_last.diagonal(dim1=1, dim2=2).zero_()
+    index = torch.arange(n, device=tokens.device)
+    parent = (parent_last * index).amax(-1)
+    right = tokens == best.gather(1, parent)
+    right[:, 0] = True
+    whole = ~(mask & ~right[:, None, :]).any(-1)  # itself and all ancestors
+    depth = mask.sum(-1)
+    node = torch.where(whole, depth, 0).argmax(1)
+    return Accepted(node, best.gather(1, node[:, None])[:, 0])
+
+
+def greedy_chain(best: Tensor, tokens: Tensor) -> Accepted:
+    """`greedy` of a chain: best [B, n], tokens [B, n]."""
+    node = (tokens[:, 1:] == best[:, :-1]).long().cumprod(1).sum(1)
+    return Accepted(node, best.gather(1, node[:, None])[:, 0])
+
+
+def sampled(p: Tensor, tokens: Tensor, parents: Tensor, uniforms: Tensor, q: Tensor | None = None) -> Accepted:
+    """One pass over the nodes in order.
+
+    Args:
+        p: [B, n, V] the target's distribution after each node.
+        tokens, parents: [B, n].
+        uniforms: [B, n] in [0, 1); the root's draws the final token.
+        q: [B, n, V] the distribution that each node's children were drawn from, without replacement and in order of index;
+            None: the drafts are a deterministic choice.
+    """
+    b, n, _ = p.shape
+    p, rows = p.double(), torch.arange(b, device=p.device)
+    at = torch.zeros(b, dtype=torch.long, device=p.device)
+    left = p[:, 0]  # what the next token must be distributed as, given the rejections so far
+    own = None if q is None else q[:, 0].double()
+    for i in range(1, n):
+        here = (parents[:, i] == at) & (tokens[:, i] >= 0)
+        x = tokens[:, i].clamp(min=0)
+        chance = left[rows, x] if own is None else left[rows, x] / own[rows, x]
+        taken = here & (uniforms[:, i] < chance)
+        lost = (here & ~taken)[:, None]
+        drawn = torch.zeros_like(left).scatter_(1, x[:, None], 1.0)
+        left = torch.where(lost, residual(left, drawn if own is None else own), left)
+        left = torch.where(taken[:, None], p[:, i], left)
+        if q is not None and own is not None:
+            own = torch.where(lost, residual(own, drawn), own)
+            own = torch.where(taken[:, None], q[:, i].double(), own)
+        at = torch.where(taken, i, at)
+    return Accepted(at, draw(left, uniforms[:, 0]))
+
+
+def sampled_chain(p: Tensor, tokens: Tensor, uniforms: Tensor, q: Tensor | None = None) -> Accepted:
+    """`sampled` of a chain, all nodes at once. q: [B, >= n - 1, V] or None."""
+    b, n, _ = p.shape
+    p, rows = p.double(), torch.arange(b, device=p.device)
+    x = tokens[:, 1:].clamp(min=0)
+    chance = p[:, :-1].gather(2, x[..., None])[..., 0]
+    if q is not None:
+        chance = chance / q[:, : n - 1].double().gather(2, x[..., None])[..., 0]
+    taken = (uniforms[:, 1:] < chance) & (tokens[:, 1:] >= 0)
+    node = taken.long().cumprod(1).sum(1)
+    left = p[rows, node]
+    refused = torch.cat([tokens, tokens.new_full((b, 1), -1)], dim=1)[rows, node + 1]  # -1 at the end of the chain
+    if q is None:
+        minus = torch.zeros_like(left).scatter_(1, refused.clamp(min=0)[:, None], 1.0)
+    else:
+        minus = q.double()[rows, node.clamp(max=q.shape[1] - 1)]
+    left = torch.where((refused >= 0)[:, None], residual(left, minus), left)
+    return Accepted(node, draw(left, uniforms[:, 0]))
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """max(p - q, 0), normalised [B, V]; p where nothing is left (then a rejection has probability 0)."""
+    rest = (p - q).clamp(min=0)
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(p.dtype).tiny), p)
+
+
+def draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """One token a row by inversion: p [B, V], uniforms [B] in [0, 1) -> [B]. A token of probability 0 is never drawn."""
+    steps = p.double().cumsum(-1)
+    total = steps[:, -1]
+    level = (uniforms.double() * total).minimum(torch.nextafter(total, torch.zeros_like(total)))  # a product may round up to the total
+    return (steps <= level[:, None]).sum(-1)
