@@ -1,0 +1,221 @@
+"""A distilled student: the generation expert's change, two guidance embedders, and the sampler it was made for.
+
+FOLDER/adapter_model.safetensors, adapter_config.json   low-rank changes in PEFT's layout (kind "lora"), or
+FOLDER/moe_gen.safetensors                              whole tensors under BAGEL's own names (kind "full")
+FOLDER/guidance.safetensors                             the embedders
+FOLDER/sampler.json                                     nfe, shift, guidance, kind, fingerprint of the base
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.guidance_embed import GuidanceEmbedders
+from hyperbagel.model.weights import load_tensors, save_tensors
+from hyperbagel.nn.lora import Adapter, attach
+
+Kind = Literal["lora", "full"]
+_PREFIX = "base_model.model."  # PEFT's
+_HEADS = ("vae2llm", "llm2vae", "time_embedder.mlp.0", "time_embedder.mlp.2")
+_GENERATION = re.compile(r"_moe_gen(\.|$)")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a student is to be sampled; it travels with the weights. Scales are the defaults: the embedders take any in their ranges."""
+
+    nfe: int = 6
+    shift: float = 3.0
+    text_scale: float = 4.0
+    image_scale: float = 1.0
+    edit_text_scale: float = 4.0
+    edit_image_scale: float = 2.0
+    text_range: tuple[float, float] = (1.0, 5.0)
+    image_range: tuple[float, float] = (1.0, 2.5)
+    stage: str = ""  # what made it
+
+
+def generation_modules(model: Bagel) -> tuple[list[str], list[str]]:
+    """(linear layers, other layers with weights) of the generation expert, by name."""
+    linear, other = [], []
+    for name, module in model.named_modules():
+        if _GENERATION.search(name) and next(module.children(), None) is None:
+            (linear if isinstance(module, nn.Linear) else other).append(name)
+    return linear, other
+
+
+def make_adapter(
+    model: Bagel,
+    kind: Kind,
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    heads: bool = True,
+    generator: torch.Generator | None = None,
+) -> Adapter:
+    """An adapter of the generation expert that changes nothing yet.
+
+    lora: low-rank changes of its linear layers. full: copies of all its layers. heads: copies of vae2llm, llm2vae and the timestep embedder
+    too (the clean latents of a context are prefilled by the base and never see them).
+    """
+    linear, other = generation_modules(model)
+    extra = _HEADS if heads else ()
+    if kind == "full":
+        return Adapter(model, copies=[*linear, *other, *extra])
+    return Adapter(model, linear, extra, rank=rank, alpha=alpha, generator=generator)
+
+
+class Student(nn.Module):
+    """Adapter and embedders: everything that is trained, nothing of the base."""
+
+    def __init__(self, adapter: Adapter, guidance: GuidanceEmbedders, sampler: Sampler) -> None:
+        super().__init__()
+        self.adapter, self.guidance, self.sampler = adapter, guidance, sampler
+
+    @classmethod
+    def fresh(cls, model: Bagel, adapter: Adapter, sampler: Sampler) -> Student:
+        """Equal to the base until it is trained."""
+        guidance = GuidanceEmbedders(model.config.llm.hidden_size).to(model.device)
+        return cls(adapter, guidance, sampler)
+
+    def network(self, base: Bagel, *, merged: bool = False) -> StudentNetwork:
+        """What runs: shares the base's tensors. `merged`: for inference, with the weights as they are now."""
+        return StudentNetwork(attach(base, self.adapter, merged=merged), self.guidance)
+
+
+@dataclass(frozen=True)
+class StudentNetwork:
+    """`model` denoises (never prefills); `guidance(text_scale [B], image_scale [B])` is added to the latent embeddings."""
+
+    model: Bagel
+    guidance: GuidanceEmbedders
+
+
+def fingerprint(model: Bagel) -> str:
+    """Names and shapes of all tensors and up to 64 values of each, in bf16 so that a copy in bf16 has the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).contiguous()
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(some.cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def save_student(folder: Path, student: Student, base: Bagel, *, base_name: str = "", dtype: torch.dtype = torch.float32) -> None:
+    """Writes a student folder, whole or not at all. Raises InputError if it cannot be written."""
+    make_folder(folder.parent)
+    adapter = student.adapter
+    kind: Kind = "lora" if adapter.low_rank else "full"
+    tensors = {name: value.to(dtype) for name, value in adapter.state_dict().items()}
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        if kind == "lora":
+            save_tensors(temporary / "adapter_model.safetensors", {_PREFIX + name: value for name, value in tensors.items()})
+            atomic_write_text(temporary / "adapter_config.json", json.dumps(_peft_config(adapter, base_name), indent=2) + "\n")
+        else:
+            save_tensors(temporary / "moe_gen.safetensors", tensors)
+        save_tensors(temporary / "guidance.safetensors", {name: value.to(dtype) for name, value in student.guidance.state_dict().items()})
+        about = {"format": _FORMAT, "kind": kind, "heads": bool(set(_HEADS) & set(adapter.copies)), "base": fingerprint(base)}
+        about |= {"base_name": base_name, **asdict(student.sampler)}
+        atomic_write_text(temporary / "sampler.json", json.dumps(about, indent=2) + "\n")
+
+
+def load_student(folder: Path, base: Bagel) -> Student:
+    """Reads a student of this base, in the base's device; fp32 tensors (`student.to(...)` casts).
+
+    Raises InputError for a folder that is no student, is damaged, or belongs to another base.
+    """
+    about = _read_json(folder / "sampler.json")
+    if about.get("format") != _FORMAT or about.get("kind") not in ("lora", "full"):
+        raise InputError(f"{folder}/sampler.json: got format {about.get('format')!r}, expected {_FORMAT}; export the student again")
+    if about.get("base") != (mine := fingerprint(base)):
+        named = f" ({about['base_name']})" if about.get("base_name") else ""
+        raise InputError(
+            f"{folder}: got a student of another base{named} (fingerprint {about.get('base')}), expected one of the loaded model ({mine}); "
+            "give the model it was distilled from, or distil it again"
+        )
+    sampler = _sampler(about, folder)
+    if about["kind"] == "lora":
+        config = _read_json(folder / "adapter_config.json")
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise InputError(f"{folder}/adapter_config.json: got r {rank!r} and lora_alpha {alpha!r}, expected numbers; restore the file")
+        adapter = make_adapter(base, "lora", rank=rank, alpha=alpha, heads=about.get("heads", False))
+        tensors = {n.removeprefix(_PREFIX): t for n, t in load_tensors(folder / "adapter_model.safetensors").items()}
+    else:
+        adapter = make_adapter(base, "full", heads=about.get("heads", False))
+        tensors = load_tensors(folder / "moe_gen.safetensors")
+    student = Student.fresh(base, adapter, sampler)
+    _fill(adapter, tensors, folder)
+    _fill(student.guidance, load_tensors(folder / "guidance.safetensors"), folder)
+    return student.eval()
+
+
+def _peft_config(adapter: Adapter, base_name: str) -> dict[str, Any]:
+    leaves = sorted({name.rpartition(".")[2] for name in adapter.low_rank if ".mlp_moe_gen." not in name})
+    inner = sorted({".".join(name.split(".")[-2:]) for name in adapter.low_rank if ".mlp_moe_gen." in name})
+    return {
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": leaves + inner,
+        "modules_to_save": list(adapter.copies),
+        "base_model_name_or_path": base_name,
+        "task_type": None,
+        "inference_mode": True,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; a student folder has sampler.json, guidance.safetensors and its adapter") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: got a file that cannot be read as JSON ({error}), expected a student's; restore it") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: got a {type(found).__name__}, expected a JSON object; restore it")
+    return found
+
+
+def _sampler(about: Mapping[str, Any], folder: Path) -> Sampler:
+    values: dict[str, Any] = {}
+    for field in fields(Sampler):
+        if field.name not in about:
+            raise InputError(f"{folder}/sampler.json: {field.name} is missing; export the student again")
+        value = about[field.name]
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    sampler = Sampler(**values)
+    if not isinstance(sampler.nfe, int) or sampler.nfe < 1 or not isinstance(sampler.shift, int | float) or sampler.shift <= 0:
+        raise InputError(
+            f"{folder}/sampler.json: got nfe {sampler.nfe!r} and shift {sampler.shift!r}, expected positive numbers; restore it"
+        )
+    return sampler
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    live = module.state_dict()
+    odd = sorted(live.keys() ^ tensors.keys()) or sorted(n for n in live if live[n].shape != tensors[n].shape)
+    if odd:
+        raise InputError(f"{folder}: {len(odd)} tensors do not fit, first {odd[0]}; expected this base's names and shapes, export it again")
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{folder}: {name} holds values that are not finite; the file is damaged or its training diverged")
+        live[name].copy_(value)

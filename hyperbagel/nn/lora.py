@@ -1,0 +1,136 @@
+"""Adapters over one frozen model: low-rank or full changes of named leaf modules, as a module of their own.
+
+`attach` gives a second model that shares every tensor with the first and differs only where the adapter says so. Which network runs is
+which object is called: nothing is switched, and the first model's path stays bit for bit what it was.
+
+Shape legend: r rank, I / O input and output size of a linear layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class LowRank(nn.Module):
+    """The change B A of a weight [O, I]; names as in PEFT: lora_A.weight [r, I], lora_B.weight [O, r]. B starts at zero: no change."""
+
+    def __init__(self, inner: int, outer: int, rank: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.lora_A = nn.Linear(inner, rank, bias=False)
+        self.lora_B = nn.Linear(rank, outer, bias=False)
+        with torch.no_grad():
+            self.lora_A.weight.copy_(torch.randn(rank, inner, generator=generator) * inner**-0.5)
+            self.lora_B.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
+
+
+class AdaptedLinear(nn.Module):
+    """base(x) + scale B A x; the base layer is shared."""
+
+    def __init__(self, base: nn.Linear, change: LowRank, scale: float) -> None:
+        super().__init__()
+        self.base, self.change, self.scale = base, change, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.scale * self.change(x).to(y.dtype)
+
+
+class MergedLinear(nn.Module):
+    """One matrix again: a weight of its own, the base's bias. For inference, where two small products cost more than they save."""
+
+    def __init__(self, base: nn.Linear, change: LowRank, scale: float) -> None:
+        super().__init__()
+        b, a = change.lora_B.weight, change.lora_A.weight
+        self.register_buffer("weight", (base.weight.to(b.dtype) + scale * b @ a).detach().to(base.weight.dtype))
+        self.bias = base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+
+
+class _Node(nn.Module):
+    """A name on the way to an adapted module, so that parameter names equal the model's."""
+
+
+class Adapter(nn.Module):
+    """Changes of leaf modules of a model, by name: `low_rank` ones and whole `copies` (which start equal to the model's).
+
+    Parameter names are the model's own, e.g. `layers.0.q_proj.lora_A.weight` or `llm2vae.weight`; all want gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        low_rank: Iterable[str] = (),
+        copies: Iterable[str] = (),
+        *,
+        rank: int = 16,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """alpha: the change is scaled by alpha / rank; None: alpha = rank."""
+        super().__init__()
+        self.low_rank, self.copies = tuple(low_rank), tuple(copies)
+        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+        for name in self.low_rank:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear), f"{name}: only a linear layer has a low-rank change"
+            self._put(name, LowRank(layer.in_features, layer.out_features, rank, generator).to(layer.weight.device))
+        for name in self.copies:
+            self._put(name, copy.deepcopy(model.get_submodule(name)).float().requires_grad_(True))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        *path, leaf = name.split(".")
+        node: nn.Module = self
+        for part in path:
+            if not hasattr(node, part):
+                node.add_module(part, _Node())
+            node = node.get_submodule(part)
+        node.add_module(leaf, module)
+
+
+def attach(model: M, adapter: Adapter, *, merged: bool = False) -> M:
+    """A model of the same class that shares all tensors with `model` and runs the adapter's modules instead of its own.
+
+    Training the adapter's parameters changes the result; training or moving `model` changes both. `merged`: low-rank changes are added into
+    matrices of their own, as they are now (inference only).
+    """
+    changed: dict[str, nn.Module] = {name: adapter.get_submodule(name) for name in adapter.copies}
+    for name in adapter.low_rank:
+        base, change = model.get_submodule(name), adapter.get_submodule(name)
+        assert isinstance(base, nn.Linear) and isinstance(change, LowRank)
+        changed[name] = (MergedLinear if merged else AdaptedLinear)(base, change, adapter.scale)
+    return _replace(model, changed)
+
+
+def _replace(module: M, changed: dict[str, nn.Module]) -> M:
+    """A shallow copy of the containers on the way to the changed modules; everything else is the same object."""
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    below: dict[str, dict[str, nn.Module]] = {}
+    for name, new in changed.items():
+        head, _, rest = name.partition(".")
+        if rest:
+            below.setdefault(head, {})[rest] = new
+        else:
+            view._modules[head] = new
+    for head, rest_changed in below.items():
+        child = module._modules[head]
+        assert child is not None
+        view._modules[head] = _replace(child, rest_changed)
+    return view

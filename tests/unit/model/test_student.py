@@ -1,0 +1,173 @@
+"""Adapters and student folders: the base untouched, round trips, and folders that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.guidance_embed import GuidanceEmbedders
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.model.student import Kind, Sampler, Student, fingerprint, load_student, make_adapter, save_student
+from hyperbagel.model.weights import load_tensors
+from hyperbagel.nn.lora import Adapter, attach
+
+KINDS: tuple[Kind, ...] = ("lora", "full")
+
+
+def tiny(seed: int = 0) -> Bagel:
+    config = BagelConfig(
+        llm=LLMConfig(
+            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=50
+        ),
+        vit=ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4),
+        vae=VaeConfig(ch=4, ch_mult=(1, 1), num_res_blocks=1, z_channels=2, norm_groups=2, downsample=2),
+        options=BagelOptions(max_latent_size=4, vit_max_num_patch_per_side=4),
+    )
+    model = fresh_bagel(config, torch.Generator().manual_seed(seed), std=0.3)
+    with torch.no_grad():
+        model.llm2vae.weight.copy_(torch.randn(model.llm2vae.weight.shape, generator=torch.Generator().manual_seed(seed)))
+    return model.requires_grad_(False)
+
+
+def run(model: Bagel, extra: Tensor | None = None) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    x, ids = torch.randn(2, 4, model.config.latent_channels, generator=g), torch.randint(0, 50, (2, 3), generator=g)
+    latent = model.embed_latent(x, torch.full((2, 4), 0.5), torch.arange(4).expand(2, -1))
+    latent = latent if extra is None else latent + extra
+    out = model.backbone(Streams(model.embed_text(ids), latent), torch.arange(7).expand(2, -1))
+    assert out.g is not None
+    return model.velocity(out.g)
+
+
+def shake(module: torch.nn.Module, seed: int = 3) -> None:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_adapter_changes_nothing_and_a_shaken_one_only_its_own_view(kind: Kind) -> None:
+    base = tiny()
+    before, keys = run(base), list(base.state_dict())
+    a, b = make_adapter(base, kind, rank=4), make_adapter(base, kind, rank=4)
+    first, second = attach(base, a), attach(base, b)
+    assert torch.equal(run(first), before)
+    shake(a)
+    assert not torch.allclose(run(first), before) and torch.equal(run(second), before)
+    assert torch.equal(run(base), before) and list(base.state_dict()) == keys  # bit for bit, and the checkpoint's keys stay
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_adapter_alone(kind: Kind) -> None:
+    base = tiny()
+    adapter = make_adapter(base, kind, rank=4)
+    shake(adapter)
+    run(attach(base, adapter)).square().sum().backward()
+    last = f"layers.{base.config.llm.num_hidden_layers - 1}."
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in adapter.named_parameters() if last not in n)
+    assert all(p.grad is None for p in base.parameters())
+
+
+def test_low_rank_equals_its_definition_and_its_merge() -> None:
+    base = tiny()
+    adapter = make_adapter(base, "lora", rank=4, alpha=8, heads=False)
+    shake(adapter)
+    name = "language_model.model.layers.1.self_attn.q_proj_moe_gen"
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
+    layer, change = base.get_submodule(name), adapter.get_submodule(name)
+    slow = x.double() @ (layer.weight.double() + 2 * change.lora_B.weight.double() @ change.lora_A.weight.double()).T + layer.bias.double()
+    torch.testing.assert_close(attach(base, adapter).get_submodule(name)(x).double(), slow, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(attach(base, adapter, merged=True)), run(attach(base, adapter)), rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_generation_expert_is_adapted() -> None:
+    base = tiny()
+    adapter = make_adapter(base, "full", heads=False)
+    names = {n for n, _ in adapter.named_parameters()}
+    assert names == {n for n, _ in base.named_parameters() if "_moe_gen" in n}
+    lora = make_adapter(base, "lora", heads=False)
+    assert all("_moe_gen" in n and ("lora_A" in n or "lora_B" in n) for n, _ in lora.named_parameters())
+    assert len(lora.low_rank) == 2 * 7
+
+
+def test_embedders_start_silent_and_then_steer() -> None:
+    guidance = GuidanceEmbedders(24)
+    two = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0])
+    assert guidance(*two).shape == (2, 1, 24) and guidance(*two).abs().max() == 0
+    guidance(*two).sum().backward()
+    assert guidance.text.mlp[2].weight.grad.abs().sum() > 0  # the zero layer itself can leave zero
+    shake(guidance)
+    assert not torch.allclose(guidance(*two)[0], guidance(*two)[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip(kind: Kind, tmp_path: Path) -> None:
+    base = tiny()
+    sampler = Sampler(nfe=1, shift=2.0, stage="test")
+    student = Student.fresh(base, make_adapter(base, kind, rank=4, alpha=2), sampler)
+    shake(student)
+    save_student(tmp_path / "s", student, base, base_name="tiny")
+    again = load_student(tmp_path / "s", base)
+    assert again.sampler == sampler
+    scales = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0])
+    a, b = (run(s.network(base).model, s.guidance(*scales)) for s in (student, again))
+    assert torch.equal(a, b) and not torch.allclose(a, run(base))
+    files = {p.name for p in (tmp_path / "s").iterdir()}
+    own = {"adapter_model.safetensors", "adapter_config.json"} if kind == "lora" else {"moe_gen.safetensors"}
+    assert files == {"guidance.safetensors", "sampler.json"} | own
+    if kind == "lora":
+        config = json.loads((tmp_path / "s" / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA" and config["r"] == 4 and config["lora_alpha"] == 2
+        stored = load_tensors(tmp_path / "s" / "adapter_model.safetensors")
+        key = "base_model.model.language_model.model.layers.0.mlp_moe_gen.up_proj.lora_A.weight"
+        assert stored[key].shape == (4, 24) and "base_model.model.llm2vae.weight" in stored
+        assert {"q_proj_moe_gen", "mlp_moe_gen.up_proj"} <= set(config["target_modules"])
+
+
+def test_fingerprint_tells_bases_apart_and_survives_bf16() -> None:
+    assert fingerprint(tiny()) == fingerprint(tiny()) == fingerprint(tiny().to(torch.bfloat16))
+    assert fingerprint(tiny()) != fingerprint(tiny(1))
+
+
+def test_wrong_folders_are_refused(tmp_path: Path) -> None:
+    base = tiny()
+    student = Student.fresh(base, make_adapter(base, "lora"), Sampler())
+    folder = tmp_path / "s"
+    save_student(folder, student, base)
+    with pytest.raises(InputError, match="another base"):
+        load_student(folder, tiny(1))
+    with pytest.raises(InputError, match="missing"):
+        load_student(tmp_path / "nothing", base)
+    about = json.loads((folder / "sampler.json").read_text())
+    for change, message in (({"nfe": 0}, "nfe 0"), ({"format": 9}, "format 9"), ({"shift": "x"}, "shift 'x'")):
+        (folder / "sampler.json").write_text(json.dumps(about | change))
+        with pytest.raises(InputError, match=message):
+            load_student(folder, base)
+    (folder / "sampler.json").write_text(json.dumps({k: v for k, v in about.items() if k != "shift"}))
+    with pytest.raises(InputError, match="shift is missing"):
+        load_student(folder, base)
+    (folder / "sampler.json").write_text("{")
+    with pytest.raises(InputError, match="JSON"):
+        load_student(folder, base)
+    (folder / "sampler.json").write_text(json.dumps(about))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(InputError, match="do not fit"):
+        load_student(folder, base)
+    (folder / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match="safetensors"):
+        load_student(folder, base)
+
+
+def test_a_model_without_the_named_layer_is_a_mistake() -> None:
+    with pytest.raises(AttributeError):
+        Adapter(tiny(), ["no.such.layer"])
