@@ -112,8 +112,8 @@ class Bagel(nn.Module):
         """[..., E] -> [..., C], in fp32 so that the sampler's state never leaves fp32."""
         return self.llm2vae(hidden).float()
 
-    def forward_train(self, batch: PackedBatch, mask: Any = None, backend: str | None = None) -> TrainOutput:
-        """The mixed objective's forward: next-token cross entropy and velocity error (v = e - x0), neither reduced."""
+    def embed_packed(self, batch: PackedBatch) -> Streams:
+        """The two streams [B, Su, E] and [B, Sg, E] of a packed batch; latents are noised to their own t."""
         rows, e = batch.rows, self.config.llm.hidden_size
         # Under autocast embeddings stay fp32 while projections come out in bf16: the streams take the widest of the two.
         text = self.embed_text(batch.text_ids)
@@ -127,8 +127,12 @@ class Bagel(nn.Module):
             x_t = (1 - t) * batch.latents + t * batch.noise
             latent = self.embed_latent(x_t, batch.timesteps, batch.latent_positions)
             g = text.new_zeros(rows * batch.sg, e).index_copy(0, batch.latent_slots, latent.to(u.dtype)).unflatten(0, (rows, batch.sg))
+        return Streams(u.unflatten(0, (rows, batch.su)), g)
+
+    def forward_train(self, batch: PackedBatch, mask: Any = None, backend: str | None = None) -> TrainOutput:
+        """The mixed objective's forward: next-token cross entropy and velocity error (v = e - x0), neither reduced."""
         seen_mask = dense_mask(batch) if mask is None else mask
-        hidden = self.backbone(Streams(u.unflatten(0, (rows, batch.su)), g), batch.positions, mask=seen_mask, backend=backend)
+        hidden = self.backbone(self.embed_packed(batch), batch.positions, mask=seen_mask, backend=backend)
         assert hidden.u is not None
         logits = self.logits(hidden.u.flatten(0, 1)[batch.ce_slots])
         ce = F.cross_entropy(logits.float(), batch.ce_labels, reduction="none")

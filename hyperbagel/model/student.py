@@ -50,7 +50,8 @@ class Sampler:
 
 def generation_modules(model: Bagel) -> tuple[list[str], list[str]]:
     """(linear layers, other layers with weights) of the generation expert, by name."""
-    linear, other = [], []
+    linear: list[str] = []
+    other: list[str] = []
     for name, module in model.named_modules():
         if _GENERATION.search(name) and next(module.children(), None) is None:
             (linear if isinstance(module, nn.Linear) else other).append(name)

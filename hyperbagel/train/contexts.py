@@ -1,0 +1,217 @@
+"""Contexts of a distillation batch: prefilled once by the frozen base, then shared by student, teacher, fake model and discriminator.
+
+Only noisy tokens run through a generation expert afterwards; their keys and values are concatenated to the context's, so gradients flow
+through them and the context is never written to.
+
+Shape legend: B samples, K slots of the context, N latent tokens, C values of a token, E hidden size, H key-value heads, D values of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.packing import Encode, PackSpec, grid, pack
+from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage
+from hyperbagel.data.transforms import grid_positions, patchify, to_tensor
+from hyperbagel.flow.guidance import guidance_on
+from hyperbagel.generate.types import Denoising
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.model.student import StudentNetwork
+from hyperbagel.nn.kv_cache import KVCache, Plan
+from hyperbagel.nn.masks import dense_mask
+from hyperbagel.train.losses.cfg import guided_target
+
+
+@dataclass
+class Context:
+    """Keys and values [B, H, K, D] a layer, which slots hold a token [B, K], and each sample's next position [B]."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    seen: Tensor
+    position: Tensor
+
+
+class _Behind(KVCache):
+    """A cache that new tokens stand behind and are never written into."""
+
+    def __init__(self, context: Context) -> None:
+        rows, heads, _, head_dim = context.k[0].shape
+        super().__init__(len(context.k), heads, head_dim, rows=rows, device=context.k[0].device, dtype=context.k[0].dtype)
+        self.k, self.v = context.k, context.v
+
+    def append(self, layer: int, plan: Plan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.k[layer].to(k.dtype), k], dim=2), torch.cat([self.v[layer].to(v.dtype), v], dim=2)
+
+
+@dataclass
+class Conditions:
+    """B samples of one kind and one size: what the student sees, and their true pictures.
+
+    `text_dropped` and `image_dropped` are the guidance branches; without input pictures the latter is `full`.
+    """
+
+    source: str
+    is_edit: bool
+    grid: tuple[int, int]  # latent tokens (h, w)
+    where: Tensor  # [B, N] latent positions
+    x0: Tensor  # [B, N, C] latents of the true pictures
+    markers: Tensor  # [B, 2, E] vision_start, vision_end
+    full: Context
+    text_dropped: Context
+    image_dropped: Context
+    samples: list[Sample]
+
+    def __len__(self) -> int:
+        return self.x0.shape[0]
+
+    @property
+    def branches_dropped(self) -> list[Context]:
+        return [self.text_dropped] if self.image_dropped is self.full else [self.text_dropped, self.image_dropped]
+
+
+def split_sample(sample: Sample) -> tuple[Sample, VaeImage, int]:
+    """(what comes before the picture to draw, that picture, index of the text that guidance drops). Raises InputError without a picture."""
+    for i, item in enumerate(sample):
+        if isinstance(item, VaeImage) and item.loss:
+            before = sample[:i]
+            prompts = [j for j, text in enumerate(before) if isinstance(text, Text) and text.enable_cfg]
+            if not prompts:
+                break
+            return before, item, prompts[-1]
+    raise InputError(
+        "distillation: got a sample without a text and a picture to draw after it, expected sources of the kinds t2i and edit, "
+        "leave the others out of data.sources"
+    )
+
+
+def _tokens(items: Sample, spec: PackSpec) -> int:
+    """Tokens of items in reading order."""
+    return sum(2 + (len(item.ids) if isinstance(item, Text) else int(torch.tensor(grid(item, spec)).prod())) for item in items)
+
+
+def _position(items: Sample) -> int:
+    """The RoPE position behind items: a text takes one a token, a picture one."""
+    return sum(len(item.ids) + 2 if isinstance(item, Text) else 1 for item in items)
+
+
+@torch.no_grad()
+def prefill(model: Bagel, samples: Sequence[Sample], spec: PackSpec, encode: Encode, generator: torch.Generator) -> tuple[Context, Tensor]:
+    """One forward of the base over all contexts, one a row. A sample may be empty.
+
+    Returns the context, and the order in reading of each slot [B, K].
+    """
+    rows = [i for i, sample in enumerate(samples) if sample]
+    position = torch.tensor([_position(sample) for sample in samples], device=model.device)
+    llm = model.config.llm
+    if not rows:
+        empty = torch.zeros(len(samples), llm.num_key_value_heads, 0, llm.head_dim, device=model.device, dtype=model.dtype)
+        nothing = torch.zeros(len(samples), 0, dtype=torch.bool, device=model.device)
+        return Context([empty] * llm.num_hidden_layers, [empty] * llm.num_hidden_layers, nothing, position), nothing.long()
+    batch = pack([samples[i] for i in rows], spec, encode=encode, generator=generator).to(model.device)
+    cache, slots = model.new_cache(len(rows)), batch.positions.shape[1]
+    cache.reserve(slots)
+    plan = Plan(slice(0, slots), slots, dense_mask(batch), causal=False)
+    model.backbone(model.embed_packed(batch), batch.positions, cache=cache, plan=plan)
+    index = torch.tensor(rows, device=model.device)
+
+    def spread(x: Tensor) -> Tensor:
+        return x if len(rows) == len(samples) else x.new_zeros(len(samples), *x.shape[1:]).index_copy(0, index, x)
+
+    context = Context([spread(x) for x in cache.k], [spread(x) for x in cache.v], spread(batch.sample_id >= 0), position)
+    return context, spread(batch.order)
+
+
+@torch.no_grad()
+def make_conditions(
+    model: Bagel, source: str, samples: Sequence[Sample], spec: PackSpec, encode: Encode, generator: torch.Generator, markers: Tensor
+) -> Conditions:
+    """Prefills a group of samples. markers: embeddings of vision_start and vision_end [1, 2, E].
+
+    Raises InputError for samples without a picture to draw, or of different sizes or kinds in one group.
+    """
+    parts = [split_sample(sample) for sample in samples]
+    pixels = torch.stack([to_tensor(target.pixels) for _, target, _ in parts]) if _one_shape(parts) else None
+    edits = {any(isinstance(item, VaeImage | VitImage) for item in before) for before, _, _ in parts}
+    if pixels is None or len(edits) != 1:
+        raise InputError(
+            f"source {source!r}: got pictures of different sizes, or samples with and without input pictures, in one group, expected one "
+            "kind; set data.sources.NAME.samples=1 and raise accumulate, or split the source"
+        )
+    is_edit = edits.pop()
+    x0 = patchify(encode(pixels).float(), spec.latent_patch)
+    full, order = prefill(model, [before for before, _, _ in parts], spec, encode, generator)
+    # The prompt is the last thing that guidance drops, and text is causal: the context without it is a prefix of the same keys.
+    cut = torch.tensor([_tokens(before[:i], spec) for before, _, i in parts], device=full.seen.device)
+    before_prompt = torch.tensor([_position(before[:i]) for before, _, i in parts], device=full.seen.device)
+    text_dropped = replace(full, seen=full.seen & (order < cut[:, None]), position=before_prompt)
+    image_dropped = full
+    if is_edit:  # the given texts alone, from position 0, as the sampler does it
+        texts: list[Sample] = [[item for item in before if isinstance(item, Text) and not item.loss] for before, _, _ in parts]
+        image_dropped, _ = prefill(model, texts, spec, encode, generator)
+    h, w = grid(parts[0][1], spec)
+    where = grid_positions(h, w, spec.latent_per_side, spec.interpolate).to(x0.device).expand(len(parts), -1)
+    ends = markers.expand(len(parts), -1, -1)
+    return Conditions(source, is_edit, (h, w), where, x0, ends, full, text_dropped, image_dropped, list(samples))
+
+
+def _one_shape(parts: Sequence[tuple[Sample, VaeImage, int]]) -> bool:
+    return len({target.pixels.shape for _, target, _ in parts}) == 1
+
+
+def velocity(
+    model: Bagel,
+    context: Context,
+    conditions: Conditions,
+    x: Tensor,
+    t: Tensor,
+    guidance: Tensor | None = None,
+    taps: list[Streams] | None = None,
+) -> Tensor:
+    """v [B, N, C] of latents x [B, N, C] at t [B] behind a context. guidance: [B, 1, E], added to the latent embeddings.
+
+    taps: collects the hidden states of every layer. What a noisy token sees: the filled slots of its context, the two markers, all latents.
+    """
+    n = x.shape[1]
+    g = model.embed_latent(x, t[:, None].expand(-1, n), conditions.where)
+    if guidance is not None:
+        g = g + guidance
+    own = torch.ones(len(x), n + 2, dtype=torch.bool, device=x.device)
+    seen = torch.cat([context.seen, own], dim=1)[:, None, None, :]  # [B, 1, 1, K + N + 2]
+    plan = Plan(slice(0, 0), seen.shape[-1], seen, causal=False)
+    positions = context.position[:, None].expand(-1, n + 2)
+    out = model.backbone(Streams(conditions.markers.to(g.dtype), g), positions, cache=_Behind(context), plan=plan, taps=taps)
+    assert out.g is not None
+    return model.velocity(out.g)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Guidance scales of B samples, each [B]."""
+
+    text: Tensor
+    image: Tensor
+
+
+def student_velocity(
+    network: StudentNetwork, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor, taps: list[Streams] | None = None
+) -> Tensor:
+    """One evaluation of a student, whatever the scales."""
+    guidance = network.guidance(scales.text, scales.image)
+    return velocity(network.model, conditions.full, conditions, x, t, guidance, taps)
+
+
+@torch.no_grad()
+def teacher_velocity(model: Bagel, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor, settings: Denoising) -> Tensor:
+    """The base's guided velocity: interval and renormalisation from `settings`, scales of each sample's own. Two or three evaluations."""
+    v = velocity(model, conditions.full, conditions, x, t)
+    dropped = [velocity(model, context, conditions, x, t) for context in conditions.branches_dropped]
+    v_image = dropped[1] if len(dropped) > 1 else v  # without pictures both contexts are one
+    on = torch.tensor([guidance_on(float(one), settings.interval) for one in t])
+    return guided_target(v, dropped[0], v_image, scales.text, scales.image, on, settings.renorm, settings.renorm_min)
