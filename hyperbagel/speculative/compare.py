@@ -1,4 +1,4 @@
-"""How far two decodings of one prompt agree, and how sure the model was where they part. For bf16, where kernels of other sizes round apart."""
+"""How far two decodings of a prompt agree, and how sure the model was where they part: bf16 kernels of other sizes round apart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def first_divergence(plain: Decoded, other: Decoded) -> Divergence | None:
     """None if the answers are equal. `plain` must have been decoded with keep_logits."""
     if plain.ids == other.ids and plain.finish_reason == other.finish_reason:
         return None
-    same = zip(plain.ids, other.ids)  # noqa: B905 (lengths may differ)
+    same = zip(plain.ids, other.ids)  # lengths may differ
     index = next((i for i, (a, b) in enumerate(same) if a != b), min(len(plain.ids), len(other.ids)))
     assert index < len(plain.logits), "plain decoding must keep its logits"
     best, second = plain.logits[index].float().topk(2).values.tolist()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.tree import Tree, commit, tree_plan
-from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated, Times
+from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated
 from hyperbagel.speculative.verify import Accepted, greedy, greedy_chain, sampled, sampled_chain
 
 
@@ -144,7 +145,7 @@ class _Work:
         self.root = accepted.token
         self.position = self.position + torch.tensor(self.counts, device=self.position.device)
         clock.append(time.perf_counter())
-        spent = [b - a for a, b in zip(clock, clock[1:])]
+        spent = [b - a for a, b in pairwise(clock)]
         t = self.times
         t.draft, t.verify, t.commit, t.host = (x + y for x, y in zip((t.draft, t.verify, t.commit, t.host), spent))
 

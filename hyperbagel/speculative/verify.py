@@ -1,8 +1,8 @@
 """Which drafted tokens the target accepts. Pure functions of tensors; exact for any drafter.
 
-Greedy: a node is accepted if it is what the target would choose after its parent. Sampled: speculative sampling, and for several children of
-one node recursive rejection: each child is tried against what is left of the target's distribution, so that the token that comes out is
-distributed as if the target had been sampled.
+Greedy: a node is accepted if it is what the target would choose after its parent. Sampled: speculative sampling, and for several children
+of one node recursive rejection: each child is tried against what is left of the target's distribution, so that the token that comes out
+is distributed as if the target had been sampled.
 
 Shape legend: B rows, n nodes (root included), V vocabulary. Node 0 is the root; tokens[:, 0] is not looked at. A token of -1 is no draft.
 """

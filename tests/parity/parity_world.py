@@ -1,0 +1,161 @@
+"""A small random model, contexts of every kind, and drafters that know nothing or too much."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import hyperbagel
+from hyperbagel.data.prompts import THINK_ANSWER
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import ImageTransform
+from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.speculative.tree import Tree
+from hyperbagel.speculative.types import Draft, Seen
+
+TOKENIZER = Path(hyperbagel.__file__).parent / "assets" / "toybox"
+CONFIG = BagelConfig(
+    llm=LLMConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024,
+        max_position_embeddings=600,
+    ),
+    vit=ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=40, patch_size=10),
+    vae=VaeConfig(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=2, downsample=2),
+    options=BagelOptions(max_latent_size=12, vit_max_num_patch_per_side=4, default_size=(16, 16)),
+)  # fmt: skip
+
+
+def make_parts(dtype: torch.dtype = torch.float32) -> Parts:
+    """The model says im_end now and then, so that answers stop at any place."""
+    torch.manual_seed(0)
+    model = fresh_bagel(CONFIG, torch.Generator().manual_seed(0), std=0.3).eval()
+    tokenizer = Tokenizer.from_folder(TOKENIZER)
+    with torch.no_grad():
+        model.language_model.lm_head.weight[tokenizer.im_end] *= 2.5
+    vae = AutoEncoder(CONFIG.vae).eval()
+    return Parts(model.to(dtype), vae, tokenizer, ImageTransform(32, 8, 4), ImageTransform(40, 10, 10))
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@torch.inference_mode()
+def text_sessions(parts: Parts, n: int, seed: int = 0, taps: Sequence[int] = ()) -> list[Session]:
+    """Contexts of 1 to 12 random words."""
+    rng, words = random.Random(seed), ("a", "red", "blue", "car", "tree", "is", "what", "how many", "left of", "the star", "there")
+    sessions = []
+    for _ in range(n):
+        session = Session(parts, parts.model.new_cache(taps=taps))
+        session.add_text(" ".join(rng.choice(words) for _ in range(rng.randint(1, 12))))
+        sessions.append(session)
+    return sessions
+
+
+@torch.inference_mode()
+def mixed_sessions(parts: Parts, taps: Sequence[int] = ()) -> list[Session]:
+    """After a picture, clean latents, a think prompt, thoughts, several turns, two pictures; a fork."""
+
+    def new() -> Session:
+        return Session(parts, parts.model.new_cache(taps=taps))
+
+    picture, latents, think, turns, two = new(), new(), new(), new(), new()
+    picture.add_image(photo(30, 20), latents=False)
+    picture.add_text("what is this")
+    latents.add_image(photo(20, 30, 1), latents=True, generator=torch.Generator().manual_seed(0))
+    latents.add_text("make it red")
+    think.add_text(THINK_ANSWER)
+    think.add_image(photo(20, 20, 2), latents=False)
+    think.add_text("how many cars")
+    think.add_text("<think>two cars</think>", guided=False)
+    turns.add_image(photo(20, 20, 3), latents=False)
+    for text in ("is it red", "yes", "why", "it is", "where"):
+        turns.add_text(text)
+    two.add_image(photo(20, 20, 4), latents=True)
+    two.add_text("and then")
+    two.add_image(photo(16, 20, 5), latents=False)
+    two.add_text("which")
+    fork = turns.fork()
+    fork.add_text("and now")
+    return [picture, latents, think, turns, two, fork]
+
+
+class Stub:
+    """Knows the plain answers (`told`, im_end included where they stop) and where each row stands."""
+
+    taps: tuple[int, ...] = ()
+    width = 6
+
+    def __init__(self, plain: Sequence[Decoded], im_end: int, vocabulary: int) -> None:
+        self.told = [[*out.ids, *([im_end] if out.finish_reason == "stop" else [])] for out in plain]
+        self.vocabulary = vocabulary
+
+    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        self.at = [0] * len(sessions)
+        self.rng = random.Random(0)
+
+    def ahead(self, seen: Seen, limit: int) -> list[list[int]]:
+        """What each row's target will say next."""
+        self.at = [at + len(ids) for at, ids in zip(self.at, seen.ids, strict=True)]
+        return [told[at : at + min(limit, self.width)] for told, at in zip(self.told, self.at, strict=True)]
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        raise NotImplementedError
+
+
+def padded(rows: list[list[int]]) -> torch.Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [-1] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), longest)
+
+
+class Echo(Stub):
+    """Replays the target's own tokens."""
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        return Draft(padded(self.ahead(seen, limit)))
+
+
+class Wrong(Stub):
+    """Always another token than the target's."""
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        return Draft(padded([[(t + 1) % self.vocabulary for t in row] for row in self.ahead(seen, limit)]))
+
+
+class RandomTree(Stub):
+    """Another random tree each round and row; a node's token is the target's next one in half of the cases."""
+
+    width = 9
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        rows, parents = [], []
+        for ahead in self.ahead(seen, limit):
+            row_parents, depth, tokens = [0], [0], []
+            for i in range(1, self.width + 1):
+                parent = self.rng.choice([p for p in range(i) if depth[p] < limit])
+                row_parents.append(parent)
+                depth.append(depth[parent] + 1)
+                own = ahead[depth[i] - 1] if depth[i] <= len(ahead) else 0
+                tokens.append(own if self.rng.random() < 0.5 else self.rng.randrange(self.vocabulary))
+            rows.append(tokens)
+            parents.append(row_parents)
+        return Draft(torch.tensor(rows), Tree.of(parents))
+
+
+class Repeat(Stub):
+    """The root, again and again."""
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        return Draft(seen.root[:, None].expand(-1, min(limit, self.width)))
+
+
+STUBS = {"echo": Echo, "wrong": Wrong, "random tree": RandomTree, "repeat": Repeat}

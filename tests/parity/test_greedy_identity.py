@@ -1,0 +1,146 @@
+"""Greedy speculative answers are the plain ones, token for token, for any drafter, after any context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from parity_world import STUBS, Echo, make_parts, mixed_sessions, text_sessions
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.speculative.compare import first_divergence
+from hyperbagel.speculative.decode import _Work, decode
+from hyperbagel.speculative.drafters.lookup import Lookup, continuation
+from hyperbagel.speculative.types import Drafter, Speculated
+
+PROMPTS, BATCH, LENGTH = 1000, 125, 12
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return make_parts()
+
+
+@pytest.fixture(scope="module")
+def batches(parts: Parts) -> list[tuple[list[Session], list[Decoded]]]:
+    sessions = text_sessions(parts, PROMPTS)
+    groups = [sessions[i : i + BATCH] for i in range(0, PROMPTS, BATCH)]
+    return [(group, plain_decode(group, max_tokens=LENGTH)) for group in groups]
+
+
+def drafter_of(name: str, plain: Sequence[Decoded], parts: Parts) -> Drafter:
+    vocabulary = parts.model.config.llm.vocab_size
+    return Lookup(width=5) if name == "lookup" else STUBS[name](plain, parts.tokenizer.im_end, vocabulary)
+
+
+def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:
+    assert [out.ids for out in other] == [out.ids for out in plain]
+    assert [out.finish_reason for out in other] == [out.finish_reason for out in plain]
+
+
+@pytest.mark.parametrize("name", [*STUBS, "lookup"])
+def test_a_thousand_prompts(name: str, batches, parts: Parts) -> None:
+    reasons, rounds, tokens = set(), 0, 0
+    for sessions, plain in batches:
+        out = decode(sessions, max_tokens=LENGTH, drafter=drafter_of(name, plain, parts))
+        same(plain, out)
+        reasons |= {o.finish_reason for o in out}
+        for row in out:
+            assert isinstance(row, Speculated)
+            rounds, tokens = rounds + row.stats.rounds, tokens + row.stats.tokens
+    assert reasons == {"stop", "length"}  # stops inside runs and cuts at max_tokens both occurred
+    if name == "echo":
+        assert tokens / rounds > 4
+    if name == "wrong":
+        assert tokens == rounds
+    if name == "random tree":
+        assert 1.2 < tokens / rounds < 5
+
+
+@pytest.mark.parametrize("name", [*STUBS, "lookup"])
+def test_after_any_context_alone_and_together(name: str, parts: Parts) -> None:
+    sessions = mixed_sessions(parts)
+    before = [(s.cache.lengths[0], s.position, [k[:, :, : s.cache.lengths[0]].clone() for k in s.cache.k]) for s in sessions]
+    plain = plain_decode(sessions, max_tokens=20)
+    same(plain, decode(sessions, max_tokens=20, drafter=drafter_of(name, plain, parts)))
+    for session, told in zip(sessions, plain, strict=True):
+        same([told], decode([session], max_tokens=20, drafter=drafter_of(name, [told], parts)))
+    for session, (length, position, keys) in zip(sessions, before, strict=True):  # sessions and forks stay as they were
+        assert (session.cache.lengths[0], session.position) == (length, position)
+        assert all(torch.equal(a[:, :, :length], b) for a, b in zip(session.cache.k, keys, strict=True))
+
+
+@pytest.mark.parametrize("name", ["echo", "random tree"])
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_length_limit_logits_and_stream(name: str, length: int, parts: Parts) -> None:
+    sessions = text_sessions(parts, 12, seed=1)
+    plain_stream: dict[int, list[int]] = {}
+    stream: dict[int, list[int]] = {}
+    plain = plain_decode(sessions, max_tokens=length, keep_logits=True, on_token=lambda b, t: plain_stream.setdefault(b, []).append(t))
+    drafter = drafter_of(name, plain, parts)
+    out = decode(sessions, max_tokens=length, keep_logits=True, drafter=drafter, on_token=lambda b, t: stream.setdefault(b, []).append(t))
+    same(plain, out)
+    assert stream == plain_stream == {b: o.ids for b, o in enumerate(plain) if o.ids}
+    for a, b in zip(plain, out, strict=True):
+        torch.testing.assert_close(torch.stack(b.logits), torch.stack(a.logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*STUBS, "lookup"])
+@torch.inference_mode()
+def test_cache_after_every_round_equals_a_fresh_prefill(name: str, parts: Parts) -> None:
+    """Keys, values, positions and tapped features."""
+    taps = (0, 2, 5)
+    sessions = mixed_sessions(parts, taps)
+    plain = plain_decode(sessions, max_tokens=16)
+    model = parts.model
+    work = _Work(sessions, 16, 0.0, (), None, False, drafter_of(name, plain, parts))
+    committed: list[list[int]] = [[] for _ in sessions]
+    while work.alive:
+        work.round()
+        for b, session in enumerate(sessions):
+            committed[b] += work.ids[b]
+            fresh = session.cache.fork()
+            n, length = len(committed[b]), session.cache.lengths[0]
+            assert work.cache.lengths[b] == length + n
+            if n:
+                where = torch.arange(session.position, session.position + n)[None]
+                u = model.embed_text(torch.tensor([committed[b]]))
+                model.backbone(Streams(u, None), where, cache=fresh, plan=fresh.plan([n], causal=True))
+            for mine, theirs in zip(work.cache._stores(), fresh._stores(), strict=True):
+                for x, y in zip(mine, theirs, strict=True):
+                    torch.testing.assert_close(x[b, :, : length + n], y[0, :, : length + n], atol=2e-4, rtol=2e-4)
+
+
+def test_bf16_divergences_are_close_calls(parts: Parts) -> None:
+    """Verifying several tokens rounds differently from decoding one: answers may part, but only where two logits nearly tie."""
+    rough = make_parts(torch.bfloat16)
+    sessions = text_sessions(rough, 40, seed=2)
+    plain = plain_decode(sessions, max_tokens=10, keep_logits=True)
+    out = decode(sessions, max_tokens=10, drafter=drafter_of("echo", plain, rough))
+    gaps = [d.gap for a, b in zip(plain, out, strict=True) if (d := first_divergence(a, b)) is not None]
+    top = max(float(x.abs().max()) for a in plain for x in a.logits)
+    assert all(gap <= 2**-5 * top for gap in gaps), gaps  # a few roundings of 2^-8 each
+    flipped = [t + 1 for t in plain[0].ids]
+    parted = first_divergence(plain[0], Decoded(flipped, plain[0].finish_reason))
+    assert parted is not None and parted.index == 0 and parted.gap > 0
+
+
+def test_contexts_without_the_features_are_refused(parts: Parts) -> None:
+    sessions = text_sessions(parts, 2)
+    drafter = Echo([Decoded([1]), Decoded([1])], 0, 1024)
+    drafter.taps = (0, 3)
+    with pytest.raises(InputError, match=r"layers \[0, 3\]"):
+        decode(sessions, max_tokens=3, drafter=drafter)
+
+
+def test_lookup_continues_the_latest_longest_match() -> None:
+    assert continuation([1, 2, 3, 9, 1, 2, 3, 7, 5, 2, 3], 2, longest=3, shortest=1) == [7, 5]
+    assert continuation([1, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3], 2, longest=3, shortest=1) == [9, 5]
+    assert continuation([1, 2, 1, 2], 5, longest=3, shortest=1) == [1, 2, 1, 2, 1]
+    assert continuation([1, 2, 3], 4, longest=3, shortest=1) == []
+    assert continuation([4, 1, 4], 4, longest=3, shortest=2) == []

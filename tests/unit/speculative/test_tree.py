@@ -1,0 +1,81 @@
+"""Trees: the drawn masks, depths, paths; slots and sight behind rows of different lengths; what stays after a round."""
+
+import pytest
+import torch
+
+from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.speculative.tree import Tree, commit, tree_plan
+
+
+def drawn(text: str) -> torch.Tensor:
+    return torch.tensor([[c == "1" for c in line.split()] for line in text.strip().splitlines()])
+
+
+def test_the_drawn_mask() -> None:
+    tree = Tree.of([[0, 0, 0, 1, 1, 2]])
+    picture = """
+        1 . . . . .
+        1 1 . . . .
+        1 . 1 . . .
+        1 1 . 1 . .
+        1 1 . . 1 .
+        1 . 1 . . 1
+    """
+    assert torch.equal(tree.mask[0], drawn(picture))
+    assert tree.depths.tolist() == [[0, 1, 1, 2, 2, 2]]
+    assert tree.leaves() == [[3, 4, 5]]
+    for node, path in ((0, [0, 0]), (2, [2, 0]), (4, [1, 4]), (5, [2, 5])):
+        assert tree.paths(torch.tensor([node]))[0, :2].tolist() == path
+
+
+def test_chains_and_rows_that_differ() -> None:
+    assert torch.equal(Tree.chain(2, 11).mask, torch.ones(2, 12, 12, dtype=torch.bool).tril())
+    assert Tree.chain(1, 0).mask.tolist() == [[[True]]] and Tree.chain(1, 0).leaves() == [[0]]
+    tree = Tree.of([[0, 0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0, 0]])
+    assert tree.depths.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
+    assert tree.paths(torch.tensor([6, 3])).tolist() == [[1, 2, 3, 4, 5, 6], [3, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("parents", [[1, 0], [0, 2, 1], [0, 1], []])
+def test_broken_trees(parents: list[int]) -> None:
+    with pytest.raises(AssertionError, match="parent"):
+        Tree.of([parents])
+
+
+def cache_of(lengths: list[int]) -> KVCache:
+    cache = KVCache(1, 1, 1, rows=len(lengths), device="cpu", dtype=torch.float32, taps=(0,), width=1)
+    cache.reserve(6)
+    for store in cache._stores():
+        for x in store:
+            x.copy_(torch.arange(6).view(1, 1, 6, 1))
+    cache.lengths = lengths
+    return cache
+
+
+def test_the_drawn_plan() -> None:
+    plan = tree_plan(cache_of([1, 3]), Tree.of([[0, 0, 0]] * 2))
+    first = """
+        1 1 . . . .
+        1 1 1 . . .
+        1 1 . 1 . .
+    """
+    second = """
+        1 1 1 1 . .
+        1 1 1 1 1 .
+        1 1 1 1 . 1
+    """
+    assert plan.mask is not None and torch.equal(plan.mask[:, 0], torch.stack([drawn(first), drawn(second)]))
+    assert isinstance(plan.slots, torch.Tensor) and plan.slots.tolist() == [[1, 2, 3], [3, 4, 5]]
+
+
+def test_commit_gathers_slots_of_everything() -> None:
+    cache = cache_of([5, 6, 6])
+    commit(cache, [2, 2, 3], [[0, 2], [0, 1, 2], []])
+    assert cache.lengths == [4, 5, 3]
+    for store in cache._stores():
+        for x in store:
+            assert (
+                x[0, 0, :4, 0].tolist() == [0, 1, 2, 4]
+                and x[1, 0, :5, 0].tolist() == [0, 1, 2, 3, 4]
+                and x[2, 0, :3, 0].tolist() == [0, 1, 2]
+            )

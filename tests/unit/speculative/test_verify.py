@@ -1,0 +1,64 @@
+"""Acceptance rules: fast forms against slow ones, and cases with known answers."""
+
+import torch
+
+from hyperbagel.speculative.tree import Tree
+from hyperbagel.speculative.verify import draw, greedy, greedy_chain, residual, sampled, sampled_chain
+
+V = 7
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def whole(seed: int, rows: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    p = torch.randn(rows, n, V, generator=g).double().softmax(-1)
+    q = torch.randn(rows, n, V, generator=g).double().softmax(-1)
+    return p, q, torch.randint(-1, V, (rows, n), generator=g), rand(rows, n, seed=seed + 1)
+
+
+def test_a_chain_is_a_tree_in_line() -> None:
+    p, q, tokens, u = whole(0, 500, 5)
+    tree = Tree.chain(500, 4)
+    best = p.argmax(-1)
+    assert all(torch.equal(a, b) for a, b in zip(greedy_chain(best, tokens), greedy(best, tokens, tree.mask), strict=True))
+    for own in (None, q):
+        fast, slow = sampled_chain(p, tokens, u, own), sampled(p, tokens, tree.parents, u, own)
+        assert torch.equal(fast.node, slow.node) and torch.equal(fast.token, slow.token)
+        assert fast.node.unique().numel() > 3
+
+
+def test_greedy_takes_the_deepest_right_path() -> None:
+    #      0
+    #    1   2       tokens 3 4
+    #   3 4   5      tokens 5 6 . 5
+    tree = Tree.of([[0, 0, 0, 1, 1, 2]] * 3)
+    tokens = torch.tensor([[0, 3, 4, 5, 6, 5]] * 3)
+    best = torch.tensor([[4, 5, 5, 0, 0, 6], [3, 6, 5, 0, 1, 2], [0, 5, 5, 1, 1, 1]])
+    got = greedy(best, tokens, tree.mask)
+    assert got.node.tolist() == [5, 4, 0] and got.token.tolist() == [6, 1, 0]
+
+
+def test_missing_nodes_are_never_accepted() -> None:
+    tokens = torch.full((4, 3), -1)
+    p = torch.full((4, 3, V), 1 / V)
+    assert greedy_chain(torch.zeros(4, 3, dtype=torch.long), tokens).node.tolist() == [0] * 4
+    assert sampled_chain(p, tokens, torch.zeros(4, 3)).node.tolist() == [0] * 4
+    assert sampled(p, tokens, Tree.chain(4, 2).parents, torch.zeros(4, 3)).node.tolist() == [0] * 4
+
+
+def test_a_draft_drawn_from_the_target_is_always_accepted() -> None:
+    p, _, tokens, u = whole(1, 200, 4)
+    tokens = tokens.clamp(min=0)
+    assert sampled_chain(p, tokens, u, p).node.tolist() == [3] * 200
+
+
+def test_inversion_and_residual() -> None:
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75], [0.5, 0.5, 0.0, 0.0]])
+    for u, token in ((0.0, [1, 0]), (0.2499, [1, 0]), (0.25, [3, 0]), (0.5, [3, 1]), (1 - 2**-53, [3, 1])):
+        assert draw(p, torch.full((2,), u, dtype=torch.float64)).tolist() == token
+    got = residual(p, p.flip(0))
+    torch.testing.assert_close(got, torch.tensor([[0.0, 0.0, 0.0, 1.0], [2 / 3, 1 / 3, 0.0, 0.0]]))
+    assert torch.equal(residual(p, p), p)
