@@ -20,7 +20,6 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import ImageSizes
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.vae import AutoEncoder
-from hyperbagel.model.vae import patchify as patchify_latents
 from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.kv_cache import KVCache
 
@@ -112,7 +111,7 @@ class Session:
         eps = torch.zeros(shape) if generator is None else torch.randn(shape, generator=generator)
         z = vae.encode(pixels.unsqueeze(0).to(model.device), eps.to(model.device))
         p = options.latent_patch_size
-        tokens = patchify_latents(z, p)  # [1, N, C]
+        tokens = patchify(z, p)  # [1, N, C]
         h, w = z.shape[2] // p, z.shape[3] // p
         check_latent_grid(h, w, options.max_latent_size, model.config.latent_stride)
         self.check_room(tokens.shape[1] + 2)

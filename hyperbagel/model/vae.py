@@ -157,15 +157,8 @@ class AutoEncoder(nn.Module):
         return self.decode_raw(z / self.config.scale_factor + self.config.shift_factor)
 
 
-def patchify(z: Tensor, p: int) -> Tensor:
-    """Latents [B, Z, h*p, w*p] to tokens [B, h*w, p*p*Z], order (p, q, c) within a token."""
-    b, c, height, width = z.shape
-    h, w = height // p, width // p
-    return z.reshape(b, c, h, p, w, p).permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, p * p * c)
-
-
 def unpatchify(tokens: Tensor, h: int, w: int, p: int) -> Tensor:
-    """Inverse of `patchify`: [B, h*w, p*p*Z] to [B, Z, h*p, w*p]."""
+    """Inverse of `data.transforms.patchify`: tokens [B, h*w, p*p*Z], order (p, q, c) within a token, to [B, Z, h*p, w*p]."""
     b, _, n = tokens.shape
     c = n // (p * p)
     return tokens.reshape(b, h, w, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h * p, w * p)
