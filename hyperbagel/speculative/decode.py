@@ -127,7 +127,7 @@ class _Work:
             draft = Draft(self.root.new_empty(len(self.results), 0))
         clock.append(time.perf_counter())
         tokens = torch.cat([self.root[:, None], draft.tokens], dim=1)  # [B, n]
-        tree = draft.tree or Tree.chain(*draft.tokens.shape, device=tokens.device)
+        tree = draft.tree or Tree.chain(len(tokens), draft.tokens.shape[1], tokens.device)
         logits = verify_forward(self.model, self.cache, tokens, tree, self.position, chain=draft.tree is None)
         clock.append(time.perf_counter())
         accepted = self._accept(logits, tokens, draft, tree)

@@ -1,0 +1,85 @@
+"""Growing a draft tree level by level (EAGLE-2), all rows at once.
+
+Shape legend: B rows, k nodes a level that are expanded (the frontier), c candidates, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperbagel.nn.kv_cache import KVCache, Plan
+from hyperbagel.speculative.tree import Tree
+from hyperbagel.speculative.types import Draft
+
+_TIE = 1e-6  # log-probability a level costs, so that a certain child never outranks its parent
+
+
+@dataclass(frozen=True)
+class Level:
+    """Candidates [B, c] of one depth, best k of them the frontier [B, k]."""
+
+    tokens: Tensor  # [B, c]
+    scores: Tensor  # [B, c] log-probability of the path
+    parents: Tensor  # [B, c] index among the last level's candidates
+    frontier: Tensor  # [B, k] index among this level's candidates
+    frontier_parent: Tensor  # [B, k] index of the parent within the last frontier
+    seen: Tensor  # bool [B, k, k * depth]: a frontier node sees its ancestors, level by level, and itself
+
+    @property
+    def frontier_tokens(self) -> Tensor:
+        return self.tokens.gather(1, self.frontier)
+
+
+def grow(last: Level | None, logits: Tensor, branch: int) -> Level:
+    """logits [B, k, V] after each frontier node of `last` (None: the root, k = 1) -> `branch` children each."""
+    b, k, _ = logits.shape
+    top, ids = logits.float().log_softmax(-1).topk(branch, dim=-1)  # [B, k, branch]
+    before = torch.zeros(b, 1, device=logits.device) if last is None else last.scores.gather(1, last.frontier)
+    scores = (top + before[..., None] - _TIE).flatten(1)
+    at = torch.arange(k, device=logits.device).repeat_interleave(branch).expand(b, -1)  # parent within the frontier
+    frontier = scores.topk(branch, dim=1).indices
+    frontier_parent = at.gather(1, frontier)
+    own = torch.eye(branch, dtype=torch.bool, device=logits.device).expand(b, -1, -1)
+    if last is None:
+        return Level(ids.flatten(1), scores, at, frontier, frontier_parent, own)
+    above = last.seen.gather(1, frontier_parent[..., None].expand(-1, -1, last.seen.shape[-1]))
+    parents = last.frontier.gather(1, at)
+    return Level(ids.flatten(1), scores, parents, frontier, frontier_parent, torch.cat([above, own], dim=-1))
+
+
+def level_plan(cache: KVCache, committed: Sequence[int], seen: Tensor) -> Plan:
+    """Slots and sight of a frontier in the drafter's cache: all committed slots, then its ancestors and itself. Row of 2 committed slots,
+    second level, k = 2, both children of the first node:
+
+        1 1 | 1 . | 1 .
+        1 1 | 1 . | . 1
+    """
+    k, m = seen.shape[1:]
+    start = torch.tensor(list(committed), device=seen.device)[:, None]
+    visible = max(committed) + m
+    cache.reserve(visible)
+    node = torch.arange(visible, device=seen.device) - start  # [B, visible]
+    within = seen.gather(2, node.clamp(0, m - 1)[:, None].expand(-1, k, -1)) & ((node >= 0) & (node < m))[:, None]
+    slots = start + (m - k) + torch.arange(k, device=seen.device)
+    return Plan(slots, visible, ((node < 0)[:, None] | within).unsqueeze(1), False)
+
+
+def best_nodes(levels: Sequence[Level], nodes: int) -> Draft:
+    """The most probable `nodes` of all candidates; every one's parent is among them. Order: level by level."""
+    offsets = [0]
+    for level in levels:
+        offsets.append(offsets[-1] + level.tokens.shape[1])
+    tokens, scores = (torch.cat([getattr(level, name) for level in levels], dim=1) for name in ("tokens", "scores"))
+    # index of the parent among all candidates; the root is -1
+    parents = torch.cat(
+        [level.parents + offsets[i - 1] if i else torch.full_like(level.parents, -1) for i, level in enumerate(levels)], dim=1
+    )
+    kept = scores.topk(min(nodes, tokens.shape[1]), dim=1).indices.sort(dim=1).values  # [B, N]; a parent's index is smaller
+    place = torch.zeros_like(tokens).scatter_(1, kept, torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept))
+    above = parents.gather(1, kept)
+    rows = torch.where(above < 0, 0, place.gather(1, above.clamp(min=0)))
+    return Draft(tokens.gather(1, kept), Tree(torch.cat([torch.zeros_like(rows[:, :1]), rows], dim=1)))

@@ -1,0 +1,86 @@
+"""Drafter folders: drafter.json and drafter.safetensors, read strictly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from hyperbagel.core.config import check_config
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.weights import TensorFolder, load_tensors, save_tensors
+from hyperbagel.speculative.drafters.block import BlockDrafter
+from hyperbagel.speculative.drafters.config import DrafterConfig
+from hyperbagel.speculative.drafters.eagle3 import Eagle3
+from hyperbagel.speculative.drafters.hyper_bagel import HyperBagelDrafter
+from hyperbagel.speculative.drafters.serve import AutoregressiveDrafter, BlockProposer
+
+Module = Eagle3 | HyperBagelDrafter | BlockDrafter
+_KINDS: dict[str, type[Eagle3] | type[HyperBagelDrafter] | type[BlockDrafter]] = {
+    "eagle3": Eagle3,
+    "hyper-bagel": HyperBagelDrafter,
+    "block": BlockDrafter,
+}
+
+
+def make_module(config: DrafterConfig) -> Module:
+    """A module of the config's kind, values as PyTorch leaves them (`init_from` gives the right ones)."""
+    return _KINDS[config.kind](config)
+
+
+def save_drafter(folder: Path, module: Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes the folder, whole or not at all. Raises InputError if it cannot be written."""
+    make_folder(folder.parent)
+    tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in module.state_dict().items()}
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        atomic_write_text(temporary / "drafter.json", module.config.model_dump_json(indent=1) + "\n")
+        save_tensors(temporary / "drafter.safetensors", tensors)
+
+
+def read_config(folder: Path) -> DrafterConfig:
+    """Raises InputError for a folder that is no drafter's."""
+    path = folder / "drafter.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: got no readable file, expected a drafter's folder (drafter.json, drafter.safetensors), check the path"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: got a file that is not JSON ({error}), expected a drafter's settings, restore it") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: got a {type(values).__name__}, expected a drafter's settings, restore it")
+    return check_config(DrafterConfig, values, str(path))
+
+
+def load_module(folder: Path, target: Bagel) -> Module:
+    """A drafter for `target`, on its device and in its dtype. The fit is checked before any weight is read.
+
+    Raises InputError: no such folder, damaged, or made for another target.
+    """
+    config = read_config(folder)
+    config.check_target(target.config.llm, str(folder))
+    with torch.device("meta"):
+        module = make_module(config)
+    TensorFolder(folder, "drafter").check({name: tuple(x.shape) for name, x in module.state_dict().items()})
+    tensors = load_tensors(folder / "drafter.safetensors", str(target.device))
+    for name, x in tensors.items():
+        if x.is_floating_point():
+            if not torch.isfinite(x).all():
+                raise InputError(f"{folder}: got values in {name} that are not finite, expected a trained drafter, restore the file")
+            tensors[name] = x.to(target.dtype)
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def make_drafter(
+    module: Module, target: Bagel, *, depth: int | None = None, nodes: int = 0, branch: int = 4
+) -> AutoregressiveDrafter | BlockProposer:
+    """The module at work: a chain, or for the autoregressive kinds a tree of `nodes` nodes."""
+    if isinstance(module, BlockDrafter):
+        return BlockProposer(module, target, depth=depth)
+    return AutoregressiveDrafter(module, target, depth=depth or 5, nodes=nodes, branch=branch)

@@ -1,0 +1,95 @@
+"""Hyper-Bagel's drafter (arXiv 2509.18824, section 3.1): meta queries over all layers, one target-shaped layer, then the draft layers.
+
+Not given in the paper and chosen here (ours:): order fc1 before Dec; both skips as residuals, so that with zero-initialised projections
+the drafter starts as the target's own last layers over its high feature and every part has a gradient from the first step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.nn.layers import RMSNorm
+from hyperbagel.speculative.drafters.autoregressive import DraftModule
+from hyperbagel.speculative.drafters.config import DrafterConfig
+from hyperbagel.speculative.drafters.layers import Layer, Sight
+
+
+class MetaQueries(nn.Module):
+    """f_c = Flatten(CA(f_q, f_i, f_i)): per token, Q learned queries look at that token's hidden states of all L layers.
+
+    [B, S, L, E] -> [B, S, Q * E].
+    """
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        e = config.hidden_size
+        self.heads = config.heads
+        self.queries = nn.Parameter(torch.zeros(config.queries, e))
+        self.norm = RMSNorm(e, config.eps)  # ours: hidden states grow with depth
+        self.depth = nn.Parameter(torch.zeros(config.target_layers, e))  # ours: which layer a state is from
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(e, e, bias=False) for _ in range(4))
+
+    def forward(self, states: Tensor) -> Tensor:
+        b, s, _, _ = states.shape
+        normed = self.norm(states).flatten(0, 1) + self.depth  # [B S, L, E]
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+        q = heads(self.q_proj(self.queries)).expand(b * s, -1, -1, -1)
+        out = F.scaled_dot_product_attention(q, heads(self.k_proj(normed)), heads(self.v_proj(normed)))  # [B S, H, Q, D]
+        return self.o_proj(out.transpose(1, 2).flatten(2)).flatten(1).unflatten(0, (b, s))
+
+
+class HyperBagelDrafter(DraftModule):
+    """Dec attends over the sequence once a slot and is no part of the iterated layers; no token embedding goes into it."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers_read = tuple(range(1, config.target_layers + 1))  # what leaves each layer
+        self.memory_layers = 1 + config.layers
+        e = config.hidden_size
+        self.meta = MetaQueries(config)
+        self.fc1 = nn.Linear(3 * e, e, bias=False)
+        self.dec = Layer(config)
+        self.token_norm, self.feature_norm = RMSNorm(e, config.eps), RMSNorm(e, config.eps)
+        self.fc2 = nn.Linear(2 * e, e, bias=False)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(e, config.eps)
+        self.lm_head = nn.Linear(e, config.vocab_size, bias=False)
+
+    def init_from(self, target: Bagel, generator: torch.Generator) -> None:
+        """Dec starts as the target's layer before its last N, the draft layers as those, norm and head as the target's."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        llm, n = target.language_model, self.config.layers
+        sources = [llm.model.layers[max(0, len(llm.model.layers) - 1 - n)], *llm.model.layers[-n:]]
+        for mine, theirs in zip([self.dec, *self.layers], sources, strict=True):
+            state = theirs.state_dict()
+            mine.load_state_dict({name: state[name].clone() for name in mine.state_dict()})
+        self.norm.load_state_dict(llm.model.norm.state_dict())
+        self.lm_head.load_state_dict(llm.lm_head.state_dict())
+        if self.config.zero_init:
+            for linear in (self.meta.o_proj, self.dec.self_attn.o_proj, self.dec.mlp.down_proj, self.fc1, self.fc2):
+                nn.init.zeros_(linear.weight)
+
+    def encode(self, features: Tensor, sight: Sight) -> Tensor:
+        picked = [features[:, :, max(level, 1) - 1] for level in self.config.levels]  # each [B, S, E]
+        fused = torch.cat(picked, dim=-1) + self.meta(features)  # skip around CA
+        return self.dec(
+            picked[-1] + self.fc1(fused), sight, 0
+        )  # ours: the high feature skips fc1; Dec's own residual is the skip around it
+
+    def step(self, h: Tensor, token: Tensor, sight: Sight) -> Tensor:
+        x = h + self.fc2(torch.cat([self.token_norm(token), self.feature_norm(h)], dim=-1))  # ours: residual
+        for i, layer in enumerate(self.layers):
+            x = layer(x, sight, 1 + i)
+        return x
+
+    def head(self, h: Tensor) -> Tensor:
+        return self.lm_head(self.norm(h))

@@ -1,0 +1,167 @@
+"""Drafters at work: the modules' weights with a cache of their own, kept in step with the target's.
+
+Shape legend: B rows, n new slots of a round (padded), T tapped layers, E hidden size, k nodes of a tree's level, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyperbagel.generate.sampling import probabilities
+from hyperbagel.generate.session import Session
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.speculative.drafters.autoregressive import DraftModule
+from hyperbagel.speculative.drafters.block import BlockDrafter
+from hyperbagel.speculative.drafters.expand import Level, best_nodes, grow, level_plan
+from hyperbagel.speculative.drafters.layers import Served, Sight
+from hyperbagel.speculative.types import Draft, Seen
+
+
+class News(NamedTuple):
+    """New slots of the target as a drafter reads them, [B, n, ...]; rows are padded on the right."""
+
+    features: Tensor  # [B, n, T, E]
+    following: Tensor | None  # [B, n, E] embedding of the slot after each; of the last one: the root's
+    positions: Tensor  # [B, n]
+
+
+def gather_news(seen: Seen, layers: Sequence[int], root: Tensor | None) -> News:
+    """Reads the taps of seen's new slots. `root` [B, E]: embedding of the roots, if `following` is wanted (needs tap 0)."""
+    cache, device = seen.cache, seen.root.device
+    n = max(seen.counts)
+    start = torch.tensor(seen.start, device=device)[:, None]
+    end = start + torch.tensor(seen.counts, device=device)[:, None]  # [B, 1]
+    slots = (start + torch.arange(n, device=device)).minimum((end - 1).clamp(min=0))
+    rows = torch.arange(len(slots), device=device)[:, None]
+
+    def read(store: Tensor, at: Tensor) -> Tensor:
+        return store[:, 0][rows, at]  # [B, n, *]
+
+    features = torch.stack([read(cache.tapped[cache.taps.index(layer)], slots) for layer in layers], dim=2)
+    positions = read(cache.positions[0], slots)[..., 0]
+    following = None
+    if root is not None:
+        following = read(cache.tapped[cache.taps.index(0)], (slots + 1).minimum((end - 1).clamp(min=0)))
+        following = torch.where((slots + 1 >= end)[..., None], root[:, None], following)
+    return News(features, following, positions)
+
+
+def choose(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor | None]:
+    """Logits [B, V] -> a token a row [B] and what it was drawn from [B, V] (greedy: None)."""
+    if temperature == 0:
+        return logits.argmax(-1), None
+    q = probabilities(logits, temperature)
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(q.cpu(), generators, strict=True)]
+    return torch.cat(drawn).to(logits.device), q
+
+
+def _drafts(tokens: list[Tensor], qs: list[Tensor | None]) -> Draft:
+    kept = [q for q in qs if q is not None]
+    return Draft(torch.stack(tokens, dim=1), None, torch.stack(kept, dim=1) if kept else None)
+
+
+class _Proposer:
+    """What serving drafters share: the target's embeddings and a cache of the drafter's own."""
+
+    def __init__(self, module: DraftModule | BlockDrafter, target: Bagel) -> None:
+        module.config.check_target(target.config.llm)
+        self.target, self.config, self.memory_layers = target, module.config, module.memory_layers
+
+    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        c, model = self.config, self.target
+        self.temperature, self.generators = temperature, generators
+        self.cache = KVCache(self.memory_layers, c.kv_heads, c.head_dim, rows=len(sessions), device=model.device, dtype=model.dtype)
+        self.cache.reserve(max(s.cache.lengths[0] for s in sessions) + 64)
+
+
+class AutoregressiveDrafter(_Proposer):
+    """EAGLE-3 or Hyper-Bagel: a chain of `depth` tokens, or (`nodes` > 0) the best `nodes` of a tree with `branch` children a node."""
+
+    def __init__(self, module: DraftModule, target: Bagel, *, depth: int = 5, nodes: int = 0, branch: int = 4) -> None:
+        super().__init__(module, target)
+        self.module, self.depth, self.nodes, self.branch = module, depth, nodes, branch
+        self.taps: tuple[int, ...] = tuple(sorted({0, *module.layers_read}))
+        self.width = nodes or depth
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        h = self._read(seen)
+        depth = min(self.depth, limit)
+        committed = list(self.cache.lengths)
+        draft = self._tree(h, seen.position, depth) if self.nodes else self._chain(h, seen.position, depth)
+        self.cache.truncate(committed)
+        return draft
+
+    def _read(self, seen: Seen) -> Tensor:
+        """The committed slots join the memory; h [B, E] of each row's last one."""
+        news = gather_news(seen, self.module.layers_read, self.target.embed_text(seen.root))
+        assert news.following is not None
+        sight = Sight.at(news.positions, self.config, news.features.dtype, Served(self.cache, self.cache.plan(seen.counts, causal=True)))
+        h = self.module.step(self.module.encode(news.features, sight), news.following, sight)
+        self.cache.advance(seen.counts)
+        last = (torch.tensor(seen.counts, device=h.device) - 1).clamp(min=0)
+        return h[torch.arange(len(h), device=h.device), last]
+
+    def _chain(self, h: Tensor, position: Tensor, depth: int) -> Draft:
+        ones = [1] * len(h)
+        tokens: list[Tensor] = []
+        qs: list[Tensor | None] = []
+        for d in range(depth):
+            token, q = choose(self.module.head(h), self.temperature, self.generators)
+            tokens.append(token)
+            qs.append(q)
+            if d + 1 < depth:
+                plan = self.cache.plan(ones, causal=True)
+                sight = Sight.at((position + d)[:, None], self.config, h.dtype, Served(self.cache, plan))
+                h = self.module.step(h[:, None], self.target.embed_text(token)[:, None], sight)[:, 0]
+                self.cache.advance(ones)
+        return _drafts(tokens, qs)
+
+    def _tree(self, h: Tensor, position: Tensor, depth: int) -> Draft:
+        """EAGLE-2's growth: each level expands the `branch` most probable nodes; then the best `nodes` of all are kept."""
+        committed = list(self.cache.lengths)
+        levels: list[Level] = [grow(None, self.module.head(h)[:, None], self.branch)]
+        states = h[:, None].expand(-1, self.branch, -1)  # h of the parent of each frontier node
+        for d in range(depth - 1):
+            level = levels[-1]
+            plan = level_plan(self.cache, committed, level.seen)
+            sight = Sight.at((position + d)[:, None].expand(-1, self.branch), self.config, h.dtype, Served(self.cache, plan))
+            out = self.module.step(states, self.target.embed_text(level.frontier_tokens), sight)
+            self.cache.advance([self.branch] * len(h))
+            levels.append(grow(level, self.module.head(out), self.branch))
+            states = out.gather(1, levels[-1].frontier_parent[..., None].expand(-1, -1, out.shape[-1]))
+        return best_nodes(levels, self.nodes)
+
+
+class BlockProposer(_Proposer):
+    """One pass a round. `threshold`: drafts whose confidence, multiplied up along the chain, falls below it are not proposed."""
+
+    def __init__(self, module: BlockDrafter, target: Bagel, *, depth: int | None = None, threshold: float = 0.0) -> None:
+        super().__init__(module, target)
+        self.module, self.threshold = module, threshold
+        self.depth = min(depth or module.config.block, module.config.block)
+        self.taps: tuple[int, ...] = tuple(sorted(set(module.layers_read)))
+        self.width = self.depth
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        news = gather_news(seen, self.module.layers_read, None)
+        self.module.context(news.features, news.positions, Served(self.cache, self.cache.plan(seen.counts, causal=True)))
+        self.cache.advance(seen.counts)
+        k = self.module.config.block
+        plan = self.cache.plan([k] * len(seen.counts), causal=True)  # never advanced: the block leaves no trace
+        root = self.target.embed_text(seen.root)[:, None]
+        out = self.module.block(root, seen.position[:, None], Served(self.cache, plan))
+        previous, trust = seen.root, torch.ones_like(seen.root, dtype=torch.float32)
+        tokens: list[Tensor] = []
+        qs: list[Tensor | None] = []
+        for d in range(min(self.depth, limit)):
+            logits, confidence = self.module.markov(out[:, d], previous)
+            previous, q = choose(logits, self.temperature, self.generators)
+            trust = trust * confidence.float().sigmoid()
+            tokens.append(torch.where(trust >= self.threshold, previous, -1))
+            qs.append(q)
+        return _drafts(tokens, qs)

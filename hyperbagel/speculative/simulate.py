@@ -1,0 +1,47 @@
+"""What speculation would do, told from teacher-forced logits: per-depth acceptance and tau, for chains and trees. Greedy decoding is exact:
+the engine must show the same figures on the same prompts.
+
+Shape legend: B rows, R entries of an answer, K drafted depths, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hyperbagel.speculative.types import Stats
+
+
+def ranks(drafts: Tensor, best: Tensor) -> Tensor:
+    """Place of the target's token among the drafter's: drafts [B, R, K, V] logits, best [B, R, K] -> [B, R, K], 0 for the first."""
+    own = drafts.gather(-1, best[..., None])
+    return (drafts > own).sum(-1)
+
+
+def simulate(accepted: Tensor, counts: Tensor) -> list[Stats]:
+    """Greedy rounds over each answer.
+
+    Args:
+        accepted: bool [B, R, K]: from the root at entry i, the draft of depth k + 1 is right (given that those before it were).
+        counts: [B] entries of each answer; the last one's token, too, came from the target.
+    """
+    out = []
+    for row, n in zip(accepted.tolist(), counts.tolist(), strict=True):
+        stats, i = Stats(), 0
+        while i < n:
+            limit = n - i
+            run = next((k for k, right in enumerate(row[i]) if not right), len(row[i]))
+            got = min(run + 1, limit)  # tokens of this round
+            for depth in range(1, min(len(row[i]), got) + 1):
+                stats.tried[depth] += 1
+                stats.accepted[depth] += depth <= run
+            stats.rounds += 1
+            stats.tokens += got
+            i += got
+        out.append(stats)
+    return out
+
+
+def overlap(p: Tensor, q: Tensor) -> Tensor:
+    """Acceptance probability of a draft drawn from q when sampling from p: sum of min(p, q), [..., V] -> [...]."""
+    return torch.minimum(p, q).sum(-1)
