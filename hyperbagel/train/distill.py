@@ -1,0 +1,278 @@
+"""What the five stages of generation distillation share: the frozen base, a student over it, conditions, held-out figures, the export.
+
+Shape legend: B samples, N latent tokens, C values of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.mixture import DataConfig, build_loader
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.flow.schedule import time_grid
+from hyperbagel.flow.solvers import Velocity, euler, euler_steps
+from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, Denoising
+from hyperbagel.model.student import Sampler, Student, StudentNetwork, load_student, make_adapter, save_student
+from hyperbagel.model.vae import unpatchify
+from hyperbagel.model.weights import load_folder
+from hyperbagel.train.batches import pack_spec, posterior_encoder, transform
+from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
+from hyperbagel.train.loop import pick_precision
+from hyperbagel.train.losses.cfg import draw_scales
+from hyperbagel.train.optim import OptimConfig
+from hyperbagel.train.sheet import write_sheet
+from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+
+_HELD_OUT_SEED = 1_000_003  # conditions that are measured, whatever the recipe's seed
+
+
+class DistillRecipe(TrainRecipe):
+    """Settings of every distillation stage."""
+
+    model: Path  # the base: a folder in BAGEL's layout; frozen
+    init: Path | None = None  # the student to go on from; None: a fresh one
+    kind: Literal["lora", "full"] = "full"  # of a fresh student
+    rank: int = Field(default=64, ge=1)
+    alpha: float | None = Field(default=None, gt=0)  # None: alpha = rank
+    heads: bool = True  # also train vae2llm, llm2vae and the timestep embedder
+    nfe: int = Field(default=6, ge=1)  # steps the student is sampled with
+    shift: float = Field(default=3.0, gt=0)  # 3.2.1: at least 3.0 was necessary; of training times and of the sampler
+    text_range: tuple[float, float] = (1.0, 5.0)  # 3.2.1
+    image_range: tuple[float, float] = (1.0, 2.5)  # 3.2.1; edits
+    data: DataConfig
+    held_out: DataConfig | None = None
+    held_out_groups: int = Field(default=2, ge=1)
+    teacher_steps: int = Field(default=24, ge=1)  # of the held-out pictures that the student is compared with
+    optim: OptimConfig = OptimConfig(lr=2e-4, warmup_steps=50, schedule="constant", ema_decay=0.99)
+    export_dtype: str = Field(default="float32", pattern="^(bfloat16|float32)$")
+
+    @model_validator(mode="after")
+    def _guided(self) -> DistillRecipe:
+        for name, (low, high) in (("text_range", self.text_range), ("image_range", self.image_range)):
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} is {low} to {high}, expected 1 <= low <= high")
+        if self.text_range[1] <= 1:
+            raise ValueError("text_range ends at 1, which asks for a teacher without guidance; end it above 1 (the paper: 5)")
+        return self
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Fresh layers draw from `seed`; the process's own generator is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+class DistillStage(Stage):
+    """A student over a frozen base. Subclasses add players and write `prepare` and `loss`."""
+
+    best_metric = "match"
+
+    def __init__(self, recipe: DistillRecipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.dtype = pick_precision(recipe.precision, device)
+        self.base, self.vae = load_folder(recipe.model, device, self.dtype)
+        tokenizer = Tokenizer.from_folder(recipe.model)
+        self.spec = pack_spec(self.base.config, tokenizer)
+        self.markers = self.base.embed_text(torch.tensor([[tokenizer.vision_start, tokenizer.vision_end]], device=device)).detach()
+        self.tokenizer = tokenizer
+        self.student = self.load(recipe.init) if recipe.init else self._fresh()
+        self.student.sampler = self._sampler()
+        self.network = self.student.network(self.base)
+        self.players = {"student": Player.of(self.student, recipe.optim)}
+        self.loader = self._loader(recipe.data, recipe.seed)
+        self.measured: list[tuple[Conditions, Tensor, Tensor]] = []  # conditions, two noises [2, B, N, C], the teacher's pictures for them
+        if recipe.held_out is not None:
+            self._measure_teacher(recipe.held_out)
+
+    # -- parts -----------------------------------------------------------------------------------------------------------------
+
+    def load(self, folder: Path) -> Student:
+        return load_student(folder, self.base).to(self.device)
+
+    def frozen(self, folder: Path) -> StudentNetwork:
+        """A student that is only run."""
+        return self.load(folder).requires_grad_(False).network(self.base)
+
+    def _fresh(self) -> Student:
+        r = self.recipe
+        return Student.fresh(self.base, make_adapter(self.base, r.kind, rank=r.rank, alpha=r.alpha, heads=r.heads), Sampler())
+
+    def _sampler(self) -> Sampler:
+        r = self.recipe
+        kinds = {"text_scale": TEXT_TO_IMAGE.text_scale, "edit_text_scale": EDIT.text_scale, "edit_image_scale": EDIT.image_scale}
+        stage = type(self).__module__.rpartition(".")[2]
+        return Sampler(nfe=r.nfe, shift=r.shift, text_range=r.text_range, image_range=r.image_range, stage=stage, **kinds)
+
+    def _loader(self, data: DataConfig, seed: int) -> Any:
+        sizes = self.base.config.options
+        return build_loader(data, self.tokenizer, transform(sizes.vae_transform), transform(sizes.vit_transform), seed=seed)
+
+    def amp(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    # -- batches ---------------------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int, rng: Draws) -> Any:
+        """Everything that needs no gradient: contexts, targets, roll-outs."""
+        with torch.no_grad(), self.amp():
+            return self.prepare(step, rng)
+
+    def prepare(self, step: int, rng: Draws) -> Any:
+        raise NotImplementedError
+
+    def conditions(self, rng: Draws) -> Conditions:
+        group = self.loader.next_group()
+        return self._conditions(group.source, group.samples, rng)
+
+    def _conditions(self, source: str, samples: list[Any], rng: Draws) -> Conditions:
+        encode = posterior_encoder(self.vae, rng.torch, self.device)
+        return make_conditions(self.base, source, samples, self.spec, encode, rng.torch, self.markers)
+
+    def uniform(self, rng: Draws, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=rng.torch).to(self.device)
+
+    def noise(self, conditions: Conditions, rng: Draws) -> Tensor:
+        return torch.randn(conditions.x0.shape, generator=rng.torch).to(self.device)
+
+    def scales(self, conditions: Conditions, rng: Draws) -> Scales:
+        """3.2.1: text scale uniform in its range; image scale too for edits, 1 without input pictures."""
+        r, n = self.recipe, len(conditions)
+        text = draw_scales(self.uniform(rng, n), *r.text_range)
+        image = draw_scales(self.uniform(rng, n), *r.image_range)
+        return Scales(text, image if conditions.is_edit else torch.ones_like(image))
+
+    def usual_scales(self, conditions: Conditions) -> Scales:
+        """The sampler's defaults."""
+        s, n = self.student.sampler, len(conditions)
+        text, image = (s.edit_text_scale, s.edit_image_scale) if conditions.is_edit else (s.text_scale, s.image_scale)
+        return Scales(torch.full((n,), text, device=self.device), torch.full((n,), image, device=self.device))
+
+    # -- networks --------------------------------------------------------------------------------------------------------------
+
+    def as_velocity(self, network: StudentNetwork, conditions: Conditions, scales: Scales) -> Velocity:
+        """A student as solvers know it: (x [B, N, C], t) -> v."""
+
+        def run(x: Tensor, t: float) -> Tensor:
+            return student_velocity(network, conditions, scales, x, torch.full((len(x),), t, device=x.device))
+
+        return run
+
+    def roll_out(self, network: StudentNetwork, conditions: Conditions, scales: Scales, x_T: Tensor, times: Tensor) -> list[Tensor]:
+        """All states of the Euler ODE along `times`, x_T first (3.2.3: the whole trajectory is kept)."""
+        return [x_T, *(x for _, x in euler_steps(x_T, self.as_velocity(network, conditions, scales), times))]
+
+    def settings(self, conditions: Conditions) -> Denoising:
+        """The base's own sampler for this kind: its interval and renormalisation."""
+        return EDIT if conditions.is_edit else TEXT_TO_IMAGE
+
+    def guided_teacher(self, conditions: Conditions, scales: Scales) -> Callable[[Tensor, float], Tensor]:
+        """The base with guidance, as solvers know it."""
+        settings = self.settings(conditions)
+
+        def run(x: Tensor, t: float) -> Tensor:
+            return teacher_velocity(self.base, conditions, scales, x, torch.full((len(x),), t, device=x.device), settings)
+
+        return run
+
+    def decode(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """Latent tokens [B, N, C] to pictures [B, 3, H, W] in [-1, 1]; gradients pass, fp32 always."""
+        with torch.autocast(self.device.type, enabled=False):
+            z = unpatchify(x.float(), *conditions.grid, self.base.config.options.latent_patch_size)
+            return self.vae.decode(z)
+
+    # -- held-out figures ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _measure_teacher(self, data: DataConfig) -> None:
+        """The base's pictures of fixed conditions and noises: what the student is compared with, made once."""
+        loader = self._loader(data, _HELD_OUT_SEED)
+        times = time_grid(self.recipe.teacher_steps, TEXT_TO_IMAGE.shift)
+        try:
+            for i in range(self.recipe.held_out_groups):
+                rng, group = Draws.at(_HELD_OUT_SEED, i), loader.next_group()
+                conditions = self._conditions(group.source, group.samples, rng)
+                noises = torch.stack([self.noise(conditions, rng) for _ in range(2)])
+                teacher = self.guided_teacher(conditions, self.usual_scales(conditions))
+                with self.amp():
+                    self.measured.append((conditions, noises, torch.stack([euler(x, teacher, times) for x in noises])))
+        finally:
+            loader.close()
+
+    def pictures(self, conditions: Conditions, noises: Tensor) -> Tensor:
+        """The student's latents as it will be sampled, for noises [2, B, N, C]."""
+        sampler = self.student.sampler
+        run = self.as_velocity(self.network, conditions, self.usual_scales(conditions))
+        return torch.stack([euler(x, run, time_grid(sampler.nfe, sampler.shift)) for x in noises])
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The averaged student beside the teacher, same conditions and noise; see `compare`. Also by source."""
+        found: dict[str, list[float]] = {}
+        with self.players["student"].averaged():
+            for conditions, noises, teacher in self.measured:
+                for name, value in compare(self.pictures(conditions, noises), teacher).items():
+                    for key in (name, f"{conditions.source}_{name}"):
+                        found.setdefault(key, []).append(value)
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+    def sample(self, step: int, out: Path) -> None:
+        """A sheet of rows: the teacher's pictures, the averaged student's for the same noise, the true ones."""
+        rows = []
+        with self.players["student"].averaged():
+            for conditions, noises, teacher in self.measured:
+                few = min(8, len(conditions))
+                for x in (teacher[0], self.pictures(conditions, noises)[0], conditions.x0):
+                    rows.append(self.decode(x, conditions)[:few])
+        if rows:
+            like = [row for row in rows if row.shape[2:] == rows[0].shape[2:]]
+            few = min(len(row) for row in like)
+            write_sheet(out / f"step-{step:08d}.png", [row[:few] for row in like])
+
+    # -- state and export ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {"loader": self.loader.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state["loader"])
+
+    def finish(self, out: Path) -> None:
+        """export/: a student folder with the averaged weights."""
+        with self.players["student"].averaged():
+            dtype = getattr(torch, self.recipe.export_dtype)
+            save_student(out / "export", self.student, self.base, base_name=self.recipe.model.name, dtype=dtype)
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def compare(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """Latents [2, B, N, C] of two noises a condition. 1 is healthy for all but `match`, whose best is 0.
+
+    match: minus the root mean squared distance to the teacher, in units of the teacher's std. The rest is student over teacher. spread: std
+    over samples; far below 1: contraction. diversity: distance between the two noises' pictures; far below 1: collapse. size: root mean
+    square; above 1.1 or so: over-saturation.
+    """
+    std = teacher.flatten(0, 1).std(0).mean()
+    return {
+        "match": -((student - teacher).square().mean().sqrt() / std).item(),
+        "spread": (student.flatten(0, 1).std(0).mean() / std).item(),
+        "diversity": ((student[0] - student[1]).square().mean() / (teacher[0] - teacher[1]).square().mean()).sqrt().item(),
+        "size": (student.square().mean() / teacher.square().mean()).sqrt().item(),
+    }
+
+
+def required(folder: Path | None, key: str, what: str) -> Path:
+    """The folder that a recipe must name. Raises InputError."""
+    if folder is None:
+        raise InputError(f"{key}: got no folder, expected {what}, set {key}=RUN/export")
+    return folder

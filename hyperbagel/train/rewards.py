@@ -1,0 +1,133 @@
+"""Rewards on pictures: a head over the base's frozen understanding branch, or a model of the user's own.
+
+Shape legend: B samples, E hidden size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.data.packing import PackSpec, pack
+from hyperbagel.data.plan import Sample, Text, VitImage
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.student import fingerprint
+from hyperbagel.model.weights import load_tensors, save_tensors
+from hyperbagel.nn.masks import dense_mask
+from hyperbagel.train.contexts import split_sample
+from hyperbagel.train.discriminator import vit_input
+
+# (pictures [B, 3, H, W] in [-1, 1], the samples they were drawn for) -> [B]; differentiable by the pictures
+Reward = Callable[[Tensor, Sequence[Sample]], Tensor]
+
+
+class RewardHead(nn.Module):
+    """Hidden states of the prompt's last token and of their mean, [B, 2 E] -> [B]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(2 * size)
+        self.inner, self.out = nn.Linear(2 * size, size), nn.Linear(size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.silu(self.inner(self.norm(x.float())))).squeeze(-1)
+
+
+def understand(base: Bagel, spec: PackSpec, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
+    """What the understanding branch makes of [input pictures | the picture | the prompt]: [B, 2 E]. Gradients pass to the pixels."""
+    patches, _, (h, w) = vit_input(base, pixels)
+    side = spec.vit_patch
+    blank = np.zeros((h * side, w * side, 3), np.uint8)  # holds the place of the drawn picture
+    plans: list[Sample] = []
+    for sample in samples:
+        before, _, prompt = split_sample(sample)
+        plans.append([*(item for item in before if isinstance(item, VitImage)), VitImage(blank), before[prompt]])
+    nothing = torch.Generator().manual_seed(0)  # pack draws noise for latents; here are none
+    batch = pack(plans, spec, encode=_no_latents, generator=nothing).to(base.device)
+    own = [item.pixels is blank for plan in plans for item in plan if isinstance(item, VitImage)]
+    place = torch.tensor(own, device=base.device).repeat_interleave(torch.tensor(batch.vit_lens, device=base.device)).nonzero().flatten()
+    batch.vit_patches = batch.vit_patches.index_copy(0, place, patches.to(batch.vit_patches.dtype))
+    hidden = base.backbone(base.embed_packed(batch), batch.positions, mask=dense_mask(batch)).u
+    assert hidden is not None
+    found = []
+    for row, plan in enumerate(plans):
+        text = plan[-1]
+        assert isinstance(text, Text)
+        n = len(text.ids) + 2
+        end = int((batch.sample_id[row] >= 0).sum())  # rows are padded behind their last token, the prompt's
+        found.append(torch.cat([hidden[row, end - 1], hidden[row, end - n : end].mean(0)]))
+    return torch.stack(found)
+
+
+def _no_latents(pixels: Tensor) -> Tensor:
+    raise AssertionError("a reward reads pictures through the ViT alone")
+
+
+class UnderstandingReward:
+    """r = head(understanding branch); the base stays frozen, the head was trained on preference pairs (stage "reward")."""
+
+    def __init__(self, base: Bagel, spec: PackSpec, head: RewardHead) -> None:
+        self.base, self.spec, self.head = base, spec, head
+
+    def __call__(self, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
+        return self.head(understand(self.base, self.spec, pixels, samples))
+
+
+def save_reward(folder: Path, head: RewardHead, base: Bagel, figures: dict[str, float]) -> None:
+    """Writes reward.safetensors and reward.json (fingerprint of the base, held-out figures), whole or not at all."""
+    make_folder(folder.parent)
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_tensors(temporary / "reward.safetensors", head.state_dict())
+        atomic_write_text(temporary / "reward.json", json.dumps({"base": fingerprint(base), **figures}, indent=2) + "\n")
+
+
+def load_reward(folder: Path, base: Bagel, spec: PackSpec) -> UnderstandingReward:
+    """Reads what `save_reward` wrote, frozen. Raises InputError for another base or a damaged folder."""
+    try:
+        about = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: got no reward ({error}), expected reward.json and reward.safetensors, run stage reward") from error
+    if about.get("base") != fingerprint(base):
+        raise InputError(f"{folder}: got a reward over another base, expected one of the recipe's model, train it with stage reward")
+    head, tensors = RewardHead(base.config.llm.hidden_size), load_tensors(folder / "reward.safetensors")
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in head.state_dict().items()}:
+        raise InputError(f"{folder}/reward.safetensors: got other tensors than this model's head has, run stage reward again")
+    head.load_state_dict(tensors)
+    return UnderstandingReward(base, spec, head.to(base.device).requires_grad_(False))
+
+
+def foreign_reward(entry: str, folder: Path | None, device: torch.device, tokenizer: Tokenizer) -> Reward:
+    """A reward model of the user's own (HPSv3 and the like): `entry` is "module:function", called once as function(folder, device).
+
+    What it returns is called with pictures [B, 3, H, W] in [-1, 1] and B prompts and must be differentiable by the pictures.
+    Raises InputError if it cannot be imported.
+    """
+    module, _, name = entry.partition(":")
+    try:
+        score = getattr(importlib.import_module(module), name)(folder, device)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"reward_entry: got {entry!r}, which cannot be used ({error}), expected module:function on the path") from error
+
+    def reward(pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
+        return score(pixels, [prompt_text(sample, tokenizer) for sample in samples])
+
+    return reward
+
+
+def prompt_text(sample: Sample, tokenizer: Tokenizer) -> str:
+    """The text that asks for the picture."""
+    before, _, i = split_sample(sample)
+    text = before[i]
+    assert isinstance(text, Text)
+    return tokenizer.decode(list(text.ids))

@@ -1,0 +1,70 @@
+"""Guidance distillation (Hyper-Bagel 3.2.1): one evaluation with the scales as inputs, in place of two or three.
+
+`target: reflow` makes the same student from the teacher's ODE pairs instead: the reflow baseline, and the real model of DMDO's `reflowed`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hyperbagel.flow.path import interpolate
+from hyperbagel.flow.schedule import shift_time, time_grid
+from hyperbagel.flow.solvers import euler
+from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity
+from hyperbagel.train.distill import DistillRecipe, DistillStage, seeded
+from hyperbagel.train.losses.cfg import cfg_loss
+from hyperbagel.train.stage import Draws
+
+
+class Recipe(DistillRecipe):
+    """Settings of the stage "cfg"."""
+
+    target: Literal["guided", "reflow"] = "guided"
+    teacher: Path | None = None  # reflow: a guidance-distilled student whose ODE makes the pairs; None: the guided base
+    reflow_steps: int = Field(default=24, ge=1)
+
+
+@dataclass
+class Prepared:
+    conditions: Conditions
+    scales: Scales
+    x_t: Tensor  # [B, N, C]
+    t: Tensor  # [B]
+    target: Tensor  # [B, N, C], the velocity to learn
+
+
+class CfgStage(DistillStage):
+    """One player, "student"."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        super().__init__(recipe, device)
+        self.target, self.reflow_steps = recipe.target, recipe.reflow_steps
+        self.teacher = self.frozen(recipe.teacher) if recipe.teacher else None
+
+    def prepare(self, step: int, rng: Draws) -> Prepared:
+        conditions = self.conditions(rng)
+        scales, e = self.scales(conditions, rng), self.noise(conditions, rng)
+        t = shift_time(self.uniform(rng, len(conditions)), self.recipe.shift)
+        if self.target == "guided":
+            x_t = interpolate(conditions.x0, e, t[:, None, None])
+            return Prepared(conditions, scales, x_t, t, teacher_velocity(self.base, conditions, scales, x_t, t, self.settings(conditions)))
+        run = self.as_velocity(self.teacher, conditions, scales) if self.teacher else self.guided_teacher(conditions, scales)
+        x0 = euler(e, run, time_grid(self.reflow_steps, self.recipe.shift))  # the pair (x_T, x_0) of the teacher's own ODE
+        return Prepared(conditions, scales, interpolate(x0, e, t[:, None, None]), t, e - x0)
+
+    def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        v = student_velocity(self.network, batch.conditions, batch.scales, batch.x_t, batch.t)
+        loss = cfg_loss(v, batch.target)
+        return loss, {f"{batch.conditions.source}_mse": loss.detach()}
+
+
+def build(recipe: Recipe, device: torch.device) -> CfgStage:
+    """The stage's entry point, called by name."""
+    with seeded(recipe.seed):
+        return CfgStage(recipe, device)

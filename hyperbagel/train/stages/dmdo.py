@@ -1,0 +1,147 @@
+"""Distribution matching distillation via ODE (Hyper-Bagel 3.2.3). Purpose: fidelity, and a student that keeps the plain Euler sampler.
+
+Fake turn: roll the student's few-step ODE out from x_T, keep the whole trajectory, teach the fake model its ends. Student turn: on the SAME
+trajectories pick a segment's start, predict x0_hat with gradient, and follow real minus fake at x_tau. `coupling` says how x_tau is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hyperbagel.flow.path import x0_from_velocity
+from hyperbagel.flow.schedule import shift_time, time_grid
+from hyperbagel.train.contexts import Conditions, Scales, student_velocity
+from hyperbagel.train.distill import DistillRecipe, DistillStage, required, seeded
+from hyperbagel.train.losses.dmd import Coupled, Coupling, couple, dmd_gradient, dmd_loss, fake_loss
+from hyperbagel.train.optim import OptimConfig
+from hyperbagel.train.stage import Draws, Player
+
+
+class Recipe(DistillRecipe):
+    """Settings of the stage "dmdo". `init`: the student of stage tscd."""
+
+    teacher: Path | None = None  # the real model: the guidance-distilled student; for `reflowed` one made with target=reflow
+    coupling: Coupling = "tdm"  # ours: `paired` is the paper's and contracts (losses.dmd.contraction)
+    tdm_span: Literal["segment", "rest"] = "segment"  # tdm: tau up to the segment's start, or up to 1
+    fake_steps: int = Field(default=1, ge=1)  # fake turns before each student turn
+    normaliser_floor: float = Field(default=0.1, gt=0)
+    fake_optim: OptimConfig = OptimConfig(
+        lr=8e-4, betas=(0.0, 0.95), warmup_steps=50, schedule="constant"
+    )  # 3 to 5 times the student's rate
+
+
+@dataclass
+class Trajectory:
+    """The student's ODE from x_T: states [B, N, C] at each of `times`, x_T first, x_0 last."""
+
+    conditions: Conditions
+    scales: Scales
+    states: list[Tensor]
+    times: Tensor
+
+
+@dataclass
+class Prepared:
+    trajectory: Trajectory
+    segment: int  # from times[segment] to times[segment + 1]
+    tau: Tensor  # [B]
+    noise: Tensor  # [B, N, C]
+
+
+class DmdoStage(DistillStage):
+    """Players "fake" and "student"."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        super().__init__(recipe, device)
+        self.own = recipe
+        teacher = required(recipe.teacher, "teacher", "the student of stage cfg (for coupling=reflowed: of stage cfg with target=reflow)")
+        self.real = self.frozen(teacher)
+        fake = self.load(teacher)  # starts as the real model
+        self.fake = fake.network(self.base)
+        self.players["fake"] = Player.of(fake, recipe.fake_optim)
+        self.kept: list[Trajectory] = []  # of the last fake step, one a micro-batch
+        self.kept_from: dict[str, Any] | None = None  # that step, and the loader's position before it
+
+    def turn(self, step: int) -> str:
+        return "student" if step % (self.own.fake_steps + 1) == self.own.fake_steps else "fake"
+
+    # -- batches ---------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, step: int, rng: Draws) -> Prepared:
+        if self.turn(step) == "fake":
+            if self.kept_from is None or self.kept_from["step"] != step:
+                self.kept, self.kept_from = [], {"step": step, "loader": self.loader.state_dict()}
+            trajectory = self.trajectory(rng)
+            self.kept.append(trajectory)
+        else:  # 3.2.3: the generator step reuses the fake step's trajectories
+            trajectory = self.kept.pop(0) if self.kept else self.trajectory(rng)
+            self.kept_from = self.kept_from if self.kept else None
+        segment = int(torch.randint(len(trajectory.states) - 1, (), generator=rng.torch))
+        u = 0.02 + 0.96 * self.uniform(rng, len(trajectory.conditions))  # away from the ends, where scores say nothing or blow up
+        return Prepared(trajectory, segment, self.level(trajectory.times, segment, u), self.noise(trajectory.conditions, rng))
+
+    def trajectory(self, rng: Draws) -> Trajectory:
+        r, conditions = self.own, self.conditions(rng)
+        scales, x_T, times = self.scales(conditions, rng), self.noise(conditions, rng), time_grid(r.nfe, r.shift)
+        return Trajectory(conditions, scales, self.roll_out(self.network, conditions, scales, x_T, times), times)
+
+    def level(self, times: Tensor, segment: int, u: Tensor) -> Tensor:
+        """tau [B] from u in (0, 1)."""
+        if self.own.coupling != "tdm":
+            return shift_time(u, self.own.shift)
+        s = float(times[segment + 1])
+        top = float(times[segment]) if self.own.tdm_span == "segment" else 1.0
+        return s + (top - s) * u
+
+    def state(self) -> dict[str, Any]:
+        """In the middle of a cycle: how to make the kept trajectories again (the student has not moved since)."""
+        if not self.kept or self.kept_from is None:
+            return super().state()
+        return {"loader": self.kept_from["loader"], "redo": {"step": self.kept_from["step"], "count": len(self.kept)}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        if "redo" in state:
+            step = state["redo"]["step"]
+            for micro in range(state["redo"]["count"]):
+                self.batch(step, Draws.at(self.recipe.seed, step, micro))
+
+    # -- losses ----------------------------------------------------------------------------------------------------------------
+
+    def coupled(self, batch: Prepared, x0: Tensor, x_s: Tensor) -> Coupled:
+        s = torch.full_like(batch.tau, float(batch.trajectory.times[batch.segment + 1]))
+        return couple(self.own.coupling, x0, batch.trajectory.states[0], x_s, s, batch.tau, batch.noise)
+
+    def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        t = batch.trajectory
+        name = t.conditions.source
+        if player == "fake":
+            target = self.coupled(batch, t.states[-1], t.states[batch.segment + 1])
+            loss = fake_loss(student_velocity(self.fake, t.conditions, t.scales, target.x_tau, batch.tau), target)
+            return loss, {f"{name}_fake": loss.detach()}
+        x, at, end = t.states[batch.segment], float(t.times[batch.segment]), float(t.times[batch.segment + 1])
+        v = student_velocity(self.network, t.conditions, t.scales, x, torch.full_like(batch.tau, at))
+        x0_hat = x0_from_velocity(x, v, at)
+        with torch.no_grad():
+            x_tau = self.coupled(batch, x0_hat, x + (end - at) * v).x_tau
+            tau = batch.tau[:, None, None]
+            real, fake = (
+                x0_from_velocity(x_tau, student_velocity(net, t.conditions, t.scales, x_tau, batch.tau), tau)
+                for net in (self.real, self.fake)
+            )
+            g = dmd_gradient(x0_hat, fake, real, self.own.normaliser_floor)
+        loss = dmd_loss(x0_hat, g)
+        gap = (fake - real).square().mean().sqrt()
+        return loss, {f"{name}_dmd": loss.detach(), f"{name}_gap": gap, f"{name}_size": x0_hat.detach().square().mean().sqrt()}
+
+
+def build(recipe: Recipe, device: torch.device) -> DmdoStage:
+    """The stage's entry point, called by name."""
+    with seeded(recipe.seed):
+        return DmdoStage(recipe, device)

@@ -1,0 +1,75 @@
+"""Reward feedback on the one-step student (Hyper-Bagel 3.2.5), with the adversarial loss of stage adp kept on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.train.distill import seeded
+from hyperbagel.train.losses.refl import balanced_weight, refl_loss
+from hyperbagel.train.rewards import Reward, foreign_reward, load_reward
+from hyperbagel.train.stages import adp
+from hyperbagel.train.stages.adp import AdpStage, Prepared
+
+
+class Recipe(adp.Recipe):
+    """Settings of the stage "refl". `init`: the 1-NFE student of stage adp; `teacher`: the 6-NFE student that makes the pairs."""
+
+    reward: Path | None = None  # folder of stage reward, or what `reward_entry` reads
+    reward_entry: str | None = None  # "module:function" of a reward model of your own (HPSv3 and the like)
+    ceiling: float = 6.0  # 3.2.5, for HPSv3; set it to where your reward's best pictures lie
+    reward_cap: float = Field(default=0.3, gt=0)  # ours: longest the reward's gradient may be beside the adversarial one
+
+
+class ReflStage(AdpStage):
+    """Players as in adp; keeps the checkpoint with the best held-out reward."""
+
+    best_metric = "reward"
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        if recipe.teacher is None:
+            raise InputError("teacher: got no folder, expected the 6-NFE student of stage dmdo, set teacher=RUN/export")
+        super().__init__(recipe, device)
+        self.feedback = recipe
+        self.reward = self._reward(recipe)
+
+    def _reward(self, recipe: Recipe) -> Reward:
+        if recipe.reward_entry:
+            return foreign_reward(recipe.reward_entry, recipe.reward, self.device, self.tokenizer)
+        if recipe.reward is None:
+            raise InputError("reward: got no folder, expected one that stage reward made, set reward=RUN/export or reward_entry")
+        return load_reward(recipe.reward, self.base, self.spec)
+
+    def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if player != "student":
+            return super().loss(player, batch, step)
+        r, name = self.feedback, batch.conditions.source
+        x0_hat, loss, metrics = self.generator_terms(batch)
+        score = self.reward(self.decode(x0_hat, batch.conditions), batch.conditions.samples)
+        feedback = refl_loss(score, r.ceiling)
+        adversarial, reward = (torch.autograd.grad(term, x0_hat, retain_graph=True)[0] for term in (loss, feedback))
+        weight = balanced_weight(adversarial, reward, r.reward_cap)
+        return loss + weight * feedback, metrics | {f"{name}_reward": score.detach().mean(), f"{name}_reward_weight": weight}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """As in adp, and the averaged student's held-out reward beside the teacher's pictures'."""
+        figures = super().evaluate(step)
+        own: list[float] = []
+        theirs: list[float] = []
+        with self.players["student"].averaged():
+            for conditions, noises, teacher in self.measured:
+                for found, latents in ((own, self.pictures(conditions, noises)[0]), (theirs, teacher[0])):
+                    found.append(self.reward(self.decode(latents, conditions), conditions.samples).mean().item())
+        if own:
+            figures |= {"reward": sum(own) / len(own), "teacher_reward": sum(theirs) / len(theirs)}
+        return figures
+
+
+def build(recipe: Recipe, device: torch.device) -> ReflStage:
+    """The stage's entry point, called by name."""
+    with seeded(recipe.seed):
+        return ReflStage(recipe, device)

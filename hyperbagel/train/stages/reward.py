@@ -1,0 +1,136 @@
+"""Trains a reward for stage refl on preference pairs: a small head over the base's frozen understanding branch.
+
+ours (the paper takes HPSv3 as it is). The better picture of a pair is the true one; the worse one is another sample's, the unchanged source
+of an edit, or the true one damaged in latent space. No detector has a say, so the reward cannot be tuned to the score that is reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from hyperbagel.data.mixture import DataConfig, build_loader
+from hyperbagel.data.plan import VaeImage
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import to_tensor
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.model.weights import load_folder
+from hyperbagel.train.batches import pack_spec, posterior_encoder, transform
+from hyperbagel.train.contexts import split_sample
+from hyperbagel.train.distill import seeded
+from hyperbagel.train.loop import pick_precision
+from hyperbagel.train.losses.refl import preference_loss
+from hyperbagel.train.optim import OptimConfig
+from hyperbagel.train.rewards import RewardHead, save_reward, understand
+from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+
+_HELD_OUT_SEED = 1_000_003
+
+
+class Recipe(TrainRecipe):
+    """Settings of the stage "reward"."""
+
+    model: Path
+    data: DataConfig
+    held_out: DataConfig | None = None
+    held_out_groups: int = Field(default=4, ge=1)
+    noise: float = Field(default=0.5, gt=0)  # largest share of noise in a damaged latent
+    optim: OptimConfig = OptimConfig(lr=1e-3, warmup_steps=20, schedule="cosine")
+
+
+@dataclass
+class Pairs:
+    """Features [B, 2 E] of better and worse pictures."""
+
+    source: str
+    better: Tensor
+    worse: Tensor
+
+
+class RewardStage(Stage):
+    """One player, "reward"."""
+
+    best_metric = "accuracy"
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.base, self.vae = load_folder(recipe.model, device, pick_precision(recipe.precision, device))
+        self.tokenizer = Tokenizer.from_folder(recipe.model)
+        self.spec = pack_spec(self.base.config, self.tokenizer)
+        self.head = RewardHead(self.base.config.llm.hidden_size).to(device)
+        self.players = {"reward": Player.of(self.head, recipe.optim)}
+        self.loader = self._loader(recipe.data, recipe.seed)
+        self.measured: list[Pairs] = []
+        if recipe.held_out is not None:
+            loader = self._loader(recipe.held_out, _HELD_OUT_SEED)
+            self.measured = [self._pairs(loader, Draws.at(_HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]
+            loader.close()
+
+    def _loader(self, data: DataConfig, seed: int) -> Any:
+        sizes = self.base.config.options
+        return build_loader(data, self.tokenizer, transform(sizes.vae_transform), transform(sizes.vit_transform), seed=seed)
+
+    def batch(self, step: int, rng: Draws) -> Pairs:
+        return self._pairs(self.loader, rng)
+
+    @torch.no_grad()
+    def _pairs(self, loader: Any, rng: Draws) -> Pairs:
+        group = loader.next_group()
+        parts = [split_sample(sample) for sample in group.samples]
+        better = torch.stack([to_tensor(target.pixels) for _, target, _ in parts]).to(self.device)
+        sources = [[item for item in before if isinstance(item, VaeImage)] for before, _, _ in parts]
+        damaged = damage(better, self.vae, self.recipe.noise, rng, self.device)
+        worse = damaged.clone()
+        for i, given in enumerate(sources):
+            kind = rng.python.random()
+            if given and kind < 0.5 and given[-1].pixels.shape == parts[i][1].pixels.shape:
+                worse[i] = to_tensor(given[-1].pixels).to(self.device)  # the edit was not made
+            elif kind < 0.75 and len(parts) > 1:
+                worse[i] = better[(i + 1) % len(parts)]  # a good picture of something else
+        features = (understand(self.base, self.spec, pixels, group.samples) for pixels in (better, worse))
+        return Pairs(group.source, *features)
+
+    def loss(self, player: str, batch: Pairs, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        better, worse = self.head(batch.better), self.head(batch.worse)
+        loss = preference_loss(better, worse)
+        return loss, {f"{batch.source}_accuracy": (better > worse).float().mean()}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Share of held-out pairs in the right order, and where good pictures lie (a ceiling for stage refl)."""
+        if not self.measured:
+            return {}
+        better = torch.cat([self.head(pairs.better) for pairs in self.measured])
+        worse = torch.cat([self.head(pairs.worse) for pairs in self.measured])
+        return {"accuracy": (better > worse).float().mean().item(), "better": better.mean().item(), "worse": worse.mean().item()}
+
+    def state(self) -> dict[str, Any]:
+        return {"loader": self.loader.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state["loader"])
+
+    def finish(self, out: Path) -> None:
+        """export/: the head, for stage refl."""
+        save_reward(out / "export", self.head, self.base, self.evaluate(0))
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def damage(pixels: Tensor, vae: AutoEncoder, most: float, rng: Draws, device: torch.device) -> Tensor:
+    """Pictures [B, 3, H, W] with up to `most` noise in their latents: what a bad student draws."""
+    z = posterior_encoder(vae, rng.torch, device)(pixels)
+    share = most * (0.2 + 0.8 * torch.rand(len(pixels), 1, 1, 1, generator=rng.torch)).to(device)
+    noise = torch.randn(z.shape, generator=rng.torch).to(device)
+    return vae.decode((1 - share) * z + share * noise)
+
+
+def build(recipe: Recipe, device: torch.device) -> RewardStage:
+    """The stage's entry point, called by name."""
+    with seeded(recipe.seed):
+        return RewardStage(recipe, device)

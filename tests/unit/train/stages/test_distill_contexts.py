@@ -1,0 +1,96 @@
+"""Conditions of a distillation batch: the same contexts, branches and velocities as generation's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_base import make, only, write_base
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.plan import Text, VaeImage
+from hyperbagel.generate.image import GuidedVelocity
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE
+from hyperbagel.train.contexts import Scales, make_conditions, split_sample, student_velocity, teacher_velocity, velocity
+from hyperbagel.train.stage import Draws
+from hyperbagel.train.stages import cfg
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "model")
+
+
+def conditions_of(stage: cfg.CfgStage, source: str):
+    """Conditions whose clean latents are posterior means, as a session without a generator takes them."""
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        side = stage.vae.config.downsample
+        eps = torch.zeros(len(pixels), stage.vae.config.z_channels, pixels.shape[2] // side, pixels.shape[3] // side)
+        return stage.vae.encode(pixels, eps)
+
+    group = stage.loader.next_group()
+    rng = torch.Generator().manual_seed(0)
+    return make_conditions(stage.base, source, group.samples, stage.spec, encode, rng, stage.markers), group.samples
+
+
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+@torch.no_grad()
+def test_teacher_velocity_equals_generations_own(base: Path, source: str) -> None:
+    stage = make(cfg, base, data=only(source))
+    conditions, samples = conditions_of(stage, source)
+    parts = Parts.load(base)
+    settings = replace(EDIT if source == "edit" else TEXT_TO_IMAGE, text_scale=3.0, image_scale=1.5 if source == "edit" else 1.0)
+    sessions = []
+    for sample in samples:
+        before, _, prompt = split_sample(sample)
+        session = Session.new(parts)
+        for item in before:
+            if isinstance(item, VaeImage):
+                session.add_image(Image.fromarray(np.asarray(item.pixels)), latents=True)
+        session.add_text(parts.tokenizer.decode(list(before[prompt].ids)))
+        sessions.append(session)
+    x = torch.randn(conditions.x0.shape, generator=torch.Generator().manual_seed(1))
+    n = len(conditions)
+    scales = Scales(torch.full((n,), settings.text_scale), torch.full((n,), settings.image_scale))
+    for t in (0.9, 0.3):  # inside and, for captions, outside the interval
+        mine = teacher_velocity(stage.base, conditions, scales, x, torch.full((n,), t), settings)
+        theirs = GuidedVelocity(sessions, [conditions.grid] * n, settings)(x, t)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert conditions.is_edit == (source == "edit") and len(conditions.branches_dropped) == 1 + conditions.is_edit
+
+
+@torch.no_grad()
+def test_a_fresh_student_is_the_base_and_contexts_stay_untouched(base: Path) -> None:
+    stage = make(cfg, base, data=only("edit"))
+    conditions, _ = conditions_of(stage, "edit")
+    before = [k.clone() for k in conditions.full.k]
+    x, t = torch.randn(conditions.x0.shape), torch.tensor([0.2, 0.5, 1.0])
+    plain = velocity(stage.base, conditions.full, conditions, x, t)
+    scales = Scales(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([1.0, 2.0, 2.5]))
+    assert torch.equal(student_velocity(stage.network, conditions, scales, x, t), plain)
+    assert all(torch.equal(a, b) for a, b in zip(before, conditions.full.k, strict=True))
+
+
+def test_a_dropped_text_is_not_seen(base: Path) -> None:
+    stage = make(cfg, base, data=only("t2i"))
+    conditions, samples = conditions_of(stage, "t2i")
+    assert not conditions.text_dropped.seen.any() and (conditions.text_dropped.position == 0).all()
+    lengths = [len(sample[0].ids) + 2 for sample in samples]
+    assert conditions.full.seen.sum(1).tolist() == lengths == conditions.full.position.tolist()
+
+
+def test_samples_that_cannot_be_distilled(base: Path) -> None:
+    with pytest.raises(InputError, match="t2i and edit"):
+        split_sample([Text([1, 2], enable_cfg=True)])
+    stage = make(cfg, base, data={**only("t2i"), "mixture": [{"weights": {"t2i": 1}}]})
+    samples = stage.loader.next_group().samples
+    small = np.zeros((16, 16, 3), np.uint8)
+    samples[0] = [*samples[0][:-1], VaeImage(small, loss=True)]
+    with pytest.raises(InputError, match="different sizes"):
+        stage._conditions("t2i", samples, Draws.at(0))

@@ -1,0 +1,264 @@
+"""The five stages and the reward: who gets a gradient, one batch learnt, resume, exports, recipes that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_base import DATA, HELD_OUT, make, only, settings, write_base
+
+from hyperbagel.core.config import load_config
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.run import RunFolder
+from hyperbagel.model.student import load_student
+from hyperbagel.model.weights import load_folder, load_tensors
+from hyperbagel.train.distill import compare
+from hyperbagel.train.loop import train
+from hyperbagel.train.losses.dmd import COUPLINGS
+from hyperbagel.train.rewards import foreign_reward, load_reward
+from hyperbagel.train.stage import Draws, Stage
+from hyperbagel.train.stages import adp, cfg, dmdo, refl, reward, tscd
+
+RECIPES = Path(__file__).parents[4] / "recipes"
+QUICK: dict[str, Any] = {"log_every": 1, "sample_every": 100, "teacher_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "model")
+
+
+def run(module: Any, base: Path, out: Path, *, resume: bool = False, **keys: Any) -> None:
+    recipe = settings(module, base, **keys)
+    stage = module.build(recipe, torch.device("cpu"))
+    with RunFolder(out, recipe, seed=recipe.seed, resume=resume) as folder:
+        train(stage, recipe, folder, resume=resume)
+    stage.close()
+
+
+@pytest.fixture(scope="module")
+def student(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guidance-distilled student: two steps, a sheet and held-out figures on the way."""
+    out = tmp_path_factory.mktemp("cfg") / "run"
+    run(
+        cfg,
+        base,
+        out,
+        max_steps=2,
+        held_out=HELD_OUT,
+        held_out_groups=1,
+        sample_every=2,
+        **{k: v for k, v in QUICK.items() if k != "sample_every"},
+    )
+    return out / "export"
+
+
+@pytest.fixture(scope="module")
+def head(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward, two steps old."""
+    out = tmp_path_factory.mktemp("reward") / "run"
+    run(reward, base, out, max_steps=2, held_out=HELD_OUT, held_out_groups=1, log_every=1)
+    return out / "export"
+
+
+def stage_of(name: str, base: Path, student: Path, head: Path, **keys: Any) -> Stage:
+    extra: dict[str, dict[str, Any]] = {
+        "cfg": {},
+        "tscd": {"init": student},
+        "dmdo": {"init": student, "teacher": student, "nfe": 3},
+        "adp": {"init": student, "nfe": 1},
+        "refl": {"init": student, "teacher": student, "reward": head},
+    }
+    module = {"cfg": cfg, "tscd": tscd, "dmdo": dmdo, "adp": adp, "refl": refl}[name]
+    return make(module, base, **(extra[name] | keys))
+
+
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+@pytest.mark.parametrize("name", ["cfg", "tscd", "dmdo", "adp", "refl"])
+def test_each_turn_moves_its_own_player_alone(name: str, source: str, base: Path, student: Path, head: Path) -> None:
+    stage: Any = stage_of(name, base, student, head, data=only(source))
+    for step in range(2):
+        turn = stage.turn(step)
+        for other, player in stage.players.items():
+            for p in player.parameters.values():
+                p.requires_grad_(other == turn)
+                p.grad = None
+        loss, metrics = stage.loss(turn, stage.batch(step, Draws.at(0, step)), step)
+        loss.backward()
+        assert torch.isfinite(loss) and all(key.startswith(source) for key in metrics)
+        for other, player in stage.players.items():
+            moved = [p for p in player.parameters.values() if p.grad is not None and p.grad.abs().sum() > 0]
+            assert bool(moved) == (other == turn), other
+            with torch.no_grad():  # the fake model must leave the real one before there is anything to follow
+                for p in moved:
+                    p.sub_(0.01 * p.grad.sign())  # type: ignore[union-attr]
+        assert all(p.grad is None for p in stage.base.parameters()) and all(p.grad is None for p in stage.vae.parameters())
+    assert {stage.turn(step) for step in range(4)} == set(stage.players)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_dmd_is_silent_while_fake_equals_real(coupling: str, base: Path, student: Path, head: Path) -> None:
+    stage: Any = stage_of("dmdo", base, student, head, coupling=coupling)
+    stage.batch(0, Draws.at(0, 0))
+    loss, metrics = stage.loss("student", stage.batch(1, Draws.at(0, 1)), 1)  # the fake model has not moved yet
+    loss.backward()
+    assert loss.item() == 0 and all(value == 0 for key, value in metrics.items() if key.endswith("gap"))
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in stage.players["student"].parameters.values())
+
+
+def test_the_student_turn_reuses_the_fake_turns_trajectories(base: Path, student: Path, head: Path) -> None:
+    stage: Any = stage_of("dmdo", base, student, head)
+    kept = stage.batch(0, Draws.at(0, 0)).trajectory
+    position = stage.loader.state_dict()
+    assert stage.batch(1, Draws.at(0, 1)).trajectory is kept and stage.loader.state_dict() == position
+    assert len(kept.states) == 4 and kept.times.tolist()[0] == 1 and kept.times.tolist()[-1] == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_one_batch_of_guidance_is_learnt(kind: str, base: Path) -> None:
+    stage: Any = make(cfg, base, kind=kind, rank=8, data=only("edit"))
+    batch = stage.batch(0, Draws.at(0))
+    optimizer = torch.optim.AdamW(stage.student.parameters(), lr=5e-3)
+    losses = []
+    for step in range(40):
+        loss, _ = stage.loss("student", batch, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_reflow_learns_the_teachers_pairs(base: Path, student: Path) -> None:
+    stage: Any = make(cfg, base, target="reflow", teacher=student, reflow_steps=2)
+    batch = stage.batch(0, Draws.at(0))
+    t = batch.t[:, None, None]
+    x0 = batch.x_t - t * batch.target
+    rolled = stage.roll_out(stage.teacher, batch.conditions, batch.scales, x0 + batch.target, torch.tensor([1.0, 0.75, 0.0]))[-1]
+    torch.testing.assert_close(rolled, x0, rtol=1e-3, atol=1e-4)  # shift 3: the middle of two steps is 0.75
+
+
+def test_an_export_loads_and_says_what_it_is(base: Path, student: Path) -> None:
+    model, _ = load_folder(base)
+    loaded = load_student(student, model)
+    assert loaded.sampler.nfe == 6 and loaded.sampler.shift == 3.0 and loaded.sampler.stage == "cfg"
+    logged = [json.loads(line) for line in (student.parent / "metrics.jsonl").read_text().splitlines()]
+    figures = {key for line in logged for key in line}
+    assert {"held_out/match", "held_out/spread", "held_out/diversity", "held_out/size", "held_out/edit_match"} <= figures
+    assert list((student.parent / "samples").iterdir())
+
+
+def test_resume_in_the_middle_of_a_cycle_is_bit_for_bit(base: Path, student: Path, tmp_path: Path) -> None:
+    keys = {"init": student, "teacher": student, "nfe": 2, "fake_steps": 2, "accumulate": 2, "kind": "lora", "log_every": 1}
+    constant = {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0, "ema_decay": 0.9}
+    keys |= {"optim": constant}
+    run(dmdo, base, tmp_path / "a", max_steps=6, **keys)
+    run(dmdo, base, tmp_path / "b", max_steps=2, **keys)  # two fake turns; the student's turn is next
+    run(dmdo, base, tmp_path / "b", max_steps=6, resume=True, **keys)
+    a, b = (load_tensors(tmp_path / which / "export" / "moe_gen.safetensors") for which in "ab")
+    before = load_tensors(student / "moe_gen.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a) and any(not torch.equal(a[name], before[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["tscd", "adp", "refl"])
+def test_a_few_steps_and_an_export(name: str, base: Path, student: Path, head: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"init": student, "max_steps": 2, **QUICK, "held_out": HELD_OUT, "held_out_groups": 1}
+    if name == "refl":
+        keys |= {"teacher": student, "reward": head}
+    run({"tscd": tscd, "adp": adp, "refl": refl}[name], base, tmp_path / "run", **keys)
+    model, _ = load_folder(base)
+    sampler = load_student(tmp_path / "run" / "export", model).sampler
+    assert sampler.nfe == (6 if name == "tscd" else 1) and sampler.stage == name
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert ("held_out/teacher_reward" in logged) == (name == "refl")
+
+
+def test_builds_repeat(base: Path) -> None:
+    a, b = (make(cfg, base, kind="lora") for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.student.parameters(), b.student.parameters(), strict=True))
+
+
+# -- reward ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_reads_picture_and_prompt(base: Path, head: Path) -> None:
+    stage: Any = make(cfg, base, data=only("edit"))
+    found = load_reward(head, stage.base, stage.spec)
+    samples = stage.loader.next_group().samples
+    pixels = torch.rand(3, 3, 32, 32).requires_grad_()
+    scores = found(pixels, samples)
+    scores[0].backward()
+    assert scores.shape == (3,) and pixels.grad is not None and pixels.grad[0].abs().sum() > 0
+    assert pixels.grad[1:].abs().max() == 0  # each picture has its own row
+    swapped = found(pixels, [samples[1], samples[0], samples[2]])
+    assert not torch.allclose(swapped[:2], scores[:2]) and torch.allclose(swapped[2], scores[2], atol=1e-5)
+    alone = found(pixels[1:2], samples[1:2])
+    torch.testing.assert_close(alone, scores[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_are_learnt(base: Path) -> None:
+    stage: Any = make(reward, base)
+    batch = stage.batch(0, Draws.at(0))
+    optimizer = torch.optim.AdamW(stage.head.parameters(), lr=1e-2)
+    for step in range(30):
+        loss, metrics = stage.loss("reward", batch, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1 and next(iter(metrics.values())) == 1
+
+
+def test_a_reward_of_ones_own(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "my_reward.py").write_text(
+        "def build(folder, device):\n    return lambda pixels, prompts: pixels.mean((1, 2, 3)) + sum(map(len, prompts))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stage: Any = make(cfg, base, data=only("t2i"))
+    found = foreign_reward("my_reward:build", None, torch.device("cpu"), stage.tokenizer)
+    assert found(torch.zeros(3, 3, 8, 8), stage.loader.next_group().samples).min() > 3
+    with pytest.raises(InputError, match="reward_entry"):
+        foreign_reward("no_such_module:build", None, torch.device("cpu"), stage.tokenizer)
+
+
+# -- figures and recipes -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_see_what_goes_wrong() -> None:
+    teacher = torch.randn(2, 64, 4, 8, generator=torch.Generator().manual_seed(0))
+    healthy = compare(teacher, teacher)
+    assert healthy["match"] == 0 and all(abs(healthy[key] - 1) < 1e-5 for key in ("spread", "diversity", "size"))
+    assert abs(compare(0.6 * teacher, teacher)["spread"] - 0.6) < 1e-4
+    collapsed = compare(teacher[:1].expand(2, -1, -1, -1), teacher)
+    assert collapsed["diversity"] == 0 and collapsed["size"] > 0.9
+    assert abs(compare(1.3 * teacher, teacher)["size"] - 1.3) < 1e-4
+
+
+def test_recipes_that_are_refused(base: Path, student: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="without guidance"):
+        settings(cfg, base, text_range=[1.0, 1.0])
+    with pytest.raises(InputError, match="init: got no folder"):
+        make(tscd, base)
+    with pytest.raises(InputError, match="teacher: got no folder"):
+        make(dmdo, base, init=student)
+    with pytest.raises(InputError, match="reward: got no folder"):
+        make(refl, base, init=student, teacher=student)
+    with pytest.raises(InputError, match="another base"):
+        make(cfg, write_base(tmp_path / "other", seed=1), init=student)
+    with pytest.raises(InputError, match="coupling"):
+        settings(dmdo, base, coupling="pared")
+    question = {"sources": {"q": {"task": "question", "resolution": 32}}, "mixture": [{"weights": {"q": 1}}]}
+    with pytest.raises(InputError, match="t2i and edit"):
+        make(cfg, base, data=question).batch(0, Draws.at(0))
+
+
+@pytest.mark.parametrize("size", ["toybox", "7b"])
+@pytest.mark.parametrize("name", ["cfg", "tscd", "dmdo", "adp", "refl", "reward"])
+def test_shipped_recipes_are_valid(name: str, size: str) -> None:
+    module = {"cfg": cfg, "tscd": tscd, "dmdo": dmdo, "adp": adp, "refl": refl, "reward": reward}[name]
+    recipe = load_config(module.Recipe, RECIPES / size / f"{name}.yaml")
+    weights = recipe.data.mixture[0].weights
+    assert weights["t2i"] == weights["edit"] > 0  # T2I : edit = 1 : 1
+    assert set(DATA["sources"]) <= set(recipe.data.sources)
