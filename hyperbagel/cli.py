@@ -42,6 +42,7 @@ Shift = Annotated[float | None, typer.Option(help="Timestep shift; above 1 spend
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Picture size, both multiples of 16.", show_default="the model's own")]
 Count = Annotated[int, typer.Option("-n", help=f"Number of pictures, 1 to {checks.MAX_PICTURES}.")]
 Think = Annotated[bool, typer.Option("--think", help="Let the model write its plan first.")]
+Student = Annotated[str | None, typer.Option(help="Distilled model that draws: 6, 1 (evaluations), a folder, or none.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -126,6 +127,7 @@ def generate(
     size: Size = None,
     n: Count = 1,
     think: Think = False,
+    student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -135,7 +137,7 @@ def generate(
     checks.check_text(prompt, "prompt")
     where = {"model": model, "device": device, "dtype": dtype}
     guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
-    _draw(prompt, [], paths, seed, where, json, steps=steps, size=size, think=think, **guidance)
+    _draw(prompt, [], paths, seed, where, json, steps=steps, size=size, think=think, student=student, **guidance)
 
 
 @app.command()
@@ -154,6 +156,7 @@ def edit(
     size: Size = None,
     n: Count = 1,
     think: Think = False,
+    student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -163,7 +166,20 @@ def edit(
     pictures, instruction = checks.split_inputs(inputs, "instruction", needs_picture=True)
     where = {"model": model, "device": device, "dtype": dtype}
     guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
-    _draw(instruction, pictures, paths, seed, where, json, steps=steps, size=size, think=think, image_scale=image_scale, **guidance)
+    _draw(
+        instruction,
+        pictures,
+        paths,
+        seed,
+        where,
+        json,
+        steps=steps,
+        size=size,
+        think=think,
+        student=student,
+        image_scale=image_scale,
+        **guidance,
+    )
 
 
 @app.command()

@@ -19,7 +19,8 @@ from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.generate.decode import decode
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.session import Parts, Session
-from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult, OnStep, OnToken, TextResult
+from hyperbagel.generate.students import Students
+from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, with_sampler
 from hyperbagel.nn.attention import check_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -28,8 +29,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class HyperBagel:
     """One loaded model. Nothing that a request does changes it, so one object may serve any number of requests in turn."""
 
-    def __init__(self, parts: Parts, name: str, load_seconds: float = 0.0) -> None:
+    def __init__(self, parts: Parts, name: str, load_seconds: float = 0.0, students: Path | None = None) -> None:
+        """students: folder of the students that came with the model, each in a folder named by its evaluations."""
         self.parts, self.name, self.load_seconds = parts, name, load_seconds
+        self.students = Students(parts.model, students)
 
     @classmethod
     def from_pretrained(
@@ -57,7 +60,7 @@ class HyperBagel:
             raise InputError(f"got dtype {kind!r}, expected one of {', '.join(DTYPES)}")
         check_backend(attention, where, DTYPES[kind])
         parts = Parts.load(folder, where, DTYPES[kind], attention)
-        return cls(parts, str(model), time.perf_counter() - start)
+        return cls(parts, str(model), time.perf_counter() - start, folder / "students")
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -107,7 +110,7 @@ class HyperBagel:
             self._check(request)
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[request.denoising()].append(i)
+            groups[self._settings(request)].append(i)
         results: dict[int, ImageResult] = {}
         for settings, members in groups.items():
             start = time.perf_counter()
@@ -116,7 +119,8 @@ class HyperBagel:
             grids = [latent_grid(self.parts, requests[i].size or s.last_size or self.default_size) for i, s in zip(members, sessions)]
             noises = [draw_noise(self.parts, grid, generator) for grid, (_, generator, _) in zip(grids, prepared)]
             middle = time.perf_counter()
-            latents, nfe = denoise(sessions, grids, noises, settings, on_step)
+            student = self.students.get(settings.student).network if settings.student else None
+            latents, nfe = denoise(sessions, grids, noises, settings, on_step, student=student)
             late = time.perf_counter()
             images = [decode_latents(self.parts, x, grid) for x, grid in zip(latents, grids)]
             timings = {"prefill": middle - start, "denoise": late - middle, "decode": time.perf_counter() - late}
@@ -162,6 +166,12 @@ class HyperBagel:
 
     # -- contexts --------------------------------------------------------------------------------------------------------------
 
+    def _settings(self, request: ImageRequest) -> Denoising:
+        """A student's sampler travels with its weights; the model's settings are the kind's defaults."""
+        if request.student in (None, "none"):
+            return replace(request, student=None).denoising()
+        return with_sampler(request, self.students.get(str(request.student)).sampler)
+
     def _check(self, request: ImageRequest) -> None:
         """Everything that can be refused before work starts."""
         items = request.items()
@@ -169,6 +179,8 @@ class HyperBagel:
             raise InputError("got an empty prompt, expected some text")
         if request.size is not None:
             latent_grid(self.parts, request.size)
+        if request.student not in (None, "none"):
+            self.students.get(str(request.student))
         request.denoising()
         tokenizer = self.parts.tokenizer
         texts = [item for item in items if isinstance(item, str)] + ([THINK_DRAW] if request.think else [])

@@ -20,6 +20,7 @@ from hyperbagel.generate.graphs import GraphVelocity
 from hyperbagel.generate.session import Branch, Parts, Session, check_latent_grid
 from hyperbagel.generate.types import Denoising, OnStep
 from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.model.student import StudentNetwork
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.nn.kv_cache import KVCache, Plan
 
@@ -29,13 +30,22 @@ class GuidedVelocity:
 
     The contexts of all branches stand in one stacked cache, rows [full | text dropped | image dropped], so that a guided step is one
     forward. The latents' keys go into scratch slots behind each row's context and are overwritten by the next step.
+
+    A `student` takes the scales as inputs: one row a request, one evaluation a step. The contexts are the model's own.
     """
 
-    def __init__(self, sessions: Sequence[Session], grids: Sequence[tuple[int, int]], settings: Denoising) -> None:
+    def __init__(
+        self, sessions: Sequence[Session], grids: Sequence[tuple[int, int]], settings: Denoising, student: StudentNetwork | None = None
+    ) -> None:
         self.parts, self.settings, self.evaluations = sessions[0].parts, settings, 0
+        self.model = self.parts.model if student is None else student.model
+        self.guidance: Tensor | None = None  # [B, 1, E]
+        if student is not None:
+            scales = (torch.full((len(sessions),), s, device=self.model.device) for s in (settings.text_scale, settings.image_scale))
+            self.guidance = student.guidance(*scales)
         branches: list[list[Branch]] = [[s.full() for s in sessions]]
         self.image_branch = False
-        if settings.text_scale > 1:
+        if settings.text_scale > 1 and student is None:
             branches.append([s.text_dropped() for s in sessions])
             if settings.image_scale > 1:
                 dropped = [s.image_dropped() for s in sessions]
@@ -73,8 +83,9 @@ class GuidedVelocity:
         """The step on the device alone, the same shapes every time: x [B, N, C], t [B, N] -> v [B, N, C]."""
         branches = self.branches if with_guidance else 1
         cache, plan = self.guided if with_guidance else self.plain
-        model, rows = self.parts.model, x.shape[0] * branches
-        g = model.embed_latent(x, t, self.where).repeat(branches, 1, 1)
+        model, rows = self.model, x.shape[0] * branches
+        g = model.embed_latent(x, t, self.where)
+        g = (g if self.guidance is None else g + self.guidance).repeat(branches, 1, 1)
         hidden = model.backbone(Streams(self.markers[:rows], g), self.positions[:rows], cache=cache, plan=plan)
         assert hidden.g is not None
         v = model.velocity(hidden.g)  # [R, N, C]
@@ -122,13 +133,15 @@ def denoise(
     settings: Denoising,
     on_step: OnStep | None = None,
     graphs: bool = False,
+    student: StudentNetwork | None = None,
 ) -> tuple[list[Tensor], int]:
     """Euler from noise to latents for a batch of sessions of any sizes. `graphs`: steps as CUDA graphs (generate.graphs).
+    `student`: denoises in the model's place.
 
     Returns latents, [h_b * w_b, C] each, and the number of velocity evaluations per picture.
     """
     device = sessions[0].parts.model.device
-    velocity = GuidedVelocity(sessions, grids, settings)
+    velocity = GuidedVelocity(sessions, grids, settings, student)
     n = max(len(noise) for noise in noises)
     x = torch.stack([torch.nn.functional.pad(noise, (0, 0, 0, n - len(noise))) for noise in noises]).to(device)
     for k, state in euler_steps(x, GraphVelocity(velocity) if graphs else velocity, time_grid(settings.num_steps, settings.shift)):

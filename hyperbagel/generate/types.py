@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.flow.guidance import RENORMS, Renorm
+from hyperbagel.model.student import Sampler
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Denoising:
     renorm: Renorm = "global"
     renorm_min: float = 0.0
     shift: float = 3.0
+    student: str | None = None  # who denoises in the model's place: "6", "1" or a folder; scales are then its inputs, no branches
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -64,6 +67,7 @@ class ImageRequest:
     renorm_min: float | None = None
     shift: float | None = None
     inputs: tuple[str | Image, ...] | None = None
+    student: str | None = None  # "6", "1" (evaluations) or a student folder; None: the model itself
 
     def items(self) -> tuple[str | Image, ...]:
         """Images, then the text; or the interleaved inputs."""
@@ -75,6 +79,28 @@ class ImageRequest:
         names = {"num_steps": "steps"}
         own = {name: getattr(self, names.get(name, name)) for name in asdict(base)}
         return replace(base, **{name: value for name, value in own.items() if value is not None})
+
+
+def with_sampler(request: ImageRequest, sampler: Sampler) -> Denoising:
+    """The settings of a request to a student: what it does not say comes from the student's own sampler. An override warns."""
+    settings = request.denoising()
+    edit = any(isinstance(item, Image) for item in request.items())
+    usual = (sampler.edit_text_scale, sampler.edit_image_scale) if edit else (sampler.text_scale, sampler.image_scale)
+    scales = {"text_scale": usual[0], "image_scale": usual[1]}
+    made: dict[str, Any] = {"num_steps": sampler.nfe, "shift": sampler.shift, **scales}
+    for name, own in made.items():
+        asked = getattr(request, {"num_steps": "steps"}.get(name, name))
+        if asked is None:
+            continue
+        low, high = {"text_scale": sampler.text_range, "image_scale": sampler.image_range}.get(name, (own, own))
+        if not low <= asked <= high:
+            told = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            warnings.warn(f"student {request.student}: got {name} {asked:g}, it was made for {told}", stacklevel=3)
+        made[name] = asked
+    ignored = [name for name in ("interval", "renorm", "renorm_min") if getattr(request, name) is not None]
+    if ignored:
+        warnings.warn(f"student {request.student}: {', '.join(ignored)} ignored, a student has its guidance inside", stacklevel=3)
+    return replace(settings, **made)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""The students of a loaded model, by name; read when they are first asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.student import Sampler, StudentNetwork, load_student
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A student to sample from: shares the base's tensors, its own changes merged."""
+
+    network: StudentNetwork
+    sampler: Sampler
+
+
+class Students:
+    """`get("6")` reads FOLDER/6; `get("path/to/student")` reads that folder."""
+
+    def __init__(self, base: Bagel, folder: Path | None = None) -> None:
+        self.base, self.folder = base, folder
+        self.ready: dict[str, Ready] = {}
+
+    def names(self) -> list[str]:
+        """Those that came with the model."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        return sorted(path.parent.name for path in self.folder.glob("*/sampler.json"))
+
+    def get(self, name: str) -> Ready:
+        """Raises InputError if there is none of that name, or if it is of another base."""
+        if name not in self.ready:
+            student = load_student(self._find(name), self.base).to(self.base.dtype).requires_grad_(False)
+            self.ready[name] = Ready(student.network(self.base, merged=True), student.sampler)
+        return self.ready[name]
+
+    def _find(self, name: str) -> Path:
+        if name in self.names():
+            assert self.folder is not None
+            return self.folder / name
+        if Path(name).is_dir():
+            return Path(name)
+        known = ", ".join([*self.names(), "none"])
+        raise InputError(f"got student {name!r}, expected one of {known}, or a student folder (train one: hyperbagel train cfg)")

@@ -1,0 +1,130 @@
+"""Drawing with a student: the model's contexts, one evaluation a step, its own sampler, and understanding untouched."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hyperbagel
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import ImageTransform
+from hyperbagel.generate.session import Parts
+from hyperbagel.generate.types import ImageRequest, with_sampler
+from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.student import Sampler, Student, make_adapter, save_student
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.pipeline import HyperBagel
+
+TOKENIZER = Path(hyperbagel.__file__).parent / "assets" / "toybox"
+CONFIG = BagelConfig(
+    llm=LLMConfig(
+        hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=1024,
+        max_position_embeddings=400,
+    ),
+    vit=ViTConfig(hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=40, patch_size=10),
+    vae=VaeConfig(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=2, downsample=2),
+    options=BagelOptions(max_latent_size=12, vit_max_num_patch_per_side=4, default_size=(16, 16)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> HyperBagel:
+    """A model with two students beside it: "6", changed at random, and "plain", which says what the model says."""
+    torch.manual_seed(0)
+    bagel = fresh_bagel(CONFIG, torch.Generator().manual_seed(0), std=0.3).eval().requires_grad_(False)
+    with torch.no_grad():
+        bagel.llm2vae.weight.copy_(torch.randn(bagel.llm2vae.weight.shape) * 0.1)
+    folder = tmp_path_factory.mktemp("students")
+    plain = Student.fresh(bagel, make_adapter(bagel, "lora", rank=4), Sampler(nfe=3))
+    save_student(folder / "plain", plain, bagel)
+    changed = Student.fresh(bagel, make_adapter(bagel, "lora", rank=4), Sampler(nfe=6))
+    with torch.no_grad():
+        for p in changed.parameters():
+            p.add_(torch.randn(p.shape) * 0.05)
+    save_student(folder / "6", changed, bagel)
+    vae, tokenizer = AutoEncoder(CONFIG.vae).eval(), Tokenizer.from_folder(TOKENIZER)
+    return HyperBagel(Parts(bagel, vae, tokenizer, ImageTransform(32, 8, 4), ImageTransform(40, 10, 10)), "test", students=folder)
+
+
+def photo(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_one_evaluation_a_step(model: HyperBagel) -> None:
+    assert model.generate("a car", seed=0, student="6")[0].nfe == 6
+    assert model.edit(photo(), "x", seed=0, student="6")[0].nfe == 6
+    result = model.generate("a car", seed=0, student="plain")[0]
+    assert result.nfe == 3 and result.settings["student"] == "plain" and result.settings["shift"] == 3.0
+
+
+def test_an_untrained_student_draws_what_the_model_draws_without_guidance(model: HyperBagel) -> None:
+    for request in (ImageRequest("a red car", seed=1), ImageRequest("make it red", (photo(),), seed=2)):
+        draw = {"seed": request.seed, "steps": 3, "shift": 3.0}
+        mine = model._pictures(ImageRequest(request.prompt, request.images, student="plain"), 1, request.seed, None)[0]
+        plain = model._pictures(ImageRequest(request.prompt, request.images, text_scale=1.0, **draw), 1, request.seed, None)[0]
+        assert np.abs(pixels(mine.image) - pixels(plain.image)).max() <= 1
+
+
+def test_scales_steer_a_student(model: HyperBagel) -> None:
+    weak, strong = (model.generate("a car", seed=0, student="6", text_scale=s)[0] for s in (1.5, 4.5))
+    assert not np.array_equal(pixels(weak.image), pixels(strong.image))
+    near, far = (model.edit(photo(), "a car", seed=0, student="6", image_scale=s)[0] for s in (1.0, 2.5))
+    assert not np.array_equal(pixels(near.image), pixels(far.image))
+
+
+def test_understanding_and_the_models_own_pictures_stay_bit_for_bit(model: HyperBagel) -> None:
+    alone = HyperBagel(model.parts, "alone")
+    before = alone.ask("what is it?", photo(), max_tokens=8).text, pixels(alone.generate("a car", seed=0, steps=2)[0].image)
+    state = {name: value.clone() for name, value in model.parts.model.state_dict().items()}
+    mixed = [
+        ImageRequest("a car", seed=0, steps=2),
+        ImageRequest("a car", seed=0, student="6"),
+        ImageRequest("a car", seed=0, steps=2, student="none"),
+    ]
+    first, drawn, last = model.generate_batch(mixed)
+    assert np.array_equal(pixels(first.image), before[1]) and np.array_equal(pixels(last.image), before[1])
+    assert not np.array_equal(pixels(drawn.image), before[1])
+    assert model.ask("what is it?", photo(), max_tokens=8).text == before[0]
+    assert list(state) == list(model.parts.model.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in model.parts.model.state_dict().items())
+
+
+def test_batches_of_students_equal_single_ones(model: HyperBagel) -> None:
+    requests = [
+        ImageRequest("a car", seed=0, student="6", size=(16, 16)),
+        ImageRequest("two blue boats", seed=1, student="6", size=(24, 12)),
+        ImageRequest("swap them", (photo(),), seed=2, student="6"),
+    ]
+    for request, result in zip(requests, model.generate_batch(requests), strict=True):
+        assert np.abs(pixels(result.image) - pixels(model.generate_batch([request])[0].image)).max() <= 1
+
+
+def test_the_sampler_travels_with_the_weights_and_overrides_warn() -> None:
+    sampler = Sampler(nfe=1, shift=2.0, text_scale=3.0, edit_text_scale=3.5, edit_image_scale=1.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = with_sampler(ImageRequest("x", student="1"), sampler)
+        edited = with_sampler(ImageRequest("x", (photo(),), student="1", text_scale=5.0, image_scale=1.0), sampler)
+    assert (drawn.num_steps, drawn.shift, drawn.text_scale, drawn.image_scale) == (1, 2.0, 3.0, 1.0)
+    assert (edited.text_scale, edited.image_scale) == (5.0, 1.0)
+    for change, told in (({"steps": 4}, "made for 1"), ({"shift": 1.0}, "made for 2"), ({"text_scale": 7.0}, "made for 1 to 5")):
+        with pytest.warns(UserWarning, match=told):
+            with_sampler(ImageRequest("x", student="1", **change), sampler)
+    with pytest.warns(UserWarning, match="renorm ignored"):
+        with_sampler(ImageRequest("x", student="1", renorm="channel"), sampler)
+
+
+def test_a_student_that_is_not_there(model: HyperBagel) -> None:
+    with pytest.raises(InputError, match="6, plain, none"):
+        model.generate("a car", seed=0, student="2")
