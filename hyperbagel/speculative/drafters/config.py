@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hyperbagel.core.config import Config
+from hyperbagel.core.config import Config, check_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.config import LLMConfig
 
@@ -54,23 +54,20 @@ class DrafterConfig(Config):
 
     @classmethod
     def for_target(cls, kind: Kind, llm: LLMConfig, **own: object) -> DrafterConfig:
-        """The target's shape, and a kind's own settings."""
+        """The target's shape, and a kind's own settings. Raises InputError for settings that do not fit."""
         default = {"layers": 2} if kind == "hyper-bagel" else {}
-        return cls.model_validate(
-            {
-                "kind": kind,
-                "hidden_size": llm.hidden_size,
-                "intermediate_size": llm.intermediate_size,
-                "heads": llm.num_attention_heads,
-                "kv_heads": llm.num_key_value_heads,
-                "rope_theta": llm.rope_theta,
-                "eps": llm.rms_norm_eps,
-                "vocab_size": llm.vocab_size,
-                "target_layers": llm.num_hidden_layers,
-                **default,
-                **own,
-            }
-        )
+        values = {
+            "kind": kind,
+            "hidden_size": llm.hidden_size,
+            "intermediate_size": llm.intermediate_size,
+            "heads": llm.num_attention_heads,
+            "kv_heads": llm.num_key_value_heads,
+            "rope_theta": llm.rope_theta,
+            "eps": llm.rms_norm_eps,
+            "vocab_size": llm.vocab_size,
+            "target_layers": llm.num_hidden_layers,
+        }
+        return check_config(cls, {**values, **default, **own}, "drafter")
 
     def check_target(self, llm: LLMConfig, name: str = "drafter") -> None:
         """Raises InputError if the drafter was made for another target."""

@@ -1,0 +1,29 @@
+"""Training data of drafters: contexts from plans, answers from the target itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hyperbagel.data.plan import Sample, Text, VitImage
+from hyperbagel.data.transforms import to_tensor
+from hyperbagel.generate.session import Parts, Session
+
+
+@torch.no_grad()
+def context_of(parts: Parts, sample: Sample, taps: Sequence[int]) -> Session | None:
+    """The session that a sample's first answer would follow, recorded with `taps`; None if nothing is answered in it."""
+    if not any(isinstance(item, Text) and item.loss for item in sample):
+        return None
+    session = Session(parts, parts.model.new_cache(taps=taps))
+    for item in sample:
+        if isinstance(item, Text):
+            if item.loss:
+                return session
+            session.add_text(parts.tokenizer.decode(item.ids))
+        elif isinstance(item, VitImage):
+            session._add_vit(to_tensor(item.pixels))  # plans carry pixels that are already resized
+        elif not item.loss:  # a picture to draw is no context
+            session._add_latents(to_tensor(item.pixels), None)
+    return session

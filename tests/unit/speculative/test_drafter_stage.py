@@ -1,0 +1,181 @@
+"""The drafter stage on a tiny target: batches, learning, resume, export and the gate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hyperbagel
+from hyperbagel.core.config import load_config
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.plan import Text, VaeImage
+from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.model.weights import load_folder, load_tensors, save_folder
+from hyperbagel.speculative.drafters.export import import_eagle3
+from hyperbagel.speculative.drafters.folder import load_module
+from hyperbagel.speculative.drafters.regenerate import context_of
+from hyperbagel.train.launch import run_training
+from hyperbagel.train.stage import Draws
+from hyperbagel.train.stages.drafter import DrafterStage, GateFailed, Recipe, build
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted((ROOT / "recipes" / "toybox").glob("drafter_*.yaml"))
+SMALL = [
+    "device=cpu", "precision=fp32", "pool=8", "contexts=4", "max_tokens=10", "held_out_prompts=3", "steps=3", "anchors=4", "depth=3",
+    "tree_nodes=4", "log_every=1", "optim.warmup_steps=1", "optim.schedule_by=steps", "export_dtype=float32", "max_seconds=null",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("target")
+    config = BagelConfig(
+        llm=LLMConfig(
+            hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=1024,
+            max_position_embeddings=512,
+        ),
+        vit=ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16),
+        vae=VaeConfig(ch=4, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=3, norm_groups=2),
+        options=BagelOptions(
+            max_latent_size=8, vit_max_num_patch_per_side=4, vae_transform=ImageSizes(max_size=64, min_size=64, stride=16),
+            vit_transform=ImageSizes(max_size=64, min_size=64, stride=16), default_size=(64, 64),
+        ),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = fresh_bagel(config, torch.Generator().manual_seed(0), std=0.3)
+    assets = Path(hyperbagel.__file__).parent / "assets" / "toybox"
+    with torch.no_grad():
+        model.language_model.lm_head.weight[Tokenizer.from_folder(assets).im_end] *= 2.5
+    save_folder(folder, config, model.state_dict(), AutoEncoder(config.vae).state_dict(), dtype=torch.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(assets / name, folder / name)
+    return folder
+
+
+def recipe_of(kind: str) -> Path:
+    return ROOT / "recipes" / "toybox" / f"drafter_{kind}.yaml"
+
+
+def stage(target: Path, kind: str, *overrides: str) -> DrafterStage:
+    return build(load_config(Recipe, recipe_of(kind), [*SMALL, f"target={target}", *overrides]), torch.device("cpu"))
+
+
+def test_batches_are_functions_of_the_step(target: Path) -> None:
+    """Also when a run starts in the middle of a pool; answers are the target's own, at T = 0 and T = 1 in turns."""
+    a, b = stage(target, "eagle3"), stage(target, "eagle3")
+    whole = [a.batch(i, Draws.at(1, i)) for i in range(10)]
+    for i in (3, 9, 4):
+        again = b.batch(i, Draws.at(1, i))
+        assert torch.equal(again.lesson.tokens, whole[i].lesson.tokens) and torch.equal(again.lesson.logits, whole[i].lesson.logits)
+        assert torch.equal(again.anchors, whole[i].anchors)
+    for number, greedy in ((0, True), (4, False)):  # two cuts, two passes: a pool lasts four steps
+        lesson = whole[number].lesson
+        own = lesson.logits.argmax(-1)[:, :-1] == lesson.tokens[:, 1:]
+        inside = lesson.valid(1)[:, :-1]
+        assert bool(own[inside].all()) == greedy
+    assert torch.equal(whole[0].lesson.tokens, whole[2].lesson.tokens) and not torch.equal(whole[0].anchors, whole[2].anchors)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_each_recipe_trains_and_passes_its_gate(path: Path, target: Path, tmp_path: Path) -> None:
+    run_training("drafter", path, [*SMALL, f"target={target}", "max_steps=3"], tmp_path / "run")
+    gate = json.loads((tmp_path / "run" / "gate.json").read_text())
+    assert gate and all(g["simulated_tau"] == pytest.approx(g["engine_tau"]) and g["engine_tau"] >= 1 for g in gate.values())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("drafter/rate_1" in line for line in lines) and any("held_out/in_template_tau" in line for line in lines)
+    model, _ = load_folder(target)
+    module = load_module(tmp_path / "run" / "export", model)
+    if module.config.kind == "eagle3":
+        again = import_eagle3(tmp_path / "run" / "export-eagle3", model.config.llm)
+        assert all(torch.equal(x, y) for x, y in zip(again.parameters(), module.parameters(), strict=True))
+        assert any("held_out/in_template_tree_tau" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["hyper_bagel", "block"])
+def test_loss_falls_and_the_target_stays(kind: str, target: Path) -> None:
+    s = stage(target, kind, "optim.lr=0.005")
+    before = [p.clone() for p in s.target.parameters()]
+    batch = s.batch(0, Draws.at(0))
+    optimizer, losses = s.players["drafter"].optimizer, []
+    for step in range(12):
+        loss, _ = s.loss("drafter", batch, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.grad is None and torch.equal(p, q) for p, q in zip(s.target.parameters(), before, strict=True))
+
+
+def test_resume_is_bit_for_bit(target: Path, tmp_path: Path) -> None:
+    quick = [*SMALL, f"target={target}", "optim.schedule=constant", "held_out={}"]
+    run_training("drafter", recipe_of("eagle3"), [*quick, "max_steps=6"], tmp_path / "a")
+    run_training("drafter", recipe_of("eagle3"), [*quick, "max_steps=3"], tmp_path / "b")
+    run_training("drafter", recipe_of("eagle3"), [*quick, "max_steps=6"], tmp_path / "b", resume=True)
+    a, b = (load_tensors(tmp_path / run / "export" / "drafter.safetensors") for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_smaller_draft_vocabulary_is_the_answers_own(target: Path) -> None:
+    s = stage(target, "eagle3", "shape={draft_vocab: 50}")
+    module = s.module
+    ids = set(module.drafted().tolist())  # type: ignore[operator, union-attr]
+    answers = [t for _, out in s.measured["in_template"] for t in out.ids]
+    assert len(ids) == 50 and sum(t in ids for t in answers) > 0.3 * len(answers)
+    loss, _ = s.loss("drafter", s.batch(0, Draws.at(0)), 0)
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+def test_the_gate_fails_when_serving_differs(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = stage(target, "eagle3")
+    true = s.engine
+
+    def worse(*given: object) -> object:
+        stats = true(*given)  # type: ignore[arg-type]
+        stats.rounds += stats.rounds
+        return stats
+
+    monkeypatch.setattr(s, "engine", worse)
+    with torch.no_grad(), pytest.raises(GateFailed, match="in_template"):
+        s.finish(tmp_path)
+    assert (tmp_path / "export" / "drafter.json").exists() and (tmp_path / "gate.json").exists()
+
+
+def test_clean_latents_and_pictures_to_draw(target: Path) -> None:
+    """A clean latent block is context, a picture to draw is not."""
+    s = stage(target, "eagle3")
+    text, answer = Text([5, 6]), Text([7], loss=True)
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    clean, drawn = VaeImage(pixels), VaeImage(pixels, loss=True)
+    lengths = []
+    for plan in ([text, answer], [clean, text, answer], [drawn, text, answer, text]):
+        session = context_of(s.parts, plan, (0, 2))
+        assert session is not None and session.cache.taps == (0, 2)
+        lengths.append(session.cache.lengths[0])
+    words = len(s.parts.tokenizer.encode(s.parts.tokenizer.decode([5, 6]))) + 2
+    assert lengths == [words, words + 16 + 2, words]
+    assert context_of(s.parts, [text, drawn], ()) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("shape={colour: 1}", "colour"),
+        ("accumulate=2", "accumulate"),
+        ("contexts=100", "contexts"),
+        ("target=/nowhere", "got no folder"),
+        ("data={sources: {t2i: {task: t2i}}}", "question sources"),
+    ],
+)
+def test_wrong_recipes(override: str, words: str, target: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        stage(target, "eagle3", override).batch(0, Draws.at(0))
