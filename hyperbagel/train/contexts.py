@@ -37,6 +37,13 @@ class Context:
     seen: Tensor
     position: Tensor
 
+    def repeat(self, times: int) -> Context:
+        """Each row `times` times in a row."""
+        if times == 1:
+            return self
+        k, v = ([x.repeat_interleave(times, dim=0) for x in store] for store in (self.k, self.v))
+        return Context(k, v, self.seen.repeat_interleave(times, dim=0), self.position.repeat_interleave(times))
+
 
 class _Behind(KVCache):
     """A cache that new tokens stand behind and are never written into."""
@@ -61,7 +68,7 @@ class Conditions:
     is_edit: bool
     grid: tuple[int, int]  # latent tokens (h, w)
     where: Tensor  # [B, N] latent positions
-    x0: Tensor  # [B, N, C] latents of the true pictures
+    x0: Tensor  # [B, N, C] latents of the true pictures; zeros if they were not asked for
     markers: Tensor  # [B, 2, E] vision_start, vision_end
     full: Context
     text_dropped: Context
@@ -130,10 +137,18 @@ def prefill(model: Bagel, samples: Sequence[Sample], spec: PackSpec, encode: Enc
 
 @torch.no_grad()
 def make_conditions(
-    model: Bagel, source: str, samples: Sequence[Sample], spec: PackSpec, encode: Encode, generator: torch.Generator, markers: Tensor
+    model: Bagel,
+    source: str,
+    samples: Sequence[Sample],
+    spec: PackSpec,
+    encode: Encode,
+    generator: torch.Generator,
+    markers: Tensor,
+    pictures: bool = True,
 ) -> Conditions:
-    """Prefills a group of samples. markers: embeddings of vision_start and vision_end [1, 2, E].
+    """Prefills a group of samples. markers: embeddings of vision_start and vision_end [1, 2, E]. pictures: also encode the true ones.
 
+    A sample whose picture stands there n times (`noise_copies`) gives n rows: one prefill serves n noise draws.
     Raises InputError for samples without a picture to draw, or of different sizes or kinds in one group.
     """
     parts = [split_sample(sample) for sample in samples]
@@ -145,7 +160,10 @@ def make_conditions(
             "kind; set data.sources.NAME.samples=1 and raise accumulate, or split the source"
         )
     is_edit = edits.pop()
-    x0 = patchify(encode(pixels).float(), spec.latent_patch)
+    h, w = grid(parts[0][1], spec)
+    x0 = torch.zeros(len(parts), h * w, spec.latent_values, device=model.device)
+    if pictures:
+        x0 = patchify(encode(pixels).float(), spec.latent_patch)
     full, order = prefill(model, [before for before, _, _ in parts], spec, encode, generator)
     # The prompt is the last thing that guidance drops, and text is causal: the context without it is a prefix of the same keys.
     cut = torch.tensor([_tokens(before[:i], spec) for before, _, i in parts], device=full.seen.device)
@@ -155,10 +173,19 @@ def make_conditions(
     if is_edit:  # the given texts alone, from position 0, as the sampler does it
         texts: list[Sample] = [[item for item in before if isinstance(item, Text) and not item.loss] for before, _, _ in parts]
         image_dropped, _ = prefill(model, texts, spec, encode, generator)
-    h, w = grid(parts[0][1], spec)
-    where = grid_positions(h, w, spec.latent_per_side, spec.interpolate).to(x0.device).expand(len(parts), -1)
-    ends = markers.expand(len(parts), -1, -1)
-    return Conditions(source, is_edit, (h, w), where, x0, ends, full, text_dropped, image_dropped, list(samples))
+    n = min(_copies(sample) for sample in samples)
+    where = grid_positions(h, w, spec.latent_per_side, spec.interpolate).to(x0.device).expand(n * len(parts), -1)
+    ends, x0 = markers.expand(n * len(parts), -1, -1), x0.repeat_interleave(n, dim=0)
+    rows = [sample for sample in samples for _ in range(n)]
+    whole = full.repeat(n)
+    texts_alone = whole if image_dropped is full else image_dropped.repeat(n)
+    return Conditions(source, is_edit, (h, w), where, x0, ends, whole, text_dropped.repeat(n), texts_alone, rows)
+
+
+def _copies(sample: Sample) -> int:
+    """How often the first picture to draw stands there."""
+    _, target, _ = split_sample(sample)
+    return sum(isinstance(item, VaeImage) and item.loss and item.pixels is target.pixels for item in sample)
 
 
 def _one_shape(parts: Sequence[tuple[Sample, VaeImage, int]]) -> bool:

@@ -76,6 +76,7 @@ class DistillStage(Stage):
     """A student over a frozen base. Subclasses add players and write `prepare` and `loss`."""
 
     best_metric = "match"
+    needs_pictures = True  # whether batches need the true pictures' latents
 
     def __init__(self, recipe: DistillRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
@@ -132,11 +133,11 @@ class DistillStage(Stage):
 
     def conditions(self, rng: Draws) -> Conditions:
         group = self.loader.next_group()
-        return self._conditions(group.source, group.samples, rng)
+        return self._conditions(group.source, group.samples, rng, self.needs_pictures)
 
-    def _conditions(self, source: str, samples: list[Any], rng: Draws) -> Conditions:
+    def _conditions(self, source: str, samples: list[Any], rng: Draws, pictures: bool = True) -> Conditions:
         encode = posterior_encoder(self.vae, rng.torch, self.device)
-        return make_conditions(self.base, source, samples, self.spec, encode, rng.torch, self.markers)
+        return make_conditions(self.base, source, samples, self.spec, encode, rng.torch, self.markers, pictures)
 
     def uniform(self, rng: Draws, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=rng.torch).to(self.device)

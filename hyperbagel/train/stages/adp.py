@@ -70,6 +70,8 @@ def cubic_time(u: Tensor) -> Tensor:
 class AdpStage(DistillStage):
     """Players "discriminator" and "student", in turns."""
 
+    needs_pictures = False  # the real pictures are the 6-NFE student's
+
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.own = recipe

@@ -57,6 +57,8 @@ class Prepared:
 class DmdoStage(DistillStage):
     """Players "fake" and "student"."""
 
+    needs_pictures = False  # all it learns from are the student's own trajectories
+
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.own = recipe

@@ -85,6 +85,26 @@ def test_a_dropped_text_is_not_seen(base: Path) -> None:
     assert conditions.full.seen.sum(1).tolist() == lengths == conditions.full.position.tolist()
 
 
+@torch.no_grad()
+def test_one_prefill_serves_several_noise_draws(base: Path) -> None:
+    copies = {
+        "sources": {"edit": {"task": "edit", "samples": 2, "resolution": 32, "noise_copies": 3}},
+        "mixture": [{"weights": {"edit": 1}}],
+    }
+    stage, plain = make(cfg, base, data=copies), make(cfg, base, data=only("edit"))
+    many, _ = conditions_of(stage, "edit")
+    assert len(many) == 6 == len(many.samples) and many.full.k[0].shape[0] == 6
+    single, _ = conditions_of(plain, "edit")
+    x = torch.randn(1, *many.x0.shape[1:], generator=torch.Generator().manual_seed(2)).expand(6, -1, -1)
+    n = Scales(torch.full((6,), 3.0), torch.full((6,), 1.5))
+    v = teacher_velocity(stage.base, many, n, x, torch.full((6,), 0.5), EDIT)
+    one = Scales(n.text[:3], n.image[:3])
+    expected = teacher_velocity(plain.base, single, one, x[:3], torch.full((3,), 0.5), EDIT)
+    for row, sample in enumerate((0, 0, 0, 1, 1, 1)):
+        torch.testing.assert_close(v[row], expected[sample], rtol=1e-4, atol=1e-5)
+    assert torch.equal(many.x0[0], many.x0[2]) and not torch.equal(many.x0[2], many.x0[3])
+
+
 def test_samples_that_cannot_be_distilled(base: Path) -> None:
     with pytest.raises(InputError, match="t2i and edit"):
         split_sample([Text([1, 2], enable_cfg=True)])

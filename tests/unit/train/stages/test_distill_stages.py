@@ -99,6 +99,19 @@ def test_each_turn_moves_its_own_player_alone(name: str, source: str, base: Path
     assert {stage.turn(step) for step in range(4)} == set(stage.players)
 
 
+@pytest.mark.parametrize("name", ["cfg", "tscd", "dmdo", "refl"])
+def test_bf16_runs_with_fp32_adapters(name: str, base: Path, student: Path, head: Path) -> None:
+    stage: Any = stage_of(name, base, student, head, precision="bf16")
+    assert stage.base.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in stage.student.parameters())
+    for step in range(2):
+        batch = stage.batch(step, Draws.at(0, step))
+        with stage.amp():
+            loss, _ = stage.loss(stage.turn(step), batch, step)
+        loss.backward()
+        assert torch.isfinite(loss)
+    assert any(p.grad is not None for p in stage.student.parameters())
+
+
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_dmd_is_silent_while_fake_equals_real(coupling: str, base: Path, student: Path, head: Path) -> None:
     stage: Any = stage_of("dmdo", base, student, head, coupling=coupling)
