@@ -28,3 +28,9 @@ def balanced_weight(adversarial: Tensor, reward: Tensor, cap: float = 0.3) -> Te
     """
     limit = cap * torch.linalg.vector_norm(adversarial.float())
     return (limit / torch.linalg.vector_norm(reward.float()).clamp_min(1e-12)).clamp(max=1.0)
+
+
+def with_gradient(x: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+    """A scalar that is `value` and whose gradient by x is `gradient` (of x's shape)."""
+    along = (x * gradient.detach()).sum()
+    return value.detach() + along - along.detach()

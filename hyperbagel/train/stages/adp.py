@@ -39,6 +39,7 @@ class Recipe(DistillRecipe):
     r1_sigma: float = Field(default=0.05, gt=0)
     latent_heads: int = Field(default=4, ge=1)
     pixel_heads: int = Field(default=2, ge=1)
+    pixel_samples: int = Field(default=0, ge=0)  # ours: pictures of a batch that are decoded and judged in pixels; 0: all
     discriminator_optim: OptimConfig = OptimConfig(lr=2e-4, betas=(0.0, 0.95), warmup_steps=50, schedule="constant")
 
 
@@ -65,6 +66,11 @@ class Prepared:
 def cubic_time(u: Tensor) -> Tensor:
     """t = 1 - (1 - u)^3 for u in [0, 1): biased to noise, mean 3/4 (3.2.4, DMDX's)."""
     return 1 - (1 - u) ** 3
+
+
+def some(rows: int, wanted: int) -> slice:
+    """At most `wanted` of `rows`, evenly spread (0: all): copies of one sample stand side by side."""
+    return slice(None, None, -(-rows // wanted) if wanted else 1)
 
 
 class AdpStage(DistillStage):
@@ -106,22 +112,20 @@ class AdpStage(DistillStage):
         return self.judges.latent(batch.conditions, batch.scales, noised, batch.tau)
 
     def in_pixels(self, batch: Prepared, x0: Tensor) -> list[Tensor]:
-        return self.judges.pixel(self.base, self.decode(x0, batch.conditions))
+        return self.judges.pixel(self.base, self.decode(x0[some(len(x0), self.own.pixel_samples)], batch.conditions))
 
-    def generator_terms(self, batch: Prepared) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(x0_hat, loss, metrics)."""
+    def judged(self, batch: Prepared, x0_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The generator's loss on its prediction, and metrics."""
         r, name = self.own, batch.conditions.source
-        x0_hat = self.predict(batch)
         latent, pixel = hinge_generator(self.in_latents(batch, x0_hat)), hinge_generator(self.in_pixels(batch, x0_hat))
         held = pseudo_huber(x0_hat, batch.x_0, r.huber_c)
         loss = r.latent_weight * latent + r.pixel_weight * pixel + r.huber_weight * held
         values = {"latent": latent, "pixel": pixel, "huber": held}
-        return x0_hat, loss, {f"{name}_{key}": value.detach() for key, value in values.items()}
+        return loss, {f"{name}_{key}": value.detach() for key, value in values.items()}
 
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if player == "student":
-            _, loss, metrics = self.generator_terms(batch)
-            return loss, metrics
+            return self.judged(batch, self.predict(batch))
         r, name = self.own, batch.conditions.source
         with torch.no_grad():
             fake = self.predict(batch)

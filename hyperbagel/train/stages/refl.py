@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.train.distill import seeded
-from hyperbagel.train.losses.refl import balanced_weight, refl_loss
+from hyperbagel.train.losses.refl import balanced_weight, refl_loss, with_gradient
 from hyperbagel.train.rewards import Reward, foreign_reward, load_reward
 from hyperbagel.train.stages import adp
-from hyperbagel.train.stages.adp import AdpStage, Prepared
+from hyperbagel.train.stages.adp import AdpStage, Prepared, some
 
 
 class Recipe(adp.Recipe):
@@ -22,6 +22,7 @@ class Recipe(adp.Recipe):
     reward: Path | None = None  # folder of stage reward, or what `reward_entry` reads
     reward_entry: str | None = None  # "module:function" of a reward model of your own (HPSv3 and the like)
     ceiling: float = 6.0  # 3.2.5, for HPSv3; set it to where your reward's best pictures lie
+    reward_samples: int = Field(default=0, ge=0)  # pictures of a batch that are decoded and rewarded; 0: all
     reward_cap: float = Field(default=0.3, gt=0)  # ours: longest the reward's gradient may be beside the adversarial one
 
 
@@ -48,12 +49,16 @@ class ReflStage(AdpStage):
         if player != "student":
             return super().loss(player, batch, step)
         r, name = self.feedback, batch.conditions.source
-        x0_hat, loss, metrics = self.generator_terms(batch)
-        score = self.reward(self.decode(x0_hat, batch.conditions), batch.conditions.samples)
+        x0_hat = self.predict(batch)
+        x0 = x0_hat.detach().requires_grad_()  # judges and reward are differentiated once, down to here; the student once, from here
+        loss, metrics = self.judged(batch, x0)
+        rows = some(len(x0), r.reward_samples)
+        score = self.reward(self.decode(x0[rows], batch.conditions), batch.conditions.samples[rows])
         feedback = refl_loss(score, r.ceiling)
-        adversarial, reward = (torch.autograd.grad(term, x0_hat, retain_graph=True)[0] for term in (loss, feedback))
+        adversarial, reward = (torch.autograd.grad(term, x0)[0] for term in (loss, feedback))
         weight = balanced_weight(adversarial, reward, r.reward_cap)
-        return loss + weight * feedback, metrics | {f"{name}_reward": score.detach().mean(), f"{name}_reward_weight": weight}
+        metrics |= {f"{name}_reward": score.detach().mean(), f"{name}_reward_weight": weight}
+        return with_gradient(x0_hat, adversarial + weight * reward, (loss + weight * feedback).detach()), metrics
 
     def evaluate(self, step: int) -> dict[str, float]:
         """As in adp, and the averaged student's held-out reward beside the teacher's pictures'."""

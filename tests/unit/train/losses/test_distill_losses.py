@@ -13,7 +13,7 @@ from hyperbagel.flow.schedule import shift_time
 from hyperbagel.train.losses.adversarial import accuracy, approximate_r1, hinge_discriminator, hinge_generator
 from hyperbagel.train.losses.cfg import cfg_loss, draw_scales, guided_target
 from hyperbagel.train.losses.dmd import COUPLINGS, Coupling, contraction, couple, dmd_gradient, dmd_loss, fake_loss, renoise_factors
-from hyperbagel.train.losses.refl import balanced_weight, preference_loss, refl_loss
+from hyperbagel.train.losses.refl import balanced_weight, preference_loss, refl_loss, with_gradient
 from hyperbagel.train.losses.tscd import jump, pseudo_huber, segment_times
 
 B, N, C = 5, 3, 4
@@ -131,7 +131,8 @@ def test_dmd_gradient_and_loss() -> None:
     x0, fake, real = draw(B, N, C).requires_grad_(), draw(B, N, C, seed=1).requires_grad_(), draw(B, N, C, seed=2).requires_grad_()
     g = dmd_gradient(x0.detach(), fake, real)
     for i in range(B):
-        size = max(0.1, sum(abs(float(a - b)) for a, b in zip(x0[i].flatten(), real[i].flatten())) / (N * C))
+        pairs = zip(x0[i].flatten().tolist(), real[i].flatten().tolist())
+        size = max(0.1, sum(abs(a - b) for a, b in pairs) / (N * C))
         torch.testing.assert_close(g[i], (fake[i] - real[i]) / size)
     dmd_loss(x0, g).backward()
     assert fake.grad is None and real.grad is None  # only the generator moves
@@ -297,3 +298,10 @@ def test_the_reward_never_outweighs_the_judges() -> None:
         ratio = (weight * size * reward.norm() / adversarial.norm()).item()
         assert 0 < weight <= 1 and ratio <= 0.3 + 1e-6
     assert balanced_weight(adversarial, 1e-3 * reward).item() == 1
+
+
+def test_a_scalar_with_a_given_gradient() -> None:
+    x, g = draw(B, N, C).requires_grad_(), draw(B, N, C, seed=1)
+    loss = with_gradient(x, g, torch.tensor(2.5, dtype=torch.float64))
+    loss.backward()
+    assert math.isclose(loss.item(), 2.5) and torch.equal(x.grad, g)

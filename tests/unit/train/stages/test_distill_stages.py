@@ -18,6 +18,7 @@ from hyperbagel.model.weights import load_folder, load_tensors
 from hyperbagel.train.distill import compare
 from hyperbagel.train.loop import train
 from hyperbagel.train.losses.dmd import COUPLINGS
+from hyperbagel.train.losses.refl import refl_loss
 from hyperbagel.train.rewards import foreign_reward, load_reward
 from hyperbagel.train.stage import Draws, Stage
 from hyperbagel.train.stages import adp, cfg, dmdo, refl, reward, tscd
@@ -222,6 +223,26 @@ def test_pairs_are_learnt(base: Path) -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1 and next(iter(metrics.values())) == 1
+
+
+def test_feedback_equals_the_plain_sum_of_both_terms(base: Path, student: Path, head: Path) -> None:
+    """The cheap way (one pass through each part) against backward of adversarial + weight * feedback."""
+    assert [list(range(6))[adp.some(6, n)] for n in (0, 6, 3, 2, 4)] == [[0, 1, 2, 3, 4, 5]] * 2 + [[0, 2, 4], [0, 3], [0, 2, 4]]
+    stage: Any = stage_of("refl", base, student, head, data=only("edit"), pixel_samples=2)
+    batch = stage.batch(1, Draws.at(0, 1))
+    loss, metrics = stage.loss("student", batch, 1)
+    loss.backward()
+    fast = {n: p.grad.clone() for n, p in stage.student.named_parameters() if p.grad is not None}
+    stage.student.zero_grad()
+    x0_hat = stage.predict(batch)
+    adversarial, _ = stage.judged(batch, x0_hat)
+    feedback = refl_loss(stage.reward(stage.decode(x0_hat, batch.conditions), batch.conditions.samples))
+    slow = adversarial + metrics["edit_reward_weight"] * feedback
+    slow.backward()
+    assert 0 < metrics["edit_reward_weight"] <= 1 and torch.allclose(loss, slow, rtol=1e-5)
+    for name, p in stage.student.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(fast[name], p.grad, rtol=1e-3, atol=1e-7)
 
 
 def test_a_reward_of_ones_own(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
