@@ -19,10 +19,12 @@ from hyperbagel.speculative.drafters.autoregressive import DraftModule, Lesson
 from hyperbagel.speculative.drafters.block import BlockDrafter, block_mask
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
+from hyperbagel.speculative.drafters.expand import best_nodes, grow
 from hyperbagel.speculative.drafters.export import export_eagle3, import_eagle3
 from hyperbagel.speculative.drafters.folder import Module, load_module, make_drafter, make_module, save_drafter
 from hyperbagel.speculative.drafters.layers import diagonal_mask
 from hyperbagel.speculative.drafters.lesson import make_lesson
+from hyperbagel.speculative.drafters.serve import BlockProposer
 from hyperbagel.speculative.simulate import simulate
 from hyperbagel.speculative.types import Speculated, Stats
 from hyperbagel.train.losses.drafter import block_loss, unrolled_loss
@@ -256,3 +258,26 @@ def test_eagle3_export_reads_back(small: int | None, parts: Parts, tmp_path: Pat
     (tmp_path / "e" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(InputError, match="EAGLE-3"):
         import_eagle3(tmp_path / "e", llm)
+
+
+def test_an_unsure_block_drafts_less(trained, parts: Parts) -> None:
+    """The confidence threshold cuts drafts off; answers stay."""
+    module, sessions, answers, _ = trained["block"]
+    assert isinstance(module, BlockDrafter)
+    tried = []
+    for threshold in (0.0, 0.6, 1.1):
+        out = decode(sessions, max_tokens=LENGTH, drafter=BlockProposer(module, parts.model, threshold=threshold))
+        assert [o.ids for o in out] == [p.ids for p in answers]
+        tried.append(sum(sum(o.stats.tried.values()) for o in out if isinstance(o, Speculated)))
+    assert tried[0] > tried[1] > tried[2] == 0
+
+
+def test_a_tree_never_loses_a_parent() -> None:
+    """Certain children tie with their parents in probability; the parent still comes first."""
+    logits = torch.full((1, 1, 8), -40.0)
+    logits[..., 3] = 40.0
+    levels = [grow(None, logits, 3)]
+    for _ in range(4):
+        levels.append(grow(levels[-1], logits.expand(1, 3, 8), 3))
+    draft = best_nodes(levels, 5)
+    assert draft.tree is not None and draft.tree.parents.tolist() == [[0, 0, 1, 2, 3, 4]] and draft.tokens.tolist() == [[3] * 5]

@@ -20,7 +20,7 @@ from hyperbagel.speculative.drafters.layers import Layer, Memory, Sight, Unrolle
 
 
 class BlockDrafter(nn.Module):
-    """`context` once a slot, `block` once a round, `markov` once a drafted token."""
+    """`context` once a slot, `block` and the head once a round, `link` and `trust` once a drafted token."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -70,10 +70,13 @@ class BlockDrafter(nn.Module):
             x = layer(x, sight, i)
         return self.norm(x)
 
-    def markov(self, out: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs [..., E] and the tokens before the drafted ones [...] -> logits [..., V], confidence logits [...]."""
-        low = self.markov_in(previous)
-        return self.lm_head(out) + self.markov_out(low), self.confidence(torch.cat([out, low], dim=-1))[..., 0]
+    def link(self, previous: Tensor) -> Tensor:
+        """What the Markov head adds to the logits after the tokens `previous` [...], [..., V]."""
+        return self.markov_out(self.markov_in(previous))
+
+    def trust(self, out: Tensor, previous: Tensor) -> Tensor:
+        """Confidence, as a logit, that the draft after `previous` [...] is accepted; out [..., E] -> [...]."""
+        return self.confidence(torch.cat([out, self.markov_in(previous)], dim=-1))[..., 0]
 
     def rollout(self, lesson: Lesson, embed: Embed, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks after the entries `anchors` [B, A] (teacher forced) -> logits [B, A, K, V] and confidence logits [B, A, K].
@@ -89,7 +92,7 @@ class BlockDrafter(nn.Module):
         out = self.block(embed(lesson.tokens.gather(1, anchors)), where, memory).unflatten(1, (-1, k))
         at = (anchors[..., None] + torch.arange(k, device=anchors.device)).clamp(max=r - 1)  # [B, A, K]
         previous = lesson.tokens.gather(1, at.flatten(1)).view_as(at)
-        return self.markov(out, previous)
+        return self.lm_head(out) + self.link(previous), self.trust(out, previous)
 
 
 def block_mask(last: Tensor, slots: int, k: int) -> Tensor:

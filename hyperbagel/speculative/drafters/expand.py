@@ -15,7 +15,7 @@ from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft
 
-_TIE = 1e-6  # log-probability a level costs, so that a certain child never outranks its parent
+_TIE = 1e-9  # log-probability a level costs, so that a certain child never outranks its parent (fp64)
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Level:
 def grow(last: Level | None, logits: Tensor, branch: int) -> Level:
     """logits [B, k, V] after each frontier node of `last` (None: the root, k = 1) -> `branch` children each."""
     b, k, _ = logits.shape
-    top, ids = logits.float().log_softmax(-1).topk(branch, dim=-1)  # [B, k, branch]
-    before = torch.zeros(b, 1, device=logits.device) if last is None else last.scores.gather(1, last.frontier)
+    top, ids = logits.double().log_softmax(-1).topk(branch, dim=-1)  # [B, k, branch]
+    before = top.new_zeros(b, 1) if last is None else last.scores.gather(1, last.frontier)
     scores = (top + before[..., None] - _TIE).flatten(1)
     at = torch.arange(k, device=logits.device).repeat_interleave(branch).expand(b, -1)  # parent within the frontier
     frontier = scores.topk(branch, dim=1).indices

@@ -155,13 +155,15 @@ class BlockProposer(_Proposer):
         plan = self.cache.plan([k] * len(seen.counts), causal=True)  # never advanced: the block leaves no trace
         root = self.target.embed_text(seen.root)[:, None]
         out = self.module.block(root, seen.position[:, None], Served(self.cache, plan))
+        depth = min(self.depth, limit)
+        logits = self.module.lm_head(out[:, :depth])
         previous, trust = seen.root, torch.ones_like(seen.root, dtype=torch.float32)
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
-        for d in range(min(self.depth, limit)):
-            logits, confidence = self.module.markov(out[:, d], previous)
-            previous, q = choose(logits, self.temperature, self.generators)
-            trust = trust * confidence.float().sigmoid()
+        for d in range(depth):
+            if self.threshold > 0:  # decided before the token is drawn, so that it does not bend the distribution
+                trust = trust * self.module.trust(out[:, d], previous).float().sigmoid()
+            previous, q = choose(logits[:, d] + self.module.link(previous), self.temperature, self.generators)
             tokens.append(torch.where(trust >= self.threshold, previous, -1))
             qs.append(q)
         return _drafts(tokens, qs)
