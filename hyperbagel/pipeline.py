@@ -97,6 +97,8 @@ class HyperBagel:
         return self.ask_batch([AskRequest(question, given, **settings)], on_token=on_token)[0]
 
     def _pictures(self, request: ImageRequest, n: int, seed: int | None, on_step: OnStep | None) -> list[ImageResult]:
+        if n < 1:
+            raise InputError(f"got n {n}, expected at least 1 picture")
         first = random.SystemRandom().randrange(2**31) if seed is None else seed
         return self.generate_batch([replace(request, seed=first + i) for i in range(n)], on_step=on_step)
 
@@ -141,6 +143,7 @@ class HyperBagel:
                 raise InputError("got an empty question, expected some text")
             if request.max_tokens < 1:
                 raise InputError(f"got max_tokens {request.max_tokens}, expected at least 1")
+            _check_seed(request.seed)
             if not 0 <= request.temperature <= 100:
                 raise InputError(f"got temperature {request.temperature}, expected 0 (greedy) to 100")
         groups: dict[tuple[int, float], list[int]] = defaultdict(list)
@@ -177,6 +180,7 @@ class HyperBagel:
         items = request.items()
         if not any(isinstance(item, str) and item.strip() for item in items):
             raise InputError("got an empty prompt, expected some text")
+        _check_seed(request.seed)
         if request.size is not None:
             latent_grid(self.parts, request.size)
         if request.student not in (None, "none"):
@@ -227,6 +231,11 @@ def split_thinking(text: str, think: bool) -> tuple[str | None, str]:
         return None, text.strip()
     thought, _, answer = text.partition("</think>")
     return thought.replace("<think>", "").strip(), answer.strip()
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"got seed {seed}, expected 0 to 2^63 - 1")
 
 
 def _device(name: str | None) -> torch.device:
