@@ -53,13 +53,22 @@ def best_checkpoint(folder: Path) -> Path | None:
     return path if path.is_dir() else None
 
 
+def averaged_tensors(path: Path, player: str) -> dict[str, Tensor]:
+    """A player's averages in a checkpoint, by parameter name; its weights where no average was kept. Raises InputError."""
+    ema = path / f"{player}.ema.safetensors"
+    try:
+        return load_file(ema if ema.exists() else path / f"{player}.weights.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: got a damaged checkpoint ({error}), expected a whole one, remove it and resume from an older") from error
+
+
 def save_checkpoint(folder: Path, stage: Stage, progress: Progress, *, keep: int, score: float | None = None) -> Path:
     """Write a checkpoint, note it in best.json if `score` beats the noted one, then drop all but the newest `keep` and the best."""
     make_folder(folder)
     path = folder / f"step-{progress.step:08d}"
     if path not in list_checkpoints(folder):  # the same step is the same state: never touch a whole checkpoint
         _write(path, stage, progress, score)
-    if score is not None and score > _best_score(folder):
+    if score is not None and score > best_score(folder):
         atomic_write_text(folder / "best.json", json.dumps({"name": path.name, "score": score}))
     _prune(folder, keep)
     return path
@@ -162,7 +171,8 @@ def _set_rng(states: dict[str, Tensor]) -> None:
             torch.cuda.set_rng_state(states[f"cuda{i}"], i)
 
 
-def _best_score(folder: Path) -> float:
+def best_score(folder: Path) -> float:
+    """The score of the best checkpoint, or minus infinity."""
     if best_checkpoint(folder) is None:
         return float("-inf")
     return json.loads((folder / "best.json").read_text())["score"]

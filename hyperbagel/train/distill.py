@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,9 @@ from hyperbagel.model.student import Sampler, Student, StudentNetwork, load_stud
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.model.weights import load_folder
 from hyperbagel.train.batches import pack_spec, posterior_encoder, transform
+from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
+from hyperbagel.train.discriminator import vit_features
 from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.cfg import draw_scales
 from hyperbagel.train.optim import OptimConfig
@@ -75,7 +78,7 @@ def seeded(seed: int) -> Iterator[None]:
 class DistillStage(Stage):
     """A student over a frozen base. Subclasses add players and write `prepare` and `loss`."""
 
-    best_metric = "match"
+    best_metric = "score"
     needs_pictures = True  # whether batches need the true pictures' latents
 
     def __init__(self, recipe: DistillRecipe, device: torch.device) -> None:
@@ -91,7 +94,7 @@ class DistillStage(Stage):
         self.network = self.student.network(self.base)
         self.players = {"student": Player.of(self.student, recipe.optim)}
         self.loader = self._loader(recipe.data, recipe.seed)
-        self.measured: list[tuple[Conditions, Tensor, Tensor]] = []  # conditions, two noises [2, B, N, C], the teacher's pictures for them
+        self.measured: list[Measured] = []
         if recipe.held_out is not None:
             self._measure_teacher(recipe.held_out)
 
@@ -203,9 +206,10 @@ class DistillStage(Stage):
                 rng, group = Draws.at(_HELD_OUT_SEED, i), loader.next_group()
                 conditions = self._conditions(group.source, group.samples, rng)
                 noises = torch.stack([self.noise(conditions, rng) for _ in range(2)])
-                teacher = self.guided_teacher(conditions, self.usual_scales(conditions))
+                run = self.guided_teacher(conditions, self.usual_scales(conditions))
                 with self.amp():
-                    self.measured.append((conditions, noises, torch.stack([euler(x, teacher, times) for x in noises])))
+                    teacher = torch.stack([euler(x, run, times) for x in noises])
+                    self.measured.append(Measured(conditions, noises, teacher, self.features(teacher, conditions)))
         finally:
             loader.close()
 
@@ -215,13 +219,20 @@ class DistillStage(Stage):
         run = self.as_velocity(self.network, conditions, self.usual_scales(conditions))
         return torch.stack([euler(x, run, time_grid(sampler.nfe, sampler.shift)) for x in noises])
 
+    def features(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """What the base's own ViT sees in latents [2, B, N, C] once decoded: [2, B, values]."""
+        depth = self.base.config.vit.layers_used - 1
+        return torch.stack([vit_features(self.base, self.decode(one, conditions), [depth])[0][0].float().flatten(1) for one in x])
+
     def evaluate(self, step: int) -> dict[str, float]:
-        """The averaged student beside the teacher, same conditions and noise; see `compare`. Also by source."""
+        """The averaged student beside the teacher, same conditions: `compare`, and `score`, minus the energy distance. Also by source."""
         found: dict[str, list[float]] = {}
         with self.players["student"].averaged():
-            for conditions, noises, teacher in self.measured:
-                for name, value in compare(self.pictures(conditions, noises), teacher).items():
-                    for key in (name, f"{conditions.source}_{name}"):
+            for m in self.measured:
+                made = self.pictures(m.conditions, m.noises)
+                figures = compare(made, m.teacher) | {"score": -conditional_energy(self.features(made, m.conditions), m.features)}
+                for name, value in figures.items():
+                    for key in (name, f"{m.conditions.source}_{name}"):
                         found.setdefault(key, []).append(value)
         return {name: sum(values) / len(values) for name, values in found.items()}
 
@@ -229,10 +240,10 @@ class DistillStage(Stage):
         """A sheet of rows: the teacher's pictures, the averaged student's for the same noise, the true ones."""
         rows = []
         with self.players["student"].averaged():
-            for conditions, noises, teacher in self.measured:
-                few = min(8, len(conditions))
-                for x in (teacher[0], self.pictures(conditions, noises)[0], conditions.x0):
-                    rows.append(self.decode(x, conditions)[:few])
+            for m in self.measured:
+                few = min(8, len(m.conditions))
+                for x in (m.teacher[0], self.pictures(m.conditions, m.noises)[0], m.conditions.x0):
+                    rows.append(self.decode(x[:few], m.conditions))
         if rows:
             like = [row for row in rows if row.shape[2:] == rows[0].shape[2:]]
             few = min(len(row) for row in like)
@@ -247,13 +258,45 @@ class DistillStage(Stage):
         self.loader.load_state_dict(state["loader"])
 
     def finish(self, out: Path) -> None:
-        """export/: a student folder with the averaged weights."""
-        with self.players["student"].averaged():
-            dtype = getattr(torch, self.recipe.export_dtype)
+        """export/: a student folder with the averaged weights of the best checkpoint; without held-out figures, of the last step."""
+        player, best = self.players["student"], best_checkpoint(out / "checkpoints")
+        dtype = getattr(torch, self.recipe.export_dtype)
+        with player.averaged():
+            last = {name: p.clone() for name, p in player.parameters.items()}
+            for name, value in (averaged_tensors(best, "student") if best else {}).items():
+                if name in last:
+                    player.parameters[name].copy_(value)
             save_student(out / "export", self.student, self.base, base_name=self.recipe.model.name, dtype=dtype)
+            for name, value in last.items():
+                player.parameters[name].copy_(value)
 
     def close(self) -> None:
         self.loader.close()
+
+
+@dataclass
+class Measured:
+    """Held-out conditions, two noises and the teacher's latents for them [2, B, N, C], and what the ViT sees in those [2, B, values]."""
+
+    conditions: Conditions
+    noises: Tensor
+    teacher: Tensor
+    features: Tensor
+
+
+def conditional_energy(student: Tensor, teacher: Tensor) -> float:
+    """Energy distance between student and teacher given the condition, over the teacher's own spread. Features [2, B, D] of two noises.
+
+    2 E|s - t| - E|s - s'| - E|t - t'| with s, t of different noises (those of one noise are alike by design), so that its expectation is 0
+    where both draw from one distribution, whatever the noise is mapped to; blur, collapse and wrong content all raise it.
+    """
+
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(a - b, dim=-1).mean()
+
+    own = apart(teacher[0], teacher[1])
+    cross = apart(student[0], teacher[1]) + apart(student[1], teacher[0])
+    return ((cross - apart(student[0], student[1]) - own) / own).item()
 
 
 def compare(student: Tensor, teacher: Tensor) -> dict[str, float]:

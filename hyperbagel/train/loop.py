@@ -16,7 +16,7 @@ from torch import Tensor
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.progress import ProgressReport
 from hyperbagel.core.run import RunFolder
-from hyperbagel.train.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from hyperbagel.train.checkpoint import Progress, best_score, list_checkpoints, load_checkpoint, save_checkpoint
 from hyperbagel.train.optim import lr_factor, set_lr
 from hyperbagel.train.stage import Draws, Metrics, Stage, TrainRecipe
 
@@ -107,6 +107,9 @@ class _Loop:
                     self.run.log(self.step, _numbers(values) | {"steps_per_second": rate, "seconds": self.seconds})
                 if self.step % r.evaluate_every == 0:
                     report.line(_show(self.step, self.evaluate()))
+                    if self.is_best():
+                        self.save()
+                        saved_at = self.clock()
                 if self.step % r.sample_every == 0:
                     self.sample()
                 if self.clock() - saved_at >= r.checkpoint_every_seconds:
@@ -173,10 +176,18 @@ class _Loop:
         with torch.no_grad(), self.autocast():
             self.stage.sample(self.step, self.run.folder("samples"))
 
-    def save(self) -> Path:
+    @property
+    def score(self) -> float | None:
+        """The stage's own measure of this very step, if it was taken."""
         best = self.stage.best_metric
-        score = self.evaluated[1].get(best) if best and self.evaluated[0] == self.step else None
-        return save_checkpoint(self.run.checkpoints, self.stage, Progress(self.step, self.seconds), keep=self.recipe.keep, score=score)
+        return self.evaluated[1].get(best) if best and self.evaluated[0] == self.step else None
+
+    def is_best(self) -> bool:
+        return self.score is not None and self.score > best_score(self.run.checkpoints)
+
+    def save(self) -> Path:
+        progress = Progress(self.step, self.seconds)
+        return save_checkpoint(self.run.checkpoints, self.stage, progress, keep=self.recipe.keep, score=self.score)
 
 
 def _numbers(values: Metrics) -> dict[str, float]:

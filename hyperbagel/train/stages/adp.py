@@ -129,7 +129,8 @@ class AdpStage(DistillStage):
         r, name = self.own, batch.conditions.source
         with torch.no_grad():
             fake = self.predict(batch)
-        total, metrics = torch.zeros((), device=fake.device), {}
+        total = torch.zeros((), device=fake.device)
+        metrics: dict[str, Tensor] = {}
         for where, weight, judge in (("latent", r.latent_weight, self.in_latents), ("pixel", r.pixel_weight, self.in_pixels)):
             real_scores, fake_scores = judge(batch, batch.x_0), judge(batch, fake)
             hinge = hinge_discriminator(real_scores, fake_scores)

@@ -66,9 +66,9 @@ class ReflStage(AdpStage):
         own: list[float] = []
         theirs: list[float] = []
         with self.players["student"].averaged():
-            for conditions, noises, teacher in self.measured:
-                for found, latents in ((own, self.pictures(conditions, noises)[0]), (theirs, teacher[0])):
-                    found.append(self.reward(self.decode(latents, conditions), conditions.samples).mean().item())
+            for m in self.measured:
+                for found, latents in ((own, self.pictures(m.conditions, m.noises)[0]), (theirs, m.teacher[0])):
+                    found.append(self.reward(self.decode(latents, m.conditions), m.conditions.samples).mean().item())
         if own:
             figures |= {"reward": sum(own) / len(own), "teacher_reward": sum(theirs) / len(theirs)}
         return figures

@@ -15,7 +15,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import RunFolder
 from hyperbagel.model.student import load_student
 from hyperbagel.model.weights import load_folder, load_tensors
-from hyperbagel.train.distill import compare
+from hyperbagel.train.distill import compare, conditional_energy
 from hyperbagel.train.loop import train
 from hyperbagel.train.losses.dmd import COUPLINGS
 from hyperbagel.train.losses.refl import refl_loss
@@ -161,7 +161,7 @@ def test_an_export_loads_and_says_what_it_is(base: Path, student: Path) -> None:
     assert loaded.sampler.nfe == 6 and loaded.sampler.shift == 3.0 and loaded.sampler.stage == "cfg"
     logged = [json.loads(line) for line in (student.parent / "metrics.jsonl").read_text().splitlines()]
     figures = {key for line in logged for key in line}
-    assert {"held_out/match", "held_out/spread", "held_out/diversity", "held_out/size", "held_out/edit_match"} <= figures
+    assert {"held_out/match", "held_out/spread", "held_out/diversity", "held_out/size", "held_out/edit_score"} <= figures
     assert list((student.parent / "samples").iterdir())
 
 
@@ -268,6 +268,36 @@ def test_the_figures_see_what_goes_wrong() -> None:
     collapsed = compare(teacher[:1].expand(2, -1, -1, -1), teacher)
     assert collapsed["diversity"] == 0 and collapsed["size"] > 0.9
     assert abs(compare(1.3 * teacher, teacher)["size"] - 1.3) < 1e-4
+
+
+def test_the_score_is_zero_for_equal_distributions_and_sees_blur_and_collapse() -> None:
+    g = torch.Generator().manual_seed(0)
+    centre = 3 * torch.randn(1, 4000, 6, generator=g)  # what the condition says
+    teacher, student = (centre + torch.randn(2, 4000, 6, generator=g) for _ in range(2))
+    assert abs(conditional_energy(student, teacher)) < 0.02  # other noise, same distribution
+    assert abs(conditional_energy(teacher, teacher)) < 1e-6  # the same noise gives no credit
+    for worse in (centre + 0.5 * (student - centre), student[:1].expand(2, -1, -1), student.flip(1), student + 0.5):
+        assert conditional_energy(worse, teacher) > 0.05
+
+
+def test_the_best_checkpoint_is_exported_not_the_last(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([1.0, 3.0, 2.0, 0.0])
+    monkeypatch.setattr(cfg.CfgStage, "evaluate", lambda self, step: {"score": next(scores)})
+    seen = {}
+    loss = cfg.CfgStage.loss
+
+    def watch(self: Any, player: str, batch: Any, step: int) -> Any:
+        shadow = self.players["student"].ema.shadow
+        seen[step] = {name: value.clone() for name, value in shadow.items()}
+        return loss(self, player, batch, step)
+
+    monkeypatch.setattr(cfg.CfgStage, "loss", watch)
+    optim = {"lr": 1e-2, "warmup_steps": 0, "schedule": "constant", "ema_decay": 0.5}
+    run(cfg, base, tmp_path / "run", max_steps=4, kind="lora", rank=2, evaluate_every=1, keep=1, optim=optim)
+    model, _ = load_folder(base)
+    found = dict(load_student(tmp_path / "run" / "export", model).named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in seen[2].items())  # the average as it stood after two steps
+    assert any(not torch.equal(found[name], value) for name, value in seen[3].items())
 
 
 def test_recipes_that_are_refused(base: Path, student: Path, tmp_path: Path) -> None:
