@@ -47,14 +47,15 @@ def couple(kind: Coupling, x0: Tensor, x_T: Tensor, x_s: Tensor, s: Tensor, tau:
 def _renoised(x_s: Tensor, s: Tensor, tau: Tensor, n: Tensor) -> Coupled:
     """x_tau = a x_s + c n with a = (1 - tau) / (1 - s), c^2 = tau^2 - a^2 s^2: if x_s is a marginal of the path, so is x_tau.
 
-    The score of x_tau is -E[n | x_tau] / c, and -E[e | x_tau] / tau for the path's own noise e. So the fake model learns e = tau n / c;
-    with the weight (c / tau)^2 that target keeps unit size also for tau near s, where tau / c grows without bound.
+    The score of x_tau is -E[n | x_tau] / c, and -E[e | x_tau] / tau for the path's own noise e. So the fake model learns e = tau n / c, as
+    the velocity v = (e - x_tau) / (1 - tau). That target scatters with variance (S / (1 - s)^2) (tau / c)^2 / D about its mean (unit
+    Gaussian data; S = (1 - s)^2 + s^2, D = (1 - tau)^2 + tau^2): far more than a plain one where s is near 1 or tau near s. The weight is
+    its inverse up to D, so that all levels count alike; at s = 0 it is 1 and this is the independent coupling.
     """
     a, c = renoise_factors(s, tau)
     x = a * x_s + c * n
-    e = tau / c * n
-    x0 = (x - tau * e) / (1 - tau).clamp_min(1e-4)
-    return Coupled(x, e - x0, (c / tau).square())
+    v = (tau / c * n - x) / (1 - tau).clamp_min(1e-4)
+    return Coupled(x, v, (c / tau).square() * (1 - s).square() / ((1 - s).square() + s.square()))
 
 
 def renoise_factors(s: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:

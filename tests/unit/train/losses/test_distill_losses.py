@@ -196,6 +196,18 @@ def test_renoising_keeps_the_marginal() -> None:
         assert math.isclose((a * s) ** 2 + c**2, tau**2, rel_tol=1e-9)
 
 
+@pytest.mark.parametrize(("s", "tau"), [(0.0, 0.5), (0.0, 0.95), (0.3, 0.35), (0.3, 0.9), (0.9, 0.92), (0.94, 0.99)])
+def test_the_weight_of_tdm_evens_out_the_scatter_of_its_target(s: float, tau: float) -> None:
+    x0, e, n = (draw(20000, 1, 1, seed=i) for i in range(3))
+    at = [torch.full((20000,), t, dtype=torch.float64) for t in (s, tau)]
+    made = couple("tdm", x0, e, (1 - s) * x0 + s * e, *at, n)
+    x, v = made.x_tau.flatten(), made.velocity.flatten()
+    scatter = (v - (v @ x) / (x @ x) * x).square().mean() * made.weight[0].item()  # the mean given x is linear in x
+    assert math.isclose(scatter, 1 / ((1 - tau) ** 2 + tau**2), rel_tol=0.05)
+    exact = (tau - (1 - tau)) / ((1 - tau) ** 2 + tau**2)  # E[v | x] = E[e - x0 | x] of the path itself
+    assert abs((v @ x) / (x @ x) - exact) < 0.05 * max(1.0, made.weight[0].item() ** -0.5)
+
+
 # -- the scalar Gaussian -----------------------------------------------------------------------------------------------------------
 
 # Every function below is linear in (x_T, n), so four sign pairs give E exactly.
