@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,8 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     """What a model folder is: shapes, parameter counts, dtypes, files, and whether the tensors fit the config. Reads headers only."""
     if not folder.is_dir():
         raise InputError(f"{folder}: got no folder, expected a model folder in BAGEL's layout")
+    if (folder / "sampler.json").exists():
+        return _inspect_student(folder)
     config = BagelConfig.from_folder(folder)
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"ema": Bagel(config), "ae": AutoEncoder(config.vae)}
@@ -175,6 +178,25 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
             "files": sorted({path.name for path in source.file_of.values()}),
             "bytes": sum(path.stat().st_size for path in set(source.file_of.values())),
         }
+    return report
+
+
+def _inspect_student(folder: Path) -> dict[str, Any]:
+    """Sampler, base and sizes of a student (model.student); whether it fits a base is checked when it is loaded."""
+    try:
+        about = json.loads((folder / "sampler.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}/sampler.json: not readable as JSON ({error}); restore the file") from error
+    report: dict[str, Any] = {"folder": str(folder), "student": about, "weights": {}}
+    for stem in ("adapter_model", "moe_gen", "guidance"):
+        if (folder / f"{stem}.safetensors").exists():
+            source = TensorFolder(folder, stem)
+            numbers = sum(math.prod(shape) for shape in source.shapes.values())
+            report["weights"][stem] = {
+                "tensors": len(source.shapes),
+                "parameters": numbers,
+                "dtypes": sorted(set(source.dtypes.values())),
+            }
     return report
 
 

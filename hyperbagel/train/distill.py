@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.mixture import DataConfig, build_loader
+from hyperbagel.data.mixture import DataConfig, PhaseConfig, build_loader
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import Velocity, euler, euler_steps
@@ -51,8 +51,8 @@ class DistillRecipe(TrainRecipe):
     text_range: tuple[float, float] = (1.0, 5.0)  # 3.2.1
     image_range: tuple[float, float] = (1.0, 2.5)  # 3.2.1; edits
     data: DataConfig
-    held_out: DataConfig | None = None
-    held_out_groups: int = Field(default=2, ge=1)
+    held_out: DataConfig | None = None  # what is measured; its mixture is not used
+    held_out_groups: int = Field(default=2, ge=1)  # of each held-out source
     teacher_steps: int = Field(default=24, ge=1)  # of the held-out pictures that the student is compared with
     optim: OptimConfig = OptimConfig(lr=2e-4, warmup_steps=50, schedule="constant", ema_decay=0.99)
     export_dtype: str = Field(default="float32", pattern="^(bfloat16|float32)$")
@@ -199,9 +199,10 @@ class DistillStage(Stage):
     @torch.no_grad()
     def _measure_teacher(self, data: DataConfig) -> None:
         """The base's pictures of fixed conditions and noises: what the student is compared with, made once."""
-        loader = self._loader(data, _HELD_OUT_SEED)
         times = time_grid(self.recipe.teacher_steps, TEXT_TO_IMAGE.shift)
-        try:
+        for name in data.sources:  # each source the same number of groups, whatever the mixture
+            alone = data.model_copy(update={"sources": {name: data.sources[name]}, "mixture": [PhaseConfig(weights={name: 1.0})]})
+            loader = self._loader(alone, _HELD_OUT_SEED)
             for i in range(self.recipe.held_out_groups):
                 rng, group = Draws.at(_HELD_OUT_SEED, i), loader.next_group()
                 conditions = self._conditions(group.source, group.samples, rng)
@@ -210,7 +211,6 @@ class DistillStage(Stage):
                 with self.amp():
                     teacher = torch.stack([euler(x, run, times) for x in noises])
                     self.measured.append(Measured(conditions, noises, teacher, self.features(teacher, conditions)))
-        finally:
             loader.close()
 
     def pictures(self, conditions: Conditions, noises: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import Kind, Sampler, Student, fingerprint, load_student, make_adapter, save_student
-from hyperbagel.model.weights import load_tensors
+from hyperbagel.model.weights import inspect_folder, load_tensors
 from hyperbagel.nn.lora import Adapter, attach
 
 KINDS: tuple[Kind, ...] = ("lora", "full")
@@ -121,6 +121,9 @@ def test_round_trip(kind: Kind, tmp_path: Path) -> None:
     scales = torch.tensor([1.0, 4.0]), torch.tensor([1.0, 2.0])
     a, b = (run(s.network(base).model, s.guidance(*scales)) for s in (student, again))
     assert torch.equal(a, b) and not torch.allclose(a, run(base))
+    report = inspect_folder(tmp_path / "s")
+    assert report["student"]["nfe"] == 1 and report["student"]["stage"] == "test"
+    assert report["weights"]["guidance"]["parameters"] == sum(p.numel() for p in student.guidance.parameters())
     files = {p.name for p in (tmp_path / "s").iterdir()}
     own = {"adapter_model.safetensors", "adapter_config.json"} if kind == "lora" else {"moe_gen.safetensors"}
     assert files == {"guidance.safetensors", "sampler.json"} | own

@@ -190,6 +190,13 @@ def test_a_few_steps_and_an_export(name: str, base: Path, student: Path, head: P
     assert ("held_out/teacher_reward" in logged) == (name == "refl")
 
 
+def test_held_out_figures_cover_every_source_alike(base: Path) -> None:
+    stage: Any = make(cfg, base, held_out=DATA, held_out_groups=2, teacher_steps=1, nfe=1)
+    assert [m.conditions.source for m in stage.measured] == ["t2i", "t2i", "edit", "edit"]
+    with torch.no_grad():
+        assert {"t2i_score", "edit_score", "score"} <= set(stage.evaluate(0))
+
+
 def test_builds_repeat(base: Path) -> None:
     a, b = (make(cfg, base, kind="lora") for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(a.student.parameters(), b.student.parameters(), strict=True))
