@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hyperbagel import cli_checks as checks
+from hyperbagel.cli_serve import serve
 from hyperbagel.core.errors import InputError
 
 app = typer.Typer(
@@ -288,6 +289,9 @@ def demo(
     folder = make_folder(out)
     pipeline, _ = _load(time.perf_counter(), model, device, dtype)
     print(build_demo(pipeline, folder, seed=seed, note=_note))
+
+
+app.command()(serve)
 
 
 @app.command()

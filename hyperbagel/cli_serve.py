@@ -1,0 +1,41 @@
+"""`hyperbagel serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from hyperbagel import cli_checks as checks
+from hyperbagel.core.errors import InputError
+
+
+def serve(
+    model: Annotated[str | None, typer.Option(help="Model folder, or 'toybox' for the embedded model.", show_default="toybox")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must send.", envvar="HYPERBAGEL_API_KEY", show_default="none is asked for")
+    ] = None,
+    queue: Annotated[int | None, typer.Option(help="Pictures and answers that may wait.", show_default="64")] = None,
+    name: Annotated[str | None, typer.Option(help="What requests call the model.", show_default="its folder's name")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda, cuda:1 ...; several times for several devices.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+) -> None:
+    """Serve the model over HTTP, for OpenAI's clients."""
+    checks.check_at_least("--queue", queue, 1)
+    if not 0 <= port < 2**16:
+        raise InputError(f"got --port {port}, expected 0 to 65535, choose another")
+    if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+        print("warning: no --api-key: whoever reaches this address may use the model", file=sys.stderr)
+    from hyperbagel.pipeline import HyperBagel
+    from hyperbagel.serve.app import create_app
+    from hyperbagel.serve.run import run
+    from hyperbagel.serve.schemas import Limits
+
+    given: dict[str, Any] = {key: value for key, value in {"model": model, "dtype": dtype}.items() if value is not None}
+    models = [HyperBagel.from_pretrained(**given, device=one) for one in device or (None,)]
+    limits = Limits() if queue is None else Limits(waiting=queue)
+    app = create_app(models, api_key=api_key, name=name, limits=limits)
+    run(app, host, port, lambda address: print(f"serving {models[0].name} on {address}/v1", file=sys.stderr, flush=True))

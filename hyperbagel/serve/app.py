@@ -1,0 +1,172 @@
+"""`create_app`: the endpoints. Each one reads a body, hands a job to the engine, and turns what comes back into OpenAI's answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, FastAPI, Request
+from fastapi.exceptions import RequestValidationError, StarletteHTTPException
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import ValidationError
+
+from hyperbagel import __version__
+from hyperbagel.core.errors import InputError
+from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest
+from hyperbagel.serve import streams
+from hyperbagel.serve.forms import EDIT_FORM, read_edit
+from hyperbagel.serve.guard import Guard
+from hyperbagel.serve.incoming import Incoming
+from hyperbagel.serve.metrics import Metrics
+from hyperbagel.serve.outgoing import chat_message, image_usage, images_answer
+from hyperbagel.serve.schemas import ApiError, ChatBody, ErrorBody, GenerationBody, ImageFields, Limits
+from hyperbagel.serve.streams import as_api_error, collect, event_stream
+from hyperbagel.serve.worker import Engine, Job
+
+CLIENT_GONE = 499  # nobody reads this status; it is what logs and metrics say
+DRAIN_SECONDS = 30.0
+
+
+def create_app(
+    model: HyperBagel | Sequence[HyperBagel], *, api_key: str | None = None, name: str | None = None, limits: Limits | None = None
+) -> FastAPI:
+    """The server as an ASGI application.
+
+    Args:
+        model: one loaded model, or one a device, of equal weights.
+        api_key: what clients must send; None: no key is asked for.
+        name: what the model is called in requests; default: its folder's name.
+        limits: what is accepted.
+    """
+    if api_key is not None and not api_key.strip():
+        raise InputError("got an empty API key, expected some characters; leave it out to serve without one")
+    models = [model] if isinstance(model, HyperBagel) else list(model)
+    limits, metrics = limits or Limits(), Metrics()
+    engine = Engine(models, waiting=limits.waiting, batch=limits.batch, metrics=metrics)
+    called = name or Path(models[0].name).resolve().name
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.close, DRAIN_SECONDS)  # the loop stays free to send what is still being finished
+
+    app = FastAPI(title="Hyper-Bagel", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.engine, app.state.metrics = engine, metrics
+    service = Service(engine, Incoming(models[0], (called,), limits), called, limits, int(time.time()))
+    app.include_router(service.router())
+    paths = {str(getattr(route, "path", "")) for route in service.router().routes}
+    app.add_middleware(Guard, api_key=api_key, body_bytes=limits.body_bytes, metrics=metrics, paths=paths)
+    for kind in (RequestValidationError, ValidationError, InputError, ApiError, StarletteHTTPException):
+        app.add_exception_handler(kind, _refuse)
+    return app
+
+
+class Service:
+    """The endpoints of one model."""
+
+    def __init__(self, engine: Engine, incoming: Incoming, name: str, limits: Limits, created: int) -> None:
+        self.engine, self.incoming, self.name, self.limits, self.created = engine, incoming, name, limits, created
+
+    def router(self) -> APIRouter:
+        errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+        router = APIRouter(responses=errors)
+        router.add_api_route("/health", self.health, methods=["GET"])
+        router.add_api_route("/version", self.version, methods=["GET"])
+        router.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse)
+        router.add_api_route("/v1/models", self.models, methods=["GET"])
+        router.add_api_route("/v1/models/{model}", self.one_model, methods=["GET"])
+        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        router.add_api_route("/v1/images/generations", self.generations, methods=["POST"], response_model=None)
+        router.add_api_route("/v1/images/edits", self.edits, methods=["POST"], response_model=None, openapi_extra=EDIT_FORM)
+        return router
+
+    # -- about the server ------------------------------------------------------------------------------------------------------
+
+    async def health(self) -> JSONResponse:
+        """200 while requests are taken, 503 while the server shuts down."""
+        return JSONResponse({"status": "stopping"}, 503) if self.engine.closed else JSONResponse({"status": "ok"})
+
+    async def version(self) -> dict[str, str]:
+        return {"version": __version__}
+
+    async def metrics(self) -> PlainTextResponse:
+        """Prometheus' text format."""
+        return PlainTextResponse(self.engine.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._card()]}
+
+    async def one_model(self, model: str) -> dict[str, Any]:
+        if model != self.name:
+            raise ApiError(404, f"got model {model!r}, expected {self.name}", param="model", code="model_not_found")
+        return self._card()
+
+    def _card(self) -> dict[str, Any]:
+        students = self.incoming.model.students.names()
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "hyperbagel", "students": students}
+
+    # -- pictures --------------------------------------------------------------------------------------------------------------
+
+    async def generations(self, request: Request, body: Annotated[GenerationBody, Body()]) -> Response:
+        """Draws pictures."""
+        return await self._pictures(request, body, (), "image_generation")
+
+    async def edits(self, request: Request) -> Response:
+        """Changes a picture, or composes several, as the prompt says."""
+        body, files = await read_edit(request, self.limits)
+        return await self._pictures(request, body, files, "image_edit")
+
+    async def _pictures(self, request: Request, body: ImageFields, files: Sequence[bytes], event: str) -> Response:
+        requests = await asyncio.to_thread(self.incoming.pictures, body, files)
+        job = Job(requests, stream=bool(body.stream), previews=(body.partial_images or 0) if body.stream else 0)
+        self.engine.submit(job)
+        model = self.incoming.model
+        if body.stream:
+            return await event_stream(job, request, streams.image_events(job, model, body, requests, event))
+        results = await collect(job, request)
+        if results is None:
+            return Response(status_code=CLIENT_GONE)
+        usage = image_usage(model, requests, results)
+        return JSONResponse(await asyncio.to_thread(images_answer, body, results, usage))
+
+    # -- chat ------------------------------------------------------------------------------------------------------------------
+
+    async def chat(self, request: Request, body: Annotated[ChatBody, Body()]) -> Response:
+        """Answers with text; with "image" in modalities, with a picture."""
+        draw = "image" in (body.modalities or ())
+        requests = await asyncio.to_thread(self._read_chat, body, draw)
+        job = Job(requests, stream=bool(body.stream))
+        self.engine.submit(job)
+        if body.stream:
+            return await event_stream(job, request, streams.chat_events(job, self.incoming.model, body, self.name))
+        results = await collect(job, request)
+        if results is None:
+            return Response(status_code=CLIENT_GONE)
+        return JSONResponse(await asyncio.to_thread(self._completion, body, requests, results))
+
+    def _read_chat(self, body: ChatBody, draw: bool) -> Sequence[ImageRequest | AskRequest]:
+        return self.incoming.chat_pictures(body) if draw else self.incoming.questions(body)
+
+    def _completion(self, body: ChatBody, requests: Sequence[Any], results: Sequence[Any]) -> dict[str, Any]:
+        choices = [
+            {
+                "index": i,
+                "message": chat_message(result, bool(body.think)),
+                "finish_reason": getattr(result, "finish_reason", "stop"),
+                "logprobs": None,
+            }
+            for i, result in enumerate(results)
+        ]
+        usage = streams.usage_of(self.incoming.model, requests, results)
+        head = {"id": streams.new_id(), "object": "chat.completion", "created": int(time.time()), "model": self.name}
+        return head | {"choices": choices, "usage": usage}
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Every refusal in OpenAI's form."""
+    told = as_api_error(error)
+    return JSONResponse(told.body(), told.status, headers=told.headers)

@@ -1,0 +1,63 @@
+"""The multipart form of images/edits: `image` once, `image` or `image[]` several times, and the fields of a generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request
+from fastapi.datastructures import StarletteUploadFile as UploadFile
+from fastapi.exceptions import StarletteHTTPException
+
+from hyperbagel.serve.schemas import ApiError, EditFields, Limits
+
+IMAGE_NAMES = {"image", "image[]"}
+LISTS = {"interval"}  # fields with several values: interval=0&interval=1, interval[]=0&interval[]=1, or interval=0,1
+
+
+def _form_schema() -> dict[str, Any]:
+    """For the OpenAPI page: the fields, and the files beside them."""
+    schema = EditFields.model_json_schema()
+    file = {"type": "string", "format": "binary"}
+    schema["properties"] |= {"image": {"anyOf": [file, {"type": "array", "items": file}]}, "image[]": {"type": "array", "items": file}}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+EDIT_FORM = _form_schema()
+
+
+async def read_edit(request: Request, limits: Limits) -> tuple[EditFields, list[bytes]]:
+    """The fields and the files' bytes, in order. Raises ApiError or pydantic's ValidationError."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(400, "got another content type, expected multipart/form-data; send the picture as the file 'image'")
+    files: list[bytes] = []
+    fields: dict[str, Any] = {}
+    try:
+        async with request.form(max_files=limits.images + 1, max_fields=200, max_part_size=2**20) as form:
+            for key, value in form.multi_items():
+                if isinstance(value, str):
+                    _add(fields, key.removesuffix("[]"), value)
+                else:
+                    files.append(await _file(key, value))
+    except StarletteHTTPException as error:  # a broken form, or more parts than allowed
+        raise ApiError(400, f"got a form that cannot be read ({error.detail}), expected multipart/form-data") from error
+    if not files:
+        raise ApiError(400, "got no picture, expected at least one file named image", param="image")
+    if len(files) > limits.images:
+        raise ApiError(400, f"got {len(files)} pictures, expected at most {limits.images}", param="image")
+    return EditFields.model_validate(fields), files
+
+
+def _add(fields: dict[str, Any], name: str, value: str) -> None:
+    if name in LISTS:
+        fields.setdefault(name, []).extend(value.split(","))
+    elif name in fields:
+        raise ApiError(400, f"got {name!r} twice, expected it once", param=name)
+    else:
+        fields[name] = value
+
+
+async def _file(key: str, file: UploadFile) -> bytes:
+    if key not in IMAGE_NAMES:
+        hint = "; this model edits by the prompt alone" if key == "mask" else ""
+        raise ApiError(400, f"got a file named {key!r}, expected image or image[]{hint}", param=key)
+    return await file.read()

@@ -1,0 +1,191 @@
+"""From bodies to the pipeline's requests. What can be refused is refused here, before anything waits in a queue."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import secrets
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.images import open_image
+from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, latent_grid
+from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")  # by their first bytes; names and content types are not believed
+DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "max_think_tokens")
+
+
+class Incoming:
+    """Reads requests to one model under one set of limits. Raises ApiError or InputError."""
+
+    def __init__(self, model: HyperBagel, names: Sequence[str], limits: Limits) -> None:
+        self.model, self.names, self.limits = model, names, limits
+
+    # -- pictures to draw ------------------------------------------------------------------------------------------------------
+
+    def pictures(self, body: ImageFields, files: Sequence[bytes] = ()) -> list[ImageRequest]:
+        """One request a picture, of the seeds seed, seed + 1, ..."""
+        self._model_name(body.model)
+        images = tuple(self.picture(data, f"image {i + 1}") for i, data in enumerate(files))
+        return self._spread(ImageRequest(body.prompt, images, **self._settings(body, body.size)), body)
+
+    def chat_pictures(self, body: ChatBody) -> list[ImageRequest]:
+        """A chat that is answered with pictures: the parts of the last message, in order. If it holds no picture, the last picture that
+        the conversation holds comes first, so that "make it blue" edits what was drawn before."""
+        self._model_name(body.model)
+        *earlier, last = self._turns(body)
+        inputs = self._items(last)
+        if not any(isinstance(item, Image.Image) for item in inputs):
+            before = [item for message in earlier for item in self._items(message) if isinstance(item, Image.Image)]
+            inputs = [*before[-1:], *inputs]
+        system = [text for message in body.messages if message.role in ("system", "developer") if (text := _text(message))]
+        prompt = "\n".join(item for item in inputs if isinstance(item, str))
+        inputs = [*system, *inputs]
+        return self._spread(ImageRequest(prompt, inputs=tuple(inputs), **self._settings(body, body.size)), body)
+
+    def _spread(self, request: ImageRequest, body: ImageFields | ChatBody) -> list[ImageRequest]:
+        texts = [item for item in request.items() if isinstance(item, str)]
+        if not any(text.strip() for text in texts):
+            raise ApiError(400, "got an empty prompt, expected some text", param="prompt")
+        request.denoising()  # refuses what does not go together
+        first = _first_seed(body)
+        return [replace(request, seed=first + i) for i in range(self._count(body.n))]
+
+    def _settings(self, knobs: Knobs, size: str | None) -> dict[str, Any]:
+        limits = self.limits
+        if knobs.steps is not None and knobs.steps > limits.steps:
+            raise ApiError(400, f"got {knobs.steps} steps, expected at most {limits.steps}", param="steps")
+        if knobs.max_think_tokens is not None and knobs.max_think_tokens > limits.max_tokens:
+            raise ApiError(
+                400, f"got max_think_tokens {knobs.max_think_tokens}, expected at most {limits.max_tokens}", param="max_think_tokens"
+            )
+        # Names only: a folder here would let a client read the server's disk.
+        students = self.model.students.names()
+        if knobs.student not in (None, "none", *students):
+            raise ApiError(400, f"got student {knobs.student!r}, expected one of {', '.join([*students, 'none'])}", param="student")
+        given = {name: value for name in DENOISING if (value := getattr(knobs, name)) is not None}
+        return given | {"think": bool(knobs.think), "size": self._size(size)}
+
+    def _size(self, size: str | None) -> tuple[int, int] | None:
+        """ "640x480" as (height, width), checked against the model; None for "auto"."""
+        if size is None or size == "auto":
+            return None
+        match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
+        if match is None:
+            raise ApiError(400, f"got size {size!r}, expected WIDTHxHEIGHT such as 512x512, or auto", param="size")
+        both = int(match[2]), int(match[1])
+        try:
+            latent_grid(self.model.parts, both)
+        except InputError as error:
+            raise ApiError(400, str(error), param="size") from error
+        return both
+
+    # -- questions -------------------------------------------------------------------------------------------------------------
+
+    def questions(self, body: ChatBody) -> list[AskRequest]:
+        """A chat that is answered with text. The model takes all pictures first, then question, answer, ..., question."""
+        self._model_name(body.model)
+        images = [item for message in body.messages for item in self._items(message) if isinstance(item, Image.Image)]
+        system = "\n".join(text for message in body.messages if message.role in ("system", "developer") if (text := _text(message)))
+        turns: list[tuple[str, str]] = []
+        question, answer = system, ""
+        for message in self._turns(body):
+            if message.role == "assistant":
+                answer = "\n".join(filter(None, (answer, _text(message))))
+                continue
+            if answer:  # a new user turn after an answer: the pair is complete
+                turns.append((question, answer))
+                question, answer = "", ""
+            question = "\n".join(filter(None, (question, _text(message))))
+        if not question.strip():
+            raise ApiError(400, "got an empty question, expected some text in the last message", param="messages")
+        tokens = body.max_completion_tokens or body.max_tokens
+        if tokens is not None and tokens > self.limits.max_tokens:
+            raise ApiError(400, f"got max_tokens {tokens}, expected at most {self.limits.max_tokens}", param="max_tokens")
+        given: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
+        given |= {} if body.temperature is None else {"temperature": body.temperature}
+        request = AskRequest(question, tuple(images), think=bool(body.think), turns=tuple(turns), **given)
+        first = _first_seed(body)
+        return [replace(request, seed=first + i) for i in range(self._count(body.n))]
+
+    def _turns(self, body: ChatBody) -> list[Message]:
+        turns = [message for message in body.messages if message.role in ("user", "assistant")]
+        if not turns or turns[-1].role != "user":
+            raise ApiError(400, "got a conversation that does not end with the user, expected a user's message last", param="messages")
+        pictures = sum(len(message.images or ()) for message in turns)
+        pictures += sum(part.type == "image_url" for m in turns for part in (m.content if isinstance(m.content, list) else []))
+        if pictures > self.limits.images:
+            raise ApiError(400, f"got {pictures} pictures, expected at most {self.limits.images}", param="messages")
+        return turns
+
+    def _items(self, message: Message) -> list[str | Image.Image]:
+        """Texts and pictures of a message, in order."""
+        parts = message.content if isinstance(message.content, list) else []
+        items: list[str | Image.Image] = [message.content] if isinstance(message.content, str) and message.content else []
+        for part in (*parts, *(message.images or ())):
+            if isinstance(part, Part) and part.type == "text":
+                items += [part.text] if part.text else []
+            elif part.image_url is None:
+                raise ApiError(400, "got an image_url part without image_url, expected {'url': 'data:...'}", param="messages")
+            else:
+                items.append(self.picture(_data_url(part.image_url.url), "image_url"))
+        return items
+
+    # -- limits ----------------------------------------------------------------------------------------------------------------
+
+    def picture(self, data: bytes, name: str) -> Image.Image:
+        """A file's bytes as RGB. Its kind and its size are read from its first bytes, before anything is unpacked."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # our own limit below replaces Pillow's warning
+                width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
+        except UnidentifiedImageError as error:
+            raise ApiError(400, f"{name}: got a file that is no picture, expected PNG, JPEG, WebP or the like", param="image") from error
+        except Exception as error:  # Pillow raises nearly anything for headers that lie
+            raise ApiError(400, f"{name}: got a damaged picture, expected a whole file", param="image") from error
+        if width * height > self.limits.image_pixels:
+            told = f"{name}: got {width}x{height} pixels, expected at most {self.limits.image_pixels}; make it smaller"
+            raise ApiError(400, told, param="image", code="image_too_large")
+        return open_image(data, name)
+
+    def _count(self, n: int | None) -> int:
+        if n is not None and n > self.limits.n:
+            raise ApiError(400, f"got n {n}, expected at most {self.limits.n}", param="n")
+        return n or 1
+
+    def _model_name(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            told = f"got model {name!r}, expected {', '.join(self.names)}"
+            raise ApiError(404, told, param="model", code="model_not_found")
+
+
+def _first_seed(knobs: Knobs) -> int:
+    return secrets.randbits(31) if knobs.seed is None else knobs.seed
+
+
+def _text(message: Message) -> str:
+    """The texts of a message, one a line."""
+    if isinstance(message.content, str) or message.content is None:
+        return message.content or ""
+    return "\n".join(part.text for part in message.content if part.type == "text" and part.text)
+
+
+def _data_url(url: str) -> bytes:
+    """The bytes of a base64 data: URL. Others are refused: fetching them would let clients reach what only the server can."""
+    head, comma, payload = url.partition(",")
+    if not head.startswith("data:") or not comma or not head.endswith(";base64"):
+        raise ApiError(400, f"got the address {url[:40]!r}, expected a URL of the form data:image/png;base64,...", param="image_url")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(
+            400, "got a data: URL whose base64 is damaged, expected whole groups of four characters", param="image_url"
+        ) from error

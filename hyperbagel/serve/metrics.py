@@ -1,0 +1,65 @@
+"""Counters in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+
+HELP = {
+    "hyperbagel_requests_total": ("counter", "HTTP requests by path and status."),
+    "hyperbagel_request_seconds": ("summary", "Time from the first byte of a request to the last of its answer."),
+    "hyperbagel_results_total": ("counter", "Pictures and answers by kind (image, text) and outcome (done, failed, cancelled)."),
+    "hyperbagel_tokens_total": ("counter", "Text tokens decoded for finished answers."),
+    "hyperbagel_evaluations_total": ("counter", "Velocity evaluations (NFE) of finished pictures."),
+    "hyperbagel_batch_size": ("summary", "Pictures or answers that shared one batch."),
+    "hyperbagel_stage_seconds": ("summary", "Time of a batch by stage (prefill, denoise, decode)."),
+    "hyperbagel_waiting": ("gauge", "Pictures and answers in the queue."),
+    "hyperbagel_running": ("gauge", "Pictures and answers being worked on."),
+}
+
+
+class Metrics:
+    """Named numbers with labels; safe to change from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, dict[str, float]] = defaultdict(dict)
+
+    def add(self, name: str, value: float = 1, **labels: str) -> None:
+        """A counter grows."""
+        with self._lock:
+            self._add(name, name, value, labels)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """A summary sees one more value: NAME_sum and NAME_count."""
+        with self._lock:
+            self._add(name, f"{name}_sum", value, labels)
+            self._add(name, f"{name}_count", 1, labels)
+
+    def set(self, name: str, value: float) -> None:
+        """A gauge is at a value."""
+        with self._lock:
+            self._values[name][name] = value
+
+    def get(self, name: str, **labels: str) -> float:
+        """The present value of one sample, 0 if there was none."""
+        family = next((f for f in HELP if name == f or name in (f"{f}_sum", f"{f}_count")), name)
+        with self._lock:
+            return self._values[family].get(_sample(name, labels), 0.0)
+
+    def text(self) -> str:
+        lines = []
+        with self._lock:
+            for name, (kind, help_) in HELP.items():
+                lines += [f"# HELP {name} {help_}", f"# TYPE {name} {kind}"]
+                lines += [f"{sample} {value:.12g}" for sample, value in sorted(self._values[name].items())]
+        return "\n".join(lines) + "\n"
+
+    def _add(self, family: str, name: str, value: float, labels: dict[str, str]) -> None:
+        sample = _sample(name, labels)
+        self._values[family][sample] = self._values[family].get(sample, 0.0) + value
+
+
+def _sample(name: str, labels: dict[str, str]) -> str:
+    inside = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+    return f"{name}{{{inside}}}" if inside else name

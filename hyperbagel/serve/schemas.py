@@ -1,0 +1,178 @@
+"""What requests may say: the bodies of each endpoint, their limits, and errors in OpenAI's form.
+
+Our own knobs are extra fields beside OpenAI's; `extra_body` of the official client puts them there. An unknown field is an error, so that a
+misspelt knob does not pass in silence. Fields that cannot change the answer here (quality, user, ...) are accepted and ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROMPT_CHARACTERS = 100_000  # the model's own limit, in tokens, is checked when a request is prepared
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server accepts. Above it: a 4xx before any work is done."""
+
+    body_bytes: int = 64 * 2**20
+    image_pixels: int = 4096 * 4096  # of one uploaded picture
+    images: int = 16  # pictures in one request
+    n: int = 10  # results of one request
+    max_tokens: int = 4096
+    steps: int = 1000
+    waiting: int = 64  # pictures and answers in the queue; one more is refused with 429
+    batch: int = 8  # pictures or answers that share forwards
+
+
+class ApiError(Exception):
+    """An answer in OpenAI's error form."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.type, self.param, self.code, self.headers = status, type, param, code, headers or {}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """What every 4xx and 5xx holds."""
+
+    error: ErrorDetail
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+Time = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(gt=0, lt=1000)]
+
+
+class Knobs(Strict):
+    """Our own fields; left out, the model's (or the student's) defaults hold."""
+
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Seed of the first result; the next ones take seed + 1, ...")
+    think: bool | None = Field(None, description="Let the model write its plan first.")
+    student: str | None = Field(None, max_length=64, description="Distilled weights that draw: a name from /v1/models, or 'none'.")
+    steps: int | None = Field(None, ge=1, description="Denoising steps.")
+    text_scale: Scale | None = Field(None, description="Guidance towards the text; 1 is none.")
+    image_scale: Scale | None = Field(None, description="Guidance towards the source picture; 1 is none.")
+    interval: tuple[Time, Time] | None = Field(None, description="Times [LO, HI] in [0, 1] between which guidance acts.")
+    renorm: Literal["global", "channel", "text_channel"] | None = Field(None, description="How the guided velocity gets back its length.")
+    renorm_min: Time | None = Field(None, description="Lowest factor of that renormalisation.")
+    shift: Scale | None = Field(None, description="Timestep shift; above 1 spends more steps on noisy times.")
+    max_think_tokens: int | None = Field(None, ge=1, description="Longest plan of a picture, in tokens.")
+
+
+class Ignored(Strict):
+    """Fields of OpenAI's that cannot change an answer here."""
+
+    user: Any = Field(None, description="Ignored.")
+    safety_identifier: Any = Field(None, description="Ignored.")
+    metadata: Any = Field(None, description="Ignored.")
+
+
+class ImageFields(Knobs, Ignored):
+    """What generations and edits share."""
+
+    model: str | None = Field(None, description="A name from /v1/models.")
+    prompt: str = Field(min_length=1, max_length=PROMPT_CHARACTERS)
+    n: int | None = Field(None, ge=1, description="Number of pictures.")
+    size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT, or auto.", examples=["512x512"])
+    response_format: Literal["b64_json", "url"] | None = Field(None, description="url gives a data: URL.")
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="A PNG carries its settings.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
+    stream: bool | None = Field(None, description="Server-sent events.")
+    partial_images: int | None = Field(None, ge=0, le=3, description="Previews in a stream.")
+    quality: Any = Field(None, description="Ignored.")
+    style: Any = Field(None, description="Ignored.")
+    background: Any = Field(None, description="Ignored.")
+    moderation: Any = Field(None, description="Ignored.")
+
+
+class GenerationBody(ImageFields):
+    """POST /v1/images/generations"""
+
+
+class EditFields(ImageFields):
+    """POST /v1/images/edits, besides its files."""
+
+    input_fidelity: Any = Field(None, description="Ignored.")
+
+
+class ImageUrl(Strict):
+    url: str = Field(description="A data: URL.")
+    detail: Any = Field(None, description="Ignored.")
+
+
+class Part(Strict):
+    """A piece of a message's content."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = Field(None, max_length=PROMPT_CHARACTERS)
+    image_url: ImageUrl | None = None
+
+
+class SentPicture(BaseModel):
+    """A picture of an earlier answer; facts that stood beside it are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: Literal["image_url"] = "image_url"
+    image_url: ImageUrl
+
+
+class Message(BaseModel):
+    """One turn. An assistant's message may be sent back as it was answered."""
+
+    model_config = ConfigDict(extra="ignore")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, Field(max_length=PROMPT_CHARACTERS)] | list[Part] | None = None
+    images: list[SentPicture] | None = Field(None, description="Pictures of an assistant's earlier answer.")
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool | None = None
+
+
+class ChatBody(Knobs, Ignored):
+    """POST /v1/chat/completions"""
+
+    model: str | None = Field(None, description="A name from /v1/models.")
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    n: int | None = Field(None, ge=1, description="Number of answers.")
+    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
+    temperature: float | None = Field(None, ge=0, le=100, description="0, the default, always takes the likeliest token.")
+    modalities: list[Literal["text", "image"]] | None = Field(None, description="With 'image' the answer is a picture.")
+    size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of a picture that is drawn.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # neutral values are accepted, others refused: they would be ignored
+    top_p: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    logprobs: Literal[False] | None = None
+    store: Any = Field(None, description="Ignored.")
+    service_tier: Any = Field(None, description="Ignored.")

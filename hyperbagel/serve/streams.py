@@ -1,0 +1,177 @@
+"""What a job tells, as events of a stream or as the results of one answer; and what ends it: its end, an error, a client that went away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError, StarletteHTTPException
+from fastapi.responses import Response, StreamingResponse
+from pydantic import ValidationError
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.pipeline import HyperBagel, ImageRequest, ImageResult, TextResult
+from hyperbagel.serve.guard import internal_error
+from hyperbagel.serve.outgoing import ThinkSplitter, about, chat_usage, encode, error_event, image_item, image_part, image_usage, sse
+from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields
+from hyperbagel.serve.worker import Cancelled, Done, Event, Failed, Job, Preview, Text
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any refusal or failure as an answer; what is not the client's doing says nothing about the inside."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError | ValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(piece) for piece in first["loc"] if piece != "body") or None
+        if first["type"] == "extra_forbidden":
+            return ApiError(400, f"Unrecognized request argument supplied: {where}", param=where, code="unknown_parameter")
+        return ApiError(400, f"{where or 'body'}: {first['msg']}", param=where, code="invalid_value")
+    if isinstance(error, StarletteHTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    if isinstance(error, InputError):
+        return ApiError(400, str(error))
+    return internal_error()
+
+
+async def follow(job: Job, request: Request) -> AsyncGenerator[Event, None]:
+    """The job's events up to its end. A client that goes away cancels the job; so does a reader that stops early."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        job.cancel()
+
+    watcher, left = asyncio.create_task(watch()), len(job.units)
+    try:
+        while left:
+            event = await job.events.get()
+            yield event
+            left -= isinstance(event, Done)
+            if isinstance(event, Failed | Cancelled):
+                return
+    finally:
+        watcher.cancel()
+        if left:
+            job.cancel()
+
+
+async def collect(job: Job, request: Request) -> list[Any] | None:
+    """All results in order; None if the client went away. Raises what the job failed with."""
+    results: dict[int, Any] = {}
+    async with aclosing(follow(job, request)) as events:
+        async for event in events:
+            if isinstance(event, Failed):
+                raise event.error if isinstance(event.error, InputError) else internal_error()
+            if isinstance(event, Cancelled):
+                return None
+            if isinstance(event, Done):
+                results[event.index] = event.result
+    return [results[i] for i in sorted(results)]
+
+
+Events = Callable[[AsyncIterator[Event]], AsyncIterator[str]]
+
+
+async def event_stream(job: Job, request: Request, events: Events) -> Response:
+    """Server-sent events. The first event is awaited, so that a job that fails at once is answered with a status of its own."""
+    source = follow(job, request)
+    first = await anext(source)
+    if isinstance(first, Failed):
+        await source.aclose()
+        raise first.error if isinstance(first.error, InputError) else internal_error()
+
+    async def all_events() -> AsyncGenerator[Event, None]:
+        async with aclosing(source):
+            yield first
+            async for event in source:
+                yield event
+
+    async def text() -> AsyncGenerator[str, None]:
+        async with aclosing(all_events()) as told:
+            async for chunk in events(told):
+                yield chunk
+
+    return StreamingResponse(text(), media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+
+
+def image_events(job: Job, model: HyperBagel, body: ImageFields, requests: Sequence[ImageRequest], name: str) -> Events:
+    """`NAME.partial_image` and `NAME.completed`; `index` (ours) says which of n pictures."""
+
+    async def events(told: AsyncIterator[Event]) -> AsyncIterator[str]:
+        async for event in told:
+            if isinstance(event, Failed):
+                yield error_event(as_api_error(event.error))
+            elif isinstance(event, Preview):
+                encoded = await asyncio.to_thread(encode, event.image, body.output_format or "png", body.output_compression)
+                data = {"type": f"{name}.partial_image", "b64_json": encoded, "partial_image_index": event.number, "index": event.index}
+                yield sse(data | {"created_at": int(time.time())} | about(body, event.image.size), f"{name}.partial_image")
+            elif isinstance(event, Done) and isinstance(event.result, ImageResult):
+                item = await asyncio.to_thread(image_item, body, event.result)
+                usage = image_usage(model, [requests[event.index]], [event.result])
+                data = {"type": f"{name}.completed", **item, "index": event.index, "created_at": int(time.time()), "usage": usage}
+                yield sse(data | about(body, event.result.image.size), f"{name}.completed")
+
+    return events
+
+
+def chat_events(job: Job, model: HyperBagel, body: ChatBody, called: str) -> Events:
+    """`chat.completion.chunk`s and [DONE]."""
+    head = {"id": new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": called}
+    with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    extra: dict[str, Any] = {"usage": None} if with_usage else {}
+    splitters = [ThinkSplitter(bool(body.think)) for _ in job.units]
+
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return sse(head | {"choices": [choice]} | extra)
+
+    async def last(event: Done) -> list[str]:
+        """What is left to say of an answer, and its end."""
+        i, result = event.index, event.result
+        out = [chunk(i, {name: text}) for name, text in splitters[i].finish()]
+        if isinstance(result, ImageResult):
+            out += [] if result.thinking is None else [chunk(i, {"reasoning_content": result.thinking})]
+            out.append(chunk(i, {"images": [await asyncio.to_thread(image_part, result)]}))
+        return [*out, chunk(i, {}, getattr(result, "finish_reason", "stop"))]
+
+    async def events(told: AsyncIterator[Event]) -> AsyncIterator[str]:
+        results: dict[int, Any] = {}
+        for i in range(len(job.units)):
+            yield chunk(i, {"role": "assistant", "content": ""})
+        async for event in told:
+            if isinstance(event, Failed):
+                yield error_event(as_api_error(event.error))
+                return
+            if isinstance(event, Cancelled):
+                return
+            if isinstance(event, Text):
+                for name, text in splitters[event.index].push(event.text):
+                    yield chunk(event.index, {name: text})
+            elif isinstance(event, Done):
+                results[event.index] = event.result
+                for text in await last(event):
+                    yield text
+        if with_usage:
+            usage = usage_of(model, [unit.request for unit in job.units], [results[i] for i in sorted(results)])
+            yield sse(head | {"choices": [], "usage": usage})
+        yield sse("[DONE]")
+
+    return events
+
+
+def usage_of(model: HyperBagel, requests: Sequence[Any], results: Sequence[Any]) -> dict[str, int]:
+    """Tokens of a chat, summed over its choices; the prompt counts once, as OpenAI counts it."""
+    if isinstance(results[0], TextResult):
+        return chat_usage(results[0].prompt_tokens, sum(result.tokens for result in results))
+    usage = image_usage(model, requests, results)
+    return chat_usage(usage["input_tokens"] // len(results), usage["output_tokens"])
+
+
+def new_id() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"
