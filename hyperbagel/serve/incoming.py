@@ -19,7 +19,7 @@ from hyperbagel.data.images import open_image
 from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, latent_grid
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")  # by their first bytes; names and content types are not believed
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by their first bytes; names and content types are not believed
 DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "max_think_tokens")
 
 

@@ -1,0 +1,352 @@
+"""The server end to end on the tiny random model: the official client, in process and over a real socket; nothing faked."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib.util
+import io
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from hyperbagel.data.images import read_settings
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.serve.app import create_app
+from hyperbagel.serve.run import bind, make_server
+from hyperbagel.serve.schemas import Limits
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = {"stride": 16, "min_size": 32, "max_size": 32, "max_pixels": 1024}
+KEY = "sesame"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> HyperBagel:
+    """The tiny model with picture sizes to its measure."""
+    spec = importlib.util.spec_from_file_location("golden_archive", GOLDEN / "archive.py")
+    assert spec is not None and spec.loader is not None
+    archive = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(archive)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(archive.TINY, folder)
+    config = folder / "bagel_config.json"
+    options = json.loads(config.read_text("utf-8"))
+    options |= {"default_size": [32, 32], "vae_transform": SMALL, "vit_transform": SMALL | {"stride": 14, "min_size": 28, "max_size": 28}}
+    config.write_text(json.dumps(options), "utf-8")
+    return HyperBagel.from_pretrained(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def app(model: HyperBagel) -> Any:
+    return create_app(model, api_key=KEY)
+
+
+@pytest.fixture(scope="module")
+def client(app: Any) -> Iterator[openai.OpenAI]:
+    """The official client, in process."""
+    with TestClient(app, base_url="http://testserver") as http:
+        yield openai.OpenAI(api_key=KEY, base_url="http://testserver/v1", http_client=http, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def address(model: HyperBagel) -> Iterator[tuple[str, Any]]:
+    """The same server on a loopback socket: (address, app)."""
+    app = create_app(model, api_key=KEY, limits=Limits(waiting=12, steps=100_000))
+    listener, server = bind("127.0.0.1", 0), None
+    server = make_server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    wait_for(lambda: server.started)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", app
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+    assert not any(t.is_alive() for t in app.state.engine._threads), "the engine's threads end with the server"
+    listener.close()
+
+
+@pytest.fixture(scope="module")
+def remote(address: tuple[str, Any]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(api_key=KEY, base_url=address[0], max_retries=0, timeout=30) as client:
+        yield client
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def pixels(b64: str | None) -> np.ndarray:
+    assert b64 is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB")).astype(int)
+
+
+def png(colour: str, side: int = 32) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def close_to(a: np.ndarray, b: Image.Image) -> bool:
+    """Equal up to the rounding of sums that batches order differently."""
+    return a.shape == np.asarray(b).shape and int(np.abs(a - np.asarray(b).astype(int)).max()) <= 1
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_the_library_s(client: openai.OpenAI, model: HyperBagel, tmp_path: Path) -> None:
+    extra = {"seed": 5, "steps": 2, "text_scale": 3.0, "interval": [0.2, 1.0]}
+    answer = client.images.generate(model="tiny", prompt="a red car", n=2, size="48x32", quality="high", extra_body=extra)
+    expected = model.generate("a red car", n=2, size=(32, 48), seed=5, steps=2, text_scale=3.0, interval=(0.2, 1.0))
+    assert answer.data is not None and answer.usage is not None and answer.size == "48x32"
+    for item, result in zip(answer.data, expected, strict=True):
+        assert np.array_equal(pixels(item.b64_json), np.asarray(result.image))
+    assert [item.seed for item in answer.data] == [5, 6]  # type: ignore[attr-defined]
+    assert answer.usage.output_tokens == 2 * 3 * 2
+    (tmp_path / "a.png").write_bytes(base64.b64decode(answer.data[0].b64_json or ""))
+    assert read_settings(tmp_path / "a.png") == json.loads(json.dumps(expected[0].settings))
+
+
+def test_a_picture_as_a_stream(client: openai.OpenAI, model: HyperBagel) -> None:
+    extra = {"seed": 1, "steps": 8}
+    events = list(client.images.generate(prompt="a red car", stream=True, partial_images=3, extra_body=extra))
+    assert [e.type for e in events] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [e.partial_image_index for e in events[:-1]] == [0, 1, 2]  # type: ignore[union-attr]
+    final = model.generate("a red car", seed=1, steps=8)[0].image
+    assert np.array_equal(pixels(events[-1].b64_json), np.asarray(final))
+    errors = [np.abs(pixels(e.b64_json) - np.asarray(final).astype(int)).mean() for e in events]
+    assert errors[3] == 0 < errors[2] < errors[0], "previews come closer to the picture"
+
+
+def test_edits_of_one_and_several_pictures(client: openai.OpenAI, model: HyperBagel) -> None:
+    extra = {"seed": 0, "steps": 2, "interval": [0.0, 1.0]}
+    red, blue = png("red"), png("blue")
+    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in (red, blue)]
+    answer = client.images.edit(image=io.BytesIO(red), prompt="make it green", extra_body=extra)
+    assert np.array_equal(pixels(answer.data[0].b64_json), np.asarray(model.edit(pictures[0], "make it green", seed=0, steps=2)[0].image))
+    answer = client.images.edit(image=[red, blue], prompt="side by side", output_format="jpeg", response_format="url", extra_body=extra)
+    assert answer.data is not None and (answer.data[0].url or "").startswith("data:image/jpeg;base64,/9j/")
+    events = list(client.images.edit(image=[red, blue], prompt="side by side", stream=True, partial_images=1, extra_body=extra))
+    assert [e.type for e in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert np.array_equal(pixels(events[-1].b64_json), np.asarray(model.edit(pictures, "side by side", seed=0, steps=2)[0].image))
+
+
+def test_a_chat_that_is_answered_with_a_picture(client: openai.OpenAI, model: HyperBagel) -> None:
+    def ask(messages: list[Any], **more: Any) -> Any:
+        extra = {"seed": 3, "steps": 2}
+        return client.chat.completions.create(model="tiny", messages=messages, modalities=["text", "image"], extra_body=extra, **more)  # type: ignore[call-overload]
+
+    first = ask([{"role": "user", "content": "a red car"}]).choices[0].message
+    url = first.images[0]["image_url"]["url"]
+    drawn = model.generate("a red car", seed=3, steps=2)[0].image
+    assert first.content == "" and np.array_equal(pixels(url.partition(",")[2]), np.asarray(drawn))
+    conversation = [{"role": "user", "content": "a red car"}, first.model_dump(), {"role": "user", "content": "make it blue"}]
+    chunks = list(ask(conversation, stream=True))
+    [url] = [c.choices[0].delta.images[0]["image_url"]["url"] for c in chunks if getattr(c.choices[0].delta, "images", None)]
+    edited = model.edit(drawn, "make it blue", seed=3, steps=2)[0].image
+    assert np.array_equal(pixels(url.partition(",")[2]), np.asarray(edited)), "the picture drawn before is edited"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+# -- text --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_the_library_s_streamed_or_not(client: openai.OpenAI, model: HyperBagel) -> None:
+    parts: list[Any] = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": data_url(png("red"))}}]
+    messages: list[Any] = [{"role": "user", "content": parts}]
+    expected = model.ask("what is it?", Image.new("RGB", (32, 32), "red"), max_tokens=12)
+    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12)
+    assert whole.choices[0].message.content == expected.text and whole.choices[0].finish_reason == expected.finish_reason
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (expected.prompt_tokens, expected.tokens)
+    options: Any = {"include_usage": True}
+    chunks = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, stream=True, stream_options=options))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected.text
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == expected.finish_reason
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == expected.tokens
+
+
+def test_a_conversation_and_several_answers(client: openai.OpenAI, model: HyperBagel) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "and now?"},
+    ]
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, n=2, temperature=2.0, seed=7, max_completion_tokens=5, extra_body={"think": True}
+    )
+    for i, choice in enumerate(answer.choices):
+        turns = (("Be brief.\nhello", "hi"),)
+        expected = model.ask("and now?", turns=turns, seed=7 + i, temperature=2.0, max_tokens=5, think=True)
+        assert (choice.message.content, choice.index) == (expected.text, i)
+
+
+# -- about the server --------------------------------------------------------------------------------------------------------------
+
+
+def test_models_health_version_metrics_and_schema(client: openai.OpenAI, app: Any) -> None:
+    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt")
+    http = TestClient(app, headers={"authorization": f"Bearer {KEY}"})
+    assert http.get("/health").json() == {"status": "ok"} and TestClient(app).get("/health").status_code == 200
+    assert http.get("/version").json()["version"]
+    text = http.get("/metrics").text
+    assert 'hyperbagel_results_total{kind="image",outcome="done"}' in text and "hyperbagel_waiting 0" in text
+    schema = http.get("/openapi.json").json()
+    knobs = {"seed", "think", "student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift"}
+    form = schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    for fields in (form, *(schema["components"]["schemas"][name] for name in ("GenerationBody", "ChatBody"))):
+        assert knobs <= set(fields["properties"])
+
+
+def draw(prompt: str = "x", **more: Any) -> Callable[[openai.OpenAI], Any]:
+    return lambda client: client.images.generate(prompt=prompt, **more)
+
+
+def edit(image: bytes, **more: Any) -> Callable[[openai.OpenAI], Any]:
+    return lambda client: client.images.edit(prompt="x", image=image, **more)
+
+
+def chat(content: Any = "x", role: str = "user", **more: Any) -> Callable[[openai.OpenAI], Any]:
+    return lambda client: client.chat.completions.create(model="tiny", messages=[{"role": role, "content": content}], **more)  # type: ignore
+
+
+URL_PART = [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/x"}}]
+BAD = openai.BadRequestError
+WRONG: dict[str, tuple[Callable[[openai.OpenAI], Any], type[openai.APIStatusError], str]] = {
+    "model": (draw(model="dall-e"), openai.NotFoundError, "tiny"),
+    "typo": (draw(extra_body={"text_scle": 2}), BAD, "text_scle"),
+    "size": (draw(size="50x50"), BAD, "48x48"),
+    "no size": (draw(size="big"), BAD, "WIDTHxHEIGHT"),
+    "empty": (draw(" "), BAD, "empty prompt"),
+    "n": (draw(n=99), BAD, "at most 10"),
+    "steps": (draw(extra_body={"steps": 10**6}), BAD, "at most 1000"),
+    "student": (draw(extra_body={"student": "/etc"}), BAD, "none"),
+    "interval": (draw(extra_body={"interval": [1, 0]}), BAD, "LO <= HI"),
+    "long prompt": (draw("a red car " * 9000), BAD, "shorten it"),
+    "long stream": (draw("a red car " * 9000, stream=True), BAD, "shorten it"),
+    "no picture": (edit(b"hello"), BAD, "no picture"),
+    "cut picture": (edit(png("red")[:60]), BAD, "damaged"),
+    "mask": (edit(png("red"), mask=png("red")), BAD, "prompt alone"),
+    "address": (chat(URL_PART), BAD, "data:"),
+    "no user": (chat(role="system"), BAD, "user"),
+    "tokens": (chat(max_tokens=10**6), BAD, "4096"),
+    "top_p": (chat(top_p=0.5), BAD, "top_p"),
+    "key": (lambda client: client.with_options(api_key="wrong").models.list(), openai.AuthenticationError, "API key"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_refused(name: str, client: openai.OpenAI) -> None:
+    call, kind, told = WRONG[name]
+    with pytest.raises(kind) as caught:
+        call(client)
+    assert told in str(caught.value) and isinstance(caught.value.body, dict)
+    assert set(caught.value.body) == {"message", "type", "param", "code"}, "OpenAI's form"
+    assert "Traceback" not in caught.value.response.text
+
+
+def test_a_body_and_a_picture_that_are_too_large(model: HyperBagel) -> None:
+    http = TestClient(create_app(model, limits=Limits(body_bytes=2000, image_pixels=100)))
+    long = http.post("/v1/images/generations", json={"prompt": "x" * 3000})
+    piecemeal = http.post("/v1/images/generations", content=iter([b"x" * 1500] * 2), headers={"content-type": "application/json"})
+    assert (long.status_code, piecemeal.status_code) == (413, 413) and long.json()["error"]["code"] == "body_too_large"
+    large = http.post("/v1/images/edits", data={"prompt": "x"}, files={"image": png("red")})
+    assert large.status_code == 400 and large.json()["error"]["code"] == "image_too_large"
+    assert http.get("/nowhere").json()["error"]["message"] == "Not Found"
+    assert http.get("/v1/chat/completions").status_code == 405
+
+
+# -- many clients, over a socket -----------------------------------------------------------------------------------------------------
+
+
+def test_results_of_many_clients_never_mix(remote: openai.OpenAI, address: tuple[str, Any], model: HyperBagel) -> None:
+    """Pictures of several sizes and settings and answers, all at once: batches form, and each client gets what the library gives alone."""
+    prompts = [f"{colour} {thing}" for colour in ("red", "blue") for thing in ("car", "dog", "tree")]
+
+    async def main() -> tuple[list[Any], list[Any]]:
+        async with openai.AsyncOpenAI(api_key=KEY, base_url=address[0], max_retries=20, timeout=30) as client:
+            images = [
+                client.images.generate(prompt=p, size=("32x32", "48x32")[i % 2], extra_body={"seed": i, "steps": 2 + i // 4})  # type: ignore[call-overload]
+                for i, p in enumerate(prompts)
+            ]
+            answers = [
+                client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": p}], max_tokens=6) for p in prompts[:3]
+            ]
+            both = await asyncio.gather(*images, *answers)
+            return both[: len(images)], both[len(images) :]
+
+    images, answers = asyncio.run(main())
+    for i, (prompt, answer) in enumerate(zip(prompts, images, strict=True)):
+        expected = model.generate(prompt, seed=i, steps=2 + i // 4, size=((32, 32), (32, 48))[i % 2])[0]
+        assert close_to(pixels(answer.data[0].b64_json), expected.image), prompt
+    for prompt, answer in zip(prompts, answers):
+        assert answer.choices[0].message.content == model.ask(prompt, max_tokens=6).text
+
+
+def test_those_that_wait_together_are_one_batch(remote: openai.OpenAI, address: tuple[str, Any], model: HyperBagel) -> None:
+    metrics = address[1].state.metrics
+    with ThreadPoolExecutor(5) as pool:
+        first = pool.submit(remote.images.generate, prompt="first", extra_body={"seed": 0, "steps": 150})
+        wait_for(lambda: metrics.get("hyperbagel_running") == 1)
+        before = metrics.get("hyperbagel_batch_size_count")
+        others = [pool.submit(remote.images.generate, prompt=f"car {i}", extra_body={"seed": i, "steps": 3}) for i in range(4)]
+        wait_for(lambda: metrics.get("hyperbagel_waiting") == 4)
+        answers = [other.result() for other in others]
+        first.result()
+    assert metrics.get("hyperbagel_batch_size_count") - before == 2, "the first alone, then four at once"
+    for i, answer in enumerate(answers):
+        assert answer.data is not None
+        assert close_to(pixels(answer.data[0].b64_json), model.generate(f"car {i}", seed=i, steps=3)[0].image)
+
+
+def test_a_client_that_goes_away_stops_its_work(remote: openai.OpenAI, address: tuple[str, Any]) -> None:
+    """100,000 steps would take many minutes: they end at the next step, for a stream and for a plain request."""
+    metrics = address[1].state.metrics
+
+    def cancelled() -> float:
+        return metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled")
+
+    before = cancelled()
+    with pytest.raises(openai.APITimeoutError):
+        remote.with_options(timeout=0.5).images.generate(prompt="x", extra_body={"steps": 100_000})
+    wait_for(lambda: cancelled() == before + 1 and metrics.get("hyperbagel_running") == 0)
+    stream = remote.images.generate(prompt="x", stream=True, partial_images=3, extra_body={"steps": 100_000})
+    assert metrics.get("hyperbagel_running") == 1, "the stream begins with the work, long before its first picture"
+    stream.close()
+    wait_for(lambda: cancelled() == before + 2 and metrics.get("hyperbagel_running") == 0)
+
+
+def test_a_full_queue_says_when_to_come_back(remote: openai.OpenAI, address: tuple[str, Any]) -> None:
+    metrics = address[1].state.metrics
+    with ThreadPoolExecutor(14) as pool:
+        blocker = pool.submit(remote.images.generate, prompt="first", extra_body={"steps": 300})
+        wait_for(lambda: metrics.get("hyperbagel_running") == 1)
+        waiting = [pool.submit(remote.images.generate, prompt="x", extra_body={"steps": 1}) for _ in range(12)]
+        wait_for(lambda: metrics.get("hyperbagel_waiting") == 12)
+        with pytest.raises(openai.RateLimitError) as caught:
+            remote.images.generate(prompt="x", extra_body={"steps": 1})
+        assert int(caught.value.response.headers["retry-after"]) >= 1 and caught.value.code == "queue_full"
+        for one in (blocker, *waiting):
+            assert one.result().data

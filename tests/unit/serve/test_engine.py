@@ -1,0 +1,258 @@
+"""The engine alone, with a stand-in for the model that does what the pipeline promises and can be held, or made to fail."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult, TextResult
+from hyperbagel.serve.metrics import Metrics
+from hyperbagel.serve.schemas import ApiError
+from hyperbagel.serve.worker import Done, Engine, Failed, Job, batch_key
+
+
+class Model:
+    """Pictures say in `thinking` whose they are. `hold` stops the work at each step; prompts "bad" and "broken" fail."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.hold = threading.Event()
+        self.hold.set()
+        self.inside = threading.Event()
+        self.steps = 0
+        self.parts = SimpleNamespace(tokenizer=SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: "")))
+
+    def generate_batch(self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None]) -> list[ImageResult]:
+        prompts = [request.prompt for request in requests]
+        self.batches.append(prompts)
+        if "bad" in prompts:
+            raise InputError("got a bad prompt")
+        if "broken" in prompts:
+            raise RuntimeError("secret inside")
+        for step in range(1000):
+            self.inside.set()
+            self.hold.wait(10)
+            self.steps = step + 1
+            on_step(step + 1, 1000, None)
+        return [ImageResult(Image.new("RGB", (1, 1)), r.seed, 1, {"denoise": 0.1}, r.prompt) for r in requests]
+
+    def ask_batch(self, requests: Sequence[AskRequest], on_token: Callable[[int, int], None]) -> list[TextResult]:
+        self.batches.append([request.question for request in requests])
+        for i in range(3):
+            for row, request in enumerate(requests):
+                on_token(row, ord(request.question[i]))
+        return [TextResult(request.question[:3], 3, 1, {"decode": 0.1}) for request in requests]
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def engine_of(*models: Model, waiting: int = 10, batch: int = 4) -> Engine:
+    return Engine(models, waiting=waiting, batch=batch, metrics=Metrics())  # type: ignore[arg-type]
+
+
+def jobs(*prompts: str, **settings: Any) -> list[Job]:
+    return [Job([ImageRequest(prompt, **settings)]) for prompt in prompts]
+
+
+async def ends(job: Job) -> list[Any]:
+    """The events of a job of pictures, up to its end."""
+    events = [await asyncio.wait_for(job.events.get(), 10)]
+    while isinstance(events[-1], Done) and len(events) < len(job.units):
+        events.append(await asyncio.wait_for(job.events.get(), 10))
+    return events
+
+
+def run(main: Callable[[], Any]) -> Any:
+    return asyncio.run(main())
+
+
+def test_compatible_units_share_a_batch_in_order_of_arrival(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model, waiting=20)
+        model.hold.clear()
+        [first] = jobs("first")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        others = [*jobs("a", "b"), *jobs("other", steps=3), *jobs("c", "d", "e")]
+        for job in others:
+            engine.submit(job)
+        model.hold.set()
+        for job in (first, *others):
+            [event] = await ends(job)
+            assert event.result.thinking == job.units[0].request.prompt  # type: ignore[union-attr]
+        engine.close()
+        assert model.batches == [["first"], ["a", "b", "c", "d"], ["other"], ["e"]]
+
+    run(main)
+
+
+def test_one_bad_request_does_not_take_its_neighbours_down(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model)
+        model.hold.clear()
+        [first, *others] = jobs("first", "good", "bad", "broken")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        for job in others:
+            engine.submit(job)
+        model.hold.set()
+        [good], [bad], [broken] = [await ends(job) for job in others]
+        assert good.result.thinking == "good"
+        assert isinstance(bad, Failed) and isinstance(bad.error, InputError)
+        assert isinstance(broken, Failed) and isinstance(broken.error, RuntimeError)
+        engine.close()
+        assert engine.metrics.get("hyperbagel_results_total", kind="image", outcome="failed") == 2
+
+    run(main)
+
+
+def test_cancelled_work_ends_at_the_next_step_and_never_starts(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model)
+        model.hold.clear()
+        [first, second] = jobs("first", "second")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        engine.submit(second)
+        first.cancel()
+        second.cancel()
+        model.hold.set()
+        await asyncio.to_thread(engine.close, 10)
+        assert model.steps == 1 and model.batches == [["first"]]
+        assert engine.metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled") == 2
+        assert engine.metrics.get("hyperbagel_running") == 0 == engine.metrics.get("hyperbagel_waiting")
+
+    run(main)
+
+
+def test_a_batch_goes_on_while_somebody_waits_for_it(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model)
+        both = Job([ImageRequest("a"), ImageRequest("b")])
+        model.hold.clear()
+        engine.submit(both)
+        [later] = jobs("c")
+        await asyncio.to_thread(model.inside.wait, 10)
+        engine.submit(later)
+        model.hold.set()
+        assert [event.result.thinking for event in await ends(both)] == ["a", "b"]
+        assert (await ends(later))[0].result.thinking == "c"
+        engine.close()
+
+    run(main)
+
+
+def test_a_full_queue_refuses_and_makes_room_for_the_cancelled(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model, waiting=2)
+        model.hold.clear()
+        [first, *waiting, late] = jobs("first", "a", "b", "late")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        for job in waiting:
+            engine.submit(job)
+        with pytest.raises(ApiError) as caught:
+            engine.submit(late)
+        assert caught.value.status == 429 and int(caught.value.headers["retry-after"]) >= 1
+        waiting[0].cancel()
+        engine.submit(late)
+        model.hold.set()
+        assert (await ends(late))[0].result.thinking == "late"
+        engine.close()
+        [after] = jobs("after")
+        with pytest.raises(ApiError) as caught:
+            engine.submit(after)
+        assert caught.value.status == 503
+
+    run(main)
+
+
+def test_closing_finishes_what_waits(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model)
+        all_jobs = jobs("a", "b", "c", steps=2)
+        for job in all_jobs:
+            engine.submit(job)
+        await asyncio.to_thread(engine.close)
+        assert [(await ends(job))[0].result.thinking for job in all_jobs] == ["a", "b", "c"]
+        assert not any(thread.is_alive() for thread in engine._threads)
+
+    run(main)
+
+
+def test_several_devices_work_at_once() -> None:
+    async def main() -> None:
+        models = Model(), Model()
+        engine = engine_of(*models, batch=1)
+        for model in models:
+            model.hold.clear()
+        both = jobs("a", "b")
+        for job in both:
+            engine.submit(job)
+        for model in models:
+            assert await asyncio.to_thread(model.inside.wait, 10), "both have a picture before one is done"
+            model.hold.set()
+        for job in both:
+            await ends(job)
+        engine.close()
+        assert sorted(batch for model in models for batch in model.batches) == [["a"], ["b"]]
+
+    run(main)
+
+
+def test_text_is_told_as_it_comes_and_only_to_its_own_stream(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model)
+        streamed = Job([AskRequest("abc"), AskRequest("xyz")], stream=True)
+        plain = Job([AskRequest("uvw")])
+        engine.submit(streamed)
+        engine.submit(plain)
+        await asyncio.to_thread(engine.close)
+        events = [streamed.events.get_nowait() for _ in range(streamed.events.qsize())]
+        for index, text in enumerate(("abc", "xyz")):
+            assert "".join(e.text for e in events if not isinstance(e, Done) and e.index == index) == text  # type: ignore[union-attr]
+        assert [type(plain.events.get_nowait())] == [Done] and plain.events.empty()
+
+    run(main)
+
+
+def test_a_client_s_closed_loop_ends_its_job(model: Model) -> None:
+    engine = engine_of(model)
+
+    async def leave() -> Job:
+        model.hold.clear()
+        job = Job([ImageRequest("x")], stream=True)
+        engine.submit(job)
+        return job
+
+    job = asyncio.run(leave())
+    model.hold.set()
+    engine.close(10)
+    assert job.over and not engine._threads[0].is_alive()
+
+
+def test_which_requests_fit_together() -> None:
+    plain, picture = ImageRequest("a"), Image.new("RGB", (2, 2))
+    assert batch_key(plain) == batch_key(ImageRequest("b", seed=9, size=(16, 32), steps=50, think=True))
+    different = [
+        ImageRequest("a", steps=3),
+        ImageRequest("a", (picture,)),
+        ImageRequest("a", student="6"),
+        ImageRequest("a", (picture,), student="6"),
+        ImageRequest("a", student="6", steps=3),
+        AskRequest("a"),
+        AskRequest("a", max_tokens=2),
+    ]
+    keys = {batch_key(request) for request in (plain, *different)}
+    assert len(keys) == len(different) + 1
+    assert batch_key(ImageRequest("a", student="6")) == batch_key(ImageRequest("b", student="6", seed=2))

@@ -1,0 +1,115 @@
+"""What goes over the wire: thoughts split from answers, previews, forms, errors, counters."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.pipeline import TextResult
+from hyperbagel.serve.metrics import Metrics
+from hyperbagel.serve.outgoing import ThinkSplitter, chat_message, sse
+from hyperbagel.serve.previews import Previews, due_after
+from hyperbagel.serve.schemas import ApiError, ChatBody, EditFields, GenerationBody
+from hyperbagel.serve.streams import as_api_error
+
+TEXTS = {
+    "<think> a b </think> c d ": ("a b", "c d"),
+    "<think>a</think>c": ("a", "c"),
+    "\n<think>\n a < b </thin k </think>\n\nc": ("a < b </thin k", "c"),
+    "no thought  at all": (None, "no thought  at all"),
+    "<thin": (None, "<thin"),
+    "<think> cut  off </thi": ("cut  off </thi", ""),
+    "<think></think>": (None, ""),
+    "": (None, ""),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_thoughts_are_split_however_the_text_is_cut(text: str) -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(8)))
+        splitter = ThinkSplitter(True)
+        found: dict[str, str] = {}
+        pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
+        for name, piece in [p for part in pieces for p in splitter.push(part)] + splitter.finish():
+            assert piece
+            found[name] = found.get(name, "") + piece
+        assert (found.get("reasoning_content"), found.get("content", "")) == TEXTS[text]
+
+
+def test_without_thinking_tags_are_text() -> None:
+    splitter = ThinkSplitter(False)
+    assert [*splitter.push(" <think> a"), *splitter.finish()] == [("content", "<think> a")]
+
+
+def test_a_cut_off_thought_is_a_thought_in_the_whole_answer_too() -> None:
+    message = chat_message(TextResult("<think> what", 3, 1, {}), think=True)
+    assert message == {"role": "assistant", "content": "", "reasoning_content": "what"}
+    assert chat_message(TextResult("b", 3, 1, {}, thinking="a"), think=True)["reasoning_content"] == "a"
+
+
+@pytest.mark.parametrize(("total", "count", "expected"), [(50, 3, [12, 25, 38]), (50, 0, []), (2, 3, [1]), (1, 3, []), (6, 1, [3])])
+def test_previews_are_spread_over_the_steps(total: int, count: int, expected: list[int]) -> None:
+    assert due_after(total, count) == expected
+
+
+def test_a_preview_shows_where_the_latent_is_heading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a straight path x_t = (1 - t) x0 + t eps every preview is x0 itself, whatever t is."""
+    from hyperbagel.flow.schedule import time_grid
+    from hyperbagel.serve import previews
+
+    monkeypatch.setattr(previews, "decode_latents", lambda parts, latents, grid: latents)
+    watch = Previews.__new__(Previews)
+    watch.wanted, watch.before, watch.grids, watch.shift = [3, 0], None, [(2, 3), (2, 2)], 3.0
+    watch.model = type("Model", (), {"parts": None})()  # type: ignore[assignment]
+    x0, eps = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    shown = []
+    for done, t in enumerate(time_grid(8, 3.0)[1:], start=1):
+        shown += list(watch.at(done, 8, (1 - t) * x0 + t * eps))
+    assert [(row, number) for row, number, _ in shown] == [(0, 0), (0, 1), (0, 2)]
+    for _, _, latents in shown:
+        torch.testing.assert_close(latents, x0[0], atol=1e-4, rtol=0)
+
+
+def test_errors_have_openai_s_form_and_tell_no_secrets() -> None:
+    with pytest.raises(ValidationError) as caught:
+        GenerationBody.model_validate({"prompt": "x", "text_scle": 1})
+    told = as_api_error(caught.value)
+    assert told.status == 400 and told.param == "text_scle" and told.code == "unknown_parameter"
+    assert as_api_error(RequestValidationError([{"loc": ("body", "n"), "msg": "no", "type": "x"}])).param == "n"
+    assert as_api_error(InputError("got a, expected b")).body()["error"]["message"] == "got a, expected b"
+    inside = as_api_error(RuntimeError("/root/secret"))
+    assert inside.status == 500 and "secret" not in str(inside.body()) and inside.headers["x-should-retry"] == "false"
+    assert as_api_error(ApiError(418, "x")).status == 418
+
+
+def test_bodies() -> None:
+    form = EditFields.model_validate({"prompt": "x", "n": "2", "stream": "true", "interval": ["0.1", "1"], "text_scale": "3"})
+    assert (form.n, form.stream, form.interval, form.text_scale) == (2, True, (0.1, 1.0), 3.0)
+    for wrong in ({"prompt": "x", "text_scale": float("nan")}, {"prompt": "x", "seed": 2**63}, {"prompt": "x", "partial_images": 4}):
+        with pytest.raises(ValidationError):
+            GenerationBody.model_validate(wrong)
+    with pytest.raises(ValidationError):
+        ChatBody.model_validate({"messages": [{"role": "tool", "content": "x"}]})
+
+
+def test_server_sent_events() -> None:
+    assert sse({"a": "b\nc"}, "name") == 'event: name\ndata: {"a": "b\\nc"}\n\n' and sse("[DONE]") == "data: [DONE]\n\n"
+
+
+def test_metrics_text() -> None:
+    metrics = Metrics()
+    metrics.add("hyperbagel_requests_total", path="/health", status="200")
+    metrics.add("hyperbagel_requests_total", path="/health", status="200")
+    metrics.observe("hyperbagel_batch_size", 3)
+    metrics.set("hyperbagel_waiting", 2)
+    lines = metrics.text().splitlines()
+    assert 'hyperbagel_requests_total{path="/health",status="200"} 2' in lines
+    assert {"hyperbagel_batch_size_sum 3", "hyperbagel_batch_size_count 1", "hyperbagel_waiting 2"} <= set(lines)
+    assert metrics.get("hyperbagel_batch_size_sum") == 3 and metrics.get("hyperbagel_running") == 0
