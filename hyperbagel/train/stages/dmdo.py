@@ -30,6 +30,7 @@ class Recipe(DistillRecipe):
     coupling: Coupling = "tdm"  # ours: `paired` is the paper's and contracts (losses.dmd.contraction)
     tdm_span: Literal["segment", "rest"] = "segment"  # tdm: tau up to the segment's start, or up to 1
     fake_steps: int = Field(default=1, ge=1)  # fake turns before each student turn
+    fake_first: int = Field(default=0, ge=0)  # ours: fake turns before all others, so that the first gradients are not of a lagging fake
     normaliser_floor: float = Field(default=0.1, gt=0)
     fake_optim: OptimConfig = OptimConfig(
         lr=8e-4, betas=(0.0, 0.95), warmup_steps=50, schedule="constant"
@@ -71,7 +72,8 @@ class DmdoStage(DistillStage):
         self.kept_from: dict[str, Any] | None = None  # that step, and the loader's position before it
 
     def turn(self, step: int) -> str:
-        return "student" if step % (self.own.fake_steps + 1) == self.own.fake_steps else "fake"
+        after, cycle = step - self.own.fake_first, self.own.fake_steps + 1
+        return "student" if after >= 0 and after % cycle == cycle - 1 else "fake"
 
     # -- batches ---------------------------------------------------------------------------------------------------------------
 

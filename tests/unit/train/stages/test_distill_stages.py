@@ -128,6 +128,8 @@ def test_the_student_turn_reuses_the_fake_turns_trajectories(base: Path, student
     kept = stage.batch(0, Draws.at(0, 0)).trajectory
     position = stage.loader.state_dict()
     assert stage.batch(1, Draws.at(0, 1)).trajectory is kept and stage.loader.state_dict() == position
+    more: Any = stage_of("dmdo", base, student, head, fake_first=3, fake_steps=2)
+    assert [more.turn(step)[0] for step in range(9)] == list("fffffsffs")
     assert len(kept.states) == 4 and kept.times.tolist()[0] == 1 and kept.times.tolist()[-1] == 0
 
 
