@@ -28,6 +28,11 @@ class Limits:
     batch: int = 8  # pictures or answers that share forwards
 
 
+def _sendable(text: str) -> str:
+    """A client may have sent half of a surrogate pair, which no answer can repeat."""
+    return text.encode(errors="replace").decode()
+
+
 class ApiError(Exception):
     """An answer in OpenAI's error form."""
 
@@ -41,8 +46,9 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.type, self.param, self.code, self.headers = status, type, param, code, headers or {}
+        super().__init__(_sendable(message))
+        self.status, self.type, self.code, self.headers = status, type, code, headers or {}
+        self.param = None if param is None else _sendable(param)
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import importlib.util
 import io
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,25 +25,7 @@ from hyperbagel.serve.app import create_app
 from hyperbagel.serve.run import bind, make_server
 from hyperbagel.serve.schemas import Limits
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-SMALL = {"stride": 16, "min_size": 32, "max_size": 32, "max_pixels": 1024}
 KEY = "sesame"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> HyperBagel:
-    """The tiny model with picture sizes to its measure."""
-    spec = importlib.util.spec_from_file_location("golden_archive", GOLDEN / "archive.py")
-    assert spec is not None and spec.loader is not None
-    archive = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(archive)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(archive.TINY, folder)
-    config = folder / "bagel_config.json"
-    options = json.loads(config.read_text("utf-8"))
-    options |= {"default_size": [32, 32], "vae_transform": SMALL, "vit_transform": SMALL | {"stride": 14, "min_size": 28, "max_size": 28}}
-    config.write_text(json.dumps(options), "utf-8")
-    return HyperBagel.from_pretrained(folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
