@@ -15,7 +15,8 @@ from hyperbagel.serve.app import DRAIN_SECONDS
 def bind(host: str, port: int) -> socket.socket:
     """A listening place. Port 0: any free one. Raises InputError if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol must be named: asyncio turns Nagle's algorithm off (40 ms an answer) only on sockets that say they are TCP.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

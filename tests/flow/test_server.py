@@ -117,6 +117,18 @@ def test_a_picture_as_a_stream(client: openai.OpenAI, model: HyperBagel) -> None
     assert errors[3] == 0 < errors[2] < errors[0], "previews come closer to the picture"
 
 
+def test_students_are_chosen_per_request(client: openai.OpenAI, model: HyperBagel) -> None:
+    assert client.models.retrieve("tiny").students == ["6"]  # type: ignore[attr-defined]
+    own, student = (
+        list(client.images.generate(prompt="a red car", stream=True, partial_images=2, extra_body={"seed": 1, "student": s, "steps": n}))
+        for s, n in (("none", 3), ("6", None))
+    )
+    assert [event.nfe for event in (own[-1], student[-1])] == [6, 6]  # type: ignore[union-attr]
+    assert np.array_equal(pixels(own[-1].b64_json), np.asarray(model.generate("a red car", seed=1, steps=3)[0].image))
+    assert np.array_equal(pixels(student[-1].b64_json), np.asarray(model.generate("a red car", seed=1, student="6")[0].image))
+    assert len(student) == 3 and not np.array_equal(pixels(own[-1].b64_json), pixels(student[-1].b64_json))
+
+
 def test_edits_of_one_and_several_pictures(client: openai.OpenAI, model: HyperBagel) -> None:
     extra = {"seed": 0, "steps": 2, "interval": [0.0, 1.0]}
     red, blue = png("red"), png("blue")
