@@ -39,7 +39,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, seen = time.perf_counter(), 0, 0
+        began, status, seen, gone = time.perf_counter(), 0, 0, False
 
         async def sending(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -50,8 +50,9 @@ class Guard:
             await send(message)
 
         async def receiving() -> MutableMapping[str, Any]:
-            nonlocal seen
+            nonlocal seen, gone
             message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
             seen += len(message.get("body", b""))
             if seen > self.body_bytes:
                 raise self._too_large()
@@ -63,6 +64,8 @@ class Guard:
             if seen > self.body_bytes:
                 raise self._too_large()
         except Exception as error:
+            if gone:  # in the middle of its request or of its answer: there is nobody to tell
+                return
             if not isinstance(error, ApiError):
                 logger.exception("error while answering %s %s", scope["method"], scope["path"])
                 error = internal_error()

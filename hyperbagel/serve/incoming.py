@@ -154,7 +154,11 @@ class Incoming:
         if width * height > self.limits.image_pixels:
             told = f"{name}: got {width}x{height} pixels, expected at most {self.limits.image_pixels}; make it smaller"
             raise ApiError(400, told, param="image", code="image_too_large")
-        return open_image(data, name)
+        image = open_image(data, name)
+        # What waits in the queue is what the pipeline would make of it first, so that large uploads do not pile up in memory.
+        rule = self.model.parts.vae_transform
+        small = rule.size(image.width, image.height)
+        return rule.resize(image) if rule.size(*small) == small else image
 
     def _count(self, n: int | None) -> int:
         if n is not None and n > self.limits.n:

@@ -131,7 +131,7 @@ def test_students_are_chosen_per_request(client: openai.OpenAI, model: HyperBage
 
 def test_edits_of_one_and_several_pictures(client: openai.OpenAI, model: HyperBagel) -> None:
     extra = {"seed": 0, "steps": 2, "interval": [0.0, 1.0]}
-    red, blue = png("red"), png("blue")
+    red, blue = png("red", 150), png("blue")  # one is shrunk first
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in (red, blue)]
     answer = client.images.edit(image=io.BytesIO(red), prompt="make it green", extra_body=extra)
     assert np.array_equal(pixels(answer.data[0].b64_json), np.asarray(model.edit(pictures[0], "make it green", seed=0, steps=2)[0].image))

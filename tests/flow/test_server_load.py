@@ -7,13 +7,16 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
+import pytest
 from fastapi.testclient import TestClient
 
 from hyperbagel.pipeline import HyperBagel
@@ -91,7 +94,7 @@ def test_no_body_makes_an_internal_error(model: HyperBagel) -> None:
     assert {200, 400} <= seen
 
 
-def test_mixed_requests_with_clients_that_leave(model: HyperBagel) -> None:
+def test_mixed_requests_with_clients_that_leave(model: HyperBagel, caplog: pytest.LogCaptureFixture) -> None:
     """Each one is answered or cancelled; afterwards nothing runs, nothing waits and no thread is left over."""
     app = create_app(model, limits=Limits(waiting=200))
     listener, server = bind("127.0.0.1", 0), make_server(app)
@@ -123,6 +126,11 @@ def test_mixed_requests_with_clients_that_leave(model: HyperBagel) -> None:
             return await asyncio.gather(*(one(client, i, rng) for i in range(total)))
 
     outcomes = asyncio.run(main())
+    for path in ("/v1/images/edits", "/v1/chat/completions"):  # one that leaves in the middle of its body
+        with socket.create_connection(listener.getsockname()) as half:
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: 999\r\n\r\n"
+            half.sendall(head.encode() + b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\nx')
+            time.sleep(0.05)
     server.should_exit = True
     thread.join(30)
     listener.close()
@@ -131,6 +139,7 @@ def test_mixed_requests_with_clients_that_leave(model: HyperBagel) -> None:
     assert metrics.get("hyperbagel_running") == 0 == metrics.get("hyperbagel_waiting")
     assert not thread.is_alive() and threading.active_count() <= before
     assert 'outcome="failed"' not in metrics.text()
+    assert [record.getMessage() for record in caplog.records if record.name == "hyperbagel.serve"] == []
 
 
 def test_the_command_serves_and_a_shutdown_drains(model: HyperBagel) -> None:
