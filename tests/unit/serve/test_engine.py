@@ -46,6 +46,9 @@ class Model:
     def ask_batch(self, requests: Sequence[AskRequest], on_token: Callable[[int, int], None]) -> list[TextResult]:
         self.batches.append([request.question for request in requests])
         for i in range(3):
+            self.inside.set()
+            self.hold.wait(10)
+            self.steps = i + 1
             for row, request in enumerate(requests):
                 on_token(row, ord(request.question[i]))
         return [TextResult(request.question[:3], 3, 1, {"decode": 0.1}) for request in requests]
@@ -222,6 +225,21 @@ def test_text_is_told_as_it_comes_and_only_to_its_own_stream(model: Model) -> No
         for index, text in enumerate(("abc", "xyz")):
             assert "".join(e.text for e in events if not isinstance(e, Done) and e.index == index) == text  # type: ignore[union-attr]
         assert [type(plain.events.get_nowait())] == [Done] and plain.events.empty()
+
+    run(main)
+
+
+def test_an_answer_nobody_waits_for_ends_at_the_next_token(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model)
+        model.hold.clear()
+        job = Job([AskRequest("abc")], stream=True)
+        engine.submit(job)
+        await asyncio.to_thread(model.inside.wait, 10)
+        job.cancel()
+        model.hold.set()
+        await asyncio.to_thread(engine.close, 10)
+        assert model.steps == 1 and engine.metrics.get("hyperbagel_results_total", kind="text", outcome="cancelled") == 1
 
     run(main)
 
