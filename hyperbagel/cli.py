@@ -191,6 +191,7 @@ def ask(
     temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
     seed: Seed = None,
     think: Think = False,
+    drafter: Annotated[str | None, typer.Option(help="Who drafts ahead: lookup, or a drafter folder. Speed alone changes.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -203,10 +204,13 @@ def ask(
     images = checks.read_pictures(pictures)
     first = _seed(seed) if temperature else checks.check_seed(seed or 0)  # at temperature 0 nothing is drawn
     pipeline, spent = _load(since, model, device, dtype)
-    result = pipeline.ask(question, images, seed=first, think=think, **_given(max_tokens=max_tokens, temperature=temperature))
+    result = pipeline.ask(
+        question, images, seed=first, think=think, **_given(max_tokens=max_tokens, temperature=temperature, drafter=drafter)
+    )
     spent |= result.timings
     if json:
         row = {"text": result.text, "thinking": result.thinking, "prompt_tokens": result.prompt_tokens, "tokens": result.tokens}
+        row |= {"tau": result.tau, "tok_per_second": result.tokens / max(result.timings["decode"], 1e-9)}
         print(jsonlib.dumps(row | {"finish_reason": result.finish_reason, "seconds": spent}, indent=2))
         return
     if result.thinking:
@@ -215,7 +219,10 @@ def ask(
     if result.finish_reason == "length":
         _note("cut off; a larger --max-tokens gives more")
     rate = result.tokens / max(result.timings["decode"], 1e-9)
-    _note(f"{checks.seconds(spent)}, {result.prompt_tokens} tokens in, {result.tokens} out, {rate:.1f} tok/s")
+    _note(
+        f"{checks.seconds(spent)}, {result.prompt_tokens} tokens in, {result.tokens} out, {rate:.1f} tok/s"
+        + (f", tau {result.tau:.2f}" if result.tau else "")
+    )
 
 
 @app.command()

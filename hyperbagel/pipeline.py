@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,12 +17,15 @@ from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
-from hyperbagel.generate.decode import decode
+from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.students import Students
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, with_sampler
 from hyperbagel.nn.attention import check_backend
+from hyperbagel.speculative.choose import Drafters
+from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.types import Drafter, Speculated
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,10 +33,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class HyperBagel:
     """One loaded model. Nothing that a request does changes it, so one object may serve any number of requests in turn."""
 
-    def __init__(self, parts: Parts, name: str, load_seconds: float = 0.0, students: Path | None = None) -> None:
-        """students: folder of the students that came with the model, each in a folder named by its evaluations."""
+    def __init__(
+        self, parts: Parts, name: str, load_seconds: float = 0.0, students: Path | None = None, drafters: Path | None = None
+    ) -> None:
+        """students, drafters: folders of what came with the model; a student's own folder is named by its evaluations."""
         self.parts, self.name, self.load_seconds = parts, name, load_seconds
         self.students = Students(parts.model, students)
+        self.drafters = Drafters(parts.model, drafters)
 
     @classmethod
     def from_pretrained(
@@ -60,7 +67,7 @@ class HyperBagel:
             raise InputError(f"got dtype {kind!r}, expected one of {', '.join(DTYPES)}")
         check_backend(attention, where, DTYPES[kind])
         parts = Parts.load(folder, where, DTYPES[kind], attention)
-        return cls(parts, str(model), time.perf_counter() - start, folder / "students")
+        return cls(parts, str(model), time.perf_counter() - start, folder / "students", folder / "drafters")
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -137,7 +144,10 @@ class HyperBagel:
 
     @torch.inference_mode()
     def ask_batch(self, requests: Sequence[AskRequest], *, on_token: OnToken | None = None) -> list[TextResult]:
-        """Answers many at once; requests with equal max_tokens and temperature are decoded together."""
+        """Answers many at once; requests with equal max_tokens, temperature and drafter are decoded together.
+
+        A drafter changes the speed alone. One that cannot be used is a warning, and the answer comes without it.
+        """
         for request in requests:
             if not request.question.strip():
                 raise InputError("got an empty question, expected some text")
@@ -146,13 +156,14 @@ class HyperBagel:
             _check_seed(request.seed)
             if not 0 <= request.temperature <= 100:
                 raise InputError(f"got temperature {request.temperature}, expected 0 (greedy) to 100")
-        groups: dict[tuple[int, float], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, float, str | None], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[request.max_tokens, request.temperature].append(i)
+            groups[request.max_tokens, request.temperature, request.drafter].append(i)
         results: dict[int, TextResult] = {}
-        for (max_tokens, temperature), members in groups.items():
+        for (max_tokens, temperature, name), members in groups.items():
             start = time.perf_counter()
-            sessions = [self._context(requests[i]) for i in members]
+            drafter = self._drafter(name)
+            sessions = [self._context(requests[i], drafter) for i in members]
             generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
             middle = time.perf_counter()
 
@@ -160,11 +171,14 @@ class HyperBagel:
                 if on_token is not None:
                     on_token(members[row], token)
 
-            decoded = decode(sessions, max_tokens=max_tokens, temperature=temperature, generators=generators, on_token=report)
+            decoded = decode(
+                sessions, max_tokens=max_tokens, temperature=temperature, generators=generators, on_token=report, drafter=drafter
+            )
             timings = {"prefill": middle - start, "decode": time.perf_counter() - middle}
             for i, session, out in zip(members, sessions, decoded, strict=True):
                 thinking, answer = split_thinking(self.parts.tokenizer.decode(out.ids), requests[i].think)
-                results[i] = TextResult(answer, len(out.ids), session.cache.lengths[0], timings, thinking, out.finish_reason)
+                tau = out.stats.tau if isinstance(out, Speculated) else None
+                results[i] = TextResult(answer, len(out.ids), session.cache.lengths[0], timings, thinking, out.finish_reason, tau)
         return [results[i] for i in range(len(requests))]
 
     # -- contexts --------------------------------------------------------------------------------------------------------------
@@ -206,14 +220,26 @@ class HyperBagel:
                 session.add_image(item, latents=True, generator=generator)
         thinking = None
         if request.think:
-            out = decode([session], max_tokens=request.max_think_tokens)[0]
+            out = plain_decode([session], max_tokens=request.max_think_tokens)[0]
             thinking = self.parts.tokenizer.decode(out.ids)
             # The reference reads the string back in as a new text; guidance never drops it.
             session.add_text(thinking, guided=False)
         return session, generator, thinking
 
-    def _context(self, request: AskRequest) -> Session:
-        session = Session.new(self.parts)
+    def _drafter(self, name: str | None) -> Drafter | None:
+        if name in (None, "none"):
+            return None
+        assert name is not None
+        if name != "lookup":
+            self.drafters.find(name)  # a name that means nothing is an error; a drafter that does not fit only costs speed
+        try:
+            return self.drafters.get(name)
+        except InputError as error:
+            warnings.warn(f"{error}; answering without a drafter", stacklevel=3)
+            return None
+
+    def _context(self, request: AskRequest, drafter: Drafter | None = None) -> Session:
+        session = Session.new(self.parts, () if drafter is None else drafter.taps)
         if request.think:
             session.add_text(THINK_ANSWER)
         for image in request.images:

@@ -6,6 +6,7 @@ all of itself, shares one position and advances it by one. Input pictures of a g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -70,8 +71,9 @@ class Session:
     last_size: tuple[int, int] | None = None  # (height, width) of the last input image, after its resize
 
     @classmethod
-    def new(cls, parts: Parts) -> Session:
-        return cls(parts, parts.model.new_cache())
+    def new(cls, parts: Parts, taps: Sequence[int] = ()) -> Session:
+        """An empty conversation. `taps`: layers whose hidden states the cache keeps, for a drafter."""
+        return cls(parts, parts.model.new_cache(taps=taps))
 
     def fork(self) -> Session:
         """A copy that goes its own way; this one stays as it is."""

@@ -114,6 +114,7 @@ class AskRequest:
     seed: int = 0
     think: bool = False
     turns: tuple[tuple[str, str], ...] = ()
+    drafter: str | None = None  # who drafts for speculative decoding: "lookup", a shipped name or a folder; None, "none": plain
 
 
 @dataclass
@@ -134,6 +135,7 @@ class TextResult:
     timings: dict[str, float]  # seconds: prefill, decode
     thinking: str | None = None
     finish_reason: str = "stop"  # or "length"
+    tau: float | None = None  # mean tokens a forward of the model, if a drafter was at work
 
 
 # Called after each denoising update with (updates done, updates in all, latents [B, N, C]); may raise to stop the work.

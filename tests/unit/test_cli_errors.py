@@ -35,6 +35,7 @@ class FakeText:
     prompt_tokens: int = 9
     tokens: int = 3
     finish_reason: str = "length"
+    tau: float | None = None
     timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.01, "decode": 0.1})
 
 

@@ -143,6 +143,21 @@ def test_answers_of_a_batch_equal_each_alone(model: HyperBagel) -> None:
     assert all(r.tokens <= 6 for r in together)
 
 
+def test_a_drafter_changes_nothing_but_the_count_of_forwards(model: HyperBagel) -> None:
+    images = (photo(20, 10),)
+    plain = model.ask("what is this", images, max_tokens=24)
+    quick = model.ask("what is this", images, max_tokens=24, drafter="lookup")
+    assert quick.text == plain.text and quick.tokens == plain.tokens
+    assert plain.tau is None and quick.tau is not None and quick.tau >= 1
+
+
+def test_a_drafter_that_does_not_fit_is_a_warning_and_an_unknown_one_an_error(model: HyperBagel, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="answering without a drafter"):
+        assert model.ask("what", max_tokens=4, drafter=str(tmp_path)).tau is None
+    with pytest.raises(InputError, match="got drafter 'nobody'"):
+        model.ask("what", max_tokens=4, drafter="nobody")
+
+
 def test_streamed_tokens_are_the_answer(model: HyperBagel) -> None:
     seen: list[int] = []
     result = model.ask("what", max_tokens=5, on_token=lambda row, token: seen.append(token))
