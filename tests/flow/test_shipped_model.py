@@ -1,0 +1,69 @@
+"""The model that ships: it loads, fits the limits, and does its three jobs for real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hyperbagel
+from hyperbagel.model.weights import inspect_folder
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.toybox.language import sample_question, sample_t2i
+from hyperbagel.toybox.render import render
+
+ASSETS = Path(hyperbagel.__file__).parent / "assets" / "toybox"
+
+
+@pytest.fixture(scope="module")
+def model() -> HyperBagel:
+    return HyperBagel.from_pretrained("toybox", device="cpu")
+
+
+def test_it_is_a_whole_folder_within_its_limits() -> None:
+    report = inspect_folder(ASSETS)  # strict: every tensor fits the config
+    assert report["weights"]["ema"]["dtypes"] == ["BF16"]
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 48 * 2**20
+
+
+def test_the_autoencoder_gives_drawings_back(model: HyperBagel) -> None:
+    """29 dB when it was trained; the bound leaves room for the luck of 16 scenes and for weights in bf16."""
+    import random
+
+    from hyperbagel.data.transforms import to_tensor
+
+    rng = random.Random(7)
+    x = torch.stack([to_tensor(render(sample_t2i(rng).scene)) for _ in range(16)])
+    vae = model.parts.vae
+    with torch.inference_mode():
+        z = vae.encode(x, torch.zeros(16, vae.config.z_channels, 8, 8))
+        error = (vae.decode(z).clamp(-1, 1) - x).square().mean((1, 2, 3))
+    assert float((10 * torch.log10(4 / error)).mean()) > 27.5
+    assert 0.8 < float(z.std()) < 1.2
+
+
+def test_it_draws_edits_and_answers(model: HyperBagel) -> None:
+    [first] = model.generate("a red car", seed=0, steps=4)
+    [again] = model.generate("a red car", seed=0, steps=4)
+    assert first.image.size == (64, 64) and first.nfe <= 8
+    assert np.array_equal(np.asarray(first.image), np.asarray(again.image))
+    [edited] = model.edit(first.image, "make the car blue", seed=0, steps=4)
+    assert edited.image.size == (64, 64) and edited.nfe == 12
+    assert model.ask("Is there a car?", first.image, max_tokens=8).tokens > 0
+
+
+def test_it_has_learned_the_language_of_answers(model: HyperBagel) -> None:
+    """Random weights never name a colour when asked for one: these are trained ones. How often it is the right one, the evaluation says."""
+    import random
+
+    from PIL import Image
+
+    from hyperbagel.generate.types import AskRequest
+    from hyperbagel.toybox.vocabulary import COLOURS
+
+    rng = random.Random(11)
+    asked = [sample_question(rng, kind="colour") for _ in range(40)]
+    answers = model.ask_batch([AskRequest(q.question, (Image.fromarray(render(q.scene)),), max_tokens=6) for q in asked])
+    assert sum(answer.text in COLOURS for answer in answers) >= 36
