@@ -292,8 +292,12 @@ sys.exit(cli.main(["ask", "what?"]))
 
 
 def test_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def listen() -> None:  # a test run that a shell put into the background hands down an ignored SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER], cwd=tmp_path, text=True, preexec_fn=listen, **pipes)
     assert process.stdout is not None and process.stdout.readline() == "thinking\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "interrupted\n")
