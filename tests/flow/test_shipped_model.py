@@ -66,4 +66,4 @@ def test_it_has_learned_the_language_of_answers(model: HyperBagel) -> None:
     rng = random.Random(11)
     asked = [sample_question(rng, kind="colour") for _ in range(40)]
     answers = model.ask_batch([AskRequest(q.question, (Image.fromarray(render(q.scene)),), max_tokens=6) for q in asked])
-    assert sum(answer.text in COLOURS for answer in answers) >= 36
+    assert sum(answer.text in COLOURS for answer in answers) >= 30
