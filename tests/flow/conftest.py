@@ -17,19 +17,31 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"stride": 16, "min_size": 32, "max_size": 32, "max_pixels": 1024}
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> HyperBagel:
-    """The tiny model with picture sizes to its measure, and a student, changed at random."""
+def tiny_folder(parent: Path) -> Path:
+    """A copy of the tiny golden model with picture sizes to its measure: it was made for 32-pixel pictures but says BAGEL's own sizes."""
     spec = importlib.util.spec_from_file_location("golden_archive", GOLDEN / "archive.py")
     assert spec is not None and spec.loader is not None
     archive = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(archive)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
+    folder = parent / "tiny"
     shutil.copytree(archive.TINY, folder)
     config = folder / "bagel_config.json"
     options = json.loads(config.read_text("utf-8"))
     options |= {"default_size": [32, 32], "vae_transform": SMALL, "vit_transform": SMALL | {"stride": 14, "min_size": 28, "max_size": 28}}
     config.write_text(json.dumps(options), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder."""
+    return tiny_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> HyperBagel:
+    """The tiny model and a student, changed at random."""
+    folder = tiny_folder(tmp_path_factory.mktemp("model"))
     model = HyperBagel.from_pretrained(folder, device="cpu")
     torch.manual_seed(0)
     student = Student.fresh(model.parts.model, make_adapter(model.parts.model, "lora", rank=4), Sampler(nfe=6))
