@@ -12,12 +12,6 @@ from torch import Tensor
 from hyperbagel.speculative.types import Stats
 
 
-def ranks(drafts: Tensor, best: Tensor) -> Tensor:
-    """Place of the target's token among the drafter's: drafts [B, R, K, V] logits, best [B, R, K] -> [B, R, K], 0 for the first."""
-    own = drafts.gather(-1, best[..., None])
-    return (drafts > own).sum(-1)
-
-
 def simulate(accepted: Tensor, counts: Tensor) -> list[Stats]:
     """Greedy rounds over each answer.
 

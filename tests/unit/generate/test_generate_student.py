@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_world import small_parts
 
-import hyperbagel
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.tokenizer import Tokenizer
-from hyperbagel.data.transforms import ImageTransform
-from hyperbagel.generate.session import Parts
 from hyperbagel.generate.types import ImageRequest, with_sampler
-from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
-from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.student import Sampler, Student, make_adapter, save_student
-from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.pipeline import HyperBagel
-
-TOKENIZER = Path(hyperbagel.__file__).parent / "assets" / "toybox"
-CONFIG = BagelConfig(
-    llm=LLMConfig(
-        hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=1024,
-        max_position_embeddings=400,
-    ),
-    vit=ViTConfig(hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=40, patch_size=10),
-    vae=VaeConfig(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=3, norm_groups=2, downsample=2),
-    options=BagelOptions(max_latent_size=12, vit_max_num_patch_per_side=4, default_size=(16, 16)),
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> HyperBagel:
     """A model with two students beside it: "6", changed at random, and "plain", which says what the model says."""
-    torch.manual_seed(0)
-    bagel = fresh_bagel(CONFIG, torch.Generator().manual_seed(0), std=0.3).eval().requires_grad_(False)
-    with torch.no_grad():
-        bagel.llm2vae.weight.copy_(torch.randn(bagel.llm2vae.weight.shape) * 0.1)
+    parts = small_parts()
+    bagel = parts.model
     folder = tmp_path_factory.mktemp("students")
     plain = Student.fresh(bagel, make_adapter(bagel, "lora", rank=4), Sampler(nfe=3))
     save_student(folder / "plain", plain, bagel)
@@ -49,8 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> HyperBagel:
         for p in changed.parameters():
             p.add_(torch.randn(p.shape) * 0.05)
     save_student(folder / "6", changed, bagel)
-    vae, tokenizer = AutoEncoder(CONFIG.vae).eval(), Tokenizer.from_folder(TOKENIZER)
-    return HyperBagel(Parts(bagel, vae, tokenizer, ImageTransform(32, 8, 4), ImageTransform(40, 10, 10)), "test", students=folder)
+    return HyperBagel(parts, "test", students=folder)
 
 
 def photo(seed: int = 0) -> Image.Image:
