@@ -69,12 +69,18 @@ def check_run_folder(path: Path, *, resume: bool) -> None:
 class RunFolder:
     """One training's folder. Opening it writes config and provenance; a `with` block closes its files."""
 
-    def __init__(self, path: Path | str, config: Config, *, seed: int, resume: bool = False) -> None:
+    def __init__(self, path: Path | str, config: Config, *, seed: int, resume: bool = False, leads: bool = True) -> None:
         """
+        Args:
+            leads: False for all but one of several processes that train together: such a folder writes nothing when it is opened.
         Raises:
             InputError: see `check_run_folder`; or the folder cannot be written.
         """
         self.path = Path(path)
+        self._metrics: int | None = None
+        self._board: Any = None
+        if not leads:
+            return
         check_run_folder(self.path, resume=resume)
         provenance = self.path / "provenance.json"
         make_folder(self.path)
@@ -93,8 +99,6 @@ class RunFolder:
         )
         atomic_write_text(self.path / "config.yaml", dump_config(config))
         atomic_write_text(provenance, json.dumps({"launches": launches}, indent=1))
-        self._metrics: int | None = None
-        self._board: Any = None
 
     @property
     def metrics_path(self) -> Path:

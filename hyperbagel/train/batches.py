@@ -17,6 +17,7 @@ from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.model.config import BagelConfig, ImageSizes
 from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.train.distributed import World
 from hyperbagel.train.stage import Draws
 
 MAX_SKIPPED = 1000
@@ -72,13 +73,30 @@ class Batches:
     """Endless batches; the position is in `state`, all randomness in the `Draws` of each call."""
 
     def __init__(
-        self, data: DataConfig, model: BagelConfig, tokenizer: Tokenizer, vae: AutoEncoder, *, seed: int, device: torch.device, shift: float
+        self,
+        data: DataConfig,
+        model: BagelConfig,
+        tokenizer: Tokenizer,
+        vae: AutoEncoder,
+        *,
+        seed: int,
+        device: torch.device,
+        shift: float,
+        world: World | None = None,
     ) -> None:
         self.data, self.vae, self.device, self.shift = data, vae, device, shift
         self.spec = pack_spec(model, tokenizer)
         self.dropout = data.dropout.build()
         options = model.options
-        self.loader = build_loader(data, tokenizer, transform(options.vae_transform), transform(options.vit_transform), seed=seed)
+        self.loader = build_loader(
+            data,
+            tokenizer,
+            transform(options.vae_transform),
+            transform(options.vit_transform),
+            seed=seed,
+            rank=(world or World()).rank,
+            world=(world or World()).size,
+        )
         self.too_long = 0  # samples left out by `sample_tokens`
 
     def next(self, rng: Draws) -> NamedBatch:

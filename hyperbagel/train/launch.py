@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import pkgutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import RunFolder, check_run_folder
 from hyperbagel.train import stages
+from hyperbagel.train.distributed import join_world, leave_world
 from hyperbagel.train.loop import TrainResult, pick_device, train
 
 
@@ -34,15 +36,19 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
         hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
         raise InputError(f"stage: got {name!r}, expected one of {', '.join(names)}; {hint}")
     module = importlib.import_module(f"{stages.__name__}.{name.replace('-', '_')}")
-    check_run_folder(out, resume=resume)
+    if int(os.environ.get("RANK", 0)) == 0:  # the other ranks only read
+        check_run_folder(out, resume=resume)
     if resume and recipe is None:
         recipe = out / "config.yaml"
     settings = load_config(module.Recipe, recipe, overrides)
     torch.set_num_threads(settings.threads)
+    device = pick_device(settings.device)
+    world = join_world(device)
     # the stage first: a mistake in the recipe then leaves no folder behind that "holds a run"
-    stage = module.build(settings, pick_device(settings.device))
+    stage = module.build(settings, device)
     try:
-        with RunFolder(out, settings, seed=settings.seed, resume=resume) as run:
-            return train(stage, settings, run, resume=resume)
+        with RunFolder(out, settings, seed=settings.seed, resume=resume, leads=world.leads) as run:
+            return train(stage, settings, run, resume=resume, world=world)
     finally:
         stage.close()
+        leave_world()

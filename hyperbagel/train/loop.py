@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.hardware import fast_bf16
 from hyperbagel.core.progress import ProgressReport
 from hyperbagel.core.run import RunFolder
-from hyperbagel.train.checkpoint import Progress, best_score, list_checkpoints, load_checkpoint, save_checkpoint
+from hyperbagel.train.checkpoint import Progress, best_score, list_checkpoints, load_checkpoint, save_checkpoint, trained_tensors
+from hyperbagel.train.distributed import World
 from hyperbagel.train.optim import lr_factor, set_lr
 from hyperbagel.train.stage import Draws, Metrics, Stage, TrainRecipe
 
@@ -46,13 +48,18 @@ def pick_device(name: str) -> torch.device:
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bf16 where the hardware multiplies it: CUDA, and CPUs with AVX512-bf16 or AMX. Elsewhere bf16 is slower than fp32."""
     if name == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        name = "bf16" if fast else "fp32"
+        name = "bf16" if fast_bf16(device) else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 def train(
-    stage: Stage, recipe: TrainRecipe, run: RunFolder, *, resume: bool = False, clock: Callable[[], float] = time.monotonic
+    stage: Stage,
+    recipe: TrainRecipe,
+    run: RunFolder,
+    *,
+    resume: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+    world: World | None = None,
 ) -> TrainResult:
     """Train until `max_steps` or `max_seconds`, whichever comes first; checkpoint at the end.
 
@@ -62,22 +69,19 @@ def train(
         Diverged: a loss or gradient norm is not finite; the state before that step is saved.
         InputError: a checkpoint cannot be read or written.
     """
-    return _Loop(stage, recipe, run, clock).go(resume)
+    return _Loop(stage, recipe, run, clock, world or World()).go(resume)
 
 
 class _Loop:
-    def __init__(self, stage: Stage, recipe: TrainRecipe, run: RunFolder, clock: Callable[[], float]) -> None:
-        self.stage, self.recipe, self.run, self.clock = stage, recipe, run, clock
+    def __init__(self, stage: Stage, recipe: TrainRecipe, run: RunFolder, clock: Callable[[], float], world: World) -> None:
+        self.stage, self.recipe, self.run, self.clock, self.world = stage, recipe, run, clock, world
         self.device = pick_device(recipe.device)
         self.dtype = pick_precision(recipe.precision, self.device)
         self.step = 0
         self.before = 0.0  # seconds trained by earlier launches
         self.began = clock()
+        self.seconds = 0.0  # trained so far; rank 0's, so that all ranks decide alike
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
-
-    @property
-    def seconds(self) -> float:
-        return self.before + self.clock() - self.began
 
     def share(self, by_time: bool) -> float:
         """Progress in [0, 1]: by time (needs max_seconds) or by steps."""
@@ -92,13 +96,17 @@ class _Loop:
         if resume and (found := list_checkpoints(self.run.checkpoints)):
             progress = load_checkpoint(found[-1], self.stage)
             self.step, self.before = progress.step, progress.seconds
-        if resume:
+        for player in self.stage.players.values():
+            self.world.share(trained_tensors(player).values())
+        if resume and self.world.leads:
             self.run.rewind(self.step)
-        saved_at, logged_at = self.clock(), (self.clock(), self.step)
+        logged_at, saved_at = (self.clock(), self.step), self.clock()
         with ProgressReport(type(self.stage).__name__) as report:
-            while self.step < r.max_steps and not (r.max_seconds and self.seconds >= r.max_seconds):
+            while self.step < r.max_steps and self.time_is_left():
                 values = self.one_step()
                 self.step += 1
+                if not self.world.leads:
+                    continue
                 report.update(max(self.share(True), self.share(False)), _show(self.step, values))
                 if self.step % r.log_every == 0:
                     now = self.clock()
@@ -115,13 +123,20 @@ class _Loop:
                 if self.clock() - saved_at >= r.checkpoint_every_seconds:
                     self.save()
                     saved_at = self.clock()
-            metrics = self.evaluate()
-            report.line("done: " + _show(self.step, metrics))
-            self.sample()
-            self.save()
-            with torch.no_grad():
-                self.stage.finish(self.run.path)
+            if self.world.leads:
+                report.line("done: " + _show(self.step, self.evaluate()))
+                self.sample()
+                self.save()
+                with torch.no_grad():
+                    self.stage.finish(self.run.path)
+        self.world.wait()
+        metrics = self.evaluated[1]
         return TrainResult(self.step, self.seconds, metrics)
+
+    def time_is_left(self) -> bool:
+        """Whether `max_seconds` allows another step; reads the clock."""
+        [self.seconds] = self.world.agree(self.before + self.clock() - self.began)
+        return not self.recipe.max_seconds or self.seconds < self.recipe.max_seconds
 
     def one_step(self) -> Metrics:
         """One optimiser step of the player whose turn it is."""
@@ -135,13 +150,14 @@ class _Loop:
         player.optimizer.zero_grad(set_to_none=True)
         logged: dict[str, Any] = {}
         for micro in range(r.accumulate):
-            batch = self.stage.batch(self.step, Draws.at(r.seed, self.step, micro))
+            batch = self.stage.batch(self.step, Draws.at(r.seed, self.step, self.world.rank * r.accumulate + micro))
             with self.autocast():
                 loss, metrics = self.stage.loss(name, batch, self.step)
             self.check(loss, f"the loss of player {name!r}", metrics)
             (loss / r.accumulate).backward()
             for key, value in {"loss": loss, **metrics}.items():
                 logged[key] = logged.get(key, 0.0) + (value.detach() if isinstance(value, Tensor) else value) / r.accumulate
+        self.world.average_gradients(list(player.parameters.values()))
         norm = torch.nn.utils.clip_grad_norm_(list(player.parameters.values()), player.optim.clip)
         self.check(norm, f"the gradient norm of player {name!r}", logged)
         player.optimizer.step()

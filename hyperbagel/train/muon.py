@@ -12,20 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hyperbagel.core.hardware import fast_bf16
+
 # quintic Newton-Schulz iteration whose fixed region is singular values of about 1 (0.7 to 1.2), reached in five rounds
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """About U V^T of the singular value decomposition U S V^T of `matrix` [m, n], without decomposing it."""
-    x = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
+    """About U V^T of the singular value decomposition U S V^T of `matrix` [..., m, n], without decomposing it."""
+    x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.T
+        x = x.mT
     for _ in range(rounds):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(Optimizer):
@@ -49,18 +51,30 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    (self._muon if group["muon"] else self._adam)(p, p.grad, group)
+            moving = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                self._muon(moving, group)
+            else:
+                for p in moving:
+                    self._adam(p, p.grad, group)
 
-    def _muon(self, p: nn.Parameter, grad: Tensor, group: dict) -> None:
-        state, mu = self.state[p], group["momentum"]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(grad, 1 - mu)
-        direction = orthogonalise(grad.lerp(state["momentum"], mu).flatten(1))  # Nesterov
-        direction *= max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
-        p.add_(direction.view_as(p), alpha=-group["lr"])
+    def _muon(self, moving: list[nn.Parameter], group: dict) -> None:
+        mu = group["momentum"]
+        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
+        for p in moving:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(p.grad, 1 - mu)
+            direction = p.grad.lerp(state["momentum"], mu).flatten(1)  # Nesterov
+            by_shape.setdefault(tuple(direction.shape), []).append((p, direction))
+        for (rows, columns), found in by_shape.items():  # matrices of one shape together: few large products in place of many small ones
+            stacked = torch.stack([direction for _, direction in found])
+            if fast_bf16(stacked.device):  # the iteration forgives rounding
+                stacked = stacked.bfloat16()
+            step = orthogonalise(stacked).float() * max(1.0, rows / columns) ** 0.5
+            for (p, _), one in zip(found, step, strict=True):
+                p.add_(one.view_as(p), alpha=-group["lr"])
 
     def _adam(self, p: nn.Parameter, grad: Tensor, group: dict) -> None:
         state, (b1, b2) = self.state[p], group["betas"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperbagel.core.run import RunFolder
+from hyperbagel.train.distributed import World
 from hyperbagel.train.loop import TrainResult, train
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
@@ -63,7 +64,7 @@ class TinyStage(Stage):
 
 
 def run(
-    folder: Path, steps: int, *, resume: bool = False, stage: TinyStage | None = None, **settings: object
+    folder: Path, steps: int, *, resume: bool = False, stage: TinyStage | None = None, world: World | None = None, **settings: object
 ) -> tuple[TinyStage, TrainResult]:
     """Train a tiny stage up to `steps` in `folder`."""
     stage = stage or TinyStage()
@@ -76,8 +77,9 @@ def run(
         "checkpoint_every_seconds": 1e9,
     }
     recipe = TrainRecipe.model_validate(values | settings)
-    with RunFolder(folder, recipe, seed=recipe.seed, resume=resume) as opened:
-        return stage, train(stage, recipe, opened, resume=resume)
+    leads = world is None or world.leads
+    with RunFolder(folder, recipe, seed=recipe.seed, resume=resume, leads=leads) as opened:
+        return stage, train(stage, recipe, opened, resume=resume, world=world)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from hyperbagel.train.stages.base import BaseStage, Recipe, build
 
 RECIPES = Path(__file__).parents[4] / "recipes"
 SMALL = [
+    "compile=false",  # a minute of work for steps of milliseconds
     "shape.llm.hidden_size=32",
     "shape.llm.intermediate_size=48",
     "shape.llm.num_hidden_layers=2",

@@ -1,0 +1,91 @@
+"""Data parallel training over processes started by torchrun: same weights everywhere, each rank its own samples, gradients averaged.
+
+One process is rank 0 of 1 and pays nothing. What depends on a clock (when to stop, the learning rate by time) is decided by rank 0: the
+others hear of it, so all ranks take the same steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 logs, evaluates and writes."""
+        return self.rank == 0
+
+    def agree(self, *values: float) -> list[float]:
+        """Rank 0's values, on every rank."""
+        if self.size == 1:
+            return list(values)
+        told = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(told, 0)
+        return told.tolist()
+
+    def wait(self) -> None:
+        """Until every rank is here: rank 0 has evaluated or written."""
+        if self.size > 1:
+            dist.barrier()
+
+    @torch.no_grad()
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank rank 0's values."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.data, 0)
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Replace each gradient by its mean over ranks, in one message. A parameter that one rank's batch did not touch counts as zero
+        there; one that no rank touched keeps no gradient, so that its optimiser's state does not move."""
+        if self.size == 1:
+            return
+        touched = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
+        dist.all_reduce(touched)
+        moved = [p for p, hits in zip(parameters, touched.tolist(), strict=True) if hits]
+        if not moved:
+            return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved])
+        dist.all_reduce(flat)
+        for p, part in zip(moved, (flat / self.size).split([p.numel() for p in moved]), strict=True):
+            p.grad = part.view_as(p)
+
+
+def join_world(device: torch.device) -> World:
+    """The world that torchrun's environment describes (RANK, WORLD_SIZE), or this process alone.
+
+    Raises:
+        InputError: the environment names a world but is not whole.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return World()
+    try:
+        world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"got WORLD_SIZE but no usable RANK ({error}), expected both, start several processes with torchrun") from error
+    if world.size > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return world
+
+
+def leave_world() -> None:
+    """Undo `join_world`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
