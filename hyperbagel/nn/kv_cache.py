@@ -173,4 +173,4 @@ def _write(store: Tensor, plan: Plan, new: Tensor) -> None:
     else:
         rows = torch.arange(new.shape[0], device=new.device)[:, None]
         # Padding may point past the last slot it was promised; those writes land in slots that the next append overwrites.
-        store[rows, :, plan.slots] = new.transpose(1, 2)
+        store[rows, :, plan.slots] = new.transpose(1, 2).to(store.dtype)  # under autocast the new ones are bf16

@@ -65,8 +65,10 @@ class Muon(Optimizer):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1 - mu)
-            direction = p.grad.lerp(state["momentum"], mu).flatten(1)  # Nesterov
+            grad = p.grad
+            assert grad is not None
+            state["momentum"].lerp_(grad, 1 - mu)
+            direction = grad.lerp(state["momentum"], mu).flatten(1)  # Nesterov
             by_shape.setdefault(tuple(direction.shape), []).append((p, direction))
         for (rows, columns), found in by_shape.items():  # matrices of one shape together: few large products in place of many small ones
             stacked = torch.stack([direction for _, direction in found])
