@@ -5,26 +5,24 @@ Shape legend: B pictures or sessions, N latent tokens, C values of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from benchmarks import cost
 from benchmarks.attention import DECODE_WAYS, STEP_WAYS, decode_attention, step_attention
 from benchmarks.cost import Cost
 from benchmarks.operation import Operation
 from benchmarks.subjects import endless
-from hyperbagel.flow.guidance import guide
 from hyperbagel.flow.solvers import Velocity
 from hyperbagel.generate.decode import EagerRunner, Runner
 from hyperbagel.generate.graphs import GraphRunner, GraphVelocity
-from hyperbagel.generate.image import GuidedVelocity, latent_grid
-from hyperbagel.generate.session import Branch, Parts, Session
+from hyperbagel.generate.image import GuidedVelocity, InTurnVelocity, latent_grid
+from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, Denoising
 
 T = 0.7  # inside the guidance interval of both kinds
@@ -126,7 +124,7 @@ def _step(
     x = torch.randn(pictures, n, config.latent_channels, generator=torch.Generator().manual_seed(0)).to(device)
     velocity: Velocity
     if way == "in turn":
-        velocity = _in_turn(parts, branches, grid, settings)
+        velocity = InTurnVelocity(sessions, [grid] * pictures, settings)
     else:
         velocity = GuidedVelocity(sessions, [grid] * pictures, settings)
         if way != "eager":
@@ -134,21 +132,6 @@ def _step(
     contexts = [b.length for group in branches for b in group]
     found = cost.block(config, contexts, 2, n, parts.model.dtype.itemsize)
     return Operation(lambda: velocity(x, T), found, "matmul", {"pictures": pictures, "latent_tokens": n, "contexts": contexts})
-
-
-def _in_turn(parts: Parts, branches: Sequence[Sequence[Branch]], grid: tuple[int, int], s: Denoising) -> Velocity:
-    """The same guided velocity, one forward a branch, each over exactly its own context: no mask."""
-    alone = replace(s, text_scale=1.0)
-    velocities = []
-    for group in branches:
-        sessions = [Session(parts, b.view(), b.position) for b in group]
-        velocities.append(GuidedVelocity(sessions, [grid] * len(sessions), alone))
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        v = [f(x, t) for f in velocities]
-        return guide(v[0], v[1], v[2] if len(v) > 2 else v[0], s.text_scale, s.image_scale, s.renorm, s.renorm_min)
-
-    return velocity
 
 
 def _decode(parts: Parts, load: Workload, way: str, context: int, rows: int, compiler: str | None) -> Operation:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hyperbagel import cli_checks as checks
+from hyperbagel.cli_eval import app as eval_app
 from hyperbagel.cli_serve import serve
 from hyperbagel.core.errors import InputError
 
@@ -259,27 +260,6 @@ def train(
     run_training(name, recipe, list(overrides or ()), out, resume)
 
 
-@app.command(name="eval")
-def evaluate(
-    suite: Annotated[Literal["toybox"], typer.Argument(help="What to measure.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for scores and for what resumes a stopped run.")],
-    model: Model = None,
-    n_t2i: Annotated[int | None, typer.Option("--n-t2i", help="Pictures to draw.")] = None,
-    n_edits: Annotated[int | None, typer.Option("--n-edits", help="Edits to make.")] = None,
-    n_questions: Annotated[int | None, typer.Option("--n-questions", help="Questions to ask.")] = None,
-    split: Annotated[Literal["train", "heldout"] | None, typer.Option(help="Combinations seen in training, or kept from it.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-) -> None:
-    """Measure drawing, editing and understanding."""
-    for option, count in (("--n-t2i", n_t2i), ("--n-edits", n_edits), ("--n-questions", n_questions)):
-        checks.check_at_least(option, count, 0)
-    from hyperbagel.evaluate.toybox import run_toybox_eval
-
-    pipeline, _ = _load(time.perf_counter(), model, device, dtype)
-    run_toybox_eval(pipeline, out=out, **_given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions, split=split))
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the page (index.html).")] = Path("out"),
@@ -299,6 +279,7 @@ def demo(
 
 
 app.command()(serve)
+app.add_typer(eval_app, name="eval")
 
 
 @app.command()

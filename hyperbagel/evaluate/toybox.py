@@ -104,14 +104,14 @@ def run_toybox_eval(
     result: dict[str, Any] = {"settings": resolved}
     t2i_items = t2i_eval_prompts(n_t2i, chosen.seed, chosen.split) if n_t2i else []
     if n_t2i:
-        result["t2i"] = summarise_t2i(run("t2i", t2i_items, _t2i_worker(model, detector, chosen)))
+        result["t2i"] = summarise_t2i(run("t2i", t2i_items, t2i_worker(model, detector, chosen)))
     n_diversity = n_t2i // 40 if n_diversity is None else n_diversity
     if n_diversity:
         open_items = t2i_eval_prompts(n_diversity, chosen.seed + 1, chosen.split)
-        result["diversity"] = summarise_diversity(run("diversity", open_items, _diversity_worker(model, detector, chosen)))
+        result["diversity"] = summarise_diversity(run("diversity", open_items, diversity_worker(model, detector, chosen)))
     if n_edits:
         items = edit_eval_items(n_edits, chosen.seed, chosen.split)
-        result["edits"] = summarise_edits(run("edits", items, _edit_worker(model, detector, chosen)))
+        result["edits"] = summarise_edits(run("edits", items, edit_worker(model, detector, chosen)))
     if n_questions:
         asked = question_eval_items(n_questions, chosen.seed, chosen.split)
         result["questions"] = summarise_questions(run("questions", asked, _question_worker(model, chosen)))
@@ -123,7 +123,9 @@ def run_toybox_eval(
     return result
 
 
-def _t2i_worker(model: Model, detector: Detector, s: Settings) -> Worker:
+def t2i_worker(model: Model, detector: Detector, s: Settings) -> Worker:
+    """Draws prompts and scores them."""
+
     def work(items: list[Any], seeds: list[int]) -> list[Record]:
         asked: dict[str, Any] = {"size": (s.side, s.side), "think": s.think} | s.image
         results = model.generate_batch([ImageRequest(prompt=i.prompt, seed=seed, **asked) for i, seed in zip(items, seeds)])
@@ -137,7 +139,9 @@ def _t2i_worker(model: Model, detector: Detector, s: Settings) -> Worker:
     return work
 
 
-def _diversity_worker(model: Model, detector: Detector, s: Settings) -> Worker:
+def diversity_worker(model: Model, detector: Detector, s: Settings) -> Worker:
+    """Draws each prompt several times and measures how much the pictures differ."""
+
     def work(items: list[Any], seeds: list[int]) -> list[Record]:
         asked: dict[str, Any] = {"size": (s.side, s.side), "think": s.think} | s.image
         records = []
@@ -152,10 +156,12 @@ def _diversity_worker(model: Model, detector: Detector, s: Settings) -> Worker:
     return work
 
 
-def _edit_worker(model: Model, detector: Detector, s: Settings) -> Worker:
+def edit_worker(model: Model, detector: Detector, s: Settings) -> Worker:
+    """Edits drawings and scores the results."""
+
     def work(items: list[Any], seeds: list[int]) -> list[Record]:
         asked: dict[str, Any] = {"size": (s.side, s.side), "think": s.think} | s.edit
-        sources = [(_drawn(item.source, s.side),) for item in items]
+        sources = [(drawn(item.source, s.side),) for item in items]
         results = model.generate_batch(
             [ImageRequest(prompt=i.instruction, images=images, seed=seed, **asked) for i, images, seed in zip(items, sources, seeds)]
         )
@@ -173,7 +179,7 @@ def _edit_worker(model: Model, detector: Detector, s: Settings) -> Worker:
 def _question_worker(model: Model, s: Settings) -> Worker:
     def work(items: list[Any], seeds: list[int]) -> list[Record]:
         asked: dict[str, Any] = {"temperature": 0.0, "think": s.think} | s.answer
-        pictures = [(_drawn(item.scene, s.side),) for item in items]
+        pictures = [(drawn(item.scene, s.side),) for item in items]
         results = model.ask_batch(
             [AskRequest(question=i.question, images=images, seed=seed, **asked) for i, images, seed in zip(items, pictures, seeds)]
         )
@@ -187,7 +193,8 @@ def _question_worker(model: Model, s: Settings) -> Worker:
     return work
 
 
-def _drawn(scene: Scene, side: int) -> Image.Image:
+def drawn(scene: Scene, side: int) -> Image.Image:
+    """A scene as a model is given it."""
     return Image.fromarray(render(scene, side))
 
 

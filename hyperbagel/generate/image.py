@@ -6,6 +6,8 @@ Shape legend: B requests, N latent tokens of the largest picture, C values of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -99,6 +101,40 @@ class GuidedVelocity:
         return guide(parts[0], parts[1], v_image, s.text_scale, s.image_scale, s.renorm, s.renorm_min)
 
 
+class InTurnVelocity:
+    """velocity(x_t [B, N, C], t) -> v [B, N, C] like `GuidedVelocity`, one forward a branch, each over exactly its own context.
+
+    The paper's accounting, and so the yardstick that a student's speed is given against; slower on every machine we have.
+    """
+
+    def __init__(self, sessions: Sequence[Session], grids: Sequence[tuple[int, int]], settings: Denoising) -> None:
+        self.settings = settings
+        branches = [[s.full() for s in sessions]]
+        if settings.text_scale > 1:
+            branches.append([s.text_dropped() for s in sessions])
+            if settings.image_scale > 1 and any(s.has_images for s in sessions):
+                branches.append([s.image_dropped() for s in sessions])
+        alone = replace(settings, text_scale=1.0)  # a velocity without branches of its own
+        self.velocities = [
+            GuidedVelocity([Session(s.parts, b.view(), b.position) for s, b in zip(sessions, group, strict=True)], grids, alone)
+            for group in branches
+        ]
+
+    @property
+    def evaluations(self) -> int:
+        """NFE per picture so far."""
+        return sum(velocity.evaluations for velocity in self.velocities)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        s = self.settings
+        v = self.velocities[0](x, t)
+        if len(self.velocities) == 1 or not guidance_on(t, s.interval):
+            return v
+        dropped = [velocity(x, t) for velocity in self.velocities[1:]]
+        v_image = dropped[1] if len(dropped) > 1 else v
+        return guide(v, dropped[0], v_image, s.text_scale, s.image_scale, s.renorm, s.renorm_min)
+
+
 def _context(views: Sequence[KVCache], counts: Sequence[int], extra: int) -> tuple[KVCache, Plan]:
     cache = KVCache.stack(views, extra)
     return cache, cache.plan(counts, causal=False)
@@ -134,14 +170,15 @@ def denoise(
     on_step: OnStep | None = None,
     graphs: bool = False,
     student: StudentNetwork | None = None,
+    in_turn: bool = False,
 ) -> tuple[list[Tensor], int]:
     """Euler from noise to latents for a batch of sessions of any sizes. `graphs`: steps as CUDA graphs (generate.graphs).
-    `student`: denoises in the model's place.
+    `student`: denoises in the model's place. in_turn: one forward a guidance branch, for comparison.
 
     Returns latents, [h_b * w_b, C] each, and the number of velocity evaluations per picture.
     """
     device = sessions[0].parts.model.device
-    velocity = GuidedVelocity(sessions, grids, settings, student)
+    velocity: Any = InTurnVelocity(sessions, grids, settings) if in_turn else GuidedVelocity(sessions, grids, settings, student)
     n = max(len(noise) for noise in noises)
     x = torch.stack([torch.nn.functional.pad(noise, (0, 0, 0, n - len(noise))) for noise in noises]).to(device)
     for k, state in euler_steps(x, GraphVelocity(velocity) if graphs else velocity, time_grid(settings.num_steps, settings.shift)):

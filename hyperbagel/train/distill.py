@@ -20,7 +20,7 @@ from hyperbagel.data.mixture import DataConfig, PhaseConfig, build_loader
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import Velocity, euler, euler_steps
-from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, Denoising
+from hyperbagel.generate.types import PAPER_EDIT, PAPER_TEXT_TO_IMAGE, Denoising
 from hyperbagel.model.student import Sampler, Student, StudentNetwork, load_student, make_adapter, save_student
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.model.weights import load_folder
@@ -113,7 +113,11 @@ class DistillStage(Stage):
 
     def _sampler(self) -> Sampler:
         r = self.recipe
-        kinds = {"text_scale": TEXT_TO_IMAGE.text_scale, "edit_text_scale": EDIT.text_scale, "edit_image_scale": EDIT.image_scale}
+        kinds = {
+            "text_scale": PAPER_TEXT_TO_IMAGE.text_scale,
+            "edit_text_scale": PAPER_EDIT.text_scale,
+            "edit_image_scale": PAPER_EDIT.image_scale,
+        }
         stage = type(self).__module__.rpartition(".")[2]
         return Sampler(nfe=r.nfe, shift=r.shift, text_range=r.text_range, image_range=r.image_range, stage=stage, **kinds)
 
@@ -176,8 +180,8 @@ class DistillStage(Stage):
         return [x_T, *(x for _, x in euler_steps(x_T, self.as_velocity(network, conditions, scales), times))]
 
     def settings(self, conditions: Conditions) -> Denoising:
-        """The base's own sampler for this kind: its interval and renormalisation."""
-        return EDIT if conditions.is_edit else TEXT_TO_IMAGE
+        """The teacher's sampler for this kind, interval and renormalisation: the one that the evaluation compares students with."""
+        return PAPER_EDIT if conditions.is_edit else PAPER_TEXT_TO_IMAGE
 
     def guided_teacher(self, conditions: Conditions, scales: Scales) -> Callable[[Tensor, float], Tensor]:
         """The base with guidance, as solvers know it."""
@@ -199,7 +203,7 @@ class DistillStage(Stage):
     @torch.no_grad()
     def _measure_teacher(self, data: DataConfig) -> None:
         """The base's pictures of fixed conditions and noises: what the student is compared with, made once."""
-        times = time_grid(self.recipe.teacher_steps, TEXT_TO_IMAGE.shift)
+        times = time_grid(self.recipe.teacher_steps, PAPER_TEXT_TO_IMAGE.shift)
         for name in data.sources:  # each source the same number of groups, whatever the mixture
             alone = data.model_copy(update={"sources": {name: data.sources[name]}, "mixture": [PhaseConfig(weights={name: 1.0})]})
             loader = self._loader(alone, _HELD_OUT_SEED)

@@ -135,6 +135,8 @@ WRONG = {
     "a setting without a value": (["train", "vae", "lr", "-o", "run"], "got the setting 'lr', expected key=value"),
     "train nowhere": (["train", "vae"], "Missing option '-o' / '--out'"),
     "eval of what": (["eval", "imagenet", "-o", "run"], "'toybox'"),
+    "eval of an unknown student": (["eval", "distillation", "-o", "run", "--student", "x=y"], "expected NAME=FOLDER"),
+    "eval of an unknown row": (["eval", "distillation", "-o", "run", "--rows", "8"], "got row '8'"),
     "eval of a negative number": (["eval", "toybox", "-o", "run", "--n-t2i", "-4"], "got --n-t2i -4"),
     "demo with a negative seed": (["demo", "-o", "page", "--seed", "-1"], "got --seed -1"),
 }

@@ -39,12 +39,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": {"core", "data", "flow", "pipeline"},
     "cli_checks": {"core", "data"},
     "cli_serve": {"core", "pipeline", "serve", "cli_checks"},
-    "cli": BELOW_PIPELINE | {"pipeline", "train", "evaluate", "demo", "serve", "cli_checks", "cli_serve"},
+    "cli_eval": {"core", "pipeline", "evaluate", "cli_checks"},
+    "cli": BELOW_PIPELINE | {"pipeline", "train", "evaluate", "demo", "serve", "cli_checks", "cli_serve", "cli_eval"},
 }
 # Single files that may reach further than their part, each for one reason.
 EXTRA_IMPORTS: dict[str, set[str]] = {
     # the detector's weights are safetensors, and that format is read in one place only
     "hyperbagel/evaluate/toybox.py": {"model", "generate"},
+    # the rows are the teacher's own settings, the clock times parts of a picture, and records bear the fingerprint of the base
+    "hyperbagel/evaluate/rows.py": {"generate"},
+    "hyperbagel/evaluate/wall_clock.py": {"generate"},
+    "hyperbagel/evaluate/distillation.py": {"model", "generate"},
 }
 # third-party package -> files (or folders, with a slash at the end) that may import it
 HOMES: dict[str, tuple[str, ...]] = {
@@ -55,7 +60,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "tensorboard": ("core/run.py",),
     "torch.utils.tensorboard": ("core/run.py",),
     "yaml": ("core/config.py",),
-    "typer": ("cli.py", "cli_serve.py"),
+    "typer": ("cli.py", "cli_eval.py", "cli_serve.py"),
     "fastapi": ("serve/",),
     "uvicorn": ("serve/",),
     "gradio": ("serve/",),
