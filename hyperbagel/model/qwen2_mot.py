@@ -41,6 +41,7 @@ class SelfAttention(nn.Module):
     def __init__(self, cfg: LLMConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        self.attend = attend  # of the instance, so that training can keep it out of a compiled graph
         e, q, kv = cfg.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj, self.q_proj_moe_gen = nn.Linear(e, q), nn.Linear(e, q)
         self.k_proj, self.k_proj_moe_gen = nn.Linear(e, kv), nn.Linear(e, kv)
@@ -69,7 +70,7 @@ class SelfAttention(nn.Module):
         if sight.cache is not None and sight.plan is not None:
             k, v = sight.cache.append(layer, sight.plan, k, v)
             mask, causal = sight.plan.mask, sight.plan.causal
-        out = attend(q, k, v, mask, causal, sight.backend).transpose(1, 2).flatten(2)  # [B, S, Hq D]
+        out = self.attend(q, k, v, mask, causal, sight.backend).transpose(1, 2).flatten(2)  # [B, S, Hq D]
         su = 0 if x.u is None else x.u.shape[1]
         return Streams(
             None if x.u is None else self.o_proj(out[:, :su]),
