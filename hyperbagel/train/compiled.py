@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch._dynamo
+from torch import nn
 
-from hyperbagel.model.qwen2_mot import DecoderLayer
 from hyperbagel.nn.attention import attend
 
 # one entry a layer and kind of row (text, latents, both), on all of which one Python function is compiled
 _VARIANTS = 128
 
 
-def compile_layers(layers: Iterable[DecoderLayer]) -> None:
+def compile_layers(layers: Iterable[nn.Module]) -> None:
     """Compile each layer's forward in place, for any length of rows. Measured on a CPU with bf16 units: 1.5 to 0.86 s a step."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     for layer in layers:
+        assert isinstance(layer.self_attn, nn.Module)
         layer.self_attn.attend = torch._dynamo.disable(attend)  # with two free lengths in one product inductor fails; nothing to fuse there
         layer.compile(dynamic=True)
