@@ -41,6 +41,7 @@ TEXT               ask, or say something
 /student NAME      distilled weights that draw, or none
 /steps N           denoising steps, or 0 for the usual number
 /context           how much has been said
+/help              these lines
 /quit              end (so does the end of input)"""
 
 
@@ -163,7 +164,9 @@ class Chat:
         if result.thinking:
             self.note(f"plan: {result.thinking}")
         size, seconds = "x".join(map(str, result.image.size)), sum(result.timings.values())
-        self.out(f"picture {size}, seed {result.seed}, {result.nfe} NFE, {seconds:.2f} s (/save PATH writes it, /image shows it to the model)\n")
+        self.out(
+            f"picture {size}, seed {result.seed}, {result.nfe} NFE, {seconds:.2f} s (/save PATH writes it, /image shows it to the model)\n"
+        )
 
     # -- commands --------------------------------------------------------------------------------------------------------------
 
@@ -256,8 +259,8 @@ def _number(word: str, name: str, low: int, high: int) -> int:
 
 @contextmanager
 def stoppable(chat: Chat) -> Iterator[None]:
-    """Inside, the first Ctrl-C only asks the work to stop, so that it ends between two tokens and nothing is half done; the second one ends the
-    program."""
+    """Inside, the first Ctrl-C only asks the work to stop, so that it ends between two tokens and nothing is half done; the second one ends
+    the program."""
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         if chat.stop:
@@ -268,6 +271,7 @@ def stoppable(chat: Chat) -> Iterator[None]:
     try:
         yield
     finally:
+        chat.stop = False
         signal.signal(signal.SIGINT, before)
 
 

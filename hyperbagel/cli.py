@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hyperbagel import cli_checks as checks
-from hyperbagel.cli_eval import app as eval_app
 from hyperbagel.cli_chat import chat
+from hyperbagel.cli_eval import app as eval_app
 from hyperbagel.cli_export import export
 from hyperbagel.cli_serve import serve
 from hyperbagel.core.errors import InputError, Notice

@@ -59,7 +59,9 @@ def lora(
 
 @export.command()
 def eagle3(
-    name: Annotated[str, typer.Argument(metavar="DRAFTER", help="An EAGLE-3 drafter's folder, or the name of one that came with the model.")],
+    name: Annotated[
+        str, typer.Argument(metavar="DRAFTER", help="An EAGLE-3 drafter's folder, or the name of one that came with the model.")
+    ],
     out: Out,
     model: Model = "toybox",
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = "bfloat16",

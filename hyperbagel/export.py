@@ -1,4 +1,4 @@
-"""Folders for other programs: a student merged into BAGEL's own layout, as a LoRA in PEFT's, an EAGLE-3 drafter as SGLang and vLLM load it."""
+"""Folders for other programs: a student merged into BAGEL's layout, or as a LoRA in PEFT's; an EAGLE-3 drafter as SGLang and vLLM load it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class Exported:
     notes: tuple[str, ...]
 
 
-def _read(model: str, student: Path | str, text_scale: float | None, image_scale: float | None) -> tuple[Path, Bagel, Student, float, float]:
+def _read(
+    model: str, student: Path | str, text_scale: float | None, image_scale: float | None
+) -> tuple[Path, Bagel, Student, float, float]:
     folder = model_folder(model)
     base, _ = load_folder(folder, dtype=_loaded(folder))
     found = folder / "students" / str(student)
@@ -108,8 +110,8 @@ def export_lora(
     rank: int | None = None,
     dtype: str = "float32",
 ) -> Exported:
-    """A student as a LoRA in PEFT's layout, guidance folded in. `rank`: for a student of whole layers, which is factorised; its error is among
-    the notes. Arguments and errors else as of `export_student`."""
+    """A student as a LoRA in PEFT's layout, guidance folded in. `rank`: for a student of whole layers, which is factorised; what that loses
+    is among the notes. Arguments and errors else as of `export_student`."""
     if rank is not None and rank < 1:
         raise InputError(f"got rank {rank}, expected at least 1; 64 is usual")
     _check_new(out)
@@ -152,7 +154,7 @@ def edit_note(image_scale: float) -> str:
     """What a merged student cannot do as base and student together do it."""
     scale = " (fold in an image scale above 1 for edits)" if image_scale <= 1 else ""
     return (
-        f"edits{scale}: the source picture's clean latents are now read by the merged weights, where base and student read them by the base's, "
+        f"edits{scale}: the source picture's clean latents are now read by the merged weights, not by the base's as with base and student, "
         "so edits differ somewhat (--verify measures it); for exact ones use the student folder itself"
     )
 
@@ -161,7 +163,7 @@ def verify(exported: Exported, student: Path | str, *, model: str = "toybox") ->
     """Draws with base and student, and with what was exported as an ordinary model without guidance: (what, mean, largest difference of a
     pixel value, 0 to 255). The edit is of the picture drawn first."""
     both, merged = HyperBagel.from_pretrained(model, device="cpu"), HyperBagel.from_pretrained(exported.folder, device="cpu")
-    scales = {"text_scale": exported.text_scale, "image_scale": exported.image_scale}
+    scales: dict[str, Any] = {"text_scale": exported.text_scale, "image_scale": exported.image_scale}
     prompt, seed = "a red circle to the left of a blue square", 0
     [first] = both.generate(prompt, seed=seed, student=str(student), **scales)
     [again] = merged.generate(prompt, seed=seed)

@@ -219,9 +219,7 @@ class HyperBagel:
         if tokens > limit:
             raise InputError(f"got a prompt of {tokens} tokens, expected at most {limit} for this model; shorten it")
 
-    def _prepare(
-        self, request: ImageRequest, on_token: OnToken | None = None, row: int = 0
-    ) -> tuple[Session, torch.Generator, str | None]:
+    def _prepare(self, request: ImageRequest, on_token: OnToken | None = None, row: int = 0) -> tuple[Session, torch.Generator, str | None]:
         """Context of a picture, its random stream (VAE noise was drawn first, the initial noise comes next) and its thinking."""
         generator = torch.Generator().manual_seed(request.seed)
         session = Session.new(self.parts)

@@ -85,8 +85,8 @@ class ImageRequest:
 
 
 def with_sampler(request: ImageRequest, sampler: Sampler, *, warn: bool = True) -> Denoising:
-    """The settings of a request to a student, or to a model with one merged into it: what it does not say comes from the sampler. An override
-    is a Notice (unless `warn` is off)."""
+    """The settings of a request to a student, or to a model with one merged into it: what it does not say comes from the sampler. An
+    override is a Notice (unless `warn` is off)."""
     who = "this model" if request.student is None else f"student {request.student}"
     settings = request.denoising()
     edit = any(isinstance(item, Image) for item in request.items())

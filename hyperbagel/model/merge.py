@@ -1,7 +1,7 @@
 """A student written into a model's own tensors, so that code that knows nothing of students runs it.
 
 What a student adds to the model is a change of layers and a vector for the guidance scales (Hyper-Bagel 3.2.1). At fixed scales that vector
-is a constant, added where the timestep's embedding is added: it goes into the last bias of the timestep's embedder, and nothing is left over.
+is a constant, added where the timestep's embedding is added: it goes into the last bias of the timestep's embedder, and nothing is left.
 
 Shape legend: E hidden size, r rank, I / O input and output size of a linear layer.
 """

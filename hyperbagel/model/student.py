@@ -193,7 +193,7 @@ def peft_config(layers: Sequence[str], whole: Sequence[str], rank: int, alpha: f
 
 
 def read_merged_sampler(folder: Path) -> Sampler | None:
-    """How a model folder with a student merged into it is to be sampled; None for an ordinary model. Raises InputError for a damaged file."""
+    """How a model folder with a student merged into it is to be sampled; None for an ordinary model. InputError for a damaged file."""
     path = folder / "sampler.json"
     if not path.exists():
         return None

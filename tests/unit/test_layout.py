@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_export": {"core", "export", "cli_checks"},
     "cli_chat": {"core", "pipeline", "chat", "cli_checks"},
     "cli_eval": {"core", "pipeline", "evaluate", "cli_checks"},
-    "cli": BELOW_PIPELINE | {"pipeline", "train", "evaluate", "demo", "serve", "cli_checks", "cli_serve", "cli_eval", "cli_export", "cli_chat", "export", "chat"},
+    "cli": BELOW_PIPELINE
+    | {"pipeline", "train", "evaluate", "demo", "serve", "cli_checks", "cli_serve", "cli_eval", "cli_export", "cli_chat", "export", "chat"},
 }
 # Single files that may reach further than their part, each for one reason.
 EXTRA_IMPORTS: dict[str, set[str]] = {
