@@ -1,4 +1,4 @@
-"""Folders for other programs: a student merged into BAGEL's layout, or as a LoRA in PEFT's; an EAGLE-3 drafter as SGLang and vLLM load it."""
+"""Folders for other programs: a student merged into BAGEL's layout or as a PEFT LoRA; EAGLE-3 drafters as SGLang and vLLM load them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,8 @@ def export_lora(
         how = f"rank {low.rank}, the student's own factors: nothing is lost"
     else:
         how = f"rank {low.rank}: {low.error:.2%} of the change is missing (Frobenius norm), most in {low.worst[0]}: {low.worst[1]:.2%}"
-    return Exported(out, sampler, text, image, (how, edit_note(image), _how(sampler)))
+    biases = ("changed biases are beside B (lora_bias): PEFT runs this LoRA, but merges it only into layers that have a bias",)
+    return Exported(out, sampler, text, image, (how, *(biases if low.biases else ()), edit_note(image), _how(sampler)))
 
 
 def export_drafter(drafter: Path | str, out: Path, *, model: str = "toybox", dtype: str = "bfloat16") -> Path:
