@@ -144,7 +144,7 @@ class Engine:
         """Puts a job in the queue; starts the threads if this is the first. Raises ApiError: 429 if it is full, 503 if it is closed."""
         with self._change:
             if self._closed:
-                raise ApiError(503, "the server is shutting down; try again later", type="server_error", code="shutting_down")
+                raise shutting_down()
             self._waiting = deque(unit for unit in self._waiting if not self._dropped(unit))
             if self._waiting and len(self._waiting) + len(job.units) > self.limit:
                 seconds = max(1, math.ceil(self._unit_seconds * len(self._waiting) / len(self.models)))
@@ -292,6 +292,10 @@ class Engine:
     def _gauges(self) -> None:
         self.metrics.set("hyperbagel_waiting", len(self._waiting))
         self.metrics.set("hyperbagel_running", self._running)
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down; try again later", type="server_error", code="shutting_down")
 
 
 def _stop_if_alone(units: Sequence[Unit]) -> None:
