@@ -1,4 +1,4 @@
-"""Schemathesis reads the OpenAPI schema and makes requests from it, fitting and unfitting ones: no answer is a 5xx, all are as the schema says."""
+"""Schemathesis makes requests from the OpenAPI schema, fitting and unfitting ones: no answer is a 5xx, all are as the schema says."""
 
 from __future__ import annotations
 
