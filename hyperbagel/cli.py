@@ -11,15 +11,18 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from hyperbagel import cli_checks as checks
+from hyperbagel.cli_chat import chat
 from hyperbagel.cli_eval import app as eval_app
+from hyperbagel.cli_export import export
 from hyperbagel.cli_serve import serve
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 
 app = typer.Typer(
     name="hyperbagel",
@@ -279,6 +282,8 @@ def demo(
 
 
 app.command()(serve)
+app.command()(chat)
+app.add_typer(export)
 app.add_typer(eval_app, name="eval")
 
 
@@ -299,7 +304,15 @@ def main(argv: list[str] | None = None) -> int:
         # busy 2-core machine 60 times slower. It must be said before torch is loaded, and what the user says goes first.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = app(args=argv, prog_name="hyperbagel", standalone_mode=False)
+        with warnings.catch_warnings():
+            python_form = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+                """Ours as a line of our own; others, which are for programmers, as Python shows them."""
+                _note(f"warning: {message}") if issubclass(category, Notice) else python_form(message, category, *where, **more)
+
+            warnings.showwarning = show
+            code = app(args=argv, prog_name="hyperbagel", standalone_mode=False)
     except Exception as error:
         if os.environ.get("HYPERBAGEL_DEBUG") == "1":
             traceback.print_exc()

@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch
 from PIL.Image import Image
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.students import Students
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, with_sampler
+from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
 from hyperbagel.speculative.choose import Drafters
 from hyperbagel.speculative.decode import decode
@@ -34,11 +35,18 @@ class HyperBagel:
     """One loaded model. Nothing that a request does changes it, so one object may serve any number of requests in turn."""
 
     def __init__(
-        self, parts: Parts, name: str, load_seconds: float = 0.0, students: Path | None = None, drafters: Path | None = None
+        self,
+        parts: Parts,
+        name: str,
+        load_seconds: float = 0.0,
+        students: Path | None = None,
+        drafters: Path | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
-        """students, drafters: folders of what came with the model; a student's own folder is named by its evaluations."""
+        """students, drafters: folders of what came with the model; a student's own folder is named by its evaluations. sampler: of a model
+        that has a student merged into it."""
         self.parts, self.name, self.load_seconds = parts, name, load_seconds
-        self.students = Students(parts.model, students)
+        self.students, self.sampler = Students(parts.model, students), sampler
         self.drafters = Drafters(parts.model, drafters)
 
     @classmethod
@@ -60,14 +68,15 @@ class HyperBagel:
             InputError: the folder, device or dtype cannot be used.
         """
         start = time.perf_counter()
-        folder = Path(str(files("hyperbagel") / "assets" / "toybox")) if str(model) == "toybox" else Path(model)
+        folder = model_folder(model)
         where = _device(device)
         kind = dtype or ("bfloat16" if where.type == "cuda" else "float32")
         if kind not in DTYPES:
             raise InputError(f"got dtype {kind!r}, expected one of {', '.join(DTYPES)}")
         check_backend(attention, where, DTYPES[kind])
         parts = Parts.load(folder, where, DTYPES[kind], attention)
-        return cls(parts, str(model), time.perf_counter() - start, folder / "students", folder / "drafters")
+        sampler = read_merged_sampler(folder)
+        return cls(parts, str(model), time.perf_counter() - start, folder / "students", folder / "drafters", sampler)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -112,18 +121,20 @@ class HyperBagel:
     # -- batches ---------------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def generate_batch(self, requests: Sequence[ImageRequest], *, on_step: OnStep | None = None) -> list[ImageResult]:
+    def generate_batch(
+        self, requests: Sequence[ImageRequest], *, on_step: OnStep | None = None, on_token: OnToken | None = None
+    ) -> list[ImageResult]:
         """Draws or edits many at once; each result is what the request alone would give. Sizes and prompts may differ; requests with
-        equal denoising settings share forwards."""
+        equal denoising settings share forwards. on_token: called for each token of a request's plan (`think`)."""
         for request in requests:
             self._check(request)
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[self._settings(request)].append(i)
+            groups[self.settings(request)].append(i)
         results: dict[int, ImageResult] = {}
         for settings, members in groups.items():
             start = time.perf_counter()
-            prepared = [self._prepare(requests[i]) for i in members]
+            prepared = [self._prepare(requests[i], on_token, i) for i in members]
             sessions = [session for session, _, _ in prepared]
             grids = [latent_grid(self.parts, requests[i].size or s.last_size or self.default_size) for i, s in zip(members, sessions)]
             noises = [draw_noise(self.parts, grid, generator) for grid, (_, generator, _) in zip(grids, prepared)]
@@ -183,11 +194,12 @@ class HyperBagel:
 
     # -- contexts --------------------------------------------------------------------------------------------------------------
 
-    def _settings(self, request: ImageRequest) -> Denoising:
-        """A student's sampler travels with its weights; the model's settings are the kind's defaults."""
+    def settings(self, request: ImageRequest, *, warn: bool = True) -> Denoising:
+        """How a request is denoised. A student's sampler travels with its weights, merged or not; else the kind's defaults hold."""
         if request.student in (None, "none"):
-            return replace(request, student=None).denoising()
-        return with_sampler(request, self.students.get(str(request.student)).sampler)
+            own = replace(request, student=None)
+            return own.denoising() if self.sampler is None else with_sampler(own, self.sampler, warn=warn)
+        return with_sampler(request, self.students.get(str(request.student)).sampler, warn=warn)
 
     def _check(self, request: ImageRequest) -> None:
         """Everything that can be refused before work starts."""
@@ -207,7 +219,7 @@ class HyperBagel:
         if tokens > limit:
             raise InputError(f"got a prompt of {tokens} tokens, expected at most {limit} for this model; shorten it")
 
-    def _prepare(self, request: ImageRequest) -> tuple[Session, torch.Generator, str | None]:
+    def _prepare(self, request: ImageRequest, on_token: OnToken | None = None, row: int = 0) -> tuple[Session, torch.Generator, str | None]:
         """Context of a picture, its random stream (VAE noise was drawn first, the initial noise comes next) and its thinking."""
         generator = torch.Generator().manual_seed(request.seed)
         session = Session.new(self.parts)
@@ -220,7 +232,12 @@ class HyperBagel:
                 session.add_image(item, latents=True, generator=generator)
         thinking = None
         if request.think:
-            out = plain_decode([session], max_tokens=request.max_think_tokens)[0]
+
+            def report(_: int, token: int) -> None:
+                if on_token is not None:
+                    on_token(row, token)
+
+            out = plain_decode([session], max_tokens=request.max_think_tokens, on_token=report)[0]
             thinking = self.parts.tokenizer.decode(out.ids)
             # The reference reads the string back in as a new text; guidance never drops it.
             session.add_text(thinking, guided=False)
@@ -235,7 +252,7 @@ class HyperBagel:
         try:
             return self.drafters.get(name)
         except InputError as error:
-            warnings.warn(f"{error}; answering without a drafter", stacklevel=3)
+            warnings.warn(f"{error}; answering without a drafter", Notice, stacklevel=3)
             return None
 
     def _context(self, request: AskRequest, drafter: Drafter | None = None) -> Session:
@@ -249,6 +266,11 @@ class HyperBagel:
             session.add_text(answer)
         session.add_text(request.question)
         return session
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of "toybox", which ships with the package, or the one that was given."""
+    return Path(str(files("hyperbagel") / "assets" / "toybox")) if str(model) == "toybox" else Path(model)
 
 
 def split_thinking(text: str, think: bool) -> tuple[str | None, str]:

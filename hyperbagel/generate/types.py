@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.flow.guidance import RENORMS, Renorm
 from hyperbagel.model.student import Sampler
 
@@ -84,8 +84,10 @@ class ImageRequest:
         return replace(base, **{name: value for name, value in own.items() if value is not None})
 
 
-def with_sampler(request: ImageRequest, sampler: Sampler) -> Denoising:
-    """The settings of a request to a student: what it does not say comes from the student's own sampler. An override warns."""
+def with_sampler(request: ImageRequest, sampler: Sampler, *, warn: bool = True) -> Denoising:
+    """The settings of a request to a student, or to a model with one merged into it: what it does not say comes from the sampler. An
+    override is a Notice (unless `warn` is off)."""
+    who = "this model" if request.student is None else f"student {request.student}"
     settings = request.denoising()
     edit = any(isinstance(item, Image) for item in request.items())
     usual = (sampler.edit_text_scale, sampler.edit_image_scale) if edit else (sampler.text_scale, sampler.image_scale)
@@ -96,13 +98,13 @@ def with_sampler(request: ImageRequest, sampler: Sampler) -> Denoising:
         if asked is None:
             continue
         low, high = {"text_scale": sampler.text_range, "image_scale": sampler.image_range}.get(name, (own, own))
-        if not low <= asked <= high:
+        if warn and not low <= asked <= high:
             told = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-            warnings.warn(f"student {request.student}: got {name} {asked:g}, it was made for {told}", stacklevel=3)
+            warnings.warn(f"{who}: got {name} {asked:g}, it was made for {told}", Notice, stacklevel=3)
         made[name] = asked
     ignored = [name for name in ("interval", "renorm", "renorm_min") if getattr(request, name) is not None]
-    if ignored:
-        warnings.warn(f"student {request.student}: {', '.join(ignored)} ignored, a student has its guidance inside", stacklevel=3)
+    if warn and ignored:
+        warnings.warn(f"{who}: {', '.join(ignored)} ignored, its guidance is inside", Notice, stacklevel=3)
     return replace(settings, **made)
 
 

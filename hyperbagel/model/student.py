@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +27,15 @@ from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.nn.lora import Adapter, attach
 
 Kind = Literal["lora", "full"]
-_PREFIX = "base_model.model."  # PEFT's
+PEFT_PREFIX = "base_model.model."
 _HEADS = ("vae2llm", "llm2vae", "time_embedder.mlp.0", "time_embedder.mlp.2")
 _GENERATION = re.compile(r"_moe_gen(\.|$)")
 _FORMAT = 1
+# Kinds of sampler.json that no student has: written by hyperbagel.export.
+OTHER_KINDS = {
+    "merged": "a model with a student merged into it (give it as --model)",
+    "peft": "a LoRA with the guidance folded in, for PEFT (give the student that it was made from)",
+}
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,9 @@ def save_student(folder: Path, student: Student, base: Bagel, *, base_name: str 
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         if kind == "lora":
-            save_tensors(temporary / "adapter_model.safetensors", {_PREFIX + name: value for name, value in tensors.items()})
-            atomic_write_text(temporary / "adapter_config.json", json.dumps(_peft_config(adapter, base_name), indent=2) + "\n")
+            config = peft_config(adapter.low_rank, adapter.copies, adapter.rank, adapter.alpha, base_name)
+            save_tensors(temporary / "adapter_model.safetensors", {PEFT_PREFIX + name: value for name, value in tensors.items()})
+            atomic_write_text(temporary / "adapter_config.json", json.dumps(config, indent=2) + "\n")
         else:
             save_tensors(temporary / "moe_gen.safetensors", tensors)
         save_tensors(temporary / "guidance.safetensors", {name: value.to(dtype) for name, value in student.guidance.state_dict().items()})
@@ -141,6 +147,8 @@ def load_student(folder: Path, base: Bagel) -> Student:
     Raises InputError for a folder that is no student, is damaged, or belongs to another base.
     """
     about = _read_json(folder / "sampler.json")
+    if about.get("kind") in OTHER_KINDS:
+        raise InputError(f"{folder}: got {OTHER_KINDS[about['kind']]}, expected a student folder")
     if about.get("format") != _FORMAT or about.get("kind") not in ("lora", "full"):
         raise InputError(f"{folder}/sampler.json: got format {about.get('format')!r}, expected {_FORMAT}; export the student again")
     if about.get("base") != (mine := fingerprint(base)):
@@ -156,7 +164,7 @@ def load_student(folder: Path, base: Bagel) -> Student:
         if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
             raise InputError(f"{folder}/adapter_config.json: got r {rank!r} and lora_alpha {alpha!r}, expected numbers; restore the file")
         adapter = make_adapter(base, "lora", rank=rank, alpha=alpha, heads=about.get("heads", False))
-        tensors = {n.removeprefix(_PREFIX): t for n, t in load_tensors(folder / "adapter_model.safetensors").items()}
+        tensors = {n.removeprefix(PEFT_PREFIX): t for n, t in load_tensors(folder / "adapter_model.safetensors").items()}
     else:
         adapter = make_adapter(base, "full", heads=about.get("heads", False))
         tensors = load_tensors(folder / "moe_gen.safetensors")
@@ -166,21 +174,31 @@ def load_student(folder: Path, base: Bagel) -> Student:
     return student.eval()
 
 
-def _peft_config(adapter: Adapter, base_name: str) -> dict[str, Any]:
-    leaves = sorted({name.rpartition(".")[2] for name in adapter.low_rank if ".mlp_moe_gen." not in name})
-    inner = sorted({".".join(name.split(".")[-2:]) for name in adapter.low_rank if ".mlp_moe_gen." in name})
+def peft_config(layers: Sequence[str], whole: Sequence[str], rank: int, alpha: float, base_name: str) -> dict[str, Any]:
+    """PEFT's adapter_config.json. layers: names of modules with a LoRA; whole: names of modules that are replaced."""
+    leaves = sorted({name.rpartition(".")[2] for name in layers if ".mlp_moe_gen." not in name})
+    inner = sorted({".".join(name.split(".")[-2:]) for name in layers if ".mlp_moe_gen." in name})
     return {
         "peft_type": "LORA",
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": leaves + inner,
-        "modules_to_save": list(adapter.copies),
+        "modules_to_save": list(whole),
         "base_model_name_or_path": base_name,
         "task_type": None,
         "inference_mode": True,
     }
+
+
+def read_merged_sampler(folder: Path) -> Sampler | None:
+    """How a model folder with a student merged into it is to be sampled; None for an ordinary model. InputError for a damaged file."""
+    path = folder / "sampler.json"
+    if not path.exists():
+        return None
+    about = _read_json(path)
+    return _sampler(about, folder) if about.get("kind") == "merged" else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -162,12 +162,15 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     """What a model folder is: shapes, parameter counts, dtypes, files, and whether the tensors fit the config. Reads headers only."""
     if not folder.is_dir():
         raise InputError(f"{folder}: got no folder, expected a model folder in BAGEL's layout")
-    if (folder / "sampler.json").exists():
+    sampler = folder / "sampler.json"
+    if sampler.exists() and not any(folder.glob("ema*.safetensors")):
         return _inspect_student(folder)
     config = BagelConfig.from_folder(folder)
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"ema": Bagel(config), "ae": AutoEncoder(config.vae)}
     report: dict[str, Any] = {"folder": str(folder), "config": config.model_dump(mode="json"), "weights": {}}
+    if sampler.exists():
+        report["sampler"] = _read_sampler(sampler)  # a student merged into the model
     for stem, module in parts.items():
         source = TensorFolder(folder, stem)
         source.check({name: tuple(p.shape) for name, p in module.named_parameters()})
@@ -181,13 +184,16 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     return report
 
 
+def _read_sampler(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); restore the file") from error
+
+
 def _inspect_student(folder: Path) -> dict[str, Any]:
     """Sampler, base and sizes of a student (model.student); whether it fits a base is checked when it is loaded."""
-    try:
-        about = json.loads((folder / "sampler.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}/sampler.json: not readable as JSON ({error}); restore the file") from error
-    report: dict[str, Any] = {"folder": str(folder), "student": about, "weights": {}}
+    report: dict[str, Any] = {"folder": str(folder), "student": _read_sampler(folder / "sampler.json"), "weights": {}}
     for stem in ("adapter_model", "moe_gen", "guidance"):
         if (folder / f"{stem}.safetensors").exists():
             source = TensorFolder(folder, stem)

@@ -25,7 +25,7 @@ from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.outgoing import chat_message, image_usage, images_answer
 from hyperbagel.serve.schemas import ApiError, ChatBody, ErrorBody, GenerationBody, ImageFields, Limits
 from hyperbagel.serve.streams import as_api_error, collect, event_stream
-from hyperbagel.serve.worker import Engine, Job
+from hyperbagel.serve.worker import Engine, Job, shutting_down
 
 CLIENT_GONE = 499  # nobody reads this status; it is what logs and metrics say
 DRAIN_SECONDS = 30.0
@@ -74,21 +74,26 @@ class Service:
     def router(self) -> APIRouter:
         errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
         router = APIRouter(responses=errors)
+        event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}, "required": ["data"]}
+        streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": event}}}}
         router.add_api_route("/health", self.health, methods=["GET"])
         router.add_api_route("/version", self.version, methods=["GET"])
         router.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse)
         router.add_api_route("/v1/models", self.models, methods=["GET"])
         router.add_api_route("/v1/models/{model}", self.one_model, methods=["GET"])
-        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
-        router.add_api_route("/v1/images/generations", self.generations, methods=["POST"], response_model=None)
-        router.add_api_route("/v1/images/edits", self.edits, methods=["POST"], response_model=None, openapi_extra=EDIT_FORM)
+        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None, responses=streamed)
+        router.add_api_route("/v1/images/generations", self.generations, methods=["POST"], response_model=None, responses=streamed)
+        form: dict[str, Any] = {"openapi_extra": EDIT_FORM, "responses": streamed}
+        router.add_api_route("/v1/images/edits", self.edits, methods=["POST"], response_model=None, **form)
         return router
 
     # -- about the server ------------------------------------------------------------------------------------------------------
 
-    async def health(self) -> JSONResponse:
+    async def health(self) -> dict[str, str]:
         """200 while requests are taken, 503 while the server shuts down."""
-        return JSONResponse({"status": "stopping"}, 503) if self.engine.closed else JSONResponse({"status": "ok"})
+        if self.engine.closed:
+            raise shutting_down()
+        return {"status": "ok"}
 
     async def version(self) -> dict[str, str]:
         return {"version": __version__}

@@ -11,14 +11,20 @@ from fastapi.exceptions import StarletteHTTPException
 from hyperbagel.serve.schemas import ApiError, EditFields, Limits
 
 IMAGE_NAMES = {"image", "image[]"}
-LISTS = {"interval"}  # fields with several values: interval=0&interval=1, interval[]=0&interval[]=1, or interval=0,1
+IGNORED = {name for name, field in EditFields.model_fields.items() if field.annotation is Any}
+LISTS = {"interval"}  # fields with several values: interval=0&interval=1, interval[]=0&interval[]=1, interval=0,1 or interval=[0,1]
 
 
 def _form_schema() -> dict[str, Any]:
     """For the OpenAPI page: the fields, and the files beside them."""
     schema = EditFields.model_json_schema()
-    file = {"type": "string", "format": "binary"}
-    schema["properties"] |= {"image": {"anyOf": [file, {"type": "array", "items": file}]}, "image[]": {"type": "array", "items": file}}
+    for field in schema["properties"].values():  # a form knows no null: what is not sent is not there
+        kinds = [kind for kind in field.pop("anyOf", ()) if kind != {"type": "null"}]
+        field |= kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {}
+        field.pop("default", None)
+    file = {"type": "string", "format": "binary", "description": "A picture; may be repeated."}
+    schema["properties"] |= {"image": file, "image[]": {"type": "array", "items": file, "minItems": 1}}
+    schema["anyOf"] = [{"required": ["image"]}, {"required": ["image[]"]}]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
@@ -48,8 +54,10 @@ async def read_edit(request: Request, limits: Limits) -> tuple[EditFields, list[
 
 
 def _add(fields: dict[str, Any], name: str, value: str) -> None:
+    if name in IGNORED:  # whatever it holds, and however often
+        return
     if name in LISTS:
-        fields.setdefault(name, []).extend(value.split(","))
+        fields.setdefault(name, []).extend(value.strip("[] ").split(","))
     elif name in fields:
         raise ApiError(400, f"got {name!r} twice, expected it once", param=name)
     else:

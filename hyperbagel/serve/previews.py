@@ -27,7 +27,7 @@ class Previews:
         self.before: Tensor | None = None
         if any(wanted):
             self.grids = [self._grid(request) for request in requests]
-            self.shift = self._shift(requests[0])
+            self.shift = model.settings(requests[0], warn=False).shift
 
     def at(self, done: int, total: int, x: Tensor) -> Iterator[tuple[int, int, Image]]:
         """After update `done` of `total`; x [B, N, C]."""
@@ -51,11 +51,6 @@ class Previews:
             width, height = self.model.parts.vae_transform.size(pictures[-1].width, pictures[-1].height)
             size = height, width
         return latent_grid(self.model.parts, size or self.model.default_size)
-
-    def _shift(self, request: ImageRequest) -> float:
-        if request.shift is None and request.student not in (None, "none"):
-            return self.model.students.get(str(request.student)).sampler.shift
-        return request.denoising().shift
 
 
 def due_after(total: int, count: int) -> list[int]:

@@ -37,7 +37,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Started:
-    """A picture of a stream has passed every check and is being denoised: the stream may begin."""
+    """A picture of a stream has passed every check and is being worked on: the stream may begin."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,11 @@ def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     """Requests of equal keys share every forward, so that row i of a batch is request i."""
     if isinstance(request, AskRequest):
         return "ask", request.max_tokens, request.temperature
-    if request.student in (None, "none"):
-        return "draw", request.denoising()
-    # A student's defaults are in its folder: here only what was asked for is compared.
-    own = {f.name for f in fields(request)} - {"prompt", "images", "inputs", "seed", "size", "think", "max_think_tokens"}
+    # Defaults are the student's or the model's own: here only what was asked for is compared.
+    own = {f.name for f in fields(request)} - {"prompt", "images", "inputs", "seed", "size", "think", "max_think_tokens", "student"}
     kind = any(isinstance(item, Image) for item in request.items())
-    return "student", kind, *(getattr(request, name) for name in sorted(own))
+    student = None if request.student == "none" else request.student
+    return "draw", kind, student, *(getattr(request, name) for name in sorted(own))
 
 
 class Engine:
@@ -145,7 +144,7 @@ class Engine:
         """Puts a job in the queue; starts the threads if this is the first. Raises ApiError: 429 if it is full, 503 if it is closed."""
         with self._change:
             if self._closed:
-                raise ApiError(503, "the server is shutting down; try again later", type="server_error", code="shutting_down")
+                raise shutting_down()
             self._waiting = deque(unit for unit in self._waiting if not self._dropped(unit))
             if self._waiting and len(self._waiting) + len(job.units) > self.limit:
                 seconds = max(1, math.ceil(self._unit_seconds * len(self._waiting) / len(self.models)))
@@ -249,16 +248,23 @@ class Engine:
     def _draw(self, model: HyperBagel, units: list[Unit]) -> Sequence[ImageResult]:
         requests = [unit.request for unit in units if isinstance(unit.request, ImageRequest)]
         previews = Previews(model, requests, [unit.job.previews for unit in units])
+        started: set[Job] = set()
+
+        def begin() -> None:
+            _stop_if_alone(units)
+            for job in {unit.job for unit in units if unit.job.stream} - started:
+                started.add(job)
+                job.tell(Started())
+
+        def on_token(row: int, token: int) -> None:
+            begin()
 
         def on_step(done: int, total: int, latents: Any) -> None:
-            _stop_if_alone(units)
-            if done == 1:
-                for job in {unit.job for unit in units if unit.job.stream}:
-                    job.tell(Started())
+            begin()
             for row, number, image in previews.at(done, total, latents):
                 units[row].job.tell(Preview(units[row].index, number, image))
 
-        return model.generate_batch(requests, on_step=on_step)
+        return model.generate_batch(requests, on_step=on_step, on_token=on_token)
 
     def _ask(self, model: HyperBagel, units: list[Unit]) -> Sequence[TextResult]:
         requests = [unit.request for unit in units if isinstance(unit.request, AskRequest)]
@@ -286,6 +292,10 @@ class Engine:
     def _gauges(self) -> None:
         self.metrics.set("hyperbagel_waiting", len(self._waiting))
         self.metrics.set("hyperbagel_running", self._running)
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down; try again later", type="server_error", code="shutting_down")
 
 
 def _stop_if_alone(units: Sequence[Unit]) -> None:

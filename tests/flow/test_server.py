@@ -330,6 +330,28 @@ def test_a_client_that_goes_away_stops_its_work(remote: openai.OpenAI, address: 
     wait_for(lambda: cancelled() == before + 2 and metrics.get("hyperbagel_running") == 0)
 
 
+def test_a_plan_is_cancelled_as_well(remote: openai.OpenAI, address: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first denoising step: the plan here would take minutes, and ends at its next token."""
+    metrics, decoded = address[1].state.metrics, []
+
+    def endless(sessions: Any, *, on_token: Callable[[int, int], None], **how: Any) -> Any:
+        for token in range(100_000):
+            decoded.append(token)
+            time.sleep(0.002)
+            on_token(0, token)
+
+    monkeypatch.setattr("hyperbagel.pipeline.plain_decode", endless)
+    before = metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled")
+    with pytest.raises(openai.APITimeoutError):
+        remote.with_options(timeout=0.3).images.generate(prompt="x", extra_body={"think": True})
+    wait_for(lambda: metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled") == before + 1)
+    stream = remote.images.generate(prompt="x", stream=True, extra_body={"think": True})
+    assert metrics.get("hyperbagel_running") == 1, "the stream begins with the plan"
+    stream.close()
+    wait_for(lambda: metrics.get("hyperbagel_running") == 0)
+    assert 0 < len(decoded) < 5000
+
+
 def test_a_full_queue_says_when_to_come_back(remote: openai.OpenAI, address: tuple[str, Any]) -> None:
     metrics = address[1].state.metrics
     with ThreadPoolExecutor(14) as pool:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx2
+import numpy as np
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import create_app
@@ -94,52 +102,131 @@ def test_no_body_makes_an_internal_error(model: HyperBagel) -> None:
     assert {200, 400} <= seen
 
 
-def test_mixed_requests_with_clients_that_leave(model: HyperBagel, caplog: pytest.LogCaptureFixture) -> None:
-    """Each one is answered or cancelled; afterwards nothing runs, nothing waits and no thread is left over."""
-    app = create_app(model, limits=Limits(waiting=200))
-    listener, server = bind("127.0.0.1", 0), make_server(app)
+def memory() -> float:
+    """MiB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+class Mixed:
+    """Requests whose right answers are known, so that each answer can be compared with its own."""
+
+    def __init__(self, model: HyperBagel) -> None:
+        red, blue = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
+        prompts = ["a red car", "two blue dogs", "a tree"]
+        self.drawn = [model.generate(p, seed=i, steps=2)[0].image for i, p in enumerate(prompts)]
+        self.planned = model.generate("a tree", seed=3, steps=2, think=True, max_think_tokens=6)[0].image
+        self.edited = [model.edit(picture, "make it green", seed=7, steps=2)[0].image for picture in (red, blue)]
+        self.said = [model.ask(f"what {p}?", max_tokens=6).text for p in prompts]
+        self.prompts, self.files = prompts, [png_bytes(picture) for picture in (red, blue)]
+
+    async def one(self, client: httpx2.AsyncClient, number: int, leave: float | None) -> str:
+        """Sends request `number` and compares its answer; `leave`: goes away after so many seconds."""
+        try:
+            async with asyncio.timeout(leave):
+                return await self._one(client, number)
+        except TimeoutError:
+            return "left"
+
+    async def _one(self, client: httpx2.AsyncClient, number: int) -> str:
+        kind, i = number % 6, number // 6 % 3
+        draw = {"prompt": self.prompts[i], "seed": i, "steps": 2}
+        if kind == 0:
+            answer = (await client.post("/v1/images/generations", json=draw)).json()
+            return self._same(answer, self.drawn[i])
+        if kind == 1:
+            last: dict[str, Any] = {}
+            body = draw | {"stream": True, "partial_images": 1}
+            async with client.stream("POST", "/v1/images/generations", json=body) as events:
+                async for line in events.aiter_lines():
+                    last = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else last
+            return self._same({"data": [last]}, self.drawn[i])
+        if kind == 2:
+            form = {"prompt": "make it green", "seed": "7", "steps": "2"}
+            answer = (await client.post("/v1/images/edits", data=form, files={"image": self.files[i % 2]})).json()
+            return self._same(answer, self.edited[i % 2])
+        if kind == 3:
+            plan = {"prompt": "a tree", "seed": 3, "steps": 2, "think": True, "max_think_tokens": 6}
+            return self._same((await client.post("/v1/images/generations", json=plan)).json(), self.planned)
+        chat = {"messages": [{"role": "user", "content": f"what {self.prompts[i]}?"}], "max_tokens": 6}
+        if kind == 4:
+            answer = (await client.post("/v1/chat/completions", json=chat)).json()
+            return "answered" if answer["choices"][0]["message"]["content"] == self.said[i] else f"mixed up: {answer}"
+        text = ""
+        async with client.stream("POST", "/v1/chat/completions", json=chat | {"stream": True}) as events:
+            async for line in events.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
+        return "answered" if text == self.said[i] else f"mixed up: {text}"
+
+    def _same(self, answer: dict[str, Any], expected: Image.Image) -> str:
+        found = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+        apart = np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max()
+        return "answered" if apart <= 1 else f"mixed up: {apart}"  # batches order their sums differently
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_thousand_mixed_requests_with_clients_that_leave(model: HyperBagel, caplog: pytest.LogCaptureFixture) -> None:
+    """Each one is answered, with its own answer, or cancelled; memory stays flat; afterwards nothing runs or waits, and no thread, task or
+    connection is left over."""
+    mixed, app = Mixed(model), create_app(model, limits=Limits(waiting=400))
+    loops: set[asyncio.AbstractEventLoop] = set()
+
+    async def seen(scope: Any, receive: Any, send: Any) -> None:
+        loops.add(asyncio.get_running_loop())
+        await app(scope, receive, send)
+
+    listener, server = bind("127.0.0.1", 0), make_server(seen)  # type: ignore[arg-type]
     before = threading.active_count()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    metrics, total = app.state.metrics, 80
+    metrics, rng = app.state.metrics, random.Random(1)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
-    async def one(client: openai.AsyncOpenAI, i: int, rng: random.Random) -> str:
-        hurried = client.with_options(timeout=rng.choice([0.02, 0.3, 30.0]))
-        try:
-            if i % 4 == 0:
-                stream = await hurried.images.generate(prompt=f"car {i}", stream=True, partial_images=2, extra_body={"seed": i, "steps": 6})
-                if rng.random() < 0.5:
-                    await stream.close()
-                    return "left"
-                return [event.type async for event in stream][-1]
-            if i % 4 == 1:
-                answer = await hurried.images.generate(prompt=f"car {i}", extra_body={"seed": i, "steps": 3})
-                return "answered" if answer.data and answer.data[0].seed == i else "mixed up"  # type: ignore[attr-defined]
-            chat = await hurried.chat.completions.create(model="tiny", messages=[{"role": "user", "content": f"what {i}?"}], max_tokens=9)
-            return "answered" if chat.choices else "mixed up"
-        except (openai.APITimeoutError, openai.APIConnectionError):
-            return "left"
+    async def wave(first: int, count: int) -> list[str]:
+        async with httpx2.AsyncClient(base_url=address, timeout=60) as client:
+            gate = asyncio.Semaphore(40)
 
-    async def main() -> list[str]:
-        rng = random.Random(1)
-        async with openai.AsyncOpenAI(api_key="x", base_url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", max_retries=0) as client:
-            return await asyncio.gather(*(one(client, i, rng) for i in range(total)))
+            async def one(i: int) -> str:
+                async with gate:
+                    return await mixed.one(client, i, rng.choice([None, None, None, None, None, 0.001, 0.02, 0.2]))
 
-    outcomes = asyncio.run(main())
+            return await asyncio.gather(*(one(first + i) for i in range(count)))
+
+    outcomes, sizes = [], []
+    for number in range(5):
+        outcomes += asyncio.run(wave(200 * number, 200))
+        sizes.append(memory())
     for path in ("/v1/images/edits", "/v1/chat/completions"):  # one that leaves in the middle of its body
         with socket.create_connection(listener.getsockname()) as half:
             head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\ncontent-length: 999\r\n\r\n"
             half.sendall(head.encode() + b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\nx')
             time.sleep(0.05)
+    end = time.monotonic() + 10
+    while (metrics.get("hyperbagel_running") or metrics.get("hyperbagel_waiting")) and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    left = [task.get_coro().__qualname__ for task in asyncio.all_tasks(loops.pop())]  # type: ignore[union-attr]
     server.should_exit = True
     thread.join(30)
     listener.close()
-    assert len(outcomes) == total and "mixed up" not in outcomes
-    assert {"answered", "left", "image_generation.completed"} == set(outcomes)
+    counts = Counter(outcomes)
+    assert set(counts) == {"answered", "left"} and counts["answered"] > 400 and counts["left"] > 100
+    assert sizes[-1] - sizes[1] < 25, f"memory grew: {sizes} MiB"
+    assert not [name for name in left if "Server" not in name and "Lifespan" not in name], left
     assert metrics.get("hyperbagel_running") == 0 == metrics.get("hyperbagel_waiting")
     assert not thread.is_alive() and threading.active_count() <= before
-    assert 'outcome="failed"' not in metrics.text()
+    done, gone = (sum(metrics.get("hyperbagel_results_total", kind=kind, outcome=o) for kind in KINDS) for o in ("done", "cancelled"))
+    assert done >= counts["answered"] and gone > 0 and done + gone <= len(outcomes)
+    assert 'outcome="failed"' not in metrics.text() and 'status="5' not in metrics.text()
     assert [record.getMessage() for record in caplog.records if record.name == "hyperbagel.serve"] == []
+
+
+KINDS = ("image", "text")
 
 
 def test_the_command_serves_and_a_shutdown_drains(model: HyperBagel) -> None:

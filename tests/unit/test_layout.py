@@ -38,9 +38,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"core", "data", "toybox", "pipeline"},
     "serve": {"core", "data", "flow", "pipeline"},
     "cli_checks": {"core", "data"},
+    "export": BELOW_PIPELINE | {"pipeline"},
+    "chat": {"core", "data", "generate", "speculative", "pipeline"},
     "cli_serve": {"core", "pipeline", "serve", "cli_checks"},
+    "cli_export": {"core", "export", "cli_checks"},
+    "cli_chat": {"core", "pipeline", "chat", "cli_checks"},
     "cli_eval": {"core", "pipeline", "evaluate", "cli_checks"},
-    "cli": BELOW_PIPELINE | {"pipeline", "train", "evaluate", "demo", "serve", "cli_checks", "cli_serve", "cli_eval"},
+    "cli": BELOW_PIPELINE
+    | {"pipeline", "train", "evaluate", "demo", "serve", "cli_checks", "cli_serve", "cli_eval", "cli_export", "cli_chat", "export", "chat"},
 }
 # Single files that may reach further than their part, each for one reason.
 EXTRA_IMPORTS: dict[str, set[str]] = {
@@ -60,12 +65,12 @@ HOMES: dict[str, tuple[str, ...]] = {
     "tensorboard": ("core/run.py",),
     "torch.utils.tensorboard": ("core/run.py",),
     "yaml": ("core/config.py",),
-    "typer": ("cli.py", "cli_eval.py", "cli_serve.py"),
+    "typer": ("cli.py", "cli_chat.py", "cli_eval.py", "cli_export.py", "cli_serve.py"),
     "fastapi": ("serve/",),
     "uvicorn": ("serve/",),
     "gradio": ("serve/",),
     # pictures have many owners; the maths (nn, flow, model) and the command line see tensors and paths only
-    "PIL": ("toybox/", "data/", "generate/", "pipeline.py", "evaluate/", "demo.py", "serve/", "train/previews.py"),
+    "PIL": ("toybox/", "data/", "generate/", "pipeline.py", "evaluate/", "demo.py", "chat.py", "serve/", "train/previews.py"),
 }
 # import name -> name on the package index, where they differ
 INDEX_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "flash_attn": "flash-attn"}

@@ -104,6 +104,14 @@ def test_the_sampler_travels_with_the_weights_and_overrides_warn() -> None:
         with_sampler(ImageRequest("x", student="1", renorm="channel"), sampler)
 
 
+def test_a_plan_is_told_as_it_is_written(model: HyperBagel) -> None:
+    requests = [ImageRequest("a car", seed=0, steps=1), ImageRequest("a car", seed=0, steps=1, think=True, max_think_tokens=5)]
+    told: list[tuple[int, int]] = []
+    plain, planned = model.generate_batch(requests, on_token=lambda row, token: told.append((row, token)))
+    assert plain.thinking is None and {row for row, _ in told} == {1}
+    assert model.parts.tokenizer.decode([token for _, token in told]) == planned.thinking
+
+
 def test_a_student_that_is_not_there(model: HyperBagel) -> None:
     with pytest.raises(InputError, match="6, plain, none"):
         model.generate("a car", seed=0, student="2")

@@ -29,7 +29,9 @@ class Model:
         self.steps = 0
         self.parts = SimpleNamespace(tokenizer=SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: "")))
 
-    def generate_batch(self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None]) -> list[ImageResult]:
+    def generate_batch(
+        self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None], on_token: Callable[[int, int], None]
+    ) -> list[ImageResult]:
         prompts = [request.prompt for request in requests]
         self.batches.append(prompts)
         if "bad" in prompts:
@@ -261,7 +263,7 @@ def test_a_client_s_closed_loop_ends_its_job(model: Model) -> None:
 
 def test_which_requests_fit_together() -> None:
     plain, picture = ImageRequest("a"), Image.new("RGB", (2, 2))
-    assert batch_key(plain) == batch_key(ImageRequest("b", seed=9, size=(16, 32), steps=50, think=True))
+    assert batch_key(plain) == batch_key(ImageRequest("b", seed=9, size=(16, 32), think=True, student="none"))
     different = [
         ImageRequest("a", steps=3),
         ImageRequest("a", (picture,)),

@@ -1,0 +1,202 @@
+"""Folders for other programs: a student merged into BAGEL's layout or as a PEFT LoRA; EAGLE-3 drafters as SGLang and vLLM load them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.merge import as_low_rank, check_scales, folded_sampler, merged_tensors
+from hyperbagel.model.student import PEFT_PREFIX, Sampler, Student, fingerprint, load_student, peft_config
+from hyperbagel.model.weights import TensorFolder, load_folder, save_sharded, save_tensors
+from hyperbagel.pipeline import HyperBagel, model_folder
+from hyperbagel.speculative.drafters.eagle3 import Eagle3
+from hyperbagel.speculative.drafters.export import export_eagle3
+from hyperbagel.speculative.drafters.folder import load_module
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SHARD_BYTES = 5 * 2**30
+# What a model folder holds beside the weights that change.
+_BESIDE = ("*.json", "merges.txt", "ae.safetensors", "ae-*.safetensors")
+_NOT = ("ema.safetensors.index.json", "model.safetensors.index.json", "sampler.json")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `sampler`: how it must be sampled. `notes`: what the user must know, a line each."""
+
+    folder: Path
+    sampler: Sampler
+    text_scale: float
+    image_scale: float
+    notes: tuple[str, ...]
+
+
+def _read(
+    model: str, student: Path | str, text_scale: float | None, image_scale: float | None
+) -> tuple[Path, Bagel, Student, float, float]:
+    folder = model_folder(model)
+    base, _ = load_folder(folder, dtype=_loaded(folder))
+    found = folder / "students" / str(student)
+    given = load_student(found if found.is_dir() else Path(student), base).requires_grad_(False)
+    text = given.sampler.text_scale if text_scale is None else text_scale
+    image = given.sampler.image_scale if image_scale is None else image_scale
+    check_scales(given.sampler, text, image)
+    return folder, base, given, text, image
+
+
+def _loaded(folder: Path) -> torch.dtype:
+    """bf16 weights stay as they are, which halves the memory; sums are in fp32 anyway."""
+    return torch.bfloat16 if folder.is_dir() and set(TensorFolder(folder, "ema").dtypes.values()) == {"BF16"} else torch.float32
+
+
+def export_student(
+    student: Path | str,
+    out: Path,
+    *,
+    model: str = "toybox",
+    text_scale: float | None = None,
+    image_scale: float | None = None,
+    dtype: str | None = None,
+) -> Exported:
+    """Merges a student into its base, guidance folded in, as a folder in BAGEL's layout, whole or not at all.
+
+    Drawing from text is then what base and student draw. An edit is not quite: `edit_note`.
+
+    Args:
+        student: its folder, or the name of one that came with the model.
+        text_scale, image_scale: guidance to fold in; None: the student's own for drawing.
+        dtype: of the weights; None: as the base's file has them.
+    Raises:
+        InputError: not a student of this model, scales it was not made for, or a place that cannot be written.
+    """
+    _check_new(out)
+    folder, base, given, text, image = _read(model, student, text_scale, image_scale)
+    sampler = folded_sampler(given.sampler, text, image)
+    kinds = TensorFolder(folder, "ema").dtypes
+    tensors = merged_tensors(base, given, text, image)
+    kept = DTYPES[dtype] if dtype else None
+    tensors = {name: x.to(kept or _STORED.get(kinds[name], torch.float32)) for name, x in tensors.items()}
+    make_folder(out.parent)
+    with atomic_path(out) as temporary:
+        temporary.mkdir()
+        for path in _beside(folder):
+            shutil.copyfile(path, temporary / path.name)
+        save_sharded(temporary, "ema", tensors, SHARD_BYTES)
+        _write_sampler(temporary, "merged", sampler, base)
+    stored = kept or max((_STORED.get(kind, torch.float32) for kind in kinds.values()), key=lambda kind: kind.itemsize)
+    rounding = "" if stored == torch.float32 else f", up to the rounding of {str(stored).removeprefix('torch.')} weights"
+    exact = f"text to image: what base and student draw together{rounding}"
+    return Exported(out, sampler, text, image, (exact, edit_note(image), _how(sampler)))
+
+
+def export_lora(
+    student: Path | str,
+    out: Path,
+    *,
+    model: str = "toybox",
+    text_scale: float | None = None,
+    image_scale: float | None = None,
+    rank: int | None = None,
+    dtype: str = "float32",
+) -> Exported:
+    """A student as a LoRA in PEFT's layout, guidance folded in. `rank`: for a student of whole layers, which is factorised; what that loses
+    is among the notes. Arguments and errors else as of `export_student`."""
+    if rank is not None and rank < 1:
+        raise InputError(f"got rank {rank}, expected at least 1; 64 is usual")
+    _check_new(out)
+    _, base, given, text, image = _read(model, student, text_scale, image_scale)
+    low = as_low_rank(base, given, text, image, rank)
+    sampler = folded_sampler(given.sampler, text, image)
+    config = peft_config(low.layers, low.whole, low.rank, low.alpha, model)
+    if low.biases:
+        config["lora_bias"] = True  # PEFT's name for a bias beside B, made for changes that were whole layers once
+    make_folder(out.parent)
+    with atomic_path(out) as temporary:
+        temporary.mkdir()
+        save_tensors(temporary / "adapter_model.safetensors", {PEFT_PREFIX + name: x.to(DTYPES[dtype]) for name, x in low.tensors.items()})
+        atomic_write_text(temporary / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        _write_sampler(temporary, "peft", sampler, base)
+    if given.adapter.low_rank:
+        how = f"rank {low.rank}, the student's own factors: nothing is lost"
+    else:
+        how = f"rank {low.rank}: {low.error:.2%} of the change is missing (Frobenius norm), most in {low.worst[0]}: {low.worst[1]:.2%}"
+    biases = ("changed biases are beside B (lora_bias): PEFT runs this LoRA, but merges it only into layers that have a bias",)
+    return Exported(out, sampler, text, image, (how, *(biases if low.biases else ()), edit_note(image), _how(sampler)))
+
+
+def export_drafter(drafter: Path | str, out: Path, *, model: str = "toybox", dtype: str = "bfloat16") -> Path:
+    """An EAGLE-3 drafter in the layout that SGLang and vLLM load. Raises InputError for another kind: those programs know only this one."""
+    _check_new(out)
+    folder = model_folder(model)
+    base, _ = load_folder(folder, dtype=_loaded(folder))
+    found = folder / "drafters" / str(drafter)
+    module = load_module(found if found.is_dir() else Path(drafter), base)
+    if not isinstance(module, Eagle3):
+        raise InputError(
+            f"{drafter}: got a drafter of kind {module.config.kind}, expected eagle3, the only kind that SGLang and vLLM load; "
+            "train one: hyperbagel train drafter --recipe recipes/toybox/drafter_eagle3.yaml"
+        )
+    export_eagle3(out, module, base.config.llm, DTYPES[dtype])
+    return out
+
+
+def edit_note(image_scale: float) -> str:
+    """What a merged student cannot do as base and student together do it."""
+    scale = " (fold in an image scale above 1 for edits)" if image_scale <= 1 else ""
+    return (
+        f"edits{scale}: the source picture's clean latents are now read by the merged weights, not by the base's as with base and student, "
+        "so edits differ somewhat (--verify measures it); for exact ones use the student folder itself"
+    )
+
+
+def verify(exported: Exported, student: Path | str, *, model: str = "toybox") -> Iterator[tuple[str, float, int]]:
+    """Draws with base and student, and with what was exported as an ordinary model without guidance: (what, mean, largest difference of a
+    pixel value, 0 to 255). The edit is of the picture drawn first."""
+    both, merged = HyperBagel.from_pretrained(model, device="cpu"), HyperBagel.from_pretrained(exported.folder, device="cpu")
+    scales: dict[str, Any] = {"text_scale": exported.text_scale, "image_scale": exported.image_scale}
+    prompt, seed = "a red circle to the left of a blue square", 0
+    [first] = both.generate(prompt, seed=seed, student=str(student), **scales)
+    [again] = merged.generate(prompt, seed=seed)
+    yield "text to image", *_difference(first.image, again.image)
+    [edited] = both.edit(first.image, "make the circle green", seed=seed, student=str(student), **scales)
+    [other] = merged.edit(first.image, "make the circle green", seed=seed)
+    yield "edit", *_difference(edited.image, other.image)
+
+
+def _difference(a: Any, b: Any) -> tuple[float, int]:
+    apart = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
+    return float(apart.mean()), int(apart.max())
+
+
+def _how(sampler: Sampler) -> str:
+    return (
+        f"sample with {sampler.nfe} steps, shift {sampler.shift:g} and no guidance; in the reference's code: "
+        f"num_timesteps={sampler.nfe + 1}, timestep_shift={sampler.shift:g}, cfg_text_scale=1.0, cfg_img_scale=1.0"
+    )
+
+
+def _write_sampler(folder: Path, kind: str, sampler: Sampler, base: Bagel) -> None:
+    about = {"format": 1, "kind": kind, "base": fingerprint(base), **asdict(sampler)}
+    atomic_write_text(folder / "sampler.json", json.dumps(about, indent=2) + "\n")
+
+
+def _beside(folder: Path) -> list[Path]:
+    """The files of a model folder that a merged one shares with it."""
+    found = {path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file() and path.name not in _NOT}
+    return sorted(found)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"got the output {str(out)!r}, which exists, expected a new folder; choose another name or remove it")

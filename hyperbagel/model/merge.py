@@ -1,0 +1,170 @@
+"""A student written into a model's own tensors, so that code that knows nothing of students runs it.
+
+What a student adds to the model is a change of layers and a vector for the guidance scales (Hyper-Bagel 3.2.1). At fixed scales that vector
+is a constant, added where the timestep's embedding is added: it goes into the last bias of the timestep's embedder, and nothing is left.
+
+Shape legend: E hidden size, r rank, I / O input and output size of a linear layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.student import Sampler, Student
+
+FOLD = "time_embedder.mlp.2.bias"
+
+
+def check_scales(sampler: Sampler, text_scale: float, image_scale: float) -> None:
+    """Raises InputError for scales that the student was not made for: folded in, they cannot be changed back."""
+    for name, value, (low, high) in (
+        ("text scale", text_scale, sampler.text_range),
+        ("image scale", image_scale, sampler.image_range),
+    ):
+        if not low <= value <= high:
+            raise InputError(f"got {name} {value:g}, expected {low:g} to {high:g}, which this student was made for; choose one of those")
+
+
+def folded_sampler(sampler: Sampler, text_scale: float, image_scale: float) -> Sampler:
+    """How the merged weights are to be sampled: the student's steps and shift, and no guidance beside what is inside."""
+    return replace(
+        sampler,
+        text_scale=1.0,
+        image_scale=1.0,
+        edit_text_scale=1.0,
+        edit_image_scale=1.0,
+        text_range=(1.0, 1.0),
+        image_range=(1.0, 1.0),
+        stage=f"{sampler.stage}, guidance {text_scale:g} / {image_scale:g} folded in".lstrip(", "),
+    )
+
+
+@torch.no_grad()
+def guidance_vector(student: Student, text_scale: float, image_scale: float) -> Tensor:
+    """What the embedders add to every latent token at these scales, [E], fp32."""
+    some = next(student.guidance.parameters())
+    scales = (torch.tensor([scale], device=some.device) for scale in (text_scale, image_scale))
+    return student.guidance(*scales).flatten().float()
+
+
+@torch.no_grad()
+def changed_tensors(base: Bagel, student: Student, text_scale: float, image_scale: float) -> dict[str, Tensor]:
+    """Only the tensors of the base that the student replaces, by the base's own names, fp32 on the base's device."""
+    adapter = student.adapter
+    out: dict[str, Tensor] = {}
+    for name in adapter.copies:
+        out |= {f"{name}.{leaf}": value.detach().float() for leaf, value in adapter.get_submodule(name).state_dict().items()}
+    for name in adapter.low_rank:
+        linear = base.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        out[f"{name}.weight"] = linear.weight.float() + low_rank_change(student, name)
+    before = out[FOLD] if FOLD in out else base.get_parameter(FOLD).float()
+    out[FOLD] = before + guidance_vector(student, text_scale, image_scale).to(before.device)
+    return out
+
+
+def merged_tensors(base: Bagel, student: Student, text_scale: float, image_scale: float) -> dict[str, Tensor]:
+    """All tensors of the merged model; those that the student leaves alone are the base's own objects."""
+    return base.state_dict() | changed_tensors(base, student, text_scale, image_scale)
+
+
+@torch.no_grad()
+def low_rank_change(student: Student, name: str) -> Tensor:
+    """scale B A of one layer of an adapter student, [O, I], fp32."""
+    change = student.adapter.get_submodule(name)
+    b, a = change.get_parameter("lora_B.weight"), change.get_parameter("lora_A.weight")
+    return student.adapter.scale * (b.float() @ a.float())
+
+
+class Factors(NamedTuple):
+    """A change [O, I] as b [O, r] a [r, I], and what that misses: its squared norm, and the change's."""
+
+    a: Tensor
+    b: Tensor
+    missed: float
+    whole: float
+
+
+_EXACT = 1024  # largest smaller side of a matrix whose whole decomposition is computed; beyond it only the leading part is
+
+
+@torch.no_grad()
+def factorise(change: Tensor, rank: int) -> Factors:
+    """The best b a of that rank in the sense of least squares (Eckart-Young): the leading singular vectors, each side taking half.
+
+    Large matrices: by randomised subspace iteration, which comes very near to it; the error told is that of what it gave.
+    """
+    if min(change.shape) <= max(_EXACT, 2 * rank):
+        u, s, vh = torch.linalg.svd(change.double(), full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same file every time
+            u, s, v = torch.svd_lowrank(change, q=rank + 16, niter=8)
+        vh = v.T
+    r = min(rank, len(s))
+    root = s[:r].sqrt()
+    a, b = change.new_zeros(rank, change.shape[1]), change.new_zeros(change.shape[0], rank)
+    a[:r], b[:, :r] = (root[:, None] * vh[:r]).to(change.dtype), (u[:, :r] * root).to(change.dtype)
+    return Factors(a, b, float((change - b @ a).double().square().sum()), float(change.double().square().sum()))
+
+
+@dataclass(frozen=True)
+class LowRankStudent:
+    """A student as a LoRA and whole layers. `tensors`: names of the base's modules with lora_A.weight, lora_B.weight and, where the student
+    changes the bias of a layer that has a LoRA, lora_B.bias; the whole layers under their own names."""
+
+    rank: int
+    alpha: float
+    layers: tuple[str, ...]  # have a LoRA
+    whole: tuple[str, ...]  # are replaced
+    biases: bool  # every layer with a LoRA has lora_B.bias
+    tensors: dict[str, Tensor]
+    error: float  # |change - what the LoRA gives| / |change|, over all layers with a LoRA
+    worst: tuple[str, float]  # the layer where that is largest
+
+
+@torch.no_grad()
+def as_low_rank(base: Bagel, student: Student, text_scale: float, image_scale: float, rank: int | None = None) -> LowRankStudent:
+    """A student as a LoRA with the guidance folded in. An adapter student keeps its own factors (`rank` must be left out: nothing is lost);
+    a full one is factorised at `rank`."""
+    adapter = student.adapter
+    changed = changed_tensors(base, student, text_scale, image_scale)
+    head = FOLD.rpartition(".")[0]
+    if adapter.low_rank:
+        if rank not in (None, adapter.rank):
+            raise InputError(f"got rank {rank} for a student that is a LoRA of rank {adapter.rank} already; leave the rank out")
+        whole = tuple(dict.fromkeys((*adapter.copies, head)))
+        tensors = {n: v for n, v in adapter.state_dict().items() if n.endswith(("lora_A.weight", "lora_B.weight"))}
+        tensors |= _whole(base, changed, whole)
+        return LowRankStudent(adapter.rank, adapter.alpha, adapter.low_rank, whole, False, tensors, 0.0, ("", 0.0))
+    if rank is None:
+        raise InputError("got a student of whole layers, expected a rank to factorise it at; give --rank, for instance 64")
+    layers = tuple(n for n in adapter.copies if "_moe_gen" in n and isinstance(base.get_submodule(n), nn.Linear))
+    whole = tuple(dict.fromkeys((*(n for n in adapter.copies if n not in layers), head)))
+    tensors, missed, full, errors, moved = _whole(base, changed, whole), 0.0, 0.0, {}, {}
+    for name in layers:
+        linear = base.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        factors = factorise(changed[f"{name}.weight"] - linear.weight.float(), rank)
+        tensors |= {f"{name}.lora_A.weight": factors.a, f"{name}.lora_B.weight": factors.b}
+        missed, full = missed + factors.missed, full + factors.whole
+        errors[name] = (factors.missed / factors.whole) ** 0.5 if factors.whole else 0.0
+        bias = torch.zeros(linear.out_features, device=linear.weight.device)
+        moved[f"{name}.lora_B.bias"] = bias if linear.bias is None else changed[f"{name}.bias"] - linear.bias.float()
+    biases = any(bool(bias.any()) for bias in moved.values())
+    worst = max(errors, key=lambda name: errors[name])
+    tensors |= moved if biases else {}
+    error = (missed / full) ** 0.5 if full else 0.0
+    return LowRankStudent(rank, float(rank), layers, whole, biases, tensors, error, (worst, errors[worst]))
+
+
+def _whole(base: Bagel, changed: dict[str, Tensor], modules: tuple[str, ...]) -> dict[str, Tensor]:
+    """Every tensor of these modules, as the student has it."""
+    state = {f"{name}.{leaf}": value for name in modules for leaf, value in base.get_submodule(name).state_dict().items()}
+    return {name: changed.get(name, value.float()) for name, value in state.items()}

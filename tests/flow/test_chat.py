@@ -1,0 +1,218 @@
+"""A conversation in the terminal: what was said is read once, Ctrl-C stops an answer only, lines come from a pipe."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hyperbagel import chat as module
+from hyperbagel import cli
+from hyperbagel.chat import Chat, stoppable
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.images import read_settings
+from hyperbagel.model.qwen2_mot import Qwen2MoT
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.speculative.decode import decode
+
+
+class Talk(Chat):
+    """Keeps what is written and remarked; `on_text` is called with each piece of an answer."""
+
+    def __init__(self, model: HyperBagel, **options: Any) -> None:
+        self.text, self.notes, self.on_text = "", [], lambda text: None  # type: ignore[var-annotated]
+        super().__init__(model, out=self.write, note=self.notes.append, **options)
+
+    def write(self, text: str) -> None:
+        self.text += text
+        self.on_text(text)
+
+    def answer(self, line: str) -> str:
+        """What the line is answered with."""
+        before = len(self.text)
+        assert self.say(line)
+        return self.text[before:].rstrip("\n")
+
+
+@pytest.fixture
+def talk(model: HyperBagel) -> Talk:
+    return Talk(model, max_tokens=8)
+
+
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_turns_are_those_of_the_library(drafter: str, model: HyperBagel, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    picture.save(tmp_path / "a.png")
+    talk, turns = Talk(model, max_tokens=8, drafter=drafter), []
+    talk.say(f"/image {tmp_path / 'a.png'}")
+    for question in ("what is it?", "and now?", "what is it?"):
+        expected = model.ask(question, picture, turns=tuple(turns), max_tokens=8)
+        answer = talk.answer(question)
+        assert answer.strip() == expected.text
+        turns.append((question, answer))
+    assert ("tau" in talk.notes[-1]) == (drafter == "lookup")
+
+
+def test_what_was_said_is_not_read_again(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk.say("a question that is long enough to be noticed, and some more words")
+    seen, forward = [], Qwen2MoT.forward
+
+    def count(self: Qwen2MoT, x: Any, positions: torch.Tensor, **how: Any) -> Any:
+        seen.append(positions.shape[1])
+        return forward(self, x, positions, **how)
+
+    monkeypatch.setattr(Qwen2MoT, "forward", count)
+    before = talk.session.cache.lengths[0]
+    talk.say("and?")
+    encode = talk.model.parts.tokenizer.encode
+    assert seen[0] == len(encode("and?")) + 2, "the question alone"
+    assert max(seen[1:-1]) <= 1 + 10, "a root and its drafts" and before > 20
+    assert talk.session.cache.lengths[0] == before + seen[0] + seen[-1], "the question and the answer joined"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(talk: Talk) -> None:
+    whole = talk.answer("tell me")
+    talk.say("/new")
+    talk.on_text = lambda text: signal.raise_signal(signal.SIGINT) if text.strip() else None
+    with stoppable(talk):
+        part = talk.answer("tell me")
+    talk.on_text = lambda text: None
+    assert part and whole.startswith(part) and part != whole and talk.notes[-1].startswith("stopped; ")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    stopped = talk.session.cache.lengths[0], talk.session.position
+    other = Talk(talk.model, max_tokens=8)
+    other.session.add_text("tell me")
+    other.session.add_text(part)
+    assert stopped == (other.session.cache.lengths[0], other.session.position), "question and part of the answer are kept"
+    other.say("more"), talk.say("more")
+    assert other.text.splitlines()[-1] == talk.text.splitlines()[-1]
+
+
+def test_a_second_ctrl_c_ends_the_program(talk: Talk) -> None:
+    with pytest.raises(KeyboardInterrupt), stoppable(talk):
+        signal.raise_signal(signal.SIGINT)
+        assert talk.stop
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_ctrl_c_stops_a_picture_also_while_it_is_planned(think: bool, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, check = [], talk.check
+
+    def interrupted() -> None:
+        calls.append(None)
+        signal.raise_signal(signal.SIGINT)
+        check()
+
+    monkeypatch.setattr(talk, "check", interrupted)
+    if think:
+        talk.say("/think")
+        monkeypatch.setattr("hyperbagel.pipeline.denoise", lambda *a, **k: pytest.fail("it was stopped before"))
+    with stoppable(talk):
+        talk.say("/draw a red car")
+    assert len(calls) == 1 and talk.last is None and talk.notes[-1] == "stopped; no picture"
+
+
+def test_drawing_editing_showing_and_saving(talk: Talk, model: HyperBagel, tmp_path: Path) -> None:
+    talk.say("/seed 5"), talk.say("/steps 2")
+    assert "seed 5, 4 NFE" in talk.answer("/draw a red car")
+    [drawn] = model.generate("a red car", seed=5, steps=2)
+    [edited] = model.edit(drawn.image, "make it blue", seed=6, steps=2)
+    assert np.array_equal(np.asarray(talk.last), np.asarray(drawn.image))
+    talk.say("/edit make it blue")
+    assert np.array_equal(np.asarray(talk.last), np.asarray(edited.image))
+    path = tmp_path / "b.png"
+    assert talk.answer(f"/save {path}") == str(path) and read_settings(path)["seed"] == 6
+    talk.say("/image")
+    assert talk.session.has_images
+    assert talk.answer("what is it?").strip() == model.ask("what is it?", edited.image, max_tokens=8).text
+    talk.say("/student 6"), talk.say("/steps 0")
+    assert "6 NFE" in talk.answer("/draw x")
+    talk.say("/new")
+    assert talk.session.cache.lengths == [0] and talk.last is not None
+
+
+def test_thinking_is_asked_for_once(talk: Talk, model: HyperBagel) -> None:
+    talk.say("/think")
+    first = talk.answer("why?")
+    assert first.strip() == model.ask("why?", think=True, max_tokens=8).text
+    before, encode = talk.session.cache.lengths[0], model.parts.tokenizer.encode
+    answer = talk.answer("why?")
+    assert talk.session.cache.lengths[0] - before == len(encode("why?")) + len(encode(answer)) + 4
+
+
+WRONG: dict[str, tuple[str, str]] = {
+    "command": ("/drow x", "/help"),
+    "no picture": ("/edit make it blue", "/draw PROMPT"),
+    "nothing to show": ("/image", "/image picture.png"),
+    "nothing to save": ("/save a.png", "make one"),
+    "no file": ("/image nowhere.png", "check the path"),
+    "no words": ("/draw", "empty prompt"),
+    "seed": ("/seed -1", "whole number"),
+    "temperature": ("/temperature hot", "number from 0"),
+    "tokens": ("/tokens 0", "whole number"),
+    "student": ("/student nobody", "expected one of 6"),
+    "think": ("/think hard", "/think on"),
+    "too long": ("word " * 20_000, "expected at most"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_done_changes_nothing(name: str, talk: Talk) -> None:
+    line, words = WRONG[name]
+    with pytest.raises(InputError, match=words):
+        talk.say(line)
+    assert talk.session.cache.lengths == [0] and talk.text == ""
+
+
+def test_lines_from_a_pipe(model: HyperBagel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32), "red").save("in.png")
+    lines = [
+        "what is it?",
+        "",
+        "/nothing",
+        "/seed 1",
+        "/steps 2",
+        "/draw a car",
+        "/save out.png",
+        "/help",
+        "/context",
+        "/quit",
+        "never read",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert cli.main(["chat", "in.png", "--model", model.name, "--device", "cpu", "--max-tokens", "6", "--seed", "0"]) == 0
+    out, err = capsys.readouterr()
+    expected = model.ask("what is it?", Image.new("RGB", (32, 32), "red"), max_tokens=6).text
+    assert out.strip().startswith(expected) and "picture 32x32, seed 1, 4 NFE" in out and "/edit INSTRUCTION" in out
+    assert err.count("error: ") == 1 and "got /nothing" in err and "> " not in out
+    assert read_settings("out.png")["prompt"] == "a car"
+    assert cli.main(["chat", "nowhere.png"]) == 2
+
+
+def test_every_command_is_in_the_help() -> None:
+    listed = {line.split()[0].removeprefix("/") for line in module.HELP.splitlines() if line.startswith("/")}
+    assert listed == {name.removeprefix("do_") for name in vars(Chat) if name.startswith("do_")} | {"quit"}
+
+
+def test_answers_stream(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are written while decoding goes on, not afterwards."""
+    inside: list[str] = []
+
+    def watched(*given: Any, on_token: Callable[[int, int], None], **how: Any) -> Any:
+        out = decode(*given, on_token=on_token, **how)
+        inside.append(talk.text)
+        return out
+
+    monkeypatch.setattr(module, "decode", watched)
+    talk.say("tell me")
+    assert inside[0].strip() and talk.text.startswith(inside[0])
