@@ -127,21 +127,26 @@ class _Work:
             draft = Draft(self.root.new_empty(len(self.results), 0))
         clock.append(time.perf_counter())
         tokens = torch.cat([self.root[:, None], draft.tokens], dim=1)  # [B, n]
-        tree = draft.tree or Tree.chain(len(tokens), draft.tokens.shape[1], tokens.device)
-        logits = verify_forward(self.model, self.cache, tokens, tree, self.position, chain=draft.tree is None)
+        n = tokens.shape[1]
+        logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
-        accepted = self._accept(logits, tokens, draft, tree)
-        begun = [end - tokens.shape[1] for end in self.cache.lengths]
-        paths = [[0, *[i for i in path if i]] for path in tree.paths(accepted.node).tolist()]
+        accepted = self._accept(logits, tokens, draft)
+        begun = [end - n for end in self.cache.lengths]
+        # the round's one wait for the device: accepted node, the target's token, what was drafted
+        read = torch.cat([accepted.node[:, None], accepted.token[:, None], tokens], dim=1).tolist()
+        if draft.tree is None:
+            paths = [list(range(row[0] + 1)) for row in read]
+            deepest = [sum(id_ >= 0 for id_ in row[3:]) for row in read]
+        else:
+            paths = [[0, *[i for i in path if i]] for path in draft.tree.paths(accepted.node).tolist()]
+            deepest = torch.where(tokens >= 0, draft.tree.depths, 0).amax(1).tolist()
         paths = [path if b in self.alive else [] for b, path in enumerate(paths)]
         commit(self.cache, begun, paths)
         clock.append(time.perf_counter())
         self.start, self.counts = begun, [len(path) for path in paths]
-        all_ids, own = tokens.tolist(), accepted.token.tolist()
-        self.ids = [[all_ids[b][i] for i in path] for b, path in enumerate(paths)]
-        deepest = torch.where(tokens >= 0, tree.depths, 0).amax(1).tolist()
+        self.ids = [[read[b][2 + i] for i in path] for b, path in enumerate(paths)]
         for b in sorted(self.alive):
-            self._report(b, paths[b], [*self.ids[b][1:], own[b]], logits, deepest[b])
+            self._report(b, paths[b], [*self.ids[b][1:], read[b][1]], logits, deepest[b])
         self.root = accepted.token
         self.position = self.position + torch.tensor(self.counts, device=self.position.device)
         clock.append(time.perf_counter())
@@ -149,17 +154,17 @@ class _Work:
         t = self.times
         t.draft, t.verify, t.commit, t.host = (x + y for x, y in zip((t.draft, t.verify, t.commit, t.host), spent))
 
-    def _accept(self, logits: Tensor, tokens: Tensor, draft: Draft, tree: Tree) -> Accepted:
+    def _accept(self, logits: Tensor, tokens: Tensor, draft: Draft) -> Accepted:
         if self.temperature == 0:
             best = logits.argmax(-1)
-            return greedy_chain(best, tokens) if draft.tree is None else greedy(best, tokens, tree.mask)
+            return greedy_chain(best, tokens) if draft.tree is None else greedy(best, tokens, draft.tree.mask)
         p = probabilities(logits, self.temperature)
         n = tokens.shape[1]
         drawn = [torch.rand(n, generator=g, dtype=torch.float64) for g in self.generators]
         uniforms = torch.stack(drawn).to(tokens.device)
         if draft.tree is None:
             return sampled_chain(p, tokens, uniforms, draft.q)
-        return sampled(p, tokens, tree.parents, uniforms, draft.q)
+        return sampled(p, tokens, draft.tree.parents, uniforms, draft.q)
 
     def _report(self, b: int, path: list[int], new: list[int], logits: Tensor, deepest: int) -> None:
         """Hands out row b's new tokens, the accepted ones and the target's own, as far as plain decoding would have gone."""
@@ -187,11 +192,14 @@ class _Work:
                 return
 
 
-def verify_forward(model: Bagel, cache: KVCache, tokens: Tensor, tree: Tree, position: Tensor, *, chain: bool) -> Tensor:
-    """The target reads root and nodes, tokens [B, n] (-1 as 0), root at position [B] -> logits [B, n, V]; the cache grows by n a row."""
+def verify_forward(model: Bagel, cache: KVCache, tokens: Tensor, tree: Tree | None, position: Tensor) -> Tensor:
+    """The target reads root and nodes, tokens [B, n] (-1 as 0), root at position [B] -> logits [B, n, V]; the cache grows by n a row.
+
+    `tree` None: a chain."""
     counts = [tokens.shape[1]] * tokens.shape[0]
-    plan = cache.plan(counts, causal=True) if chain else tree_plan(cache, tree)
-    where = position[:, None] + tree.depths
+    plan = cache.plan(counts, causal=True) if tree is None else tree_plan(cache, tree)
+    depths = torch.arange(tokens.shape[1], device=position.device) if tree is None else tree.depths
+    where = position[:, None] + depths
     hidden = model.backbone(Streams(model.embed_text(tokens.clamp(min=0)), None), where, cache=cache, plan=plan).u
     assert hidden is not None
     cache.advance(counts)
