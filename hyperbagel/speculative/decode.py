@@ -9,6 +9,7 @@ Shape legend: B sessions, n nodes (root included), V vocabulary.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -46,10 +47,12 @@ def decode(
     Greedy answers are those of plain decoding, token for token as far as arithmetic allows (fp32: always seen); sampled ones have its
     distribution, though not its draws. The sessions stay as they were.
 
+    Where a draft might not fit behind the answer, a warning, and plain decoding.
+
     Raises:
         InputError: no room in the context, or contexts without the hidden states that the drafter reads.
     """
-    if drafter is None:
+    if drafter is None or _too_wide(sessions, max_tokens, drafter):
         return plain(
             sessions,
             max_tokens=max_tokens,
@@ -62,13 +65,27 @@ def decode(
     for session in sessions:
         session.check_room(max_tokens + 1)
         check_taps(session, drafter)
-    work = _Work(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter)
+    work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter)
     try:
         while work.alive:
             work.round()
     finally:
         work.cache.truncate(work.before)
     return list(work.results)
+
+
+def _too_wide(sessions: Sequence[Session], max_tokens: int, drafter: Drafter) -> bool:
+    """Whether a whole draft behind the last token would leave the model's context; warns if so."""
+    limit = sessions[0].parts.model.config.llm.max_position_embeddings
+    longest = max(session.cache.lengths[0] for session in sessions) + max_tokens + 1
+    if longest <= limit < longest + drafter.width:
+        warnings.warn(
+            f"got drafts of {drafter.width} tokens behind {longest} of a context of {limit}, expected room for them; answering without a "
+            f"drafter, use max_tokens of at most {max(1, limit - longest + max_tokens - drafter.width)} to have one",
+            stacklevel=4,
+        )
+        return True
+    return False
 
 
 def check_taps(session: Session, drafter: Drafter) -> None:
@@ -81,7 +98,7 @@ def check_taps(session: Session, drafter: Drafter) -> None:
         )
 
 
-class _Work:
+class Rounds:
     """One call: the stacked cache, each row's root and result."""
 
     def __init__(
@@ -93,9 +110,11 @@ class _Work:
         on_token: OnToken | None,
         keep_logits: bool,
         drafter: Drafter,
+        im_end: int | None = None,
     ) -> None:
+        """im_end: the token that ends an answer, if not the tokenizer's."""
         parts = sessions[0].parts
-        self.model, self.im_end = parts.model, parts.tokenizer.im_end
+        self.model, self.im_end = parts.model, parts.tokenizer.im_end if im_end is None else im_end
         self.max_tokens, self.temperature, self.generators = max_tokens, temperature, generators
         self.on_token, self.keep_logits, self.drafter = on_token, keep_logits, drafter
         self.results = [Speculated() for _ in sessions]

@@ -30,7 +30,7 @@ from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.export import export_eagle3
-from hyperbagel.speculative.drafters.folder import make_drafter, make_module, save_drafter
+from hyperbagel.speculative.drafters.folder import make_drafter, make_module, save_drafter, write_acceptance
 from hyperbagel.speculative.drafters.lesson import make_lesson
 from hyperbagel.speculative.drafters.regenerate import context_of
 from hyperbagel.speculative.simulate import simulate
@@ -247,6 +247,7 @@ class DrafterStage(Stage):
                 told = self.simulated(pairs)
                 got = self.engine(pairs, make_drafter(self.module, self.target, depth=self.recipe.depth))
                 gate[name] = {"simulated_tau": told.tau, "engine_tau": got.tau, "simulated": told.rates(), "engine": got.rates()}
+            write_acceptance(out / "export", {name: g["simulated"] for name, g in gate.items()})
         atomic_write_text(out / "gate.json", json.dumps(gate, indent=1) + "\n")
         far = [name for name, g in gate.items() if not math.isclose(g["engine_tau"], g["simulated_tau"], rel_tol=GATE)]
         if far:
