@@ -34,12 +34,19 @@ class Costs:
     verify: tuple[tuple[int, float], ...]
     draft: Mapping[str, DraftCost] = field(default_factory=dict)
 
+    known: dict[int, float] = field(default_factory=dict, compare=False, repr=False)  # asked for before, every round anew
+
     @property
     def plain(self) -> float:
         return self.verify[0][1]
 
     def verify_seconds(self, n: int) -> float:
         """Between and beyond the measured sizes a straight line through the two nearest."""
+        if n not in self.known:
+            self.known[n] = self._line(n)
+        return self.known[n]
+
+    def _line(self, n: int) -> float:
         if len(self.verify) == 1:
             return self.plain
         i = min(max(1, bisect_left(self.verify, (n, 0.0))), len(self.verify) - 1)
@@ -59,8 +66,11 @@ def expected_tokens(rates: Sequence[float]) -> float:
 def best_depth(costs: Costs, name: str, rates: Sequence[float]) -> tuple[int, float]:
     """(depth, tokens a second) of the best chain of drafter `name`, acceptance `rates` by depth; depth 0 is plain decoding."""
     best = 0, 1 / costs.plain
-    for depth in range(1, len(rates) + 1):
-        speed = expected_tokens(rates[:depth]) / costs.round_seconds(name, depth, depth + 1)
+    tokens, chance = 1.0, 1.0
+    for depth, rate in enumerate(rates, 1):
+        chance *= rate
+        tokens += chance
+        speed = tokens / costs.round_seconds(name, depth, depth + 1)
         if speed > best[1]:
             best = depth, speed
     return best

@@ -129,6 +129,7 @@ class Rounds:
         self.cache.reserve(max(self.before) + room)
         device = self.model.device
         self.root = torch.full((len(sessions),), parts.tokenizer.im_start, device=device)
+        self.roots = [parts.tokenizer.im_start] * len(sessions)
         self.position = torch.tensor([s.position for s in sessions], device=device)
         self.alive = set(range(len(sessions)))
         self.start, self.counts, self.ids = [0] * len(sessions), list(self.before), [[] for _ in sessions]  # type: ignore[var-annotated]
@@ -145,14 +146,18 @@ class Rounds:
         if draft is None or draft.tokens.shape[1] == 0:
             draft = Draft(self.root.new_empty(len(self.results), 0))
         clock.append(time.perf_counter())
-        tokens = torch.cat([self.root[:, None], draft.tokens], dim=1)  # [B, n]
-        n = tokens.shape[1]
+        n = 1 + draft.tokens.shape[1]
+        tokens = torch.cat([self.root[:, None], draft.tokens], dim=1) if n > 1 else self.root[:, None]  # [B, n]
         logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
-        accepted = self._accept(logits, tokens, draft)
+        if n == 1 and self.temperature == 0:  # as lean as a plain step: rounds without drafts must not cost more
+            accepted = Accepted(torch.zeros_like(self.root), logits[:, 0].argmax(-1))
+            read = [[0, own, root] for own, root in zip(accepted.token.tolist(), self.roots, strict=True)]
+        else:
+            accepted = self._accept(logits, tokens, draft)
+            # the round's one wait for the device: accepted node, the target's token, what was drafted
+            read = torch.cat([accepted.node[:, None], accepted.token[:, None], tokens], dim=1).tolist()
         begun = [end - n for end in self.cache.lengths]
-        # the round's one wait for the device: accepted node, the target's token, what was drafted
-        read = torch.cat([accepted.node[:, None], accepted.token[:, None], tokens], dim=1).tolist()
         if draft.tree is None:
             paths = [list(range(row[0] + 1)) for row in read]
             deepest = [sum(id_ >= 0 for id_ in row[3:]) for row in read]
@@ -160,14 +165,16 @@ class Rounds:
             paths = [[0, *[i for i in path if i]] for path in draft.tree.paths(accepted.node).tolist()]
             deepest = torch.where(tokens >= 0, draft.tree.depths, 0).amax(1).tolist()
         paths = [path if b in self.alive else [] for b, path in enumerate(paths)]
-        commit(self.cache, begun, paths)
+        if n > 1 or len(self.alive) < len(paths):
+            commit(self.cache, begun, paths)
         clock.append(time.perf_counter())
         self.start, self.counts = begun, [len(path) for path in paths]
         self.ids = [[read[b][2 + i] for i in path] for b, path in enumerate(paths)]
         for b in sorted(self.alive):
             self._report(b, paths[b], [*self.ids[b][1:], read[b][1]], logits, deepest[b])
-        self.root = accepted.token
-        self.position = self.position + torch.tensor(self.counts, device=self.position.device)
+        self.root, self.roots = accepted.token, [row[1] for row in read]
+        same = self.counts[0] if len(set(self.counts)) == 1 else None
+        self.position = self.position + (torch.tensor(self.counts, device=self.position.device) if same is None else same)
         clock.append(time.perf_counter())
         spent = [b - a for a, b in pairwise(clock)]
         t = self.times
