@@ -110,6 +110,9 @@ class Acceptance:
         return [known[min(i, len(known) - 1)] for i in range(depth)]
 
 
+SHORTEST_PAUSE, LONGEST_PAUSE = 4, 64
+
+
 @dataclass
 class Record:
     """What one way of decoding has given so far: a forgetting mean of tokens and seconds a round, and when it may be tried again."""
@@ -117,18 +120,17 @@ class Record:
     tokens: float
     seconds: float
     wait: int = 0  # rounds to go before the next trial
-    pause: int = 2  # rounds of the next wait; doubles with each trial that did not pay
+    pause: int = SHORTEST_PAUSE  # rounds of the next wait; doubles with each trial that did not pay
+    seen: int = 1  # rounds behind the mean; what is believed at first counts as one
 
     @property
     def speed(self) -> float:
         return self.tokens / self.seconds
 
-    def note(self, tokens: float, seconds: float, memory: float = 6.0) -> None:
-        self.tokens += (tokens - self.tokens) / memory
-        self.seconds += (seconds - self.seconds) / memory
-
-
-LONGEST_PAUSE = 64
+    def note(self, tokens: float, seconds: float, memory: int = 24) -> None:
+        self.seen = min(self.seen + 1, memory)
+        self.tokens += (tokens - self.tokens) / self.seen
+        self.seconds += (seconds - self.seconds) / self.seen
 
 
 def choose(records: Mapping[str, Record], plain: float) -> str | None:
@@ -154,4 +156,4 @@ def after_round(records: Mapping[str, Record], used: str | None, plain: float) -
             record.wait = record.pause
             record.pause = min(2 * record.pause, LONGEST_PAUSE)
         else:
-            record.wait, record.pause = 0, 2
+            record.wait, record.pause = 0, SHORTEST_PAUSE
