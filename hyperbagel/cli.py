@@ -195,7 +195,7 @@ def ask(
     temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
     seed: Seed = None,
     think: Think = False,
-    drafter: Annotated[str | None, typer.Option(help="Who drafts ahead: lookup, or a drafter folder. Speed alone changes.")] = None,
+    drafter: Annotated[str | None, typer.Option(help="Who drafts ahead: auto, lookup, a name, a folder, none. Only speed changes.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -214,7 +214,7 @@ def ask(
     spent |= result.timings
     if json:
         row = {"text": result.text, "thinking": result.thinking, "prompt_tokens": result.prompt_tokens, "tokens": result.tokens}
-        row |= {"tau": result.tau, "tok_per_second": result.tokens / max(result.timings["decode"], 1e-9)}
+        row |= {"tau": result.tau, "drafter": result.drafter, "tok_per_second": result.tokens / max(result.timings["decode"], 1e-9)}
         print(jsonlib.dumps(row | {"finish_reason": result.finish_reason, "seconds": spent}, indent=2))
         return
     if result.thinking:

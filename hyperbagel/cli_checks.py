@@ -101,6 +101,19 @@ def read_pictures(paths: Sequence[Path]) -> list[Any]:
     return [open_image(path) for path in paths]
 
 
+def named_folders(option: str, given: Sequence[str]) -> dict[str, Path]:
+    """`NAME=FOLDER` each, names distinct."""
+    found: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or not name or name in found:
+            raise InputError(f"got {option} {text!r}, expected NAME=FOLDER with another name for each")
+        if not Path(folder).is_dir():
+            raise InputError(f"got {option} {text!r}, but {folder!r} is no folder, expected one, check the path")
+        found[name] = Path(folder)
+    return found
+
+
 def seconds(timings: Mapping[str, float]) -> str:
     """`prefill 0.03 s, denoise 1.20 s, decode 0.05 s`, in the order they happened."""
     return ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())

@@ -101,3 +101,34 @@ def distillation(
     shipped = {name: pipeline.students.folder / name for name in ("6", "1") if name in pipeline.students.names()}
     counts = _given(n_t2i=n_t2i, n_edits=n_edits, n_diversity=n_diversity, n_clock=n_clock, n_steer=n_steer, split=split, batch=batch)
     run_distillation_eval(pipeline, shipped | given, out=out, rows=wanted, seed=seed, **counts)
+
+
+@app.command()
+def speculative(
+    out: Out,
+    model: Model = None,
+    drafter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A trained drafter; give it again for each. Shipped ones are always in.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts of a split.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Times that all ways of decoding take their turns.")] = None,
+    acceptance: Annotated[bool, typer.Option("--acceptance", help="Acceptance alone, no times.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few short answers, to see that it works.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of a CPU.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Drafters: acceptance and tokens a second beside plain decoding, on words of training, held-out words and free-form captions."""
+    checks.check_at_least("--prompts", prompts, 1)
+    checks.check_at_least("--repeats", repeats, 1)
+    checks.check_at_least("--threads", threads, 1)
+    folders = checks.named_folders("--drafter", drafter or ())
+    from dataclasses import replace
+
+    import torch
+
+    from hyperbagel.evaluate.speculative import QUICK, Plan, run_speculative_eval
+
+    torch.set_num_threads(threads)
+    plan = replace(QUICK if quick else Plan(), **_given(prompts=prompts, repeats=repeats), speed=not acceptance)
+    run_speculative_eval(_load(model, device, dtype), folders, out=out, plan=plan)

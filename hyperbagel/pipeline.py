@@ -24,9 +24,10 @@ from hyperbagel.generate.students import Students
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, with_sampler
 from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
-from hyperbagel.speculative.choose import Drafters
+from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.choose import NONE, Drafters
 from hyperbagel.speculative.decode import decode
-from hyperbagel.speculative.types import Drafter, Speculated
+from hyperbagel.speculative.types import Speculated
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,7 +48,7 @@ class HyperBagel:
         that has a student merged into it."""
         self.parts, self.name, self.load_seconds = parts, name, load_seconds
         self.students, self.sampler = Students(parts.model, students), sampler
-        self.drafters = Drafters(parts.model, drafters)
+        self.drafters = Drafters(parts, drafters)
 
     @classmethod
     def from_pretrained(
@@ -167,9 +168,10 @@ class HyperBagel:
             _check_seed(request.seed)
             if not 0 <= request.temperature <= 100:
                 raise InputError(f"got temperature {request.temperature}, expected 0 (greedy) to 100")
-        groups: dict[tuple[int, float, str | None], list[int]] = defaultdict(list)
+            self.drafters.check(request.drafter)
+        groups: dict[tuple[int, float, str], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[request.max_tokens, request.temperature, request.drafter].append(i)
+            groups[request.max_tokens, request.temperature, self._drafter_name(request)].append(i)
         results: dict[int, TextResult] = {}
         for (max_tokens, temperature, name), members in groups.items():
             start = time.perf_counter()
@@ -177,6 +179,9 @@ class HyperBagel:
             sessions = [self._context(requests[i], drafter) for i in members]
             generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
             middle = time.perf_counter()
+            if drafter is not None:
+                drafter.prepare(sessions[0], len(sessions))  # measures costs, once a batch size
+            ready = time.perf_counter()
 
             def report(row: int, token: int, members: list[int] = members) -> None:
                 if on_token is not None:
@@ -185,11 +190,15 @@ class HyperBagel:
             decoded = decode(
                 sessions, max_tokens=max_tokens, temperature=temperature, generators=generators, on_token=report, drafter=drafter
             )
-            timings = {"prefill": middle - start, "decode": time.perf_counter() - middle}
+            timings = {"prefill": middle - start, "decode": time.perf_counter() - ready}
+            if ready - middle > 0.01:
+                timings["measure"] = ready - middle
             for i, session, out in zip(members, sessions, decoded, strict=True):
                 thinking, answer = split_thinking(self.parts.tokenizer.decode(out.ids), requests[i].think)
-                tau = out.stats.tau if isinstance(out, Speculated) else None
-                results[i] = TextResult(answer, len(out.ids), session.cache.lengths[0], timings, thinking, out.finish_reason, tau)
+                result = TextResult(answer, len(out.ids), session.cache.lengths[0], timings, thinking, out.finish_reason)
+                if drafter is not None and isinstance(out, Speculated):
+                    result.tau, result.drafter = out.stats.tau, drafter.most_used()
+                results[i] = result
         return [results[i] for i in range(len(requests))]
 
     # -- contexts --------------------------------------------------------------------------------------------------------------
@@ -243,19 +252,22 @@ class HyperBagel:
             session.add_text(thinking, guided=False)
         return session, generator, thinking
 
-    def _drafter(self, name: str | None) -> Drafter | None:
-        if name in (None, "none"):
+    def _drafter_name(self, request: AskRequest) -> str:
+        """Unasked, the model's own drafters draft where they change nothing but speed: sampled answers would need other draws of a seed."""
+        if request.drafter is None:
+            return self.drafters.default() if request.temperature == 0 else NONE
+        return request.drafter
+
+    def _drafter(self, name: str) -> Adaptive | None:
+        if name == NONE:
             return None
-        assert name is not None
-        if name != "lookup":
-            self.drafters.find(name)  # a name that means nothing is an error; a drafter that does not fit only costs speed
         try:
-            return self.drafters.get(name)
-        except InputError as error:
+            return self.drafters.budgeted(name)
+        except InputError as error:  # the name is known: a drafter that is damaged or does not fit only costs speed
             warnings.warn(f"{error}; answering without a drafter", Notice, stacklevel=3)
             return None
 
-    def _context(self, request: AskRequest, drafter: Drafter | None = None) -> Session:
+    def _context(self, request: AskRequest, drafter: Adaptive | None = None) -> Session:
         session = Session.new(self.parts, () if drafter is None else drafter.taps)
         if request.think:
             session.add_text(THINK_ANSWER)

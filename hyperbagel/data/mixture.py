@@ -30,6 +30,7 @@ class SourceConfig(Config):
     styles: dict[str, float] | None = None  # weights of terse, medium, full captions; None: the language's own
     turns: int = Field(default=1, ge=1)  # questions about one picture in one sequence
     split: Literal["train", "heldout"] = "train"
+    kinds: dict[str, float] | None = None  # weights of the kinds of questions; None: the language's own
     # files
     path: Path | None = None
     images: Path | None = None  # where a chat's picture paths start; None: the folder of its jsonl
@@ -83,6 +84,7 @@ def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: Ima
             styles=config.styles,
             turns=config.turns,
             split=config.split,
+            kinds=config.kinds,
         )
     if config.path is None:
         raise InputError(f"source {name!r}: got no path, expected files of kind {config.kind!r}, add path to the recipe")

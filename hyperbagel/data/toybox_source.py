@@ -14,7 +14,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage, picture_items
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.data.tokenizer import Tokenizer
-from hyperbagel.toybox.language import questions_about, sample_edit, sample_question, sample_t2i
+from hyperbagel.toybox.language import KINDS, questions_about, sample_edit, sample_question, sample_t2i
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene
 
@@ -33,6 +33,7 @@ class ToyboxSource:
         styles: weights of caption styles; None means the language's own.
         turns: questions about one picture in one sequence, each seeing those before: the picture is encoded once for all.
         split: "train", or "heldout" for what training never shows.
+        kinds: weights of the kinds of questions; None means the language's own. Who learns from answers wants the long ones.
     """
 
     task: Task
@@ -44,10 +45,13 @@ class ToyboxSource:
     styles: Mapping[str, float] | None = None
     turns: int = 1
     split: str = "train"
+    kinds: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise InputError(f"toybox task: got {self.task!r}, expected one of {', '.join(TASKS)}; use one of these")
+        if unknown := set(self.kinds or ()) - set(KINDS):
+            raise InputError(f"toybox question kinds: got {min(unknown)!r}, expected some of {', '.join(KINDS)}; use these")
 
     def __len__(self) -> int:
         return 0  # endless
@@ -87,7 +91,8 @@ class ToyboxSource:
         return [*system, *picture_items(source, source, loss=False, context=True), *prompt, *target]
 
     def _question(self, rng: random.Random, think: bool) -> Sample:
-        drawn = sample_question(rng, split=self.split)
+        kind = None if self.kinds is None else rng.choices(list(self.kinds), list(self.kinds.values()))[0]
+        drawn = sample_question(rng, split=self.split, kind=kind)
         answer = f"<think>{drawn.think}</think>{drawn.answer}" if think else drawn.answer
         system = [self._text(THINK_ANSWER)] if think else []
         turns = [(drawn.question, answer)]

@@ -119,7 +119,9 @@ class AskRequest:
     seed: int = 0
     think: bool = False
     turns: tuple[tuple[str, str], ...] = ()
-    drafter: str | None = None  # who drafts for speculative decoding: "lookup", a shipped name or a folder; None, "none": plain
+    # who drafts ahead: "auto" (the fastest here), "lookup", a name that came with the model, a folder, or "none". None: auto at
+    # temperature 0 if drafters came with the model, else none
+    drafter: str | None = None
 
 
 @dataclass
@@ -137,10 +139,11 @@ class TextResult:
     text: str
     tokens: int  # generated
     prompt_tokens: int  # of the context, image tokens included
-    timings: dict[str, float]  # seconds: prefill, decode
+    timings: dict[str, float]  # seconds: prefill, decode; measure, when costs of drafting were measured first
     thinking: str | None = None
     finish_reason: str = "stop"  # or "length"
     tau: float | None = None  # mean tokens a forward of the model, if a drafter was at work
+    drafter: str | None = None  # who drafted most of this request; "none" if drafting did not pay
 
 
 # Called after each denoising update with (updates done, updates in all, latents [B, N, C]); may raise to stop the work.

@@ -2,38 +2,81 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.model.bagel import Bagel
-from hyperbagel.speculative.drafters.folder import load_module, make_drafter
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.budget import best_depth
+from hyperbagel.speculative.drafters.folder import load_module, make_drafter, read_acceptance
 from hyperbagel.speculative.drafters.lookup import Lookup
 from hyperbagel.speculative.types import Drafter
 
+LOOKUP, AUTO, NONE = "lookup", "auto", "none"
+DEPTH = 10  # most tokens of a chain: the paper's; the budget decides how many are drafted
+LOOKUP_PRIOR = (0.4, 0.6, 0.7)  # a wrong place is found out at once; a right one goes on
+
 
 class Drafters:
-    """`get("lookup")` needs no training; `get("block")` reads FOLDER/block; `get("path/to/drafter")` reads that folder."""
+    """Names: "lookup" needs no training; a name means FOLDER/name; a path means that folder; "auto" is what is fastest, lookup included."""
 
-    def __init__(self, target: Bagel, folder: Path | None = None) -> None:
-        self.target, self.folder = target, folder
-        self.ready: dict[str, Drafter] = {"lookup": Lookup()}
+    def __init__(self, parts: Parts, folder: Path | None = None) -> None:
+        self.parts, self.folder = parts, folder
+        self.ready: dict[str, Drafter] = {LOOKUP: Lookup()}
+        self.serving: dict[str, Adaptive] = {}
 
-    def names(self) -> list[str]:
-        """Those that work without another folder."""
-        shipped = [] if self.folder is None or not self.folder.is_dir() else [path.name for path in self.folder.iterdir() if path.is_dir()]
-        return ["lookup", *sorted(shipped)]
+    def shipped(self) -> list[str]:
+        """Those that came with the model."""
+        return [] if self.folder is None else sorted(path.parent.name for path in self.folder.glob("*/drafter.json"))
 
-    def get(self, name: str) -> Drafter:
-        """Raises InputError if there is none of that name, or if it is damaged or of another target."""
-        if name not in self.ready:
-            self.ready[name] = make_drafter(load_module(self.find(name), self.target), self.target)
-        return self.ready[name]
+    def default(self) -> str:
+        """Who drafts if nobody is asked for."""
+        return AUTO if self.shipped() else NONE
+
+    def check(self, name: str | None) -> None:
+        """Raises InputError for a name that means nothing. Reads nothing."""
+        if name not in (None, NONE, AUTO, LOOKUP):
+            self.find(str(name))
 
     def find(self, name: str) -> Path:
-        """The folder of a drafter. Raises InputError for a name that means nothing."""
-        if self.folder is not None and name in self.names():
+        """The folder of a trained drafter. Raises InputError for a name that means nothing."""
+        if self.folder is not None and name in self.shipped():
             return self.folder / name
         if Path(name).is_dir():
             return Path(name)
-        known = ", ".join([*self.names(), "none"])
+        known = ", ".join([*self.shipped(), LOOKUP, AUTO, NONE])
         raise InputError(f"got drafter {name!r}, expected one of {known}, or a drafter folder (train one: hyperbagel train drafter)")
+
+    def get(self, name: str) -> Drafter:
+        """The drafter alone, which drafts as deep as it can. Raises InputError if it is damaged or of another target."""
+        if name not in self.ready:
+            model = self.parts.model
+            self.ready[name] = make_drafter(load_module(self.find(name), model), model, depth=DEPTH)
+        return self.ready[name]
+
+    def budgeted(self, name: str) -> Adaptive:
+        """The drafter with a budget, as requests are served. Raises InputError as `get` does; "auto" warns of what it cannot use."""
+        if name not in self.serving:
+            self.serving[name] = self._auto() if name == AUTO else self._budgeted([name])
+        return self.serving[name]
+
+    def _budgeted(self, names: list[str]) -> Adaptive:
+        priors = {name: LOOKUP_PRIOR if name == LOOKUP else read_acceptance(self.find(name)) for name in names}
+        return Adaptive({name: self.get(name) for name in names}, {name: rates for name, rates in priors.items() if rates})
+
+    def _auto(self) -> Adaptive:
+        """Lookup and the trained drafter that its costs here and its acceptance in training promise most of."""
+        fitting = []
+        for name in self.shipped():
+            try:
+                self.get(name)
+                fitting.append(name)
+            except InputError as error:
+                warnings.warn(f"{error}; going on without it", stacklevel=4)
+        if len(fitting) > 1:
+            trial = self._budgeted(fitting)
+            costs = trial.prepare(Session.new(self.parts), 1)
+            promised = {name: best_depth(costs, name, trial.expected_rates(name))[1] for name in fitting}
+            fitting = [max(promised, key=lambda name: promised[name])]
+        return self._budgeted([*fitting, LOOKUP])

@@ -9,6 +9,7 @@ Shape legend: B sessions, n nodes (root included), V vocabulary.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -46,10 +47,12 @@ def decode(
     Greedy answers are those of plain decoding, token for token as far as arithmetic allows (fp32: always seen); sampled ones have its
     distribution, though not its draws. The sessions stay as they were.
 
+    Where a draft might not fit behind the answer, a warning, and plain decoding.
+
     Raises:
         InputError: no room in the context, or contexts without the hidden states that the drafter reads.
     """
-    if drafter is None:
+    if drafter is None or _too_wide(sessions, max_tokens, drafter):
         return plain(
             sessions,
             max_tokens=max_tokens,
@@ -62,13 +65,27 @@ def decode(
     for session in sessions:
         session.check_room(max_tokens + 1)
         check_taps(session, drafter)
-    work = _Work(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter)
+    work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter)
     try:
         while work.alive:
             work.round()
     finally:
         work.cache.truncate(work.before)
     return list(work.results)
+
+
+def _too_wide(sessions: Sequence[Session], max_tokens: int, drafter: Drafter) -> bool:
+    """Whether a whole draft behind the last token would leave the model's context; warns if so."""
+    limit = sessions[0].parts.model.config.llm.max_position_embeddings
+    longest = max(session.cache.lengths[0] for session in sessions) + max_tokens + 1
+    if longest <= limit < longest + drafter.width:
+        warnings.warn(
+            f"got drafts of {drafter.width} tokens behind {longest} of a context of {limit}, expected room for them; answering without a "
+            f"drafter, use max_tokens of at most {max(1, limit - longest + max_tokens - drafter.width)} to have one",
+            stacklevel=4,
+        )
+        return True
+    return False
 
 
 def check_taps(session: Session, drafter: Drafter) -> None:
@@ -81,7 +98,7 @@ def check_taps(session: Session, drafter: Drafter) -> None:
         )
 
 
-class _Work:
+class Rounds:
     """One call: the stacked cache, each row's root and result."""
 
     def __init__(
@@ -93,9 +110,11 @@ class _Work:
         on_token: OnToken | None,
         keep_logits: bool,
         drafter: Drafter,
+        im_end: int | None = None,
     ) -> None:
+        """im_end: the token that ends an answer, if not the tokenizer's."""
         parts = sessions[0].parts
-        self.model, self.im_end = parts.model, parts.tokenizer.im_end
+        self.model, self.im_end = parts.model, parts.tokenizer.im_end if im_end is None else im_end
         self.max_tokens, self.temperature, self.generators = max_tokens, temperature, generators
         self.on_token, self.keep_logits, self.drafter = on_token, keep_logits, drafter
         self.results = [Speculated() for _ in sessions]
@@ -110,6 +129,7 @@ class _Work:
         self.cache.reserve(max(self.before) + room)
         device = self.model.device
         self.root = torch.full((len(sessions),), parts.tokenizer.im_start, device=device)
+        self.roots = [parts.tokenizer.im_start] * len(sessions)
         self.position = torch.tensor([s.position for s in sessions], device=device)
         self.alive = set(range(len(sessions)))
         self.start, self.counts, self.ids = [0] * len(sessions), list(self.before), [[] for _ in sessions]  # type: ignore[var-annotated]
@@ -126,40 +146,51 @@ class _Work:
         if draft is None or draft.tokens.shape[1] == 0:
             draft = Draft(self.root.new_empty(len(self.results), 0))
         clock.append(time.perf_counter())
-        tokens = torch.cat([self.root[:, None], draft.tokens], dim=1)  # [B, n]
-        tree = draft.tree or Tree.chain(len(tokens), draft.tokens.shape[1], tokens.device)
-        logits = verify_forward(self.model, self.cache, tokens, tree, self.position, chain=draft.tree is None)
+        n = 1 + draft.tokens.shape[1]
+        tokens = torch.cat([self.root[:, None], draft.tokens], dim=1) if n > 1 else self.root[:, None]  # [B, n]
+        logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
-        accepted = self._accept(logits, tokens, draft, tree)
-        begun = [end - tokens.shape[1] for end in self.cache.lengths]
-        paths = [[0, *[i for i in path if i]] for path in tree.paths(accepted.node).tolist()]
+        if n == 1 and self.temperature == 0:  # as lean as a plain step: rounds without drafts must not cost more
+            accepted = Accepted(torch.zeros_like(self.root), logits[:, 0].argmax(-1))
+            read = [[0, own, root] for own, root in zip(accepted.token.tolist(), self.roots, strict=True)]
+        else:
+            accepted = self._accept(logits, tokens, draft)
+            # the round's one wait for the device: accepted node, the target's token, what was drafted
+            read = torch.cat([accepted.node[:, None], accepted.token[:, None], tokens], dim=1).tolist()
+        begun = [end - n for end in self.cache.lengths]
+        if draft.tree is None:
+            paths = [list(range(row[0] + 1)) for row in read]
+            deepest = [sum(id_ >= 0 for id_ in row[3:]) for row in read]
+        else:
+            paths = [[0, *[i for i in path if i]] for path in draft.tree.paths(accepted.node).tolist()]
+            deepest = torch.where(tokens >= 0, draft.tree.depths, 0).amax(1).tolist()
         paths = [path if b in self.alive else [] for b, path in enumerate(paths)]
-        commit(self.cache, begun, paths)
+        if n > 1 or len(self.alive) < len(paths):
+            commit(self.cache, begun, paths)
         clock.append(time.perf_counter())
         self.start, self.counts = begun, [len(path) for path in paths]
-        all_ids, own = tokens.tolist(), accepted.token.tolist()
-        self.ids = [[all_ids[b][i] for i in path] for b, path in enumerate(paths)]
-        deepest = torch.where(tokens >= 0, tree.depths, 0).amax(1).tolist()
+        self.ids = [[read[b][2 + i] for i in path] for b, path in enumerate(paths)]
         for b in sorted(self.alive):
-            self._report(b, paths[b], [*self.ids[b][1:], own[b]], logits, deepest[b])
-        self.root = accepted.token
-        self.position = self.position + torch.tensor(self.counts, device=self.position.device)
+            self._report(b, paths[b], [*self.ids[b][1:], read[b][1]], logits, deepest[b])
+        self.root, self.roots = accepted.token, [row[1] for row in read]
+        same = self.counts[0] if len(set(self.counts)) == 1 else None
+        self.position = self.position + (torch.tensor(self.counts, device=self.position.device) if same is None else same)
         clock.append(time.perf_counter())
         spent = [b - a for a, b in pairwise(clock)]
         t = self.times
         t.draft, t.verify, t.commit, t.host = (x + y for x, y in zip((t.draft, t.verify, t.commit, t.host), spent))
 
-    def _accept(self, logits: Tensor, tokens: Tensor, draft: Draft, tree: Tree) -> Accepted:
+    def _accept(self, logits: Tensor, tokens: Tensor, draft: Draft) -> Accepted:
         if self.temperature == 0:
             best = logits.argmax(-1)
-            return greedy_chain(best, tokens) if draft.tree is None else greedy(best, tokens, tree.mask)
+            return greedy_chain(best, tokens) if draft.tree is None else greedy(best, tokens, draft.tree.mask)
         p = probabilities(logits, self.temperature)
         n = tokens.shape[1]
         drawn = [torch.rand(n, generator=g, dtype=torch.float64) for g in self.generators]
         uniforms = torch.stack(drawn).to(tokens.device)
         if draft.tree is None:
             return sampled_chain(p, tokens, uniforms, draft.q)
-        return sampled(p, tokens, tree.parents, uniforms, draft.q)
+        return sampled(p, tokens, draft.tree.parents, uniforms, draft.q)
 
     def _report(self, b: int, path: list[int], new: list[int], logits: Tensor, deepest: int) -> None:
         """Hands out row b's new tokens, the accepted ones and the target's own, as far as plain decoding would have gone."""
@@ -187,11 +218,14 @@ class _Work:
                 return
 
 
-def verify_forward(model: Bagel, cache: KVCache, tokens: Tensor, tree: Tree, position: Tensor, *, chain: bool) -> Tensor:
-    """The target reads root and nodes, tokens [B, n] (-1 as 0), root at position [B] -> logits [B, n, V]; the cache grows by n a row."""
+def verify_forward(model: Bagel, cache: KVCache, tokens: Tensor, tree: Tree | None, position: Tensor) -> Tensor:
+    """The target reads root and nodes, tokens [B, n] (-1 as 0), root at position [B] -> logits [B, n, V]; the cache grows by n a row.
+
+    `tree` None: a chain."""
     counts = [tokens.shape[1]] * tokens.shape[0]
-    plan = cache.plan(counts, causal=True) if chain else tree_plan(cache, tree)
-    where = position[:, None] + tree.depths
+    plan = cache.plan(counts, causal=True) if tree is None else tree_plan(cache, tree)
+    depths = torch.arange(tokens.shape[1], device=position.device) if tree is None else tree.depths
+    where = position[:, None] + depths
     hidden = model.backbone(Streams(model.embed_text(tokens.clamp(min=0)), None), where, cache=cache, plan=plan).u
     assert hidden is not None
     cache.advance(counts)

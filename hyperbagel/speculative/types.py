@@ -48,6 +48,7 @@ class Drafter(Protocol):
 
     taps: tuple[int, ...]  # hidden states entering these layers must be in the contexts' caches
     width: int  # most nodes it drafts
+    threshold: float  # it drafts nothing whose chance of being accepted, all before it included, it believes to be lower
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         """Forgets the last request. `temperature` 0: greedy."""

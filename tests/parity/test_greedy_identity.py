@@ -14,7 +14,7 @@ from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.speculative.compare import first_divergence
-from hyperbagel.speculative.decode import _Work, decode
+from hyperbagel.speculative.decode import Rounds, decode
 from hyperbagel.speculative.drafters.lookup import Lookup, continuation
 from hyperbagel.speculative.types import Drafter, Speculated
 
@@ -98,7 +98,7 @@ def test_cache_after_every_round_equals_a_fresh_prefill(name: str, parts: Parts)
     sessions = mixed_sessions(parts, taps)
     plain = plain_decode(sessions, max_tokens=16)
     model = parts.model
-    work = _Work(sessions, 16, 0.0, (), None, False, drafter_of(name, plain, parts))
+    work = Rounds(sessions, 16, 0.0, (), None, False, drafter_of(name, plain, parts))
     committed: list[list[int]] = [[] for _ in sessions]
     while work.alive:
         work.round()

@@ -55,6 +55,8 @@ EXTRA_IMPORTS: dict[str, set[str]] = {
     "hyperbagel/evaluate/rows.py": {"generate"},
     "hyperbagel/evaluate/wall_clock.py": {"generate"},
     "hyperbagel/evaluate/distillation.py": {"model", "generate"},
+    # it times decoding itself, without contexts and words around it
+    "hyperbagel/evaluate/speculative.py": {"generate", "speculative"},
 }
 # third-party package -> files (or folders, with a slash at the end) that may import it
 HOMES: dict[str, tuple[str, ...]] = {

@@ -68,8 +68,11 @@ def level_plan(cache: KVCache, committed: Sequence[int], seen: Tensor) -> Plan:
     return Plan(slots, visible, ((node < 0)[:, None] | within).unsqueeze(1), False)
 
 
-def best_nodes(levels: Sequence[Level], nodes: int) -> Draft:
-    """The most probable `nodes` of all candidates; every one's parent is among them. Order: level by level."""
+def best_nodes(levels: Sequence[Level], nodes: int, threshold: float = 0.0) -> Draft:
+    """The most probable `nodes` of all candidates; every one's parent is among them. Order: level by level.
+
+    `threshold`: as many as, in the mean of the rows, are at least so probable; a wait for the device.
+    """
     offsets = [0]
     for level in levels:
         offsets.append(offsets[-1] + level.tokens.shape[1])
@@ -78,7 +81,11 @@ def best_nodes(levels: Sequence[Level], nodes: int) -> Draft:
     parents = torch.cat(
         [level.parents + offsets[i - 1] if i else torch.full_like(level.parents, -1) for i, level in enumerate(levels)], dim=1
     )
-    kept = scores.topk(min(nodes, tokens.shape[1]), dim=1).indices.sort(dim=1).values  # [B, N]; a parent's index is smaller
+    nodes = min(nodes, tokens.shape[1])
+    if threshold > 0:  # the n-th best in the mean: rows share the number of nodes
+        worth = scores.sort(dim=1, descending=True).values.exp().mean(0) >= threshold
+        nodes = min(nodes, int(worth.sum()))
+    kept = scores.topk(nodes, dim=1).indices.sort(dim=1).values  # [B, N]; a parent's index is smaller
     place = torch.zeros_like(tokens).scatter_(1, kept, torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept))
     above = parents.gather(1, kept)
     rows = torch.where(above < 0, 0, place.gather(1, above.clamp(min=0)))

@@ -57,6 +57,20 @@ def read_config(folder: Path) -> DrafterConfig:
     return check_config(DrafterConfig, values, str(path))
 
 
+def write_acceptance(folder: Path, measured: dict[str, list[float]]) -> None:
+    """acceptance.json in a drafter's folder: of each split, how often depth 1, 2, ... was accepted if the one before was."""
+    atomic_write_text(folder / "acceptance.json", json.dumps(measured, indent=1) + "\n")
+
+
+def read_acceptance(folder: Path) -> list[float]:
+    """The first split's rates; [] where none were written or nothing sensible is there: they only start an estimate."""
+    try:
+        rates = next(iter(json.loads((folder / "acceptance.json").read_text(encoding="utf-8")).values()))
+        return [min(0.99, max(0.01, float(rate))) for rate in rates]
+    except (OSError, ValueError, TypeError, AttributeError, StopIteration):
+        return []
+
+
 def load_module(folder: Path, target: Bagel) -> Module:
     """A drafter for `target`, on its device and in its dtype. The fit is checked before any weight is read.
 

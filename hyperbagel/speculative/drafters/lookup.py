@@ -14,6 +14,7 @@ class Lookup:
     """Drafts a chain of up to `width` tokens after the longest n-gram, `longest` down to `shortest`, that occurred before."""
 
     taps: tuple[int, ...] = ()
+    threshold = 0.0  # it has no idea of its chances
 
     def __init__(self, width: int = 8, longest: int = 3, shortest: int = 1) -> None:
         self.width, self.longest, self.shortest = width, longest, shortest

@@ -60,7 +60,14 @@ def choose(logits: Tensor, temperature: float, generators: Sequence[torch.Genera
     return torch.cat(drawn).to(logits.device), q
 
 
-def _drafts(tokens: list[Tensor], qs: list[Tensor | None]) -> Draft:
+def confidence(logits: Tensor) -> Tensor:
+    """How likely the drafter holds its greedy choice to be right: logits [..., V] -> [...]."""
+    return logits.float().softmax(-1).amax(-1)
+
+
+def _drafts(tokens: list[Tensor], qs: list[Tensor | None], like: Tensor) -> Draft:
+    if not tokens:
+        return Draft(torch.empty(len(like), 0, dtype=torch.long, device=like.device))
     kept = [q for q in qs if q is not None]
     return Draft(torch.stack(tokens, dim=1), None, torch.stack(kept, dim=1) if kept else None)
 
@@ -71,6 +78,7 @@ class _Proposer:
     def __init__(self, module: DraftModule | BlockDrafter, target: Bagel) -> None:
         module.config.check_target(target.config.llm)
         self.target, self.config, self.memory_layers = target, module.config, module.memory_layers
+        self.threshold = 0.0
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         c, model = self.config, self.target
@@ -110,8 +118,17 @@ class AutoregressiveDrafter(_Proposer):
         ones = [1] * len(h)
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
+        # The look at the chances is a wait for the device, so on a CPU only. Greedy only: a sampled draft may be good at low confidence,
+        # and what is drafted must not depend on how likely the drawn token was.
+        careful = self.threshold > 0 and self.temperature == 0 and h.device.type == "cpu"
+        chance = torch.ones(len(h))
         for d in range(depth):
-            token, q = choose(self.module.head(h), self.temperature, self.generators)
+            logits = self.module.head(h)
+            token, q = choose(logits, self.temperature, self.generators)
+            if careful:
+                chance = chance * confidence(logits)
+                if chance.mean() < self.threshold:
+                    break
             tokens.append(token)
             qs.append(q)
             if d + 1 < depth:
@@ -119,7 +136,7 @@ class AutoregressiveDrafter(_Proposer):
                 sight = Sight.at((position + d)[:, None], self.config, h.dtype, Served(self.cache, plan))
                 h = self.module.step(h[:, None], self.target.embed_text(token)[:, None], sight)[:, 0]
                 self.cache.advance(ones)
-        return _drafts(tokens, qs)
+        return _drafts(tokens, qs, h)
 
     def _tree(self, h: Tensor, position: Tensor, depth: int) -> Draft:
         """EAGLE-2's growth: each level expands the `branch` most probable nodes; then the best `nodes` of all are kept."""
@@ -134,11 +151,11 @@ class AutoregressiveDrafter(_Proposer):
             self.cache.advance([self.branch] * len(h))
             levels.append(grow(level, self.module.head(out), self.branch))
             states = out.gather(1, levels[-1].frontier_parent[..., None].expand(-1, -1, out.shape[-1]))
-        return best_nodes(levels, self.nodes)
+        return best_nodes(levels, self.nodes, self.threshold if h.device.type == "cpu" else 0.0)
 
 
 class BlockProposer(_Proposer):
-    """One pass a round. `threshold`: drafts whose confidence, multiplied up along the chain, falls below it are not proposed."""
+    """One pass a round. What the drafter believes of itself is its confidence head if it samples, else its own probability."""
 
     def __init__(self, module: BlockDrafter, target: Bagel, *, depth: int | None = None, threshold: float = 0.0) -> None:
         super().__init__(module, target)
@@ -161,9 +178,14 @@ class BlockProposer(_Proposer):
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
         for d in range(depth):
+            mine = logits[:, d] + self.module.link(previous)
             if self.threshold > 0:  # decided before the token is drawn, so that it does not bend the distribution
-                trust = trust * self.module.trust(out[:, d], previous).float().sigmoid()
-            previous, q = choose(logits[:, d] + self.module.link(previous), self.temperature, self.generators)
-            tokens.append(torch.where(trust >= self.threshold, previous, -1))
+                sure = self.module.trust(out[:, d], previous).float().sigmoid() if self.temperature > 0 else confidence(mine)
+                trust = trust * sure
+                if trust.device.type == "cpu" and trust.mean() < self.threshold:
+                    break
+            previous, q = choose(mine, self.temperature, self.generators)
+            # where a look at the chances would be a wait for the device, each row ends its own draft
+            tokens.append(previous if trust.device.type == "cpu" else torch.where(trust >= self.threshold, previous, -1))
             qs.append(q)
-        return _drafts(tokens, qs)
+        return _drafts(tokens, qs, root)

@@ -30,7 +30,7 @@ from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.export import export_eagle3
-from hyperbagel.speculative.drafters.folder import make_drafter, make_module, save_drafter
+from hyperbagel.speculative.drafters.folder import make_drafter, make_module, save_drafter, write_acceptance
 from hyperbagel.speculative.drafters.lesson import make_lesson
 from hyperbagel.speculative.drafters.regenerate import context_of
 from hyperbagel.speculative.simulate import simulate
@@ -111,7 +111,8 @@ class DrafterStage(Stage):
         self.players = {"drafter": Player.of(self.module, recipe.optim)}
         self.sources = _sources(recipe.data, self.parts, recipe.seed)
         self.best_metric = f"{next(iter(recipe.held_out))}_tau" if recipe.held_out else None
-        self.pool: tuple[int, list[tuple[Session, Decoded]]] | None = None
+        self.asked: tuple[int, list[Session]] | None = None  # contexts of the pools at hand
+        self.pool: tuple[int, list[Lesson]] | None = None
         self.measured = {name: self._prompts(data) for name, data in recipe.held_out.items()}
         if isinstance(self.module, Eagle3) and config.draft_vocab is not None:
             self._choose_vocabulary(self.module, config.draft_vocab)
@@ -150,15 +151,22 @@ class DrafterStage(Stage):
         cuts = r.pool // r.contexts
         number, within = divmod(step, cuts * r.passes)
         if self.pool is None or self.pool[0] != number:
-            draw = Draws.at(r.seed, _POOL, number).python
-            with torch.no_grad():
-                sessions = self._contexts(r.data, self.sources, number * r.pool, r.pool, draw)
-                answered = self._answer(sessions, r.temperatures[number % len(r.temperatures)], draw)
-            self.pool = number, sorted(answered, key=lambda pair: len(pair[1].ids))  # like lengths together: little padding
-        at = (within % cuts) * r.contexts
-        lesson = self._lesson(self.pool[1][at : at + r.contexts])
+            self.pool = None  # before the next one is made: two would have to fit
+            self.pool = number, self._pool(number)
+        lesson = self.pool[1][within % cuts]
         spread = torch.rand(len(lesson.counts), r.anchors, generator=rng.torch).to(self.device)
         return DraftBatch(lesson, (spread * lesson.counts[:, None]).long())
+
+    @torch.no_grad()
+    def _pool(self, number: int) -> list[Lesson]:
+        """Batches of pool `number`. As many pools as there are temperatures share their contexts; a pool's lessons stay in memory."""
+        r = self.recipe
+        of, turn = divmod(number, len(r.temperatures))
+        if self.asked is None or self.asked[0] != of:
+            self.asked = of, self._contexts(r.data, self.sources, of * r.pool, r.pool, Draws.at(r.seed, _POOL, of, 0).python)
+        answered = self._answer(self.asked[1], r.temperatures[turn], Draws.at(r.seed, _POOL, number, 1).python)
+        answered.sort(key=lambda pair: len(pair[1].ids))  # like lengths together: little padding
+        return [self._lesson(answered[at : at + r.contexts]) for at in range(0, r.pool - r.contexts + 1, r.contexts)]
 
     def _lesson(self, pairs: Sequence[tuple[Session, Decoded]]) -> Lesson:
         return make_lesson([s for s, _ in pairs], [out.ids for _, out in pairs], self.module.layers_read)
@@ -167,11 +175,10 @@ class DrafterStage(Stage):
         """The most frequent tokens of the target's own answers; ties and gaps in order of id."""
         seen = torch.zeros(self.target.config.llm.vocab_size)
         for number in range(4):
-            draw = Draws.at(self.recipe.seed, _POOL, number).python
-            with torch.no_grad():
-                sessions = self._contexts(self.recipe.data, self.sources, number * self.recipe.pool, self.recipe.pool, draw)
-                for _, out in self._answer(sessions, float(number % 2), draw):
-                    seen += torch.bincount(torch.tensor([*out.ids, self.parts.tokenizer.im_end]), minlength=len(seen))
+            for lesson in self._pool(number):
+                for row, count in zip(lesson.tokens, lesson.counts.tolist(), strict=True):
+                    ids = torch.cat([row[1:count].cpu(), torch.tensor([self.parts.tokenizer.im_end])])
+                    seen += torch.bincount(ids, minlength=len(seen))
         module.set_vocabulary(seen.argsort(descending=True, stable=True)[:size].sort().values.to(self.device))
         module.lm_head.weight.data.copy_(self.target.language_model.lm_head.weight.data[module.drafted()])
 
@@ -240,6 +247,7 @@ class DrafterStage(Stage):
                 told = self.simulated(pairs)
                 got = self.engine(pairs, make_drafter(self.module, self.target, depth=self.recipe.depth))
                 gate[name] = {"simulated_tau": told.tau, "engine_tau": got.tau, "simulated": told.rates(), "engine": got.rates()}
+            write_acceptance(out / "export", {name: g["simulated"] for name, g in gate.items()})
         atomic_write_text(out / "gate.json", json.dumps(gate, indent=1) + "\n")
         far = [name for name, g in gate.items() if not math.isclose(g["engine_tau"], g["simulated_tau"], rel_tol=GATE)]
         if far:

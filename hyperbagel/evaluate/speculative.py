@@ -1,0 +1,284 @@
+"""Speculative decoding measured: acceptance of each drafter, and tokens a second of each way to decode beside our fastest plain decoding.
+
+Acceptance is that of drafts of a fixed length (the paper's chain of 10, or a whole block); speed is that of the budget that requests are
+served with. Ways of decoding take turns on the same prompts (interleaved), several times over; medians and spread are over those times.
+A stopped evaluation goes on with the cell (split, temperature, batch) that it was in.
+
+Shape legend: B sessions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import make_folder
+from hyperbagel.evaluate.records import Record, run_items
+from hyperbagel.evaluate.report import write_report
+from hyperbagel.evaluate.speculative_report import print_tables, summarise
+from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.graphs import GraphRunner
+from hyperbagel.generate.session import Session
+from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.types import Drafter, Speculated, Stats, Times
+from hyperbagel.toybox.language import sample_question
+from hyperbagel.toybox.render import render
+
+SPLITS = ("in_template", "held_out", "free_form")
+PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
+FREE_TOKENS = 40  # at least, of a free-form answer
+# requests in words that no template has
+FREE = (
+    "Tell a friend who cannot see this picture what is on it.", "Write a few sentences about the scene.",
+    "What is going on here? Use your own words.", "Make a long caption for this picture.", "Please write down what this picture shows.",
+)  # fmt: skip
+_TRIES = 20  # prompts looked at for each that is kept
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. Written beside the records; records of another plan are not mixed in."""
+
+    prompts: int = 24  # of a split
+    repeats: int = 5
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    batches: tuple[int, ...] = (1, 4)
+    max_tokens: int = 160
+    depth: int = 10  # of the drafts whose acceptance is told
+    speed: bool = True  # False: acceptance alone
+    seed: int = 0
+    free_tokens: int = FREE_TOKENS
+
+
+QUICK = Plan(prompts=3, repeats=1, max_tokens=24, free_tokens=1)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    question: str
+    picture: Image.Image
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One table's worth: all ways of decoding on one split at one temperature; `batch` 0: acceptance."""
+
+    split: str
+    temperature: float
+    batch: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.split}-T{self.temperature:g}-" + (f"x{self.batch}" if self.batch else "acceptance")
+
+
+@dataclass
+class _Arm:
+    """One way to decode: its runs' seconds and tokens, one of each repeat."""
+
+    drafter: Drafter | None
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+    times: Times = field(default_factory=Times)
+    drafted: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+
+def run_speculative_eval(
+    model: Any, drafters: Mapping[str, Path], *, out: Path | str, plan: Plan | None = None, show: bool = True
+) -> dict[str, Any]:
+    """Every drafter given and every one that came with the model. Writes cells.jsonl and report.json into `out`, prints the tables.
+
+    Raises InputError: a folder that is no drafter of this model, or records of another plan in `out`.
+    """
+    plan = plan or Plan()
+    folder = make_folder(out)
+    names = {name: name for name in model.drafters.shipped()} | {name: str(path) for name, path in drafters.items()}
+    for name in names.values():
+        model.drafters.get(name)  # a folder that cannot be used ends the run here
+    work = _Bench(model, names, plan)
+    cells = [Cell(s, t, b) for s in SPLITS for t in plan.temperatures for b in ((0, *plan.batches) if plan.speed else (0,))]
+    header = json.loads(json.dumps({"plan": asdict(plan), "drafters": names, "model": model.name, "machine": machine(model)}))
+    records = run_items("speculative", cells, work.cells, seed=plan.seed, batch=1, header=header, path=folder / "cells.jsonl")
+    result = summarise(header, records)
+    write_report(result, folder / "report.json")
+    if show:
+        print_tables(result)
+    return result
+
+
+def machine(model: Any) -> dict[str, Any]:
+    device = model.parts.model.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": kind, "threads": torch.get_num_threads(), "dtype": str(model.parts.model.dtype).removeprefix("torch.")}
+
+
+class _Bench:
+    def __init__(self, model: Any, names: Mapping[str, str], plan: Plan) -> None:
+        self.model, self.names, self.plan = model, names, plan
+        self.prompts: dict[str, list[Prompt]] = {}
+
+    @torch.inference_mode()
+    def cells(self, cells: Sequence[Cell], seeds: Sequence[int]) -> list[Record]:
+        return [self._speed(cell) if cell.batch else self._acceptance(cell) for cell in cells]
+
+    # -- prompts ---------------------------------------------------------------------------------------------------------------
+
+    def of_split(self, split: str) -> list[Prompt]:
+        if split not in self.prompts:
+            self.prompts[split] = self._make(split)
+        return self.prompts[split]
+
+    def _make(self, split: str) -> list[Prompt]:
+        rng = random.Random(f"speculative/{split}/{self.plan.seed}")
+        found: list[Prompt] = []
+        for i in range(_TRIES * self.plan.prompts):
+            if split == "in_template":
+                made = sample_question(rng)
+            elif split == "held_out":
+                made = sample_question(rng, split="heldout", heldout_kind="template")
+            else:
+                made = sample_question(rng, split="heldout", kind="describe")
+            prompt = Prompt(FREE[i // 2 % len(FREE)] if split == "free_form" and i % 2 else made.question, _picture(made.scene))
+            if split != "free_form" or self._long(prompt):
+                found.append(prompt)
+            if len(found) == self.plan.prompts:
+                return found
+        raise InputError(
+            f"got {len(found)} answers of at least {self.plan.free_tokens} tokens to {_TRIES * self.plan.prompts} requests, expected "
+            f"{self.plan.prompts}; this model answers too briefly for a free-form split"
+        )
+
+    def _long(self, prompt: Prompt) -> bool:
+        [out] = plain_decode(self._sessions([prompt], ()), max_tokens=self.plan.max_tokens)
+        return len(out.ids) >= self.plan.free_tokens
+
+    def _sessions(self, prompts: Sequence[Prompt], taps: Sequence[int]) -> list[Session]:
+        made = []
+        for prompt in prompts:
+            session = Session.new(self.model.parts, taps)
+            session.add_image(prompt.picture, latents=False)
+            session.add_text(prompt.question)
+            made.append(session)
+        return made
+
+    # -- acceptance ------------------------------------------------------------------------------------------------------------
+
+    def _acceptance(self, cell: Cell) -> Record:
+        """Drafts of full length, each drafter alone; and how sure the target is of its tokens, in nats a token."""
+        plan, prompts = self.plan, self.of_split(cell.split)
+        rows: dict[str, Any] = {}
+        plain = plain_decode(self._sessions(prompts, ()), **self._how(cell, range(len(prompts)), plan), keep_logits=True)
+        sure = [float(torch.distributions.Categorical(logits=x).entropy()) for out in plain for x in out.logits[: len(out.ids) + 1]]
+        for name, path in {LOOKUP: LOOKUP, **self.names}.items():
+            drafter = self.model.drafters.get(path)
+            stats, width = Stats(), min(plan.depth, drafter.width)
+            drafter.threshold = 0.0
+            for out in decode(self._sessions(prompts, drafter.taps), **self._how(cell, range(len(prompts)), plan), drafter=drafter):
+                assert isinstance(out, Speculated)
+                stats.add(out.stats)
+            rows[name] = {"tau": stats.tau, "alpha": alpha(stats.tau, width), "depth": width, "rates": stats.rates()}
+        lengths = [len(out.ids) for out in plain]
+        return {**asdict(cell), "rows": rows, "entropy": sum(sure) / len(sure), "tokens": sum(lengths), "longest": max(lengths)}
+
+    def _how(self, cell: Cell, which: Sequence[int], plan: Plan) -> dict[str, Any]:
+        generators = [torch.Generator().manual_seed(plan.seed + i) for i in which]
+        return {"max_tokens": plan.max_tokens, "temperature": cell.temperature, "generators": generators}
+
+    # -- speed -----------------------------------------------------------------------------------------------------------------
+
+    def _speed(self, cell: Cell) -> Record:
+        plan, prompts, drafters = self.plan, self.of_split(cell.split), self.model.drafters
+        arms = {PLAIN: _Arm(None)}
+        arms |= {name: _Arm(drafters.budgeted(path)) for name, path in {LOOKUP: LOOKUP, **self.names, AUTO: AUTO}.items()}
+        groups = [range(i, min(i + cell.batch, len(prompts))) for i in range(0, len(prompts), cell.batch)]
+        contexts = {name: self._sessions(prompts, () if arm.drafter is None else arm.drafter.taps) for name, arm in arms.items()}
+        runner = GraphRunner(self.model.parts.model) if self.model.parts.model.device.type == "cuda" else None
+        answers: dict[str, list[Decoded]] = {}
+        for repeat in range(-1, plan.repeats):  # the first time round warms up, and costs are measured
+            spent = dict.fromkeys(arms, 0.0)
+            said: dict[str, list[Decoded]] = defaultdict(list)
+            for turn, group in enumerate(groups):
+                order = list(arms)
+                shift = (turn + repeat) % len(order)
+                for name in order[shift:] + order[:shift]:
+                    arm = arms[name]
+                    sessions = [contexts[name][i] for i in group]
+                    how = self._how(cell, group, plan)
+                    if arm.drafter is not None:
+                        arm.drafter.prepare(sessions[0], len(sessions))  # type: ignore[attr-defined]
+                    start = self._clock()
+                    out = decode(sessions, **how, drafter=arm.drafter, runner=runner if arm.drafter is None else None)
+                    spent[name] += self._clock() - start
+                    said[name] += out
+                    if repeat >= 0 and arm.drafter is not None:
+                        _add(arm, out)
+            if repeat >= 0:
+                for name, arm in arms.items():
+                    arm.seconds.append(spent[name])
+                    arm.tokens.append(sum(len(out.ids) + (out.finish_reason == "stop") for out in said[name]))
+                answers = said
+        plain = arms[PLAIN]
+        rows = {name: _row(arm, plain) for name, arm in arms.items()}
+        if cell.temperature == 0:
+            for name, outs in answers.items():
+                rows[name]["identical"] = sum(a.ids == b.ids for a, b in zip(outs, answers[PLAIN], strict=True))
+        return {**asdict(cell), "rows": rows, "answers": len(prompts)}
+
+    def _clock(self) -> float:
+        if self.model.parts.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _picture(scene: Any) -> Image.Image:
+    return Image.fromarray(render(scene, 64))
+
+
+def _add(arm: _Arm, out: Sequence[Decoded]) -> None:
+    for row in out:
+        if isinstance(row, Speculated):
+            arm.stats.add(row.stats)
+    first = out[0]
+    if isinstance(first, Speculated):  # one call's times are shared by its rows
+        for part, seconds in asdict(first.times).items():
+            setattr(arm.times, part, getattr(arm.times, part) + seconds)
+    for name, rounds in arm.drafter.rounds_drafted.items():  # type: ignore[union-attr]
+        arm.drafted[name] += rounds
+
+
+def _row(arm: _Arm, plain: _Arm) -> Record:
+    """Tokens a second (stop tokens included: they cost a step too) and the gain over plain decoding of the same repeat."""
+    rates = [n / s for n, s in zip(arm.tokens, arm.seconds, strict=True)]
+    gains = [mine / (n / s) for mine, n, s in zip(rates, plain.tokens, plain.seconds, strict=True)]
+    row: Record = {"tok_per_second": median(rates), "low": min(rates), "high": max(rates)}
+    row |= {"speedup": median(gains), "speedup_low": min(gains), "speedup_high": max(gains)}
+    if arm.drafter is not None:
+        rounds = max(1, arm.stats.rounds)
+        ms = {part: 1e3 * seconds / rounds for part, seconds in asdict(arm.times).items()}
+        row |= {"tau": arm.stats.tau, "ms": ms, "rounds": arm.stats.rounds, "drafted": dict(arm.drafted)}
+    return row
+
+
+def alpha(tau: float, depth: int) -> float:
+    """The acceptance rate a with tau = 1 + a + ... + a^depth = (1 - a^(depth + 1)) / (1 - a): the paper's 10-alpha for depth 10."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if sum(middle**k for k in range(depth + 1)) < tau:
+            low = middle
+        else:
+            high = middle
+    return low

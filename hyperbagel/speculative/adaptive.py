@@ -1,0 +1,164 @@
+"""A drafter that decides every round who drafts how much, or that nobody does: measured costs against running acceptance.
+
+Answers stay the target's own whatever it decides, since any draft is verified. What it learnt it keeps from request to request.
+
+Shape legend: B rows, N drafted nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from hyperbagel.generate.session import Session
+from hyperbagel.speculative.budget import Acceptance, Costs, Record, after_round, best_depth, choose, expected_tokens, least_chance
+from hyperbagel.speculative.costs import measure_costs
+from hyperbagel.speculative.types import Draft, Drafter, Seen
+
+UNKNOWN = (0.6,)  # acceptance of a drafter whose folder says nothing
+TRIAL_DEPTH = 2  # at least, where acceptance so far says that drafting does not pay
+_TEXT = "what do you see? Name everything. " * 4  # of the context that costs are measured behind
+
+
+@dataclass
+class _News:
+    """What a drafter has not been shown yet: rounds in which another one drafted add up."""
+
+    start: list[int]
+    counts: list[int]
+    ids: list[list[int]]
+
+    def add(self, seen: Seen) -> None:
+        self.counts = [a + b for a, b in zip(self.counts, seen.counts, strict=True)]
+        self.ids = [[*a, *b] for a, b in zip(self.ids, seen.ids, strict=True)]
+
+
+@dataclass
+class _Phase:
+    """What is known of one kind of round."""
+
+    records: dict[str, Record]
+    acceptance: dict[str, Acceptance]
+
+
+class Adaptive:
+    """`drafters` by name. `priors`: acceptance by depth that each is believed to have at first (its folder says)."""
+
+    threshold = 0.0
+
+    def __init__(
+        self, drafters: Mapping[str, Drafter], priors: Mapping[str, Sequence[float]] | None = None, costs: Costs | None = None
+    ) -> None:
+        """costs: used for every batch size instead of measured ones (tests)."""
+        self.drafters, self.priors = dict(drafters), dict(priors or {})
+        self.taps: tuple[int, ...] = tuple(sorted({tap for drafter in drafters.values() for tap in drafter.taps}))
+        self.width = max(drafter.width for drafter in drafters.values())
+        self.given, self.measured = costs, dict[int, Costs]()
+        self.phases: dict[tuple[int, bool, bool], _Phase] = {}  # (batch size, sampled, first round)
+        self.rounds_drafted = dict.fromkeys(drafters, 0)  # in this request
+
+    # -- costs -----------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, session: Session, rows: int) -> Costs:
+        """Costs at a batch size (the next power of two), measured when first asked for. `session` gives the model alone."""
+        size = 1 << max(0, rows - 1).bit_length()
+        if self.given is not None:
+            return self.given
+        if size not in self.measured:
+            context = Session.new(session.parts, self.taps)
+            context.add_text(_TEXT)
+            self.measured[size] = measure_costs(context, self.drafters, size)
+        return self.measured[size]
+
+    def expected_rates(self, name: str) -> list[float]:
+        """Acceptance by depth that drafter `name` is believed to have before it has drafted."""
+        return Acceptance(self.priors.get(name, UNKNOWN)).rates(self.drafters[name].width)
+
+    # -- a drafter -------------------------------------------------------------------------------------------------------------
+
+    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        self.costs = self.prepare(sessions[0], len(sessions))
+        self.sampled, self.rows, self.first = temperature > 0, len(sessions), True
+        self.news: dict[str, _News | None] = dict.fromkeys(self.drafters)
+        self.last: tuple[str, _Phase, list[int], int] | None = None  # who drafted, tokens drafted by row, columns
+        self.rounds_drafted = dict.fromkeys(self.drafters, 0)
+        for drafter in self.drafters.values():
+            drafter.begin(sessions, temperature, generators)
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        self._learn(seen)
+        for other, news in self.news.items():
+            if news is None:
+                self.news[other] = _News(list(seen.start), list(seen.counts), [list(ids) for ids in seen.ids])
+            else:
+                news.add(seen)
+        phase = self._phase(self.first)
+        self.first = False
+        plain = 1 / self.costs.plain
+        open_to = dict(phase.records)
+        while (name := choose(open_to, plain)) is not None:
+            draft = self._draft(name, phase, seen, limit)
+            if draft.tokens.shape[1] or not _free(self.drafters[name]):
+                drafted = (draft.tokens >= 0).sum(1).tolist()
+                self.last = name, phase, drafted, draft.tokens.shape[1]
+                self.rounds_drafted[name] += 1
+                return draft
+            del open_to[name]  # it cost nothing to find nothing; another one may know more
+        after_round(phase.records, None, plain)
+        return Draft(seen.root.new_empty(len(seen.root), 0))
+
+    def most_used(self) -> str:
+        """Who drafted most rounds of the request at hand; "none" if nobody did."""
+        name = max(self.rounds_drafted, key=lambda name: self.rounds_drafted[name])
+        return name if self.rounds_drafted[name] else "none"
+
+    # -- decisions -------------------------------------------------------------------------------------------------------------
+
+    def _draft(self, name: str, phase: _Phase, seen: Seen, limit: int) -> Draft:
+        drafter, news = self.drafters[name], self.news[name]
+        assert news is not None
+        rates = phase.acceptance[name].rates(drafter.width)
+        depth, _ = best_depth(self.costs, name, rates)
+        speed = max(phase.records[name].speed, 1 / self.costs.plain)
+        drafter.threshold = least_chance(self.costs, name, speed, drafter.width)
+        self.news[name] = None
+        shown = replace(seen, start=news.start, counts=news.counts, ids=news.ids)
+        draft = drafter.propose(shown, min(limit, max(depth, TRIAL_DEPTH)))
+        if draft.tree is None and draft.tokens.device.type == "cpu":  # elsewhere the look would cost a wait
+            used = int((draft.tokens >= 0).any(0).sum())
+            draft = replace(draft, tokens=draft.tokens[:, :used])
+        return draft
+
+    def _learn(self, seen: Seen) -> None:
+        """The last draft's fate: a row's new slots are its root and what was accepted of it; a finished row has none."""
+        if self.last is None:
+            return
+        name, phase, drafted, columns = self.last
+        self.last = None
+        alive = [(n - 1, tried) for n, tried in zip(seen.counts, drafted, strict=True) if n]
+        for accepted, tried in alive:
+            phase.acceptance[name].note(tried, accepted)
+        if alive:
+            tokens = 1 + sum(accepted for accepted, _ in alive) / len(alive)
+            phase.records[name].note(tokens, self.costs.round_seconds(name, max(1, columns), columns + 1))
+            after_round(phase.records, name, 1 / self.costs.plain)
+
+    def _phase(self, first: bool) -> _Phase:
+        size = 1 << max(0, self.rows - 1).bit_length()
+        key = size, self.sampled, first
+        if key not in self.phases:
+            acceptance, records = {}, {}
+            for name, drafter in self.drafters.items():
+                acceptance[name] = Acceptance(self.priors.get(name, UNKNOWN))
+                rates = acceptance[name].rates(drafter.width)
+                depth = max(1, best_depth(self.costs, name, rates)[0])
+                records[name] = Record(expected_tokens(rates[:depth]), self.costs.round_seconds(name, depth, depth + 1))
+            self.phases[key] = _Phase(records, acceptance)
+        return self.phases[key]
+
+
+def _free(drafter: Drafter) -> bool:
+    """Finding nothing costs nothing: no hidden state is read."""
+    return not drafter.taps

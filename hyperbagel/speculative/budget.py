@@ -1,0 +1,159 @@
+"""How much to draft, from measured costs and running acceptance. Pure: seconds and counts in, decisions out.
+
+A round that drafts k tokens takes draft(k) + verify(k + 1) seconds and gives 1 + a_1 + a_1 a_2 + ... tokens, a_d the chance that depth d is
+accepted if the one before was. Plain decoding gives one token a verify(1). Whatever gives more tokens a second is done, plain included.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+
+
+@dataclass(frozen=True)
+class DraftCost:
+    """Seconds of a draft: the news of the target and the first token, then each further token (a block has them all in `first`)."""
+
+    first: float
+    more: float = 0.0
+
+    def seconds(self, depth: int) -> float:
+        return self.first + self.more * max(0, depth - 1) if depth else 0.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of what a round is made of, at one batch size.
+
+    verify: (tokens read, seconds of a round without its draft), by tokens; the first is (1, a plain step).
+    """
+
+    verify: tuple[tuple[int, float], ...]
+    draft: Mapping[str, DraftCost] = field(default_factory=dict)
+
+    known: dict[int, float] = field(default_factory=dict, compare=False, repr=False)  # asked for before, every round anew
+
+    @property
+    def plain(self) -> float:
+        return self.verify[0][1]
+
+    def verify_seconds(self, n: int) -> float:
+        """Between and beyond the measured sizes a straight line through the two nearest."""
+        if n not in self.known:
+            self.known[n] = self._line(n)
+        return self.known[n]
+
+    def _line(self, n: int) -> float:
+        if len(self.verify) == 1:
+            return self.plain
+        i = min(max(1, bisect_left(self.verify, (n, 0.0))), len(self.verify) - 1)
+        (m0, s0), (m1, s1) = self.verify[i - 1 : i + 1]
+        return s0 + (s1 - s0) * (n - m0) / (m1 - m0)
+
+    def round_seconds(self, name: str, drafted: int, read: int) -> float:
+        """A round of drafter `name` that drafted `drafted` deep and had `read` tokens read."""
+        return self.draft[name].seconds(drafted) + self.verify_seconds(read)
+
+
+def expected_tokens(rates: Sequence[float]) -> float:
+    """1 + a_1 + a_1 a_2 + ...: tokens of a round by the target's own and the accepted drafts."""
+    return 1.0 + sum(accumulate(rates, mul))
+
+
+def best_depth(costs: Costs, name: str, rates: Sequence[float]) -> tuple[int, float]:
+    """(depth, tokens a second) of the best chain of drafter `name`, acceptance `rates` by depth; depth 0 is plain decoding."""
+    best = 0, 1 / costs.plain
+    tokens, chance = 1.0, 1.0
+    for depth, rate in enumerate(rates, 1):
+        chance *= rate
+        tokens += chance
+        speed = tokens / costs.round_seconds(name, depth, depth + 1)
+        if speed > best[1]:
+            best = depth, speed
+    return best
+
+
+def least_chance(costs: Costs, name: str, speed: float, most: int) -> float:
+    """The chance of acceptance below which one more token is not worth drafting: what its seconds would give at `speed` tokens a second.
+
+    It is the same for the next token of a chain, a block and a node of a tree (EAGLE's path probability). In (0, 1].
+    """
+    marginal = (costs.verify_seconds(most + 1) - costs.plain) / most + costs.draft[name].more
+    return min(1.0, max(0.0, marginal * speed))
+
+
+class Acceptance:
+    """Running acceptance by depth, slowly forgetting. Depths that were never tried take the rate of the depth before."""
+
+    def __init__(self, prior: Sequence[float] = (0.7,), weight: float = 4.0, memory: float = 48.0) -> None:
+        """prior: rates believed at first, as if seen in `weight` trials; memory: trials that count."""
+        self.tried = [weight] * len(prior)
+        self.taken = [weight * rate for rate in prior]
+        self.memory = memory
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """One row of one round: `accepted` of `drafted` tokens in line were accepted."""
+        for depth in range(min(accepted + 1, drafted)):
+            if depth == len(self.tried):
+                last = self.taken[-1] / self.tried[-1]
+                self.tried.append(2.0)
+                self.taken.append(2.0 * last)
+            keep = 1 - 1 / self.memory
+            self.tried[depth] = keep * self.tried[depth] + 1
+            self.taken[depth] = keep * self.taken[depth] + (depth < accepted)
+
+    def rates(self, depth: int) -> list[float]:
+        known = [a / b for a, b in zip(self.taken, self.tried)]
+        return [known[min(i, len(known) - 1)] for i in range(depth)]
+
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 4, 64
+
+
+@dataclass
+class Record:
+    """What one way of decoding has given so far: a forgetting mean of tokens and seconds a round, and when it may be tried again."""
+
+    tokens: float
+    seconds: float
+    wait: int = 0  # rounds to go before the next trial
+    pause: int = SHORTEST_PAUSE  # rounds of the next wait; doubles with each trial that did not pay
+    seen: int = 1  # rounds behind the mean; what is believed at first counts as one
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+    def note(self, tokens: float, seconds: float, memory: int = 24) -> None:
+        self.seen = min(self.seen + 1, memory)
+        self.tokens += (tokens - self.tokens) / self.seen
+        self.seconds += (seconds - self.seconds) / self.seen
+
+
+def choose(records: Mapping[str, Record], plain: float) -> str | None:
+    """Who drafts this round; None: nobody. `plain`: tokens a second without.
+
+    The fastest so far does, unless another's wait is over: then that one gets a trial. A way slower than plain decoding waits longer after
+    each trial that did not pay, so that hopeless text costs a round in 64.
+    """
+    best = max(records, key=lambda name: records[name].speed, default=None)
+    if best is not None and records[best].speed <= plain:
+        best = None
+    due = [name for name in records if name != best and records[name].wait <= 0]
+    return due[0] if due else best
+
+
+def after_round(records: Mapping[str, Record], used: str | None, plain: float) -> None:
+    """Waits grow shorter by a round. The one just used, if another way is faster, waits twice as long as last time; a winner is reset."""
+    top = max([plain, *(r.speed for name, r in records.items() if name != used)])
+    for name, record in records.items():
+        if name != used:
+            record.wait -= 1
+        elif record.speed < top:
+            record.wait = record.pause
+            record.pause = min(2 * record.pause, LONGEST_PAUSE)
+        else:
+            record.wait, record.pause = 0, SHORTEST_PAUSE

@@ -1,0 +1,93 @@
+"""Seconds of drafts and of the target's forwards, measured on this machine with the code that serves: a tenth of a second on a CPU.
+
+Shape legend: B rows, n tokens that the target reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+
+import torch
+
+from hyperbagel.generate.session import Session
+from hyperbagel.speculative.budget import Costs, DraftCost
+from hyperbagel.speculative.decode import Rounds
+from hyperbagel.speculative.types import Draft, Drafter, Seen
+
+READ = (1, 4, 8, 16)  # tokens read by the target
+DRAFTED = (1, 4)  # depths of a draft
+REPEATS = 3  # after one that warms up; the fastest counts
+
+
+class _Probe:
+    """Has a drafter work to a given depth and takes its time, then drafts something else: `read` - 1 tokens that are hardly ever right."""
+
+    def __init__(self, drafter: Drafter | None, taps: tuple[int, ...], clock: Callable[[], float]) -> None:
+        self.drafter, self.taps, self.clock = drafter, taps, clock
+        self.width, self.threshold = max(READ), 0.0
+        self.depth, self.read, self.seconds = 1, 1, 0.0
+
+    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        if self.drafter is not None:
+            self.drafter.begin(sessions, temperature, generators)
+            self.drafter.threshold = 0.0
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        start = self.clock()
+        if self.drafter is not None:
+            self.drafter.propose(seen, self.depth)
+        self.seconds = self.clock() - start
+        return Draft(seen.root.new_zeros(len(seen.root), self.read - 1))
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Of a busy machine's time only ours, where one thread does all the work."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time
+
+    def synchronised() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronised
+
+
+@torch.inference_mode()
+def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int) -> Costs:
+    """Costs of `rows` rows behind a context like `session`'s, whose cache has the taps of all `drafters`; it stays as it is.
+
+    Sizes take turns, so that what else the machine does in the meantime hits all of them, and the fastest of each counts.
+    """
+    clock = _clock(session.parts.model.device)
+    taps = session.cache.taps
+
+    def times(probe: _Probe, turns: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[float, float]]:
+        """Of each turn (depth drafted, tokens read), the fastest (draft, rest of the round)."""
+        most = (REPEATS + 1) * sum(read + 1 for _, read in turns)
+        # no token has the id -1: nothing ends before its time
+        work = Rounds([session] * rows, most, 0.0, (), None, False, probe, im_end=-1)
+        found: dict[tuple[int, int], list[tuple[float, float]]] = {turn: [] for turn in turns}
+        try:
+            for _ in range(REPEATS + 1):
+                for turn in turns:
+                    probe.depth, probe.read = turn
+                    start = clock()
+                    work.round()
+                    found[turn].append((probe.seconds, clock() - start - probe.seconds))
+        finally:
+            work.cache.truncate(work.before)
+        return {turn: (min(d for d, _ in rounds[1:]), min(r for _, r in rounds[1:])) for turn, rounds in found.items()}
+
+    rests = times(_Probe(None, taps, clock), [(0, read) for read in READ])
+    # a round of more tokens cannot be cheaper: what says so is noise
+    verify = tuple(zip(READ, accumulate((rests[0, read][1] for read in READ), max), strict=True))
+    draft = {}
+    for name, drafter in drafters.items():
+        drafts = times(_Probe(drafter, taps, clock), [(depth, 1) for depth in DRAFTED])
+        first, second = (drafts[depth, 1][0] for depth in DRAFTED)
+        more = max(0.0, (second - first) / (DRAFTED[1] - DRAFTED[0]))
+        draft[name] = DraftCost(first, more)
+    return Costs(verify, draft)
