@@ -19,6 +19,7 @@ import typer
 from hyperbagel import cli_checks as checks
 from hyperbagel.cli_eval import app as eval_app
 from hyperbagel.cli_serve import serve
+from hyperbagel.cli_students import gate, install
 from hyperbagel.core.errors import InputError
 
 app = typer.Typer(
@@ -279,6 +280,8 @@ def demo(
 
 
 app.command()(serve)
+app.command()(gate)
+app.command()(install)
 app.add_typer(eval_app, name="eval")
 
 

@@ -39,8 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": {"core", "data", "flow", "pipeline"},
     "cli_checks": {"core", "data"},
     "cli_serve": {"core", "pipeline", "serve", "cli_checks"},
+    "cli_students": {"core", "train"},
     "cli_eval": {"core", "pipeline", "evaluate", "cli_checks"},
-    "cli": BELOW_PIPELINE | {"pipeline", "train", "evaluate", "demo", "serve", "cli_checks", "cli_serve", "cli_eval"},
+    "cli": BELOW_PIPELINE | {"pipeline", "train", "evaluate", "demo", "serve", "cli_checks", "cli_serve", "cli_eval", "cli_students"},
 }
 # Single files that may reach further than their part, each for one reason.
 EXTRA_IMPORTS: dict[str, set[str]] = {
@@ -60,7 +61,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "tensorboard": ("core/run.py",),
     "torch.utils.tensorboard": ("core/run.py",),
     "yaml": ("core/config.py",),
-    "typer": ("cli.py", "cli_eval.py", "cli_serve.py"),
+    "typer": ("cli.py", "cli_eval.py", "cli_serve.py", "cli_students.py"),
     "fastapi": ("serve/",),
     "uvicorn": ("serve/",),
     "gradio": ("serve/",),
