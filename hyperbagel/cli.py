@@ -22,6 +22,7 @@ from hyperbagel.cli_chat import chat
 from hyperbagel.cli_eval import app as eval_app
 from hyperbagel.cli_export import export
 from hyperbagel.cli_serve import serve
+from hyperbagel.cli_students import gate, install
 from hyperbagel.core.errors import InputError, Notice
 
 app = typer.Typer(
@@ -284,6 +285,8 @@ def demo(
 app.command()(serve)
 app.command()(chat)
 app.add_typer(export)
+app.command()(gate)
+app.command()(install)
 app.add_typer(eval_app, name="eval")
 
 

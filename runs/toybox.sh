@@ -1,26 +1,98 @@
 #!/usr/bin/env bash
-# The embedded model from nothing: autoencoder, base, scores. Stop it at any time; the same command goes on where it stopped.
+# The embedded model from nothing: autoencoder, base, students for 6 and for 1 evaluation, drafters, scores. Stop it at any time; the same
+# command goes on where it stopped.
 #
 #   runs/toybox.sh [FOLDER]
 #
-# FOLDER (default work) gets one run folder a stage. Times are for one core of a 2-core machine without AVX-512.
+# FOLDER (default work) gets one run folder a stage. Each stage of the distillation measures what comes in and what goes out on the same
+# held-out conditions; one that made it worse is not passed on (hyperbagel gate). Times are for one core with bf16 units.
+#
+#   RANKS=2          processes that train together, one core each
+#   COUPLINGS="tdm"  couplings of stage dmdo to try, of which the best goes on (default: all four)
+#   EVAL=0           leaves the scores out
+#   INSTALL=1        makes the result the model that ships: hyperbagel/assets/toybox
+#   N_T2I, N_EDITS   size of the distillation table (2000, 1000)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-work}
+ranks=${RANKS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 bin=${BIN:-.venv/bin}
 
-# stage NAME ARGUMENTS...: trains, or goes on with, out/NAME; a finished stage has an export and is not touched again.
+hyperbagel() { "$bin/python" -m hyperbagel.cli "$@"; }
+
+# stage FOLDER NAME RECIPE [KEY=VALUE]...: trains, or goes on with, out/FOLDER; a finished stage has an export and is not touched again.
 stage() {
-    local name=$1
-    shift
-    [ -d "$out/$name/export" ] && return
+    local folder=$out/$1 name=$2 recipe=recipes/toybox/$3.yaml
+    shift 3
+    [ -d "$folder/export" ] && return
     local resume=()
-    [ -d "$out/$name/checkpoints" ] && resume=(--resume)
-    "$bin/hyperbagel" train "${name%%-*}" --recipe "recipes/toybox/$name.yaml" "$@" --out "$out/$name" "${resume[@]}"
+    [ -d "$folder/checkpoints" ] && resume=(--resume)
+    local train=("$bin/python" -m hyperbagel.cli)
+    [ "$ranks" -gt 1 ] && train=("$bin/python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" --module hyperbagel.cli)
+    "${train[@]}" train "$name" --recipe "$recipe" "$@" --out "$folder" "${resume[@]}"
+}
+
+# passed FALLBACK FOLDER...: the export to go on with, of the best run that made things better.
+passed() {
+    local fallback=$1
+    shift
+    hyperbagel gate "${@/#/$out/}" --else "$fallback"
 }
 
 mkdir -p "$out"
-stage vae                                # 22 minutes: pictures <-> latents
-stage base vae="$out/vae/export"         # 75 minutes: captions, edits and questions in one model
-[ -f "$out/eval/report.json" ] || "$bin/hyperbagel" eval toybox --model "$out/base/export" --out "$out/eval"
+base=$out/base/export
+stage vae vae vae                                                  # 22 minutes: pictures <-> latents
+stage base base base vae="$out/vae/export"                         # 70 minutes: captions, edits and questions in one model
+
+# -- six evaluations
+stage reward reward reward model="$base"                           # 3: which of two pictures is better; for refl
+stage cfg cfg cfg model="$base"                                    # 10: guidance inside
+cfg=$out/cfg/export                                                # no gate: it is measured against the base without guidance
+hyperbagel gate "$out/cfg" --else "$cfg" > /dev/null
+stage reflow cfg cfg model="$base" init="$cfg" teacher="$cfg" target=reflow nfe=6 max_seconds=300   # 5: a baseline, and the real model of dmdo-reflowed
+stage tscd tscd tscd model="$base" init="$cfg"                     # 8: structure
+six=$(passed "$cfg" tscd)
+runs=()
+for coupling in ${COUPLINGS:-tdm independent paired reflowed}; do  # 6 each: fidelity
+    teacher=$cfg
+    [ "$coupling" = reflowed ] && teacher=$out/reflow/export
+    stage "dmdo-$coupling" dmdo dmdo model="$base" init="$six" teacher="$teacher" coupling="$coupling"
+    runs+=("dmdo-$coupling")
+done
+six=$(passed "$six" "${runs[@]}")
+
+# -- one evaluation
+stage adp adp adp model="$base" init="$six"                        # 10
+one=$(passed "$out/adp/export" adp)                                # whatever it says, only this one was made for one step
+stage refl refl refl model="$base" init="$one" teacher="$six" reward="$out/reward/export"           # 5
+one=$(passed "$one" refl)
+
+hyperbagel install "$six" --model "$base" --name 6
+hyperbagel install "$one" --model "$base" --name 1
+
+# -- drafters
+if [ -f runs/drafters.sh ]; then
+    bash runs/drafters.sh "$out"
+fi
+
+# -- scores
+if [ "${EVAL:-1}" = 1 ]; then
+    [ -f "$out/eval/report.json" ] || hyperbagel eval toybox --model "$base" --out "$out/eval"
+    students=()
+    for name in cfg reflow tscd "${runs[@]}" adp refl; do
+        students+=(--student "$name=$out/$name/export")
+    done
+    [ -f "$out/eval-distillation/report.json" ] || hyperbagel eval distillation --model "$base" --out "$out/eval-distillation" \
+        "${students[@]}" --n-t2i "${N_T2I:-2000}" --n-edits "${N_EDITS:-1000}"
+fi
+
+# -- the model that ships
+if [ "${INSTALL:-0}" = 1 ]; then
+    assets=hyperbagel/assets/toybox
+    for file in "$base"/*.*; do
+        cp "$file" "$assets/$(basename "$file")"
+    done
+    hyperbagel install "$six" --model "$assets" --name 6
+    hyperbagel install "$one" --model "$assets" --name 1
+fi

@@ -5,6 +5,7 @@ Shape legend: B samples, N latent tokens, C values of a token.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from hyperbagel.generate.types import PAPER_EDIT, PAPER_TEXT_TO_IMAGE, Denoising
 from hyperbagel.model.student import Sampler, Student, StudentNetwork, load_student, make_adapter, save_student
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.model.weights import load_folder
+from hyperbagel.train.alarms import alarms
 from hyperbagel.train.batches import pack_spec, posterior_encoder, transform
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
@@ -34,6 +36,7 @@ from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.sheet import write_sheet
 from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
 
+log = logging.getLogger(__name__)
 _HELD_OUT_SEED = 1_000_003  # conditions that are measured, whatever the recipe's seed
 
 
@@ -95,6 +98,8 @@ class DistillStage(Stage):
         self.players = {"student": Player.of(self.student, recipe.optim)}
         self.loader = self._loader(recipe.data, recipe.seed)
         self.measured: list[Measured] = []
+        self.measures_start = recipe.held_out is not None  # what comes in is the first candidate for the best: see train.gate
+        self.scores: list[float] = []  # of this process's evaluations
         if recipe.held_out is not None:
             self._measure_teacher(recipe.held_out)
 
@@ -238,7 +243,18 @@ class DistillStage(Stage):
                 for name, value in figures.items():
                     for key in (name, f"{m.conditions.source}_{name}"):
                         found.setdefault(key, []).append(value)
-        return {name: sum(values) / len(values) for name, values in found.items()}
+        figures = {name: sum(values) / len(values) for name, values in found.items()}
+        return figures | self._alarms(step, figures)
+
+    def _alarms(self, step: int, figures: dict[str, float]) -> dict[str, float]:
+        """Warns of what is wrong, and says it in the metrics: alarm_NAME 1. What comes in is not the stage's doing, so step 0 is silent."""
+        if step == 0 or not figures:
+            return {}
+        self.scores.append(figures["score"])
+        found = alarms(figures, self.scores)
+        for told in found.values():
+            log.warning("step %d: %s", step, told)
+        return {f"alarm_{name}": 1.0 for name in found}
 
     def sample(self, step: int, out: Path) -> None:
         """A sheet of rows: the teacher's pictures, the averaged student's for the same noise, the true ones."""

@@ -12,6 +12,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, make_folder
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import VaeConfig
+from hyperbagel.model.student import load_student, save_student
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import TensorFolder, fill, load_folder, save_folder
 
@@ -47,3 +48,15 @@ def save_model(folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Path, dt
         for name in TOKENIZER_FILES:
             if (tokenizer / name).exists():
                 shutil.copyfile(tokenizer / name, temporary / name)
+
+
+def install_student(student: Path, model: Path, name: str | None = None) -> Path:
+    """Copies a student to MODEL/students/NAME in bfloat16 (None: its number of evaluations); an older one of that name is replaced.
+
+    Returns its folder. Raises InputError for a folder that is no student, or a student of another base.
+    """
+    base, _ = load_folder(model, torch.device("cpu"), torch.float32)
+    loaded = load_student(student, base)
+    target = model / "students" / (name or str(loaded.sampler.nfe))
+    save_student(target, loaded, base, base_name=model.name, dtype=torch.bfloat16)
+    return target

@@ -102,6 +102,9 @@ class _Loop:
             self.run.rewind(self.step)
         logged_at, saved_at = (self.clock(), self.step), self.clock()
         with ProgressReport(type(self.stage).__name__) as report:
+            if self.stage.measures_start and self.world.leads and best_score(self.run.checkpoints) == -math.inf and self.step == 0:
+                report.line(_show(0, self.evaluate()))
+                self.save()
             while self.step < r.max_steps and self.time_is_left():
                 values = self.one_step()
                 self.step += 1

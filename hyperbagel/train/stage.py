@@ -98,6 +98,7 @@ class Stage(ABC):
 
     players: dict[str, Player]
     best_metric: str | None = None  # a key of what `evaluate` returns; the checkpoint with the highest is kept as the best
+    measures_start: bool = False  # also evaluate before the first step: what the run begins with is then a candidate for the best
 
     def turn(self, step: int) -> str:
         """Whose optimiser moves at `step`. The others' parameters want no gradient in that step."""

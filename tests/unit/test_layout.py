@@ -43,9 +43,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_serve": {"core", "pipeline", "serve", "cli_checks"},
     "cli_export": {"core", "export", "cli_checks"},
     "cli_chat": {"core", "pipeline", "chat", "cli_checks"},
+    "cli_students": {"core", "train"},
     "cli_eval": {"core", "pipeline", "evaluate", "cli_checks"},
     "cli": BELOW_PIPELINE
-    | {"pipeline", "train", "evaluate", "demo", "serve", "cli_checks", "cli_serve", "cli_eval", "cli_export", "cli_chat", "export", "chat"},
+    | {"pipeline", "train", "evaluate", "demo", "serve", "export", "chat"}
+    | {"cli_checks", "cli_serve", "cli_eval", "cli_export", "cli_chat", "cli_students"},
 }
 # Single files that may reach further than their part, each for one reason.
 EXTRA_IMPORTS: dict[str, set[str]] = {
@@ -67,7 +69,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "tensorboard": ("core/run.py",),
     "torch.utils.tensorboard": ("core/run.py",),
     "yaml": ("core/config.py",),
-    "typer": ("cli.py", "cli_chat.py", "cli_eval.py", "cli_export.py", "cli_serve.py"),
+    "typer": ("cli.py", "cli_chat.py", "cli_eval.py", "cli_export.py", "cli_serve.py", "cli_students.py"),
     "fastapi": ("serve/",),
     "uvicorn": ("serve/",),
     "gradio": ("serve/",),

@@ -21,6 +21,7 @@ from hyperbagel.data.transforms import to_tensor
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
 from hyperbagel.train.batches import pack_spec, posterior_encoder, transform
+from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import split_sample
 from hyperbagel.train.distill import seeded
 from hyperbagel.train.loop import pick_precision
@@ -66,6 +67,7 @@ class RewardStage(Stage):
         self.players = {"reward": Player.of(self.head, recipe.optim)}
         self.loader = self._loader(recipe.data, recipe.seed)
         self.measured: list[Pairs] = []
+        self.measures_start = recipe.held_out is not None
         if recipe.held_out is not None:
             loader = self._loader(recipe.held_out, _HELD_OUT_SEED)
             self.measured = [self._pairs(loader, Draws.at(_HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]
@@ -115,7 +117,9 @@ class RewardStage(Stage):
         self.loader.load_state_dict(state["loader"])
 
     def finish(self, out: Path) -> None:
-        """export/: the head, for stage refl."""
+        """export/: the head of the best checkpoint, for stage refl; without held-out pairs, of the last step."""
+        if best := best_checkpoint(out / "checkpoints"):
+            self.head.load_state_dict(averaged_tensors(best, "reward"))
         save_reward(out / "export", self.head, self.base, self.evaluate(0))
 
     def close(self) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_base import DATA, HELD_OUT, make, only, settings, write_base
 
+from hyperbagel import cli
 from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import RunFolder
 from hyperbagel.model.student import load_student
 from hyperbagel.model.weights import load_folder, load_tensors
+from hyperbagel.pipeline import HyperBagel
 from hyperbagel.train.distill import compare, conditional_energy
+from hyperbagel.train.gate import judge
 from hyperbagel.train.loop import train
 from hyperbagel.train.losses.dmd import COUPLINGS
 from hyperbagel.train.losses.refl import refl_loss
@@ -307,6 +313,36 @@ def test_the_best_checkpoint_is_exported_not_the_last(base: Path, tmp_path: Path
     found = dict(load_student(tmp_path / "run" / "export", model).named_parameters())
     assert all(torch.equal(found[name], value) for name, value in seen[2].items())  # the average as it stood after two steps
     assert any(not torch.equal(found[name], value) for name, value in seen[3].items())
+
+
+def test_a_stage_that_makes_things_worse_exports_what_came_in(base: Path, student: Path, tmp_path: Path) -> None:
+    """Measured before the first step, and so the best: an absurd learning rate does the rest."""
+    optim = {"lr": 10.0, "warmup_steps": 0, "schedule": "constant", "ema_decay": 0.5}
+    keys: dict[str, Any] = {"held_out": HELD_OUT, "held_out_groups": 1, "teacher_steps": 2, "optim": optim}
+    run(cfg, base, tmp_path / "run", init=student, max_steps=2, evaluate_every=1, log_every=1, sample_every=100, **keys)
+    model, _ = load_folder(base)
+    before, after = (dict(load_student(f, model).named_parameters()) for f in (student, tmp_path / "run" / "export"))
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    verdict = judge(tmp_path / "run")
+    assert verdict.step == 0 and not verdict.passed and verdict.best == verdict.start
+
+
+def test_a_student_is_installed_beside_its_model(base: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(base, tmp_path / "model")
+    assert cli.main(["install", str(student), "--model", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "students" / "6")  # made for 6 evaluations
+    assert cli.main(["install", str(student), "--model", str(folder), "--name", "mine"]) == 0
+    model = HyperBagel.from_pretrained(folder, device="cpu")
+    assert model.students.names() == ["6", "mine"]
+    [drawn] = model.generate("a red car", seed=0, student="6")
+    assert drawn.nfe == 6
+    assert cli.main(["generate", "a red car", "-o", str(tmp_path / "a.png"), "--model", str(folder), "--student", "6", "--seed", "0"]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(drawn.image))
+    stored = load_tensors(folder / "students" / "6" / "moe_gen.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    other = write_base(tmp_path / "other", seed=1)
+    assert cli.main(["install", str(student), "--model", str(other)]) == 2
+    assert "another base" in capsys.readouterr().err and not (other / "students").exists()
 
 
 def test_recipes_that_are_refused(base: Path, student: Path, tmp_path: Path) -> None:

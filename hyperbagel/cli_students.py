@@ -1,0 +1,38 @@
+"""`hyperbagel gate` and `hyperbagel install`: between the stages of a distillation, and at its end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def gate(
+    runs: Annotated[list[Path], typer.Argument(help="Finished run folders; of several the best is chosen.")],
+    otherwise: Annotated[Path | None, typer.Option("--else", help="What to go on with if none passed, e.g. the student before.")] = None,
+) -> None:
+    """Say which student to go on with: prints the folder of the run that made it better, by its own held-out measure."""
+    from hyperbagel.train.gate import choose
+
+    best, verdicts = choose(runs)
+    for verdict in verdicts:
+        print(verdict, file=sys.stderr)
+    if best is not None:
+        print(best.run / "export")
+    elif otherwise is not None:
+        print(otherwise)
+    else:
+        raise typer.Exit(3)
+
+
+def install(
+    student: Annotated[Path, typer.Argument(help="A student's folder (RUN/export).")],
+    model: Annotated[Path, typer.Option(help="Folder of the model that it was distilled from.")],
+    name: Annotated[str | None, typer.Option(help="What --student calls it.", show_default="its number of evaluations")] = None,
+) -> None:
+    """Put a student beside its model, in bfloat16: MODEL/students/NAME, where --student NAME finds it."""
+    from hyperbagel.train.folder import install_student
+
+    print(install_student(student, model, name))
