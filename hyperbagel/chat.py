@@ -24,6 +24,7 @@ from hyperbagel.data.prompts import THINK_ANSWER
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import ImageRequest
 from hyperbagel.pipeline import HyperBagel, ImageResult
+from hyperbagel.speculative.choose import AUTO, NONE
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.types import Speculated
 
@@ -65,13 +66,10 @@ class Chat:
         out: Callable[[str], Any] | None = None,
         note: Callable[[str], Any] | None = None,
     ) -> None:
-        """drafter: None takes the model's own, or prompt lookup if it has none."""
+        """drafter: None takes what is fastest of the model's own drafters and prompt lookup."""
         self.model, self.seed, self.max_tokens, self.temperature, self.think, self.steps = model, seed, max_tokens, temperature, think, 0
         self.student = self._student(student) if student else None
-        if drafter is None:
-            names = model.drafters.names()
-            drafter = next((name for name in names if name != "lookup"), "lookup")
-        self.drafter = None if drafter == "none" else model.drafters.get(drafter)
+        self.drafter = None if drafter == NONE else model.drafters.budgeted(drafter or AUTO)
         self.out = out or (lambda text: print(text, end="", flush=True))
         self.note = note or (lambda text: print(text, file=sys.stderr, flush=True))
         self.last: Image | None = None  # shown or made

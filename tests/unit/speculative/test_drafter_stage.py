@@ -29,8 +29,8 @@ from hyperbagel.train.stages.drafter import DrafterStage, GateFailed, Recipe, bu
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes" / "toybox").glob("drafter_*.yaml"))
 SMALL = [
-    "device=cpu", "precision=fp32", "pool=8", "contexts=4", "passes=2", "max_tokens=10", "held_out_prompts=3", "steps=3", "anchors=4", "depth=3",
-    "tree_nodes=4", "log_every=1", "optim.warmup_steps=1", "optim.schedule_by=steps", "export_dtype=float32", "max_seconds=null",
+    "device=cpu", "precision=fp32", "pool=8", "contexts=4", "passes=2", "max_tokens=10", "held_out_prompts=3", "steps=3", "anchors=4",
+    "depth=3", "tree_nodes=4", "log_every=1", "optim.warmup_steps=1", "optim.schedule_by=steps", "export_dtype=float32", "max_seconds=null",
 ]  # fmt: skip
 
 
