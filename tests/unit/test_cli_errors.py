@@ -36,6 +36,7 @@ class FakeText:
     tokens: int = 3
     finish_reason: str = "length"
     tau: float | None = None
+    drafter: str | None = None
     timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.01, "decode": 0.1})
 
 
