@@ -22,9 +22,15 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What requests call the model.", show_default="its folder's name")] = None,
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda, cuda:1 ...; several times for several devices.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Servers behind this one address, on Ray Serve (extra 'scale').", show_default="one, without Ray")
+    ] = None,
 ) -> None:
     """Serve the model over HTTP, for OpenAI's clients."""
     checks.check_at_least("--queue", queue, 1)
+    checks.check_at_least("--replicas", replicas, 1)
+    if replicas is not None and len(device or ()) > 1:
+        raise InputError("got --replicas and several --device, expected one of the two; each replica has one device")
     if not 0 <= port < 2**16:
         raise InputError(f"got --port {port}, expected 0 to 65535, choose another")
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
@@ -35,7 +41,14 @@ def serve(
     from hyperbagel.serve.schemas import Limits
 
     given: dict[str, Any] = {key: value for key, value in {"model": model, "dtype": dtype}.items() if value is not None}
-    models = [HyperBagel.from_pretrained(**given, device=one) for one in device or (None,)]
     limits = Limits() if queue is None else Limits(waiting=queue)
+    if replicas is not None:
+        from hyperbagel.serve.replicas import Settings, run_replicas
+
+        settings = Settings(**given, device=device[0] if device else None, api_key=api_key, name=name, limits=limits)
+        told = f"serving {replicas} x {settings.model} on"
+        run_replicas(settings, replicas, host, port, lambda address: print(f"{told} {address}/v1", file=sys.stderr, flush=True))
+        return
+    models = [HyperBagel.from_pretrained(**given, device=one) for one in device or (None,)]
     app = create_app(models, api_key=api_key, name=name, limits=limits)
     run(app, host, port, lambda address: print(f"serving {models[0].name} on {address}/v1", file=sys.stderr, flush=True))

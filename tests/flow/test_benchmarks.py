@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import run as benchmark
+from benchmarks import server as server_benchmark
 from benchmarks.attention import folded
 from benchmarks.operations import Workload, operations
 from benchmarks.subjects import load, shapes_only
@@ -34,6 +35,14 @@ def test_every_operation_is_timed(tmp_path: Path) -> None:
     table = show(out)
     assert all(name in table for name in names)
     assert json.loads(json.dumps(out))["hardware"]["threads"] == torch.get_num_threads()
+
+
+def test_the_server_beside_the_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert server_benchmark.main(["--runs", "2", "--steps", "1", "--out", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())["milliseconds"]
+    assert set(found) == {"picture", "edit", "answer", "first streamed text"} and found["picture"]["server"]["runs"] == 2
+    assert all(found[name][arm]["median"] > 0 for name in ("picture", "edit", "answer") for arm in ("server", "library"))
+    assert found["first streamed text"]["median"] > 0 and "overhead" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_the_budget_is_named() -> None:

@@ -72,6 +72,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "typer": ("cli.py", "cli_chat.py", "cli_eval.py", "cli_export.py", "cli_serve.py", "cli_students.py"),
     "fastapi": ("serve/",),
     "uvicorn": ("serve/",),
+    "ray": ("serve/replicas.py",),
     "gradio": ("serve/",),
     # pictures have many owners; the maths (nn, flow, model) and the command line see tensors and paths only
     "PIL": ("toybox/", "data/", "generate/", "pipeline.py", "evaluate/", "demo.py", "chat.py", "serve/", "train/previews.py"),

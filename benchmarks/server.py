@@ -1,0 +1,174 @@
+"""What the server adds to the library: python -m benchmarks.server [--model toybox] [--runs 40] [--out FILE.json]
+
+The server runs as users run it, as a process of its own on a loopback socket, with one thread for the model, as here. Both arms take turns:
+a request over HTTP by a client that keeps its connection, then the same call of the library in this process. Seeds differ from run to run.
+Beside the waiting time stands the processor time of the server's process and of this one: on a busy machine that is the steadier figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from PIL import Image
+
+from benchmarks.measure import Timing, machine
+from hyperbagel.core.files import atomic_write_text, make_folder
+from hyperbagel.core.run import git_sha, versions
+from hyperbagel.pipeline import HyperBagel
+
+PROMPT, QUESTION = "a red circle to the left of a blue square", "What colour is the circle?"
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.server", description=__doc__)
+    parser.add_argument("--model", default="toybox")
+    parser.add_argument("--runs", type=int, default=40, help="of each arm")
+    parser.add_argument("--steps", type=int, default=6, help="denoising steps of a picture, without guidance")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--note", default="", help="kept with the figures, say what else the machine was doing")
+    options = parser.parse_args(given)
+    options.given = sys.argv[1:] if given is None else given
+    return options
+
+
+@contextmanager
+def serving(model: str) -> Iterator[tuple[str, int]]:
+    """The server's address and its process."""
+    command = [sys.executable, "-m", "hyperbagel.cli", "serve", "--model", model, "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"http://\S+/v1", line)
+        if found is None:
+            raise SystemExit(f"the server did not start: {line}{process.stderr.read()}")
+        yield found[0], process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def turns(runs: int, first: Callable[[int], Any], second: Callable[[int], Any], warmup: int = 3) -> tuple[list[float], list[float]]:
+    """Seconds of both, in turns, so that what else the machine does falls on both alike."""
+    spent: tuple[list[float], list[float]] = ([], [])
+    for i in range(-warmup, runs):
+        for times, call in zip(spent, (first, second), strict=True):
+            begin = time.perf_counter()
+            call(i + warmup)
+            if i >= 0:
+                times.append(time.perf_counter() - begin)
+    return spent
+
+
+def compare(runs: int, pid: int, server: Callable[[int], Any], library: Callable[[int], Any]) -> dict[str, Any]:
+    """Milliseconds: each arm, the median difference of neighbours, and by how much more the processor worked (mean)."""
+    worked: list[list[float]] = [[], []]
+
+    def counted(arm: int, call: Callable[[int], Any], seconds: Callable[[], float]) -> Callable[[int], None]:
+        def run(i: int) -> None:
+            begin = seconds()
+            call(i)
+            worked[arm].append(seconds() - begin)
+
+        return run
+
+    a, b = turns(runs, counted(0, server, lambda: processor_seconds(pid)), counted(1, library, time.process_time))
+    apart = Timing.of([x - y for x, y in zip(a, b, strict=True)])
+    arms = {"server": in_ms(Timing.of(a)), "library": in_ms(Timing.of(b)), "overhead": in_ms(apart)}
+    means = [sum(times[-runs:]) / runs * 1e3 for times in worked]
+    return arms | {"processor": {"server": means[0], "library": means[1], "overhead": means[0] - means[1]}}
+
+
+def processor_seconds(pid: int) -> float:
+    """User and system time of a process so far, in the kernel's ticks of 10 ms: right on average only."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def in_ms(timing: Timing) -> dict[str, float]:
+    return {name: value if name == "runs" else value * 1e3 for name, value in asdict(timing).items()}
+
+
+def first_text(client: httpx2.Client, body: dict[str, Any]) -> float:
+    """Seconds from sending a question to the first text of its answer."""
+    begin = time.perf_counter()
+    with client.stream("POST", "/chat/completions", json=body | {"stream": True}) as events:
+        for line in events.iter_lines():
+            if line.startswith("data: {") and (json.loads(line[6:])["choices"] or [{}])[0].get("delta", {}).get("content"):
+                return time.perf_counter() - begin
+    raise SystemExit("an answer came without text")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    hardware = machine(torch.device("cpu"))
+    model = HyperBagel.from_pretrained(options.model, device="cpu")
+    found: dict[str, Any] = {"command": ["python", "-m", "benchmarks.server", *options.given], "git": git_sha(Path(__file__).parent)}
+    found |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(), "hardware": hardware}
+    found |= {"note": options.note, "milliseconds": {}}
+    source = model.generate(PROMPT, seed=0, steps=2)[0].image
+    buffer = io.BytesIO()
+    source.save(buffer, "PNG")
+    settings: dict[str, Any] = {"steps": options.steps, "text_scale": 1.0}
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    question = {"messages": [{"role": "user", "content": parts}], "max_tokens": 16}
+    with serving(options.model) as (address, pid), httpx2.Client(base_url=address, timeout=120) as client:
+
+        def draw(seed: int) -> None:
+            client.post("/images/generations", json={"prompt": PROMPT, "seed": seed, **settings}).raise_for_status()
+
+        def edit(seed: int) -> None:
+            form = {"prompt": "make the circle green", "seed": str(seed), "steps": str(options.steps), "text_scale": "1"}
+            client.post("/images/edits", data=form, files={"image": buffer.getvalue()}).raise_for_status()
+
+        def ask(seed: int) -> None:
+            client.post("/chat/completions", json=question).raise_for_status()
+
+        picture = Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+        out = found["milliseconds"]
+        out["picture"] = compare(options.runs, pid, draw, lambda seed: model.generate(PROMPT, seed=seed, **settings))
+        out["edit"] = compare(options.runs, pid, edit, lambda seed: model.edit(picture, "make the circle green", seed=seed, **settings))
+        out["answer"] = compare(options.runs, pid, ask, lambda seed: model.ask(QUESTION, picture, max_tokens=16))
+        firsts = [first_text(client, question) for _ in range(options.runs + 3)][3:]
+        out["first streamed text"] = in_ms(Timing.of(firsts))
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [f"{'ms, median (10 to 90 %)':<24}{'server':>24}{'library':>24}{'overhead':>24}{'of the processor':>20}"]
+    for name, arms in found["milliseconds"].items():
+        cells = [arms] if "median" in arms else [arms[arm] for arm in ("server", "library", "overhead")]
+        told = [f"{cell['median']:.1f} ({cell['low']:.1f} to {cell['high']:.1f})" for cell in cells]
+        worked = f"{arms['processor']['overhead']:>20.1f}" if "processor" in arms else ""
+        lines.append(f"{name:<24}" + "".join(f"{cell:>24}" for cell in told) + worked)
+    return "\n".join(lines)
+
+
+def main(given: list[str] | None = None) -> int:
+    options = arguments(given)
+    found = run(options)
+    print(table(found))
+    if options.out is not None:
+        make_folder(options.out.parent)
+        atomic_write_text(options.out, json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Several servers behind one address, on Ray Serve: on the cores or GPUs of one machine, or of a Ray cluster.
+
+Each replica is a process with a model, a queue and an engine of its own (`create_app`); Ray's proxy hands each request to the replica
+that is least busy, and starts a replica again that died. What a replica was working on when it died is lost, nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.serve.app import DRAIN_SECONDS, create_app
+from hyperbagel.serve.run import bind
+from hyperbagel.serve.schemas import Limits
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every replica is made from; read in its own process, so folders must be there on every machine."""
+
+    model: str = "toybox"
+    device: str | None = None
+    dtype: str | None = None
+    api_key: str | None = None
+    name: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+class Replica:
+    """What Ray makes N of. The names with underscores are Ray's."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        # Ray shows each replica its own GPU alone, whatever its number on the machine
+        device = "cuda" if (settings.device or "").startswith("cuda") else settings.device
+        self.model = HyperBagel.from_pretrained(settings.model, device=device, dtype=settings.dtype)  # type: ignore[arg-type]
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        s = self.settings
+        return create_app(self.model, api_key=s.api_key, name=s.name, limits=s.limits)
+
+
+def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serves until SIGINT or SIGTERM. RAY_ADDRESS names a cluster to join; without it, one is started on this machine and ended again.
+
+    Raises:
+        InputError: Ray is not installed, the port is taken, or there are fewer cores or GPUs than replicas.
+    """
+    try:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unless the user says so
+        import ray
+        from ray import serve
+    except ImportError as error:
+        told = f"got --replicas {replicas} without Ray, expected it installed; pip install 'hyperbagel[scale]', or leave --replicas out"
+        raise InputError(told) from error
+    listener = bind(host, port)  # tells at once if it cannot be had, and finds a free one for port 0
+    port = listener.getsockname()[1]
+    listener.close()
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        needs = _needs(settings.device)
+        have = ray.cluster_resources()
+        for what, amount in (("CPU", needs["num_cpus"]), ("GPU", needs["num_gpus"])):
+            if have.get(what, 0) < replicas * amount:
+                raise InputError(f"got --replicas {replicas} with {have.get(what, 0):g} {what}s, expected one for each; ask for fewer")
+        serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "ERROR", "enable_access_log": False})
+        deployment = serve.deployment(
+            serve.ingress()(Replica),
+            name="hyperbagel",
+            num_replicas=replicas,
+            # a replica's own queue says 429 when it is full; Ray only sees to it that the replicas share evenly
+            max_ongoing_requests=settings.limits.waiting + 4 * settings.limits.batch,
+            ray_actor_options=needs,
+            graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        )
+        serve.run(deployment.bind(settings), name="hyperbagel", route_prefix="/")
+        shown = f"[{host}]" if ":" in host else host
+        ready(f"http://{shown}:{port}")
+        _wait()
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def _needs(device: str | None) -> dict[str, Any]:
+    """One core a replica; and one GPU, if it is to run on one."""
+    gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    return {"num_cpus": 1, "num_gpus": int(gpu)}
+
+
+def _wait() -> None:
+    """Until SIGINT or SIGTERM."""
+    stop = threading.Event()
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: stop.set())
+    while not stop.wait(1.0):  # with a time limit, so that Python gets to run its handlers
+        pass
