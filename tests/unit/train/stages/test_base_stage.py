@@ -33,6 +33,7 @@ SMALL = [
     "data.sources.t2i_long.samples=2",
     "data.sources.edit.samples=2",
     "data.sources.question.samples=2",
+    "data.sources.describe.samples=2",
     "data.mixture=[{weights: {t2i: 1, t2i_long: 1, edit: 1, question: 1}}]",
     "held_out=null",
     "optim.schedule_by=steps",
