@@ -62,7 +62,7 @@ class Plan:
     free_tokens: int = FREE_TOKENS
 
 
-QUICK = Plan(prompts=3, repeats=1, max_tokens=24, free_tokens=1)
+QUICK = Plan(prompts=2, repeats=1, batches=(1, 2), max_tokens=12, free_tokens=1)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
 
 @torch.inference_mode()
 def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int, sampled: bool = False) -> Costs:
-    """Costs of `rows` rows, greedy or sampled, behind a context like `session`'s; its cache has the taps of all `drafters` and stays as it is.
+    """Costs of `rows` rows, greedy or sampled, behind a context like `session`'s, which has the taps of all `drafters` and stays as it is.
 
     Sizes take turns, so that what else the machine does in the meantime hits all of them, and the fastest of each counts.
     """
