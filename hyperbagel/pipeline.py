@@ -180,7 +180,7 @@ class HyperBagel:
             generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
             middle = time.perf_counter()
             if drafter is not None:
-                drafter.prepare(sessions[0], len(sessions))  # measures costs, once a batch size
+                drafter.prepare(sessions[0], len(sessions), temperature)  # measures costs, once a batch size
             ready = time.perf_counter()
 
             def report(row: int, token: int, members: list[int] = members) -> None:

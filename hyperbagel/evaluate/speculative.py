@@ -62,7 +62,7 @@ class Plan:
     free_tokens: int = FREE_TOKENS
 
 
-QUICK = Plan(prompts=3, repeats=1, max_tokens=24, free_tokens=1)
+QUICK = Plan(prompts=2, repeats=1, batches=(1, 2), max_tokens=12, free_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class _Bench:
                     sessions = [contexts[name][i] for i in group]
                     how = self._how(cell, group, plan)
                     if arm.drafter is not None:
-                        arm.drafter.prepare(sessions[0], len(sessions))  # type: ignore[attr-defined]
+                        arm.drafter.prepare(sessions[0], len(sessions), cell.temperature)  # type: ignore[attr-defined]
                     start = self._clock()
                     out = decode(sessions, **how, drafter=arm.drafter, runner=runner if arm.drafter is None else None)
                     spent[name] += self._clock() - start

@@ -42,7 +42,7 @@ def print_tables(result: dict[str, Any], console: Console | None = None) -> None
             equal = f"{row['identical']}/{cell['answers']}" if "identical" in row else ""
             table.add_row(name, rate, gain, f"{row['tau']:.2f}" if "tau" in row else "", *ms, drafted, equal)
         console.print(table)
-    console.print("Speed-up: over plain decoding with the same kernels and threads, of the same repeat; median [lowest highest].")
+    console.print("Speed-up: over plain decoding with the same kernels and threads, of the same repeat; median, lowest and highest.")
 
 
 def _where(cell: Record) -> str:

@@ -112,9 +112,17 @@ class Incoming:
             raise ApiError(400, f"got max_tokens {tokens}, expected at most {self.limits.max_tokens}", param="max_tokens")
         given: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
         given |= {} if body.temperature is None else {"temperature": body.temperature}
+        given |= {} if body.drafter is None else {"drafter": self._drafter(body.drafter)}
         request = AskRequest(question, tuple(images), think=bool(body.think), turns=tuple(turns), **given)
         first = _first_seed(body)
         return [replace(request, seed=first + i) for i in range(self._count(body.n))]
+
+    def _drafter(self, name: str) -> str:
+        """Those of the model alone: a client must not have the server read folders."""
+        known = self.model.drafters.names()
+        if name not in known:
+            raise ApiError(400, f"got drafter {name!r}, expected one of {', '.join(known)}", param="drafter")
+        return name
 
     def _turns(self, body: ChatBody) -> list[Message]:
         turns = [message for message in body.messages if message.role in ("user", "assistant")]

@@ -171,6 +171,7 @@ class ChatBody(Knobs, Ignored):
     max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     temperature: float | None = Field(None, ge=0, le=100, description="0, the default, always takes the likeliest token.")
+    drafter: str | None = Field(None, max_length=64, description="Who drafts ahead: auto, lookup, a drafter of the model, or none.")
     modalities: list[Literal["text", "image"]] | None = Field(None, description="With 'image' the answer is a picture.")
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of a picture that is drawn.")
     stream: bool | None = None

@@ -118,7 +118,7 @@ class Unit:
 def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     """Requests of equal keys share every forward, so that row i of a batch is request i."""
     if isinstance(request, AskRequest):
-        return "ask", request.max_tokens, request.temperature
+        return "ask", request.max_tokens, request.temperature, request.drafter
     # Defaults are the student's or the model's own: here only what was asked for is compared.
     own = {f.name for f in fields(request)} - {"prompt", "images", "inputs", "seed", "size", "think", "max_think_tokens", "student"}
     kind = any(isinstance(item, Image) for item in request.items())

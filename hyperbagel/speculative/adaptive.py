@@ -18,6 +18,7 @@ from hyperbagel.speculative.costs import measure_costs
 from hyperbagel.speculative.types import Draft, Drafter, Seen
 
 UNKNOWN = (0.6,)  # acceptance of a drafter whose folder says nothing
+DARING = 0.5  # drafters are right more often than they believe: of the shipped ones a threshold twice as high is slower
 TRIAL_DEPTH = 2  # at least, where acceptance so far says that drafting does not pay
 _TEXT = "what do you see? Name everything. " * 4  # of the context that costs are measured behind
 
@@ -55,22 +56,22 @@ class Adaptive:
         self.drafters, self.priors = dict(drafters), dict(priors or {})
         self.taps: tuple[int, ...] = tuple(sorted({tap for drafter in drafters.values() for tap in drafter.taps}))
         self.width = max(drafter.width for drafter in drafters.values())
-        self.given, self.measured = costs, dict[int, Costs]()
+        self.given, self.measured = costs, dict[tuple[int, bool], Costs]()
         self.phases: dict[tuple[int, bool, bool], _Phase] = {}  # (batch size, sampled, first round)
         self.rounds_drafted = dict.fromkeys(drafters, 0)  # in this request
 
     # -- costs -----------------------------------------------------------------------------------------------------------------
 
-    def prepare(self, session: Session, rows: int) -> Costs:
+    def prepare(self, session: Session, rows: int, temperature: float = 0.0) -> Costs:
         """Costs at a batch size (the next power of two), measured when first asked for. `session` gives the model alone."""
-        size = 1 << max(0, rows - 1).bit_length()
         if self.given is not None:
             return self.given
-        if size not in self.measured:
+        key = _size(rows), temperature > 0
+        if key not in self.measured:
             context = Session.new(session.parts, self.taps)
             context.add_text(_TEXT)
-            self.measured[size] = measure_costs(context, self.drafters, size)
-        return self.measured[size]
+            self.measured[key] = measure_costs(context, self.drafters, *key)
+        return self.measured[key]
 
     def expected_rates(self, name: str) -> list[float]:
         """Acceptance by depth that drafter `name` is believed to have before it has drafted."""
@@ -79,7 +80,7 @@ class Adaptive:
     # -- a drafter -------------------------------------------------------------------------------------------------------------
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
-        self.costs = self.prepare(sessions[0], len(sessions))
+        self.costs = self.prepare(sessions[0], len(sessions), temperature)
         self.sampled, self.rows, self.first = temperature > 0, len(sessions), True
         self.news: dict[str, _News | None] = dict.fromkeys(self.drafters)
         self.last: tuple[str, _Phase, list[int], int] | None = None  # who drafted, tokens drafted by row, columns
@@ -122,7 +123,7 @@ class Adaptive:
         rates = phase.acceptance[name].rates(drafter.width)
         depth, _ = best_depth(self.costs, name, rates)
         speed = max(phase.records[name].speed, 1 / self.costs.plain)
-        drafter.threshold = least_chance(self.costs, name, speed, drafter.width)
+        drafter.threshold = DARING * least_chance(self.costs, name, speed, drafter.width)
         self.news[name] = None
         shown = replace(seen, start=news.start, counts=news.counts, ids=news.ids)
         draft = drafter.propose(shown, min(limit, max(depth, TRIAL_DEPTH)))
@@ -146,8 +147,7 @@ class Adaptive:
             after_round(phase.records, name, 1 / self.costs.plain)
 
     def _phase(self, first: bool) -> _Phase:
-        size = 1 << max(0, self.rows - 1).bit_length()
-        key = size, self.sampled, first
+        key = _size(self.rows), self.sampled, first
         if key not in self.phases:
             acceptance, records = {}, {}
             for name, drafter in self.drafters.items():
@@ -157,6 +157,10 @@ class Adaptive:
                 records[name] = Record(expected_tokens(rates[:depth]), self.costs.round_seconds(name, depth, depth + 1))
             self.phases[key] = _Phase(records, acceptance)
         return self.phases[key]
+
+
+def _size(rows: int) -> int:
+    return 1 << max(0, rows - 1).bit_length()
 
 
 def _free(drafter: Drafter) -> bool:

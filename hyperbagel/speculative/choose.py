@@ -30,6 +30,10 @@ class Drafters:
         """Those that came with the model."""
         return [] if self.folder is None else sorted(path.parent.name for path in self.folder.glob("*/drafter.json"))
 
+    def names(self) -> list[str]:
+        """All names that need no folder of the caller's."""
+        return [*self.shipped(), LOOKUP, AUTO, NONE]
+
     def default(self) -> str:
         """Who drafts if nobody is asked for."""
         return AUTO if self.shipped() else NONE
@@ -45,7 +49,7 @@ class Drafters:
             return self.folder / name
         if Path(name).is_dir():
             return Path(name)
-        known = ", ".join([*self.shipped(), LOOKUP, AUTO, NONE])
+        known = ", ".join(self.names())
         raise InputError(f"got drafter {name!r}, expected one of {known}, or a drafter folder (train one: hyperbagel train drafter)")
 
     def get(self, name: str) -> Drafter:

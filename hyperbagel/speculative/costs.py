@@ -17,8 +17,8 @@ from hyperbagel.speculative.decode import Rounds
 from hyperbagel.speculative.types import Draft, Drafter, Seen
 
 READ = (1, 4, 8, 16)  # tokens read by the target
-DRAFTED = (1, 4)  # depths of a draft
-REPEATS = 3  # after one that warms up; the fastest counts
+DRAFTED = (1, 8)  # depths of a draft
+REPEATS = 4  # after one that warms up; the fastest counts
 
 
 class _Probe:
@@ -39,6 +39,7 @@ class _Probe:
         if self.drafter is not None:
             self.drafter.propose(seen, self.depth)
         self.seconds = self.clock() - start
+        # a draft that is no draw: sampling then accepts it as rarely as it is likely
         return Draft(seen.root.new_zeros(len(seen.root), self.read - 1))
 
 
@@ -56,19 +57,19 @@ def _clock(device: torch.device) -> Callable[[], float]:
 
 
 @torch.inference_mode()
-def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int) -> Costs:
-    """Costs of `rows` rows behind a context like `session`'s, whose cache has the taps of all `drafters`; it stays as it is.
+def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int, sampled: bool = False) -> Costs:
+    """Costs of `rows` rows, greedy or sampled, behind a context like `session`'s, which has the taps of all `drafters` and stays as it is.
 
     Sizes take turns, so that what else the machine does in the meantime hits all of them, and the fastest of each counts.
     """
     clock = _clock(session.parts.model.device)
-    taps = session.cache.taps
+    taps, generators = session.cache.taps, [torch.Generator().manual_seed(i) for i in range(rows)]
 
     def times(probe: _Probe, turns: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[float, float]]:
         """Of each turn (depth drafted, tokens read), the fastest (draft, rest of the round)."""
         most = (REPEATS + 1) * sum(read + 1 for _, read in turns)
         # no token has the id -1: nothing ends before its time
-        work = Rounds([session] * rows, most, 0.0, (), None, False, probe, im_end=-1)
+        work = Rounds([session] * rows, most, float(sampled), generators, None, False, probe, im_end=-1)
         found: dict[tuple[int, int], list[tuple[float, float]]] = {turn: [] for turn in turns}
         try:
             for _ in range(REPEATS + 1):
@@ -86,8 +87,9 @@ def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int) 
     verify = tuple(zip(READ, accumulate((rests[0, read][1] for read in READ), max), strict=True))
     draft = {}
     for name, drafter in drafters.items():
-        drafts = times(_Probe(drafter, taps, clock), [(depth, 1) for depth in DRAFTED])
-        first, second = (drafts[depth, 1][0] for depth in DRAFTED)
-        more = max(0.0, (second - first) / (DRAFTED[1] - DRAFTED[0]))
+        depths = DRAFTED[0], min(DRAFTED[1], drafter.width)
+        drafts = times(_Probe(drafter, taps, clock), [(depth, 1) for depth in depths])
+        first, second = (drafts[depth, 1][0] for depth in depths)
+        more = max(0.0, (second - first) / max(1, depths[1] - depths[0]))
         draft[name] = DraftCost(first, more)
     return Costs(verify, draft)

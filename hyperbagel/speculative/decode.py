@@ -19,7 +19,7 @@ from torch import Tensor
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import Decoded, Runner
 from hyperbagel.generate.decode import decode as plain
-from hyperbagel.generate.sampling import probabilities
+from hyperbagel.generate.sampling import pick, probabilities
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken
 from hyperbagel.model.bagel import Bagel
@@ -150,8 +150,8 @@ class Rounds:
         tokens = torch.cat([self.root[:, None], draft.tokens], dim=1) if n > 1 else self.root[:, None]  # [B, n]
         logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
-        if n == 1 and self.temperature == 0:  # as lean as a plain step: rounds without drafts must not cost more
-            accepted = Accepted(torch.zeros_like(self.root), logits[:, 0].argmax(-1))
+        if n == 1:  # as lean as a plain step: rounds without drafts must not cost more
+            accepted = Accepted(torch.zeros_like(self.root), pick(logits[:, 0], self.temperature, self.generators))
             read = [[0, own, root] for own, root in zip(accepted.token.tolist(), self.roots, strict=True)]
         else:
             accepted = self._accept(logits, tokens, draft)

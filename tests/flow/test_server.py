@@ -235,6 +235,7 @@ WRONG: dict[str, tuple[Callable[[openai.OpenAI], Any], type[openai.APIStatusErro
     "n": (draw(n=99), BAD, "at most 10"),
     "steps": (draw(extra_body={"steps": 10**6}), BAD, "at most 1000"),
     "student": (draw(extra_body={"student": "/etc"}), BAD, "none"),
+    "drafter": (chat(extra_body={"drafter": "/etc"}), BAD, "lookup, auto, none"),
     "interval": (draw(extra_body={"interval": [1, 0]}), BAD, "LO <= HI"),
     "long prompt": (draw("a red car " * 9000), BAD, "shorten it"),
     "long stream": (draw("a red car " * 9000, stream=True), BAD, "shorten it"),

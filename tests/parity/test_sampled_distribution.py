@@ -18,6 +18,8 @@ from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters.lookup import Lookup
 from hyperbagel.speculative.tree import Tree
@@ -38,7 +40,7 @@ class ToyStub:
     """What the sampled stubs share: the model itself, to know what is likely, and each row's tokens."""
 
     taps: tuple[int, ...] = ()
-    width = 6
+    width, threshold = 6, 0.0
 
     def __init__(self, parts: Parts) -> None:
         self.best = answer_table(parts)[1]
@@ -185,7 +187,13 @@ def sample(parts: Parts, drafter: Drafter | None) -> Counter[tuple[int, ...]]:
     return counts
 
 
-DRAFTERS = [None, LikelyChain, WrongChain, RepeatChain, FixedTree, DrawnChain, DrawnTree, Lookup]
+def budgeted(parts: Parts) -> Adaptive:
+    """Good and bad drafters, chains and trees, under a budget that tries all of them and at times nobody."""
+    drafters = {"likely": LikelyChain(parts), "drawn": DrawnChain(parts), "tree": DrawnTree(parts), "wrong": WrongChain(parts)}
+    return Adaptive(drafters, costs=Costs(((1, 1.0), (8, 1.4)), dict.fromkeys(drafters, DraftCost(0.3))))
+
+
+DRAFTERS = [None, budgeted, LikelyChain, WrongChain, RepeatChain, FixedTree, DrawnChain, DrawnTree, Lookup]
 
 
 @pytest.mark.parametrize("kind", DRAFTERS, ids=[getattr(d, "__name__", "plain") for d in DRAFTERS])

@@ -21,6 +21,8 @@ from hyperbagel.speculative.drafters.expand import Level, best_nodes, grow, leve
 from hyperbagel.speculative.drafters.layers import Served, Sight
 from hyperbagel.speculative.types import Draft, Seen
 
+_TABLE = 2048  # largest vocabulary whose pairs are tabled
+
 
 class News(NamedTuple):
     """New slots of the target as a drafter reads them, [B, n, ...]; rows are padded on the right."""
@@ -61,8 +63,12 @@ def choose(logits: Tensor, temperature: float, generators: Sequence[torch.Genera
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """How likely the drafter holds its greedy choice to be right: logits [..., V] -> [...]."""
-    return logits.float().softmax(-1).amax(-1)
+    """How likely the drafter's greedy choice is the target's: logits [..., V] -> [...] in [0.5, 1].
+
+    That is not its probability: where many tokens may follow, both may still have the same favourite. The first choice against the second.
+    """
+    best = logits.float().topk(2, dim=-1).values
+    return (best[..., 0] - best[..., 1]).sigmoid()
 
 
 def _drafts(tokens: list[Tensor], qs: list[Tensor | None], like: Tensor) -> Draft:
@@ -82,7 +88,7 @@ class _Proposer:
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         c, model = self.config, self.target
-        self.temperature, self.generators = temperature, generators
+        self.temperature, self.generators, self.im_end = temperature, generators, sessions[0].parts.tokenizer.im_end
         self.cache = KVCache(self.memory_layers, c.kv_heads, c.head_dim, rows=len(sessions), device=model.device, dtype=model.dtype)
         self.cache.reserve(max(s.cache.lengths[0] for s in sessions) + 64)
 
@@ -121,7 +127,7 @@ class AutoregressiveDrafter(_Proposer):
         # The look at the chances is a wait for the device, so on a CPU only. Greedy only: a sampled draft may be good at low confidence,
         # and what is drafted must not depend on how likely the drawn token was.
         careful = self.threshold > 0 and self.temperature == 0 and h.device.type == "cpu"
-        chance = torch.ones(len(h))
+        chance, ended = torch.ones(len(h)), torch.zeros(len(h), dtype=torch.bool)
         for d in range(depth):
             logits = self.module.head(h)
             token, q = choose(logits, self.temperature, self.generators)
@@ -131,6 +137,8 @@ class AutoregressiveDrafter(_Proposer):
                     break
             tokens.append(token)
             qs.append(q)
+            if h.device.type == "cpu" and (ended := ended | (token == self.im_end)).all():  # nothing follows
+                break
             if d + 1 < depth:
                 plan = self.cache.plan(ones, causal=True)
                 sight = Sight.at((position + d)[:, None], self.config, h.dtype, Served(self.cache, plan))
@@ -161,6 +169,9 @@ class BlockProposer(_Proposer):
         super().__init__(module, target)
         self.module, self.threshold = module, threshold
         self.depth = min(depth or module.config.block, module.config.block)
+        # a small vocabulary: the Markov head as a table of what follows what, one look-up instead of two products a token
+        small = module.config.vocab_size <= _TABLE
+        self.links = module.link(torch.arange(module.config.vocab_size, device=target.device)) if small else None
         self.taps: tuple[int, ...] = tuple(sorted(set(module.layers_read)))
         self.width = self.depth
 
@@ -174,11 +185,11 @@ class BlockProposer(_Proposer):
         out = self.module.block(root, seen.position[:, None], Served(self.cache, plan))
         depth = min(self.depth, limit)
         logits = self.module.lm_head(out[:, :depth])
-        previous, trust = seen.root, torch.ones_like(seen.root, dtype=torch.float32)
+        previous, trust, ended = seen.root, torch.ones_like(seen.root, dtype=torch.float32), torch.zeros_like(seen.root, dtype=torch.bool)
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
         for d in range(depth):
-            mine = logits[:, d] + self.module.link(previous)
+            mine = logits[:, d] + (self.module.link(previous) if self.links is None else self.links[previous])
             if self.threshold > 0:  # decided before the token is drawn, so that it does not bend the distribution
                 sure = self.module.trust(out[:, d], previous).float().sigmoid() if self.temperature > 0 else confidence(mine)
                 trust = trust * sure
@@ -188,4 +199,6 @@ class BlockProposer(_Proposer):
             # where a look at the chances would be a wait for the device, each row ends its own draft
             tokens.append(previous if trust.device.type == "cpu" else torch.where(trust >= self.threshold, previous, -1))
             qs.append(q)
+            if root.device.type == "cpu" and (ended := ended | (previous == self.im_end)).all():  # nothing follows
+                break
         return _drafts(tokens, qs, root)

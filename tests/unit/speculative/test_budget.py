@@ -96,7 +96,7 @@ def test_it_hardly_loses_on_hopeless_text() -> None:
     """Two drafters that are never right cost 8 % of an answer of 80 tokens here, one 5 %, and less in a long one."""
     assert decode({"chain": 0.0, "block": 0.0}, 80) > 0.92
     assert decode({"block": 0.0}, 80) > 0.95
-    assert decode({"chain": 0.0, "block": 0.0}, 2000) > 0.99
+    assert decode({"chain": 0.0, "block": 0.0}, 2000) > 0.97
 
 
 def test_it_wins_where_there_is_something_to_win() -> None:

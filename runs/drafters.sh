@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Every drafter of the embedded model, with the same budget each, then the tables. Stop it at any time; the same command goes on.
+#
+#   runs/drafters.sh [MODEL] [FOLDER] [SECONDS]
+#
+# MODEL (default the shipped one) is the target, FOLDER (default work/drafters) gets one run folder a drafter, SECONDS (default 900) is the
+# time of each: one process of one thread, so two of these may run beside each other on two cores with ONLY="block eagle3" and the like.
+# NO_TABLES=1 only trains. SHIP="block" copies those into the model's own drafters/, where `hyperbagel ask` finds them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+model=${1:-hyperbagel/assets/toybox}
+out=${2:-work/drafters}
+seconds=${3:-900}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
+bin=${BIN:-.venv/bin}
+all="block hyper_bagel eagle3 no_zero_init no_ce neither"
+only=${ONLY:-$all}
+
+# drafter NAME RECIPE OVERRIDES...: trains, or goes on with, out/NAME; a finished one has a gate.json and is not touched again.
+drafter() {
+    local name=$1 recipe=$2
+    shift 2
+    [[ " $only " == *" $name "* ]] || return 0
+    [ -f "$out/$name/gate.json" ] && return 0
+    local resume=()
+    if [ -d "$out/$name/checkpoints" ]; then resume=(--resume); else rm -rf "${out:?}/$name"; fi
+    "$bin/hyperbagel" train drafter --recipe "recipes/toybox/drafter_$recipe.yaml" "target=$model" "max_seconds=$seconds" "$@" \
+        --out "$out/$name" "${resume[@]}"
+}
+
+mkdir -p "$out"
+drafter block block                                            # one pass a block
+drafter hyper_bagel hyper_bagel                                # ours of the paper
+drafter eagle3 eagle3                                          # vanilla
+drafter no_zero_init hyper_bagel "shape={layers: 2, zero_init: false}"
+drafter no_ce hyper_bagel ce_weight=0
+drafter neither hyper_bagel "shape={layers: 2, zero_init: false}" ce_weight=0
+
+given=()
+for name in $all; do
+    [ -f "$out/$name/gate.json" ] && given+=(--drafter "$name=$out/$name/export")
+done
+if [ -z "${NO_TABLES:-}" ]; then
+    # the paper's ablation: acceptance of chains of 10, no times
+    "$bin/hyperbagel" eval speculative --acceptance --model "$model" --out "$out/ablation" "${given[@]}"
+    main=()
+    for name in block hyper_bagel eagle3; do
+        [ -f "$out/$name/gate.json" ] && main+=(--drafter "$name=$out/$name/export")
+    done
+    "$bin/hyperbagel" eval speculative --model "$model" --out "$out/speed" "${main[@]}"
+fi
+for name in ${SHIP:-}; do
+    mkdir -p "$model/drafters"
+    rm -rf "${model:?}/drafters/$name"
+    cp -r "$out/$name/export" "$model/drafters/$name"
+done

@@ -1,0 +1,146 @@
+"""Under a budget answers stay the target's own, whoever drafts and however often nobody does; drafters that paused know all they missed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from parity_world import STUBS, make_parts, mixed_sessions, text_sessions
+
+from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.budget import Costs, DraftCost
+from hyperbagel.speculative.costs import measure_costs
+from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
+from hyperbagel.speculative.drafters.folder import make_drafter, make_module
+from hyperbagel.speculative.drafters.lookup import Lookup
+from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated
+
+TAPS = (0, 1, 2, 3, 4, 5)
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return make_parts()
+
+
+def costs(*names: str) -> Costs:
+    return Costs(((1, 1.0), (4, 1.15), (8, 1.35)), dict.fromkeys(names, DraftCost(0.2, 0.05)))
+
+
+def random_drafter(kind: Kind, parts: Parts) -> Drafter:
+    config = DrafterConfig.for_target(kind, parts.model.config.llm, **({"block": 4, "rank": 8} if kind == "block" else {}))
+    module = make_module(config)
+    module.init_from(parts.model, torch.Generator().manual_seed(0))
+    return make_drafter(module.eval().requires_grad_(False), parts.model, depth=4)
+
+
+def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:
+    assert [(o.ids, o.finish_reason) for o in other] == [(p.ids, p.finish_reason) for p in plain]
+
+
+def test_a_thousand_prompts_of_changing_drafters(parts: Parts) -> None:
+    """Stubs that echo, lie, repeat and draw trees, lookup and a trained kind in one budget, which must have used several, and nobody."""
+    sessions = text_sessions(parts, 1000, taps=TAPS)
+    block, names = random_drafter("block", parts), [*STUBS, "lookup", "block"]
+    adaptive, used = None, dict.fromkeys(names, 0)
+    for at in range(0, 1000, 125):
+        group = sessions[at : at + 125]
+        plain = plain_decode(group, max_tokens=12)
+        stubs = {name: stub(plain, parts.tokenizer.im_end, 1024) for name, stub in STUBS.items()}
+        fresh = Adaptive({**stubs, "lookup": Lookup(), "block": block}, costs=costs(*names))
+        fresh.phases = adaptive.phases if adaptive else {}  # what was learnt stays
+        adaptive = fresh
+        out = decode(group, max_tokens=12, drafter=adaptive)
+        same(plain, out)
+        used = {name: used[name] + adaptive.rounds_drafted[name] for name in names}
+    assert sum(n > 0 for n in used.values()) >= 4 and used["echo"] == max(used.values()), used
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_hopeless_drafters_are_left_alone(rows: int, parts: Parts) -> None:
+    """A drafter that is always wrong drafts ever more seldom; the answers do not notice."""
+    parts.tokenizer.im_end, im_end = -1, parts.tokenizer.im_end
+    try:
+        sessions = text_sessions_without_end(parts, rows, im_end)
+        plain = plain_decode(sessions, max_tokens=150)
+        adaptive = Adaptive({"wrong": STUBS["wrong"](plain, -1, 1024)}, costs=costs("wrong"))
+        out = decode(sessions, max_tokens=150, drafter=adaptive)
+    finally:
+        parts.tokenizer.im_end = im_end
+    same(plain, out)
+    assert isinstance(out[0], Speculated) and out[0].stats.rounds == 150
+    assert 3 <= adaptive.rounds_drafted["wrong"] <= 12
+
+
+def text_sessions_without_end(parts: Parts, rows: int, im_end: int) -> list[Session]:
+    parts.tokenizer.im_end = im_end
+    sessions = text_sessions(parts, rows, seed=4)
+    parts.tokenizer.im_end = -1
+    return sessions
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "hyper-bagel", "block"])
+def test_a_pause_is_caught_up(kind: Kind, parts: Parts) -> None:
+    """A drafter asked every third round drafts what one asked every round does, in rows of unlike lengths."""
+    sessions = mixed_sessions(parts, TAPS)
+    plain = plain_decode(sessions, max_tokens=20)
+    often, seldom = random_drafter(kind, parts), random_drafter(kind, parts)
+    echo = STUBS["echo"](plain, parts.tokenizer.im_end, 1024)
+    adaptive = Adaptive({"seldom": seldom}, costs=costs("seldom"))
+
+    class Both:
+        taps, width, threshold, turn, compared = TAPS, 6, 0.0, 0, 0
+
+        def begin(self, *given: object) -> None:
+            for drafter in (often, adaptive, echo):
+                drafter.begin(*given)  # type: ignore[arg-type, attr-defined]
+
+        def propose(self, seen: Seen, limit: int) -> Draft:
+            self.turn += 1
+            for phase in adaptive.phases.values():  # no trials of its own
+                phase.records["seldom"].wait, phase.records["seldom"].tokens = (0 if self.turn % 3 == 0 else 9), 0.1
+            theirs = adaptive.propose(seen, limit)
+            mine = often.propose(seen, limit)
+            if theirs.tokens.shape[1]:
+                n = min(mine.tokens.shape[1], theirs.tokens.shape[1])
+                alive = torch.tensor([count > 0 for count in seen.counts])
+                assert torch.equal(mine.tokens[alive, :n], theirs.tokens[alive, :n])
+                self.compared += 1
+            return Draft(echo.propose(seen, limit).tokens[:, :1])  # one accepted token a round: news of two slots
+
+    both = Both()
+    same(plain, decode(sessions, max_tokens=20, drafter=both))
+    assert both.compared >= 3
+
+
+def test_measured_costs_are_sane(parts: Parts) -> None:
+    """More tokens never cost less; a drafter costs something; the context stays as it was."""
+    context = Session.new(parts, TAPS)
+    with torch.inference_mode():
+        context.add_text("what is this")
+    before = (context.cache.lengths[0], context.position)
+    drafters = {"lookup": Lookup(), "eagle3": random_drafter("eagle3", parts)}
+    for rows, sampled in ((1, False), (2, True)):
+        found = measure_costs(context, drafters, rows, sampled)
+        seconds = [s for _, s in found.verify]
+        assert seconds == sorted(seconds) and found.plain > 0
+        assert found.draft["eagle3"].first > found.draft["lookup"].first > 0 and found.draft["eagle3"].more > 0
+    assert (context.cache.lengths[0], context.position) == before
+
+
+def test_no_room_for_drafts_is_a_warning(parts: Parts) -> None:
+    """The answer comes all the same, and is the plain one."""
+    limit = parts.model.config.llm.max_position_embeddings
+    [session] = text_sessions(parts, 1)
+    longest = limit - session.cache.lengths[0] - 1
+    plain = plain_decode([session], max_tokens=longest)
+    with pytest.warns(UserWarning, match="expected room for them"):
+        out = decode([session], max_tokens=longest, drafter=Lookup())
+    same(plain, out)
+    assert not isinstance(out[0], Speculated)
+    assert isinstance(decode([session], max_tokens=longest - 8, drafter=Lookup())[0], Speculated)

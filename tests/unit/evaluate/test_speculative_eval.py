@@ -1,0 +1,83 @@
+"""The speculative evaluation on a small model: every row there, figures that agree with each other, a stopped run goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "generate"))
+from small_world import small_parts
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.evaluate import speculative
+from hyperbagel.evaluate.speculative import QUICK, SPLITS, Cell, alpha, run_speculative_eval
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.speculative.drafters.config import DrafterConfig
+from hyperbagel.speculative.drafters.folder import make_module, save_drafter
+
+
+@pytest.fixture(scope="module")
+def model() -> HyperBagel:
+    return HyperBagel(small_parts(), "small")
+
+
+@pytest.fixture(scope="module")
+def drafter(model: HyperBagel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    module = make_module(DrafterConfig.for_target("block", model.parts.model.config.llm, block=4))
+    module.init_from(model.parts.model, torch.Generator().manual_seed(0))
+    save_drafter(tmp_path_factory.mktemp("d") / "block", module, torch.float32)
+    return next(tmp_path_factory.getbasetemp().glob("d*/block"))
+
+
+@pytest.mark.parametrize(("rate", "depth"), [(0.0, 10), (0.7452, 10), (0.5, 4), (0.95, 8)])
+def test_alpha_inverts_the_papers_formula(rate: float, depth: int) -> None:
+    assert alpha((1 - rate ** (depth + 1)) / (1 - rate), depth) == pytest.approx(rate, abs=1e-9)
+
+
+def test_the_papers_own_rows() -> None:
+    """tau 3.7709 is 10-alpha 0.7452, and so on, to the digits that it prints."""
+    for tau, told in ((3.7709, 0.7452), (3.6184, 0.7327), (2.8273, 0.6494), (3.6642, 0.7365), (3.4832, 0.7207)):
+        assert alpha(tau, 10) == pytest.approx(told, abs=2e-4)
+
+
+def test_every_row_and_a_run_that_goes_on(
+    model: HyperBagel, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_speculative_eval(model, {"mine": drafter}, out=tmp_path, plan=QUICK)
+    assert [(c["split"], c["temperature"]) for c in result["acceptance"]] == [(s, t) for s in SPLITS for t in (0.0, 1.0)]
+    assert len(result["speed"]) == len(SPLITS) * 4
+    for cell in result["acceptance"]:
+        assert set(cell["rows"]) == {"lookup", "mine"} and cell["entropy"] > 0
+        assert all(1 <= row["tau"] <= row["depth"] + 1 and 0 <= row["alpha"] <= 1 for row in cell["rows"].values())
+        assert cell["rows"]["mine"]["depth"] == 4
+    for cell in result["speed"]:
+        assert list(cell["rows"]) == ["plain", "lookup", "mine", "auto"]
+        assert cell["rows"]["plain"]["speedup"] == 1
+        assert all(row["tok_per_second"] > 0 and row["low"] <= row["tok_per_second"] <= row["high"] for row in cell["rows"].values())
+        if cell["temperature"] == 0:
+            assert all(row["identical"] == cell["answers"] for row in cell["rows"].values())
+    assert "Speed-up" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text()) == result
+
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cells.jsonl").write_text("".join(lines[:-1]))
+    made: list[Cell] = []
+    true = speculative._Bench._speed
+    monkeypatch.setattr(speculative._Bench, "_speed", lambda self, cell: made.append(cell) or true(self, cell))
+    again = run_speculative_eval(model, {"mine": drafter}, out=tmp_path, plan=QUICK, show=False)
+    assert [cell.id for cell in made] == ["free_form-T1-x2"]
+    assert again["acceptance"] == result["acceptance"]
+
+
+def test_folders_that_cannot_be_used(model: HyperBagel, drafter: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="expected a drafter's folder"):
+        run_speculative_eval(model, {"mine": tmp_path / "empty"}, out=tmp_path / "out", plan=QUICK)
+    with pytest.raises(InputError, match="too briefly"):
+        plan = replace(QUICK, speed=False, free_tokens=10_000, prompts=1)
+        run_speculative_eval(model, {}, out=tmp_path / "out", plan=plan)
