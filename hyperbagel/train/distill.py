@@ -253,11 +253,13 @@ class DistillStage(Stage):
                     for key in (name, f"{m.conditions.source}_{name}"):
                         found.setdefault(key, []).append(value)
         figures = {name: sum(values) / len(values) for name, values in found.items()}
+        if skipped := sum(self.loader.broken.values()):
+            figures["skipped_rows"] = skipped
         return figures | self._alarms(step, figures)
 
     def _alarms(self, step: int, figures: dict[str, float]) -> dict[str, float]:
         """Warns of what is wrong, and says it in the metrics: alarm_NAME 1. What comes in is not the stage's doing, so step 0 is silent."""
-        if step == 0 or not figures:
+        if step == 0 or "score" not in figures:
             return {}
         self.scores.append(figures["score"])
         found = alarms(figures, self.scores)
@@ -288,6 +290,8 @@ class DistillStage(Stage):
 
     def finish(self, out: Path) -> None:
         """export/: a student folder with the averaged weights of the best checkpoint; without held-out figures, of the last step."""
+        for name, skipped in self.loader.broken.items():
+            log.warning("source %r: %d broken rows were skipped", name, skipped)
         player, values = self.players["student"], dict[str, Tensor]()
         if not self.measured:
             shadow = player.ema.shadow if player.ema else player.parameters
