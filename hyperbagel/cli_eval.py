@@ -132,3 +132,81 @@ def speculative(
     torch.set_num_threads(threads)
     plan = replace(QUICK if quick else Plan(), **_given(prompts=prompts, repeats=repeats), speed=not acceptance)
     run_speculative_eval(_load(model, device, dtype), folders, out=out, plan=plan)
+
+
+Prompts = Annotated[Path, typer.Option(help="The suite's prompts, JSON lines.")]
+Student = Annotated[str | None, typer.Option(help="Distilled model that draws: 6, 1 (evaluations), a folder, or none.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+TextScale = Annotated[float | None, typer.Option(help="Guidance towards the text; 1 is none.")]
+Interval = Annotated[tuple[float, float] | None, typer.Option(metavar="LO HI", help="Times t in [0, 1] between which guidance acts.")]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="Picture size, both multiples of 16.", show_default="the model's own")]
+Batch = Annotated[int, typer.Option(help="Pictures made together.")]
+Seed = Annotated[int, typer.Option(help="Which noise.")]
+
+
+def _pictures(
+    batch: int, seed: int, model: str | None, device: str | None, dtype: str | None, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """(the model on this rank's device, the given settings of a request)."""
+    checks.check_at_least("--batch", batch, 1)
+    checks.check_seed(seed)
+    if settings.get("size") is not None:
+        settings["size"] = checks.parse_size(settings["size"])
+    from hyperbagel.evaluate.pictures import place
+
+    if device is None and (mine := place()[2]):
+        import torch
+
+        device = mine if torch.cuda.is_available() else None
+    return _load(model, device, dtype), _given(**settings)
+
+
+@app.command()
+def geneval(
+    prompts: Prompts,
+    out: Out,
+    model: Model = None,
+    student: Student = None,
+    n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 4,
+    seed: Seed = 0,
+    steps: Steps = None,
+    text_scale: TextScale = None,
+    interval: Interval = None,
+    size: Size = None,
+    think: Annotated[bool, typer.Option("--think", help="Let the model write its plan first.")] = False,
+    batch: Batch = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Pictures in the folders that GenEval's scorer reads; torchrun shares them out over GPUs."""
+    checks.check_at_least("-n", n, 1)
+    from hyperbagel.evaluate.geneval import run_geneval
+
+    asked = {"student": student, "steps": steps, "text_scale": text_scale, "interval": interval, "size": size, "think": think or None}
+    pipeline, settings = _pictures(batch, seed, model, device, dtype, **asked)
+    run_geneval(pipeline, prompts, out, n=n, seed=seed, batch=batch, settings=settings)
+
+
+@app.command()
+def gedit(
+    prompts: Prompts,
+    out: Out,
+    model: Model = None,
+    student: Student = None,
+    language: Annotated[Literal["all", "en", "cn"], typer.Option(help="Which instructions.")] = "all",
+    seed: Seed = 0,
+    steps: Steps = None,
+    text_scale: TextScale = None,
+    image_scale: Annotated[float | None, typer.Option(help="Guidance towards the source picture; 1 is none.")] = None,
+    interval: Interval = None,
+    think: Annotated[bool, typer.Option("--think", help="Let the model write its plan first.")] = False,
+    batch: Batch = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Edits in the folders that GEdit-Bench's scorer reads; torchrun shares them out over GPUs."""
+    from hyperbagel.evaluate.gedit import run_gedit
+
+    asked = {"student": student, "steps": steps, "text_scale": text_scale, "image_scale": image_scale, "interval": interval}
+    pipeline, settings = _pictures(batch, seed, model, device, dtype, think=think or None, **asked)
+    run_gedit(pipeline, prompts, out, seed=seed, batch=batch, language=language, settings=settings)

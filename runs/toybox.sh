@@ -9,6 +9,7 @@
 #
 #   RANKS=2          processes that train together, one core each
 #   COUPLINGS="tdm"  couplings of stage dmdo to try, of which the best goes on (default: all four)
+#   EXTRA="..."      settings that replace those of every recipe after base, e.g. "max_seconds=60" for a walk-through
 #   EVAL=0           leaves the scores out
 #   INSTALL=1        makes the result the model that ships: hyperbagel/assets/toybox
 #   N_T2I, N_EDITS   size of the distillation table (2000, 1000)
@@ -30,7 +31,7 @@ stage() {
     [ -d "$folder/checkpoints" ] && resume=(--resume)
     local train=("$bin/python" -m hyperbagel.cli)
     [ "$ranks" -gt 1 ] && train=("$bin/python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" --module hyperbagel.cli)
-    "${train[@]}" train "$name" --recipe "$recipe" "$@" --out "$folder" "${resume[@]}"
+    "${train[@]}" train "$name" --recipe "$recipe" "$@" ${EXTRA:+$([ "$name" = vae ] || [ "$name" = base ] || echo "$EXTRA")} --out "$folder" "${resume[@]}"
 }
 
 # passed FALLBACK FOLDER...: the export to go on with, of the best run that made things better.

@@ -121,12 +121,24 @@ def fingerprint(model: Bagel) -> str:
     return digest.hexdigest()[:32]
 
 
-def save_student(folder: Path, student: Student, base: Bagel, *, base_name: str = "", dtype: torch.dtype = torch.float32) -> None:
-    """Writes a student folder, whole or not at all. Raises InputError if it cannot be written."""
+def save_student(
+    folder: Path,
+    student: Student,
+    base: Bagel | str,
+    *,
+    base_name: str = "",
+    dtype: torch.dtype = torch.float32,
+    values: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes a student folder, whole or not at all. Raises InputError if it cannot be written.
+
+    base: the model or its fingerprint. values: tensors by the student's own names to write in place of its present ones.
+    """
     make_folder(folder.parent)
     adapter = student.adapter
     kind: Kind = "lora" if adapter.low_rank else "full"
-    tensors = {name: value.to(dtype) for name, value in adapter.state_dict().items()}
+    state = {name: value.to(dtype) for name, value in (student.state_dict() | dict(values or {})).items()}
+    tensors, embedders = ({n.removeprefix(p): t for n, t in state.items() if n.startswith(p)} for p in ("adapter.", "guidance."))
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         if kind == "lora":
@@ -135,8 +147,9 @@ def save_student(folder: Path, student: Student, base: Bagel, *, base_name: str 
             atomic_write_text(temporary / "adapter_config.json", json.dumps(config, indent=2) + "\n")
         else:
             save_tensors(temporary / "moe_gen.safetensors", tensors)
-        save_tensors(temporary / "guidance.safetensors", {name: value.to(dtype) for name, value in student.guidance.state_dict().items()})
-        about = {"format": _FORMAT, "kind": kind, "heads": bool(set(_HEADS) & set(adapter.copies)), "base": fingerprint(base)}
+        save_tensors(temporary / "guidance.safetensors", embedders)
+        mark = base if isinstance(base, str) else fingerprint(base)
+        about = {"format": _FORMAT, "kind": kind, "heads": bool(set(_HEADS) & set(adapter.copies)), "base": mark}
         about |= {"base_name": base_name, **asdict(student.sampler)}
         atomic_write_text(temporary / "sampler.json", json.dumps(about, indent=2) + "\n")
 

@@ -6,6 +6,7 @@ checkpoints/step-00001200/
     <player>.optimizer.safetensors  keys "<parameter>/<slot>"
     rng.safetensors                 torch's own generators (dropout); batches draw from (seed, step) and need none
     state.json                      step, seconds, score, optimiser scalars, the stage's own state
+    shards/                         in place of the players' files, if each rank holds a part of them (train.sharding)
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.train.distributed import World
+from hyperbagel.train.sharding import holds_shards, load_shards, save_shards, whole_tensors
 from hyperbagel.train.stage import Player, Stage
 
 _NAME = re.compile(r"step-(\d{8})")
@@ -55,6 +58,8 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 def averaged_tensors(path: Path, player: str) -> dict[str, Tensor]:
     """A player's averages in a checkpoint, by parameter name; its weights where no average was kept. Raises InputError."""
+    if holds_shards(path):
+        return whole_tensors(path, f"{player}/ema/") or whole_tensors(path, f"{player}/weights/")
     ema = path / f"{player}.ema.safetensors"
     try:
         return load_file(ema if ema.exists() else path / f"{player}.weights.safetensors")
@@ -62,26 +67,45 @@ def averaged_tensors(path: Path, player: str) -> dict[str, Tensor]:
         raise InputError(f"{path}: got a damaged checkpoint ({error}), expected a whole one, remove it and resume from an older") from error
 
 
-def save_checkpoint(folder: Path, stage: Stage, progress: Progress, *, keep: int, score: float | None = None) -> Path:
-    """Write a checkpoint, note it in best.json if `score` beats the noted one, then drop all but the newest `keep` and the best."""
-    make_folder(folder)
-    path = folder / f"step-{progress.step:08d}"
-    if path not in list_checkpoints(folder):  # the same step is the same state: never touch a whole checkpoint
-        _write(path, stage, progress, score)
+def save_checkpoint(
+    folder: Path, stage: Stage, progress: Progress, *, keep: int, score: float | None = None, world: World | None = None
+) -> Path:
+    """Write a checkpoint, note it in best.json if `score` beats the noted one, then drop all but the newest `keep` and the best.
+
+    Of a sharded stage every rank must call it; the leading one decides, renames and prunes.
+    """
+    path, world = folder / f"step-{progress.step:08d}", world or World()
+    if world.leads:
+        make_folder(folder)
+    missing = path not in list_checkpoints(folder)  # the same step is the same state: never touch a whole checkpoint
+    if world.agree(missing)[0] if stage.sharded else missing:
+        _write(path, stage, progress, score, world)
+    if not world.leads:
+        return path
     if score is not None and score > best_score(folder):
-        atomic_write_text(folder / "best.json", json.dumps({"name": path.name, "score": score}))
+        atomic_write_text(folder / "best.json", json.dumps({"name": path.name, "score": score, "metric": stage.best_metric}))
     _prune(folder, keep)
     return path
 
 
-def _write(path: Path, stage: Stage, progress: Progress, score: float | None) -> None:
+def _write(path: Path, stage: Stage, progress: Progress, score: float | None, world: World) -> None:
+    if stage.sharded and not world.leads:
+        save_shards(path.with_name(world.tell("")), stage.players)
+        world.wait()  # it has its name
+        return
     with atomic_path(path) as temporary:
         temporary.mkdir()
-        scalars = {name: _save_player(temporary, name, player) for name, player in stage.players.items()}
+        if stage.sharded:
+            save_shards(path.with_name(world.tell(temporary.name)), stage.players)
+            scalars = {name: {"ema_updates": player.ema.updates if player.ema else 0} for name, player in stage.players.items()}
+        else:
+            scalars = {name: _save_player(temporary, name, player) for name, player in stage.players.items()}
         save_file(_rng_tensors(), temporary / "rng.safetensors")
         state: dict[str, Any] = {"format": _FORMAT, "step": progress.step, "seconds": progress.seconds, "score": score}
         state |= {"players": scalars, "stage": stage.state()}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    if stage.sharded:
+        world.wait()
 
 
 def load_checkpoint(path: Path, stage: Stage) -> Progress:
@@ -92,10 +116,20 @@ def load_checkpoint(path: Path, stage: Stage) -> Progress:
     """
     try:
         state = json.loads((path / "state.json").read_text())
+        if holds_shards(path) != stage.sharded:
+            held, own = ("split", "whole") if holds_shards(path) else ("whole", "split")
+            raise InputError(
+                f"{path}: got {held} tensors, expected {own} ones, resume with the shard setting and ranks that the run began with"
+            )
         for name, player in stage.players.items():
             if name not in state["players"]:
                 raise InputError(f"{path}: got players {sorted(state['players'])}, expected {name!r}, resume with the recipe of this run")
-            _load_player(path, name, player, state["players"][name])
+            if stage.sharded and player.ema is not None:
+                player.ema.updates = state["players"][name]["ema_updates"]
+            elif not stage.sharded:
+                _load_player(path, name, player, state["players"][name])
+        if stage.sharded:
+            load_shards(path, stage.players)
         _set_rng(load_file(path / "rng.safetensors"))
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise InputError(f"{path}: got a damaged checkpoint ({error}), expected a whole one, remove it and resume from an older") from error

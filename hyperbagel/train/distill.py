@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.mixture import DataConfig, PhaseConfig, build_loader
@@ -22,7 +22,7 @@ from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import Velocity, euler, euler_steps
 from hyperbagel.generate.types import PAPER_EDIT, PAPER_TEXT_TO_IMAGE, Denoising
-from hyperbagel.model.student import Sampler, Student, StudentNetwork, load_student, make_adapter, save_student
+from hyperbagel.model.student import Sampler, Student, StudentNetwork, fingerprint, load_student, make_adapter, save_student
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.model.weights import load_folder
 from hyperbagel.train.alarms import alarms
@@ -30,6 +30,7 @@ from hyperbagel.train.batches import pack_spec, posterior_encoder, transform
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
 from hyperbagel.train.discriminator import vit_features
+from hyperbagel.train.distributed import World, is_sharded, join_world
 from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.cfg import draw_scales
 from hyperbagel.train.optim import OptimConfig
@@ -82,6 +83,7 @@ class DistillStage(Stage):
     """A student over a frozen base. Subclasses add players and write `prepare` and `loss`."""
 
     best_metric = "score"
+    can_shard = True
     needs_pictures = True  # whether batches need the true pictures' latents
 
     def __init__(self, recipe: DistillRecipe, device: torch.device) -> None:
@@ -89,6 +91,8 @@ class DistillStage(Stage):
         self.dtype = pick_precision(recipe.precision, device)
         self.base, self.vae = load_folder(recipe.model, device, self.dtype)
         tokenizer = Tokenizer.from_folder(recipe.model)
+        self.world, self.mark = join_world(device), fingerprint(self.base)  # before anything is split over ranks
+        self.frozen_modules: list[nn.Module] = [self.base]
         self.spec = pack_spec(self.base.config, tokenizer)
         self.markers = self.base.embed_text(torch.tensor([[tokenizer.vision_start, tokenizer.vision_end]], device=device)).detach()
         self.tokenizer = tokenizer
@@ -96,7 +100,7 @@ class DistillStage(Stage):
         self.student.sampler = self._sampler()
         self.network = self.student.network(self.base)
         self.players = {"student": Player.of(self.student, recipe.optim)}
-        self.loader = self._loader(recipe.data, recipe.seed)
+        self.loader = self._loader(recipe.data, recipe.seed, self.world)
         self.measured: list[Measured] = []
         self.measures_start = recipe.held_out is not None  # what comes in is the first candidate for the best: see train.gate
         self.scores: list[float] = []  # of this process's evaluations
@@ -110,7 +114,11 @@ class DistillStage(Stage):
 
     def frozen(self, folder: Path) -> StudentNetwork:
         """A student that is only run."""
-        return self.load(folder).requires_grad_(False).network(self.base)
+        return self.freeze(self.load(folder)).network(self.base)
+
+    def freeze(self, student: Student) -> Student:
+        self.frozen_modules.append(student)
+        return student.requires_grad_(False)
 
     def _fresh(self) -> Student:
         r = self.recipe
@@ -126,9 +134,10 @@ class DistillStage(Stage):
         stage = type(self).__module__.rpartition(".")[2]
         return Sampler(nfe=r.nfe, shift=r.shift, text_range=r.text_range, image_range=r.image_range, stage=stage, **kinds)
 
-    def _loader(self, data: DataConfig, seed: int) -> Any:
-        sizes = self.base.config.options
-        return build_loader(data, self.tokenizer, transform(sizes.vae_transform), transform(sizes.vit_transform), seed=seed)
+    def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Any:
+        sizes, world = self.base.config.options, world or World()
+        transforms = transform(sizes.vae_transform), transform(sizes.vit_transform)
+        return build_loader(data, self.tokenizer, *transforms, seed=seed, rank=world.rank, world=world.size)
 
     def amp(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
@@ -244,11 +253,13 @@ class DistillStage(Stage):
                     for key in (name, f"{m.conditions.source}_{name}"):
                         found.setdefault(key, []).append(value)
         figures = {name: sum(values) / len(values) for name, values in found.items()}
+        if skipped := sum(self.loader.broken.values()):
+            figures["skipped_rows"] = skipped
         return figures | self._alarms(step, figures)
 
     def _alarms(self, step: int, figures: dict[str, float]) -> dict[str, float]:
         """Warns of what is wrong, and says it in the metrics: alarm_NAME 1. What comes in is not the stage's doing, so step 0 is silent."""
-        if step == 0 or not figures:
+        if step == 0 or "score" not in figures:
             return {}
         self.scores.append(figures["score"])
         found = alarms(figures, self.scores)
@@ -264,7 +275,7 @@ class DistillStage(Stage):
                 few = min(8, len(m.conditions))
                 for x in (m.teacher[0], self.pictures(m.conditions, m.noises)[0], m.conditions.x0):
                     rows.append(self.decode(x[:few], m.conditions))
-        if rows:
+        if rows and self.world.leads:
             like = [row for row in rows if row.shape[2:] == rows[0].shape[2:]]
             few = min(len(row) for row in like)
             write_sheet(out / f"step-{step:08d}.png", [row[:few] for row in like])
@@ -279,16 +290,17 @@ class DistillStage(Stage):
 
     def finish(self, out: Path) -> None:
         """export/: a student folder with the averaged weights of the best checkpoint; without held-out figures, of the last step."""
-        player, best = self.players["student"], best_checkpoint(out / "checkpoints")
-        dtype = getattr(torch, self.recipe.export_dtype)
-        with player.averaged():
-            last = {name: p.clone() for name, p in player.parameters.items()}
-            for name, value in (averaged_tensors(best, "student") if best else {}).items():
-                if name in last:
-                    player.parameters[name].copy_(value)
-            save_student(out / "export", self.student, self.base, base_name=self.recipe.model.name, dtype=dtype)
-            for name, value in last.items():
-                player.parameters[name].copy_(value)
+        for name, skipped in self.loader.broken.items():
+            log.warning("source %r: %d broken rows were skipped", name, skipped)
+        player, values = self.players["student"], dict[str, Tensor]()
+        if not self.measured:
+            shadow = player.ema.shadow if player.ema else player.parameters
+            values = {name: value.full_tensor() if is_sharded(value) else value for name, value in shadow.items()}  # type: ignore[attr-defined]
+        if self.world.leads:
+            best = best_checkpoint(out / "checkpoints")
+            values = averaged_tensors(best, "student") if best else values
+            dtype = getattr(torch, self.recipe.export_dtype)
+            save_student(out / "export", self.student, self.mark, base_name=self.recipe.model.name, dtype=dtype, values=values)
 
     def close(self) -> None:
         self.loader.close()

@@ -17,6 +17,16 @@ from torch import Tensor
 from hyperbagel.core.errors import InputError
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of it (train.sharding)."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its storage; a whole tensor is its own part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 @dataclass(frozen=True)
 class World:
     """This process's place among those that train together."""
@@ -33,9 +43,33 @@ class World:
         """Rank 0's values, on every rank."""
         if self.size == 1:
             return list(values)
-        told = torch.tensor(values, dtype=torch.float64)
+        told = torch.tensor(values, dtype=torch.float64, device=_wire())
         dist.broadcast(told, 0)
         return told.tolist()
+
+    def tell(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        if self.size == 1:
+            return text
+        told = [text]
+        dist.broadcast_object_list(told, 0)
+        return told[0]
+
+    def all(self, flag: bool) -> bool:
+        """Whether it holds on every rank."""
+        if self.size == 1:
+            return flag
+        told = torch.tensor(float(flag), device=_wire())
+        dist.all_reduce(told, dist.ReduceOp.MIN)
+        return bool(told)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Of a number that each rank has its own of."""
+        if self.size == 1:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
 
     def wait(self) -> None:
         """Until every rank is here: rank 0 has evaluated or written."""
@@ -47,13 +81,15 @@ class World:
         """Give every rank rank 0's values."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor.data, 0)
+                if not is_sharded(tensor):  # a split one began as the same tensor everywhere
+                    dist.broadcast(tensor.data, 0)
 
     @torch.no_grad()
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Replace each gradient by its mean over ranks, in one message. A parameter that one rank's batch did not touch counts as zero
-        there; one that no rank touched keeps no gradient, so that its optimiser's state does not move."""
-        if self.size == 1:
+        """Replace each gradient by its mean over ranks, in one message (those of split parameters are means already). A parameter that one
+        rank's batch did not touch counts as zero there; one that no rank touched keeps no gradient, so that its optimiser stays."""
+        parameters = [p for p in parameters if not is_sharded(p)]
+        if self.size == 1 or not parameters:
             return
         touched = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
         dist.all_reduce(touched)
@@ -64,6 +100,11 @@ class World:
         dist.all_reduce(flat)
         for p, part in zip(moved, (flat / self.size).split([p.numel() for p in moved]), strict=True):
             p.grad = part.view_as(p)
+
+
+def _wire() -> str:
+    """Where a message must lie."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def join_world(device: torch.device) -> World:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hyperbagel.train.distributed import local
+
 
 def decay_at(updates: int, decay: float) -> float:
     """Decay of update number `updates` (from 0): min(decay, (1 + n) / (10 + n)).
@@ -30,7 +32,7 @@ class Ema:
         """One step towards `parameters` (the names given at the start)."""
         d = decay_at(self.updates, self.decay)
         names = list(self.shadow)
-        torch._foreach_lerp_([self.shadow[n] for n in names], [parameters[n].detach().float() for n in names], 1 - d)
+        torch._foreach_lerp_([local(self.shadow[n]) for n in names], [local(parameters[n].detach()).float() for n in names], 1 - d)
         self.updates += 1
 
     @contextmanager

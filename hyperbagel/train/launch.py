@@ -16,6 +16,7 @@ from hyperbagel.core.run import RunFolder, check_run_folder
 from hyperbagel.train import stages
 from hyperbagel.train.distributed import join_world, leave_world
 from hyperbagel.train.loop import TrainResult, pick_device, train
+from hyperbagel.train.sharding import shard_stage
 
 
 def stage_names() -> list[str]:
@@ -47,6 +48,8 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
     # the stage first: a mistake in the recipe then leaves no folder behind that "holds a run"
     stage = module.build(settings, device)
     try:
+        if settings.shard and world.size > 1:
+            shard_stage(stage, world, settings.shard_above)
         with RunFolder(out, settings, seed=settings.seed, resume=resume, leads=world.leads) as run:
             return train(stage, settings, run, resume=resume, world=world)
     finally:

@@ -20,6 +20,7 @@ from hyperbagel.core.run import RunFolder
 from hyperbagel.train.checkpoint import Progress, best_score, list_checkpoints, load_checkpoint, save_checkpoint, trained_tensors
 from hyperbagel.train.distributed import World
 from hyperbagel.train.optim import lr_factor, set_lr
+from hyperbagel.train.sharding import clip_gradients
 from hyperbagel.train.stage import Draws, Metrics, Stage, TrainRecipe
 
 
@@ -102,31 +103,31 @@ class _Loop:
             self.run.rewind(self.step)
         logged_at, saved_at = (self.clock(), self.step), self.clock()
         with ProgressReport(type(self.stage).__name__) as report:
-            if self.stage.measures_start and self.world.leads and best_score(self.run.checkpoints) == -math.inf and self.step == 0:
+            if self.stage.measures_start and self.works and best_score(self.run.checkpoints) == -math.inf and self.step == 0:
                 report.line(_show(0, self.evaluate()))
                 self.save()
             while self.step < r.max_steps and self.time_is_left():
                 values = self.one_step()
                 self.step += 1
-                if not self.world.leads:
+                if not self.works:
                     continue
                 report.update(max(self.share(True), self.share(False)), _show(self.step, values))
-                if self.step % r.log_every == 0:
+                if self.step % r.log_every == 0 and self.world.leads:
                     now = self.clock()
                     rate = (self.step - logged_at[1]) / max(1e-9, now - logged_at[0])
                     logged_at = (now, self.step)
                     self.run.log(self.step, _numbers(values) | {"steps_per_second": rate, "seconds": self.seconds})
                 if self.step % r.evaluate_every == 0:
                     report.line(_show(self.step, self.evaluate()))
-                    if self.is_best():
+                    if self.decide(self.is_best()):
                         self.save()
                         saved_at = self.clock()
                 if self.step % r.sample_every == 0:
                     self.sample()
-                if self.clock() - saved_at >= r.checkpoint_every_seconds:
+                if self.decide(self.clock() - saved_at >= r.checkpoint_every_seconds):
                     self.save()
                     saved_at = self.clock()
-            if self.world.leads:
+            if self.works:
                 report.line("done: " + _show(self.step, self.evaluate()))
                 self.sample()
                 self.save()
@@ -135,6 +136,15 @@ class _Loop:
         self.world.wait()
         metrics = self.evaluated[1]
         return TrainResult(self.step, self.seconds, metrics)
+
+    @property
+    def works(self) -> bool:
+        """Whether this rank takes part in evaluations and checkpoints: the leading one, or all if each holds a part of the weights."""
+        return self.world.leads or self.stage.sharded
+
+    def decide(self, flag: bool) -> bool:
+        """Rank 0's decision, if all ranks must take part in what follows."""
+        return bool(self.world.agree(flag)[0]) if self.stage.sharded else flag
 
     def time_is_left(self) -> bool:
         """Whether `max_seconds` allows another step; reads the clock."""
@@ -158,10 +168,11 @@ class _Loop:
                 loss, metrics = self.stage.loss(name, batch, self.step)
             self.check(loss, f"the loss of player {name!r}", metrics)
             (loss / r.accumulate).backward()
-            for key, value in {"loss": loss, **metrics}.items():
+            for key, value in {"loss": self.world.mean(loss), **metrics}.items():
                 logged[key] = logged.get(key, 0.0) + (value.detach() if isinstance(value, Tensor) else value) / r.accumulate
         self.world.average_gradients(list(player.parameters.values()))
-        norm = torch.nn.utils.clip_grad_norm_(list(player.parameters.values()), player.optim.clip)
+        clip = clip_gradients if self.stage.sharded else torch.nn.utils.clip_grad_norm_
+        norm = clip(list(player.parameters.values()), player.optim.clip)
         self.check(norm, f"the gradient norm of player {name!r}", logged)
         player.optimizer.step()
         if player.ema is not None:
@@ -170,9 +181,9 @@ class _Loop:
 
     def check(self, value: Tensor, what: str, metrics: Metrics) -> None:
         """Stop on a number that is not finite. No optimiser has moved yet in this step, so the state is still good."""
-        if math.isfinite(value.item()):
+        if self.world.all(math.isfinite(value.item())):
             return
-        path = self.save()
+        path = self.save() if self.works else self.run.checkpoints
         raise Diverged(
             f"step {self.step}: got {value.item()} for {what} ({_show(self.step, metrics)}), expected a finite number, "
             f"lower the learning rate or use precision=fp32; the state before this step is in {path}"
@@ -187,7 +198,7 @@ class _Loop:
             with torch.no_grad(), self.autocast():
                 values = _numbers(self.stage.evaluate(self.step))
             self.evaluated = (self.step, values)
-            if values:
+            if values and self.world.leads:
                 self.run.log(self.step, {f"held_out/{key}": value for key, value in values.items()})
         return self.evaluated[1]
 
@@ -206,7 +217,7 @@ class _Loop:
 
     def save(self) -> Path:
         progress = Progress(self.step, self.seconds)
-        return save_checkpoint(self.run.checkpoints, self.stage, progress, keep=self.recipe.keep, score=self.score)
+        return save_checkpoint(self.run.checkpoints, self.stage, progress, keep=self.recipe.keep, score=self.score, world=self.world)
 
 
 def _numbers(values: Metrics) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,8 @@ class TrainRecipe(Config):
     sample_every: int = Field(default=1000, ge=1)
     checkpoint_every_seconds: float = Field(default=300.0, gt=0)
     keep: int = Field(default=2, ge=1)  # newest checkpoints kept beside the best one
+    shard: bool = False  # several ranks: split weights, averages and optimiser states over them (FSDP2) where the stage can
+    shard_above: int = Field(default=65536, ge=1)  # values of the smallest layer that is split
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ class Stage(ABC):
 
     players: dict[str, Player]
     best_metric: str | None = None  # a key of what `evaluate` returns; the checkpoint with the highest is kept as the best
+    can_shard: bool = False  # whether `evaluate`, `sample` and `finish` may run on every rank, and only the leading one writes
+    sharded: bool = False  # set by train.sharding
+    frozen_modules: Sequence[nn.Module] = ()  # what is only run, and may be split too
     measures_start: bool = False  # also evaluate before the first step: what the run begins with is then a candidate for the best
 
     def turn(self, step: int) -> str:

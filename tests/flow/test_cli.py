@@ -84,3 +84,17 @@ def test_the_demo_page(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert out.strip() == str(tmp_path / "page" / "index.html")
     assert page.count("<article>") == 3 and page.count("data:image/png") == 5
     assert "picture 1 of 1" in err and "edit 1 of 1" in err and "question 1 of 1" in err
+
+
+def test_pictures_for_outside_scorers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"tag": "single_object", "prompt": "a red car"}\n')
+    small = ["--model", str(folder), "--device", "cpu", "--steps", "2"]
+    run(["eval", "geneval", "--prompts", str(prompts), "-o", str(tmp_path / "geneval"), "-n", "2", "--size", "32x32", *small], capsys)
+    made = [tmp_path / "geneval" / "00000" / "samples" / f"0000{k}.png" for k in range(2)]
+    assert not np.array_equal(*(np.asarray(Image.open(path)) for path in made)) and read_settings(made[0])["num_steps"] == 2
+    Image.open(made[0]).save(tmp_path / "k_SRCIMG.png")
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text('{"key": "k", "task_type": "color_alter", "instruction": "make it blue", "instruction_language": "en"}\n')
+    _, err = run(["eval", "gedit", "--prompts", str(edits), "-o", str(tmp_path / "gedit"), *small], capsys)
+    assert (tmp_path / "gedit" / "fullset" / "color_alter" / "en" / "k.png").is_file() and "1 made" in err

@@ -57,6 +57,10 @@ EXTRA_IMPORTS: dict[str, set[str]] = {
     "hyperbagel/evaluate/rows.py": {"generate"},
     "hyperbagel/evaluate/wall_clock.py": {"generate"},
     "hyperbagel/evaluate/distillation.py": {"model", "generate"},
+    # these ask for pictures
+    "hyperbagel/evaluate/pictures.py": {"generate"},
+    "hyperbagel/evaluate/geneval.py": {"generate"},
+    "hyperbagel/evaluate/gedit.py": {"generate"},
     # it times decoding itself, without contexts and words around it
     "hyperbagel/evaluate/speculative.py": {"generate", "speculative"},
 }

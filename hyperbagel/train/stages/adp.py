@@ -82,7 +82,7 @@ class AdpStage(DistillStage):
         super().__init__(recipe, device)
         self.own = recipe
         folder = required(recipe.teacher or recipe.init, "init", "the 6-NFE student of stage dmdo")
-        teacher = self.load(folder).requires_grad_(False)
+        teacher = self.freeze(self.load(folder))
         self.teacher, self.teacher_sampler = teacher.network(self.base), teacher.sampler
         latent = LatentDiscriminator(self.base, teacher, recipe.latent_heads)
         self.judges = Judges(latent, PixelDiscriminator(self.base, recipe.pixel_heads)).to(device)

@@ -40,7 +40,9 @@ class Prepared:
 
 
 class CfgStage(DistillStage):
-    """One player, "student"."""
+    """One player, "student". A regression: how near the teacher's picture of the same noise, is what it is measured by."""
+
+    best_metric = "match"
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)

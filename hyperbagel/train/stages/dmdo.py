@@ -113,8 +113,8 @@ class DmdoStage(DistillStage):
         super().load_state(state)
         if "redo" in state:
             step = state["redo"]["step"]
-            for micro in range(state["redo"]["count"]):
-                self.batch(step, Draws.at(self.recipe.seed, step, micro))
+            for micro in range(state["redo"]["count"]):  # the loop's own draws
+                self.batch(step, Draws.at(self.recipe.seed, step, self.world.rank * self.recipe.accumulate + micro))
 
     # -- losses ----------------------------------------------------------------------------------------------------------------
 

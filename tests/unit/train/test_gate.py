@@ -26,7 +26,7 @@ def finished(run: Path, scores: dict[int, float], measure: str = "score", **best
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": max(scores), "student/loss": 1.0}]))
     checkpoint = run / "checkpoints" / f"step-{top:08d}"
     checkpoint.mkdir(parents=True)
-    (run / "checkpoints" / "best.json").write_text(json.dumps({"name": checkpoint.name, "score": scores[top]}))
+    (run / "checkpoints" / "best.json").write_text(json.dumps({"name": checkpoint.name, "score": scores[top], "metric": measure}))
     return run
 
 

@@ -1,0 +1,67 @@
+"""Pictures for GEdit-Bench's own scorer, which stands outside.
+
+OUT/fullset/<task_type>/<instruction_language>/<key>.png            the edit
+OUT/fullset/<task_type>/<instruction_language>/<key>_SRCIMG.png     what was edited
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import make_folder
+from hyperbagel.data.images import open_image, save_png
+from hyperbagel.evaluate.pictures import Job, Outcome, check_settings, make_pictures, place, read_lines
+from hyperbagel.evaluate.records import item_seed
+from hyperbagel.generate.types import ImageRequest
+
+NEEDED = ("key", "task_type", "instruction", "instruction_language")
+_NAME = re.compile(r"[\w.-]+")  # these become folders and files
+
+
+def run_gedit(
+    model: Any, prompts: Path, out: Path, *, seed: int = 0, batch: int = 4, language: str = "all", settings: dict[str, Any] | None = None
+) -> Outcome:
+    """Makes every edit. prompts: JSON lines with key, task_type, instruction, instruction_language and optionally image, a path from the
+    file's folder; without it the picture is KEY_SRCIMG.png or KEY.png there.
+
+    language: "en", "cn" or "all". settings: fields of ImageRequest. Raises InputError as `run_geneval` does.
+    """
+    rank, ranks, _ = place()
+    asked = settings or {}
+    rows, broken = read_lines(prompts, NEEDED)
+    for row in list(rows):
+        odd = next((name for name in ("key", "task_type", "instruction_language") if not _NAME.fullmatch(row[name])), None)
+        if odd:
+            rows.remove(row)
+            broken.append(f"{prompts} row {row['_row'] + 1}: {odd} {row[odd]!r} cannot be a file's name")
+    chosen = [row for row in rows if language in ("all", row["instruction_language"])]
+    if not chosen:
+        raise InputError(f"{prompts}: got no usable row of language {language!r}, expected some; the file has {_languages(rows)}")
+    check_settings(out, {"suite": "gedit", "model": model.name, "seed": seed, "rows": len(rows), **asked}, rank)
+
+    def jobs() -> Iterator[Job]:
+        for row in chosen:
+            folder = out / "fullset" / row["task_type"] / row["instruction_language"]
+            yield Job(folder / f"{row['key']}.png", partial(_request, row, prompts.parent, folder, seed, asked))
+
+    return make_pictures(model, jobs(), rank=rank, ranks=ranks, batch=batch, broken=broken if rank == 0 else ())
+
+
+def _request(row: dict[str, Any], where: Path, folder: Path, seed: int, asked: dict[str, Any]) -> ImageRequest:
+    """Reads the source, puts it where the scorer looks for it, and asks for the edit."""
+    named = [row["image"]] if isinstance(row.get("image"), str) else [f"{row['key']}_SRCIMG.png", f"{row['key']}.png"]
+    path = next((where / name for name in named if (where / name).is_file()), None)
+    if path is None:
+        raise InputError(f"no picture {' or '.join(named)} in {where}")
+    source = open_image(path)
+    save_png(source, make_folder(folder) / f"{row['key']}_SRCIMG.png")
+    return ImageRequest(row["instruction"], (source,), seed=item_seed(seed, f"{row['instruction_language']}/{row['key']}"), **asked)
+
+
+def _languages(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(sorted({row["instruction_language"] for row in rows})) or "no usable rows"

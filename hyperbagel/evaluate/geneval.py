@@ -1,0 +1,45 @@
+"""Pictures for GenEval's own scorer (evaluate_images.py), which stands outside.
+
+OUT/00000/metadata.jsonl          the prompt's row of evaluation_metadata.jsonl, as it was
+OUT/00000/samples/00000.png ...   `n` pictures, numbered
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hyperbagel.core.files import atomic_write_text, make_folder
+from hyperbagel.evaluate.pictures import Job, Outcome, check_settings, make_pictures, place, read_lines
+from hyperbagel.evaluate.records import item_seed
+from hyperbagel.generate.types import ImageRequest
+
+
+def run_geneval(
+    model: Any, prompts: Path, out: Path, *, n: int = 4, seed: int = 0, batch: int = 4, settings: dict[str, Any] | None = None
+) -> Outcome:
+    """Draws every prompt `n` times. prompts: JSON lines with "prompt" (and what the scorer wants: tag, include, exclude).
+
+    settings: fields of ImageRequest. Under torchrun each rank takes its share. Raises InputError for an unusable file, or a folder of
+    pictures that were made otherwise.
+    """
+    rank, ranks, _ = place()
+    asked = settings or {}
+    rows, broken = read_lines(prompts, ["prompt"])
+    check_settings(out, {"suite": "geneval", "model": model.name, "n": n, "seed": seed, "rows": len(rows), **asked}, rank)
+    if rank == 0:
+        for row in rows:
+            about = {key: value for key, value in row.items() if key != "_row"}
+            atomic_write_text(make_folder(out / f"{row['_row']:05d}") / "metadata.jsonl", json.dumps(about, ensure_ascii=False) + "\n")
+
+    def jobs() -> Iterator[Job]:
+        for row in rows:
+            first = item_seed(seed, f"{row['_row']:05d}")
+            for k in range(n):
+                request = partial(ImageRequest, row["prompt"], seed=first + k, **asked)
+                yield Job(out / f"{row['_row']:05d}" / "samples" / f"{k:05d}.png", request)
+
+    return make_pictures(model, jobs(), rank=rank, ranks=ranks, batch=batch, broken=broken if rank == 0 else ())

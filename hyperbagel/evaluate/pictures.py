@@ -1,0 +1,123 @@
+"""Pictures for scorers that stand outside: made job by job into the folders that they expect, shared out over ranks, resumable.
+
+A job is one file. Files are written whole or not at all, so a file that is there is done; nothing else is kept of a stopped run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import atomic_write_text, make_folder
+from hyperbagel.core.progress import ProgressReport
+from hyperbagel.data.images import save_png
+from hyperbagel.generate.types import ImageRequest
+
+SHOWN = 5  # broken rows that are named one by one
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to make at `path`. `request` is called when it is its turn, so that source pictures are read then; may raise InputError."""
+
+    path: Path
+    request: Callable[[], ImageRequest]
+
+
+@dataclass
+class Outcome:
+    """What a rank did. broken: `name: reason` of each row that could not be used."""
+
+    made: int = 0
+    found: int = 0
+    broken: list[str] = field(default_factory=list)
+
+
+def place() -> tuple[int, int, str | None]:
+    """(rank, ranks, device) that torchrun's environment gives this process; the device is None where it says nothing."""
+    try:
+        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError as error:
+        raise InputError(
+            f"got RANK and WORLD_SIZE that are no numbers ({error}), expected torchrun's; start without them or with it"
+        ) from error
+    return rank, ranks, f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and ranks > 1 else None
+
+
+def read_lines(path: Path, needed: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, broken ones in words) of a JSON-lines file. A row needs non-empty texts of these names; `_row` is its number from 0.
+
+    Raises InputError for a file that cannot be read or has no usable row.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: got a file that cannot be read ({error}), expected JSON, one object a line; check the path") from error
+    rows: list[dict[str, Any]] = []
+    broken: list[str] = []
+    for number, line in enumerate(line for line in lines if line.strip()):
+        try:
+            row = json.loads(line)
+            missing = [name for name in needed if not isinstance(row.get(name), str) or not row[name].strip()]
+        except (ValueError, AttributeError) as error:
+            broken.append(f"{path} row {number + 1}: no JSON object ({error})")
+            continue
+        if missing:
+            broken.append(f"{path} row {number + 1}: no text {missing[0]!r}")
+        else:
+            rows.append(row | {"_row": number})
+    if not rows:
+        raise InputError(f"{path}: got {len(broken)} rows of which none can be used ({(broken or ['it is empty'])[0]}); check the file")
+    return rows, broken
+
+
+def check_settings(out: Path, settings: dict[str, Any], rank: int) -> None:
+    """Notes beside the pictures what they depend on. Raises InputError if there are pictures made otherwise."""
+    path, text = make_folder(out) / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    if path.is_file():
+        if (found := path.read_text("utf-8")) != text:
+            raise InputError(
+                f"{path}: got pictures made with {' '.join(found.split())}, expected {' '.join(text.split())}; give another folder"
+            )
+    elif rank == 0:
+        atomic_write_text(path, text)
+
+
+def make_pictures(model: Any, jobs: Iterable[Job], *, rank: int, ranks: int, batch: int, broken: Sequence[str] = ()) -> Outcome:
+    """Makes this rank's share of the jobs that are not done, `batch` at a time; a job whose source cannot be read is skipped and counted.
+
+    broken: rows that were no jobs to begin with. Raises InputError if not one job could be done.
+    """
+    own = list(jobs)[rank::ranks]
+    outcome = Outcome(broken=list(broken))
+    with ProgressReport(f"pictures {rank + 1}/{ranks}") as progress:
+        for chunk in _chunks([job for job in own if not job.path.is_file()], batch):
+            ready: list[tuple[Job, ImageRequest]] = []
+            for job in chunk:
+                try:
+                    ready.append((job, job.request()))
+                except InputError as error:
+                    outcome.broken.append(f"{job.path.name}: {error}")
+            for (job, _), result in zip(ready, model.generate_batch([request for _, request in ready]), strict=True):
+                make_folder(job.path.parent)
+                save_png(result.image, job.path, result.settings)
+                outcome.made += 1
+            done = sum(job.path.is_file() for job in own)
+            progress.update(done / len(own), f"{done}/{len(own)}")
+        outcome.found = sum(job.path.is_file() for job in own) - outcome.made
+        for told in outcome.broken[:SHOWN]:
+            progress.line(f"skipped {told}")
+        progress.line(f"{outcome.made} made, {outcome.found} found, {len(outcome.broken)} broken rows skipped")
+    if own and not outcome.made + outcome.found:
+        raise InputError(f"got {len(outcome.broken)} broken rows and no other (first: {outcome.broken[0]}), expected rows that can be used")
+    return outcome
+
+
+def _chunks(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
+    for start in range(0, len(jobs), size):
+        yield jobs[start : start + size]
