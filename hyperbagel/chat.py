@@ -70,6 +70,9 @@ class Chat:
         self.model, self.seed, self.max_tokens, self.temperature, self.think, self.steps = model, seed, max_tokens, temperature, think, 0
         self.student = self._student(student) if student else None
         self.drafter = None if drafter == NONE else model.drafters.budgeted(drafter or AUTO)
+        if self.drafter is not None:  # measures what drafting costs here, so that the first answer need not
+            with torch.inference_mode():
+                self.drafter.prepare(Session.new(model.parts), 1)
         self.out = out or (lambda text: print(text, end="", flush=True))
         self.note = note or (lambda text: print(text, file=sys.stderr, flush=True))
         self.last: Image | None = None  # shown or made

@@ -17,9 +17,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampled answers and of pictures; the next take seed + 1, ...")] = None,
     think: Annotated[bool, typer.Option("--think", help="Let the model think first.")] = False,
-    drafter: Annotated[
-        str | None, typer.Option(help="Who drafts ahead: lookup, a drafter, none.", show_default="the model's own, else lookup")
-    ] = None,
+    drafter: Annotated[str | None, typer.Option(help="Who drafts ahead: auto, lookup, a drafter, none.", show_default="auto")] = None,
     student: Annotated[str | None, typer.Option(help="Distilled model that draws: 6, 1 (evaluations), a folder, or none.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,

@@ -1,0 +1,38 @@
+# The server as an image, from the pinned versions of requirements/lock.txt:
+#   docker build -t hyperbagel .                                    CPU
+#   docker build -t hyperbagel:cuda --build-arg VARIANT=cuda .      NVIDIA GPUs (the host needs its driver and the container toolkit)
+#   docker run --rm -p 8000:8000 -e HYPERBAGEL_API_KEY=KEY hyperbagel
+# More: docs/deploy.md
+ARG PYTHON=3.11-slim-bookworm
+ARG VARIANT=cpu
+
+# torch goes first and alone: its version is the lock's, the build that is taken is the variant's.
+FROM python:${PYTHON} AS base
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+WORKDIR /opt/hyperbagel
+COPY requirements requirements
+
+FROM base AS torch-cpu
+RUN pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' requirements/lock.txt)"
+
+# The wheels of PyPI bring CUDA's libraries with them.
+FROM base AS torch-cuda
+RUN pip install "$(grep '^torch==' requirements/lock.txt)"
+
+FROM torch-${VARIANT} AS app
+# EXTRAS=[scale] adds Ray for --replicas. The locks hold more than a server needs, so they are constraints here and not lists to install.
+ARG EXTRAS=""
+COPY pyproject.toml README.md LICENSE ./
+COPY hyperbagel hyperbagel
+RUN pip install -c requirements/lock.txt setuptools \
+    && pip install -c requirements/lock.txt -c requirements/scale.txt --no-build-isolation ".${EXTRAS}" \
+    && useradd --create-home --uid 1000 hyperbagel
+USER hyperbagel
+# outside the sources, so that the installed package is the one that runs
+WORKDIR /home/hyperbagel
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+# exec form: SIGTERM reaches the server itself, which then finishes what it has accepted
+ENTRYPOINT ["hyperbagel"]
+CMD ["serve", "--host", "0.0.0.0"]
