@@ -51,4 +51,8 @@ def serve(
         return
     models = [HyperBagel.from_pretrained(**given, device=one) for one in device or (None,)]
     app = create_app(models, api_key=api_key, name=name, limits=limits)
-    run(app, host, port, lambda address: print(f"serving {models[0].name} on {address}/v1", file=sys.stderr, flush=True))
+
+    def ready(address: str) -> None:
+        print(f"serving {models[0].name} on {address}/v1\nweb page: {address}/", file=sys.stderr, flush=True)
+
+    run(app, host, port, ready)
