@@ -34,7 +34,7 @@ from hyperbagel.serve.streams import as_api_error
 from hyperbagel.serve.worker import Cancelled, Done, Engine, Failed, Job
 
 logger = logging.getLogger("hyperbagel.serve")
-SHORT = 0.1  # seconds
+SHORT = 0.25  # seconds
 HELLO_SECONDS = 20.0
 PREVIEW_STEPS, BETTER_STEPS = 4, 20  # of the model itself, where no student takes its place
 Tier = Literal["preview", "better", "full"]
@@ -133,6 +133,7 @@ class _Connection:
         self.came = asyncio.Event()  # something waits
         self.job: Job | None = None
         self.at_work: Draw | None = None
+        self.overtaken = False  # what is at work
         self.last_preview = 0.0  # seconds
         self.sending = asyncio.Lock()
 
@@ -183,12 +184,15 @@ class _Connection:
             return
         if not isinstance(message, Draw | Stop):
             raise ApiError(400, "got a second hello, expected source, draw or stop")
+        # All of this before anything is awaited: afterwards the message itself may be what is at work.
+        if isinstance(message, Stop) or not self._nearly_done():
+            self.overtaken = True  # it may be at work without having a job yet
+            if self.job is not None:
+                self.job.cancel()
         old, self.waiting = self.waiting, message if isinstance(message, Draw) else None
         self.came.set()
         if old is not None:
             await self._say({"type": "cancelled", "id": old.id})
-        if self.job is not None and (isinstance(message, Stop) or not self._nearly_done()):
-            self.job.cancel()
 
     def _nearly_done(self) -> bool:
         return self.at_work is not None and self.at_work.tier == "preview" and self.last_preview <= SHORT
@@ -201,7 +205,7 @@ class _Connection:
             asked, self.waiting = self.waiting, None
             if asked is None:
                 continue
-            self.at_work = asked
+            self.at_work, self.overtaken = asked, False
             try:
                 await self._draw(asked)
             except WebSocketDisconnect:
@@ -220,7 +224,7 @@ class _Connection:
         images = [] if self.source is None else [self.source]
         requests = await asyncio.to_thread(self.live.incoming.drawing, body, images)
         self.job = Job(requests, keep=True)
-        if self.waiting is not None and not self._nearly_done():  # it came while this one was being read
+        if self.overtaken:  # while it was being read
             self.job.cancel()
         self.live.engine.submit(self.job)
         event = await self.job.events.get()

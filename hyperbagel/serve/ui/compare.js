@@ -31,6 +31,7 @@ export function setUpCompare(panel, card, { editThis }) {
       return slot;
     });
     columns.replaceChildren(...slots.map((slot) => slot.element));
+    columns.scrollIntoView({ block: "nearest" });
     let teacher = null;
     for (const [i, [name, , there]] of rows.entries()) {
       if (!there) continue;

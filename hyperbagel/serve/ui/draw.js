@@ -2,7 +2,7 @@
 
 import { jsonBody } from "./api.js";
 import { runner } from "./page.js";
-import { drawInto, Slot, STREAM } from "./pictures.js";
+import { drawInto, place, Slot, STREAM } from "./pictures.js";
 import { Settings } from "./settings.js";
 
 export function setUpDraw(panel, card, { editThis, restoreFrom }) {
@@ -12,8 +12,7 @@ export function setUpDraw(panel, card, { editThis, restoreFrom }) {
   runner(panel, async (signal) => {
     const { n, ...body } = settings.read();
     const slots = Array.from({ length: n }, () => new Slot({ alt: prompt.value, actions: { "Edit this": editThis, "Restore settings": restoreFrom } }));
-    results.querySelector(".hint")?.remove();
-    results.prepend(...slots.map((slot) => slot.element));
+    place(slots, results);
     const request = { prompt: prompt.value, n, ...body, ...STREAM };
     await drawInto(slots, "v1/images/generations", jsonBody(request), body.seed, signal);
   });

@@ -4,7 +4,7 @@ import { ApiError } from "./api.js";
 import { Pictures } from "./files.js";
 import { Mask } from "./mask.js";
 import { runner } from "./page.js";
-import { drawInto, Slot, STREAM } from "./pictures.js";
+import { drawInto, place, Slot, STREAM } from "./pictures.js";
 import { Settings } from "./settings.js";
 
 const UNDOS = 30;
@@ -50,8 +50,7 @@ export function setUpEdit(panel, card, { editThis, restoreFrom }) {
     for (const [name, value] of Object.entries({ prompt: prompt.value, n, ...body, ...STREAM })) form.append(name, value);
     const slot = () => new Slot({ alt: prompt.value, before: paint ? pictures.list[0] : before, actions: { "Use as input": editThis, "Restore settings": restoreFrom } });
     const slots = Array.from({ length: n }, slot);
-    results.querySelector(".hint")?.remove();
-    results.prepend(...slots.map((one) => one.element));
+    place(slots, results);
     await drawInto(slots, "v1/images/edits", { method: "POST", body: form }, body.seed, signal);
   });
 

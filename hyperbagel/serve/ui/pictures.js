@@ -92,6 +92,13 @@ export class Slot {
   }
 }
 
+/** Puts slots on top of the others, where they are seen. */
+export function place(slots, results) {
+  results.querySelector(".hint")?.remove();
+  results.prepend(...slots.map((slot) => slot.element));
+  slots[0].element.scrollIntoView({ block: "nearest" });
+}
+
 /** Asks for pictures as a stream and shows each in its slot, in order of the seeds. Throws what went wrong. */
 export async function drawInto(slots, path, options, seed, signal) {
   const name = (index) => String(BigInt(seed) + BigInt(index));
