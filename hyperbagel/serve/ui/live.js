@@ -14,7 +14,7 @@ export function setUpLive(panel, card, { editThis }) {
   const part = (name) => panel.querySelector(`[data-${name}]`);
   const field = (name) => panel.querySelector(`[name=${name}]`);
   const canvas = part("picture");
-  const state = { id: 0, shown: 0, asked: new Map(), blob: null, seed: null, tiers: null, pause: 0, samples: [], source: Promise.resolve() };
+  const state = { id: 0, shown: 0, asked: new Map(), blob: null, seed: null, pause: 0, paused: false, preview: null, samples: [], source: Promise.resolve() };
   const seed = new Seed(part("seed"), { locked: true, changed: () => ask("preview") });
   const line = new Line(panel, { json: take, picture: show, open: () => { sendSource(); ask("preview"); } });
 
@@ -38,8 +38,12 @@ export function setUpLive(panel, card, { editThis }) {
   part("use").addEventListener("click", () => editThis(state.blob));
   part("save").addEventListener("click", () => download(state.blob, `hyperbagel-${state.seed}.png`));
 
+  /** After a pause, but not before its preview is there: on a slow machine that is what one waits for. */
+  function improve() { if (state.paused && state.preview === state.shown) ask("better"); }
+
   function stop() {
     clearTimeout(state.pause);
+    state.paused = false;
     line.send({ type: "stop" });
   }
 
@@ -52,9 +56,9 @@ export function setUpLive(panel, card, { editThis }) {
     if (pictures.list.length) message.image_scale = Number(field("image_scale").value);
     state.asked.set(message.id, since);
     state.source.then(() => line.send(message));
-    panel.dataset.asked = state.id;
     panel.setAttribute("aria-busy", "true");
-    if (tier === "preview") state.pause = setTimeout(() => ask("better"), PAUSE);
+    Object.assign(state, { preview: tier === "preview" ? message.id : null, paused: false });
+    if (tier === "preview") state.pause = setTimeout(() => { state.paused = true; improve(); }, PAUSE);
   }
 
   function sendSource() {
@@ -65,7 +69,6 @@ export function setUpLive(panel, card, { editThis }) {
 
   function take(message) {
     if (message.type === "ready") {
-      state.tiers = message.tiers;
       const who = ({ student, steps }) => (student === "none" ? (steps ? `the model in ${steps} steps` : "the model") : `student ${student}`);
       part("tiers").textContent = `While you type: ${who(message.tiers.preview)}. On a pause: ${who(message.tiers.better)}. Full quality: ${who(message.tiers.full)}.`;
     } else if (message.type === "cancelled") {
@@ -106,6 +109,7 @@ export function setUpLive(panel, card, { editThis }) {
     part("timings").textContent = `${ms((pixels - since) / 1000)} from input to pixels: ${list}`;
     Object.assign(panel.dataset, { shown: header.id, tier: header.tier, reused: header.reused });
     if (header.tier !== "preview") return;
+    improve();
     state.samples.push({ pixels: pixels - since, roundTrip: arrived - since, server: header.server * 1000, nfe: header.nfe, reused: header.reused, ...header.timings });
     if (state.samples.length > REMEMBERED) state.samples.shift();
     const sorted = state.samples.map((sample) => sample.pixels).sort((a, b) => a - b);
