@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.images import open_image, open_mask
 from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, check_mask, latent_grid
+from hyperbagel.serve.card import drafters
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by their first bytes; names and content types are not believed
@@ -114,9 +115,9 @@ class Incoming:
         tokens = body.max_completion_tokens or body.max_tokens
         if tokens is not None and tokens > self.limits.max_tokens:
             raise ApiError(400, f"got max_tokens {tokens}, expected at most {self.limits.max_tokens}", param="max_tokens")
-        drafters = self.model.drafters.names()  # names only, as of students
-        if body.drafter not in (None, "none", *drafters):
-            raise ApiError(400, f"got drafter {body.drafter!r}, expected one of {', '.join([*drafters, 'none'])}", param="drafter")
+        known = drafters(self.model)  # names only, as of students
+        if body.drafter not in (None, "none", *known):
+            raise ApiError(400, f"got drafter {body.drafter!r}, expected one of {', '.join([*known, 'none'])}", param="drafter")
         given: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
         given |= {} if body.temperature is None else {"temperature": body.temperature}
         request = AskRequest(question, tuple(images), think=bool(body.think), turns=tuple(turns), drafter=body.drafter, **given)

@@ -115,8 +115,10 @@ def chat_message(result: TextResult | ImageResult, think: bool) -> dict[str, Any
 
 
 def choice_facts(result: TextResult | ImageResult) -> dict[str, Any]:
-    """What we say beside an answer: its time, and for text its tokens and the drafter's acceptance (tau, null without one)."""
-    return {"timings": result.timings} | ({"tokens": result.tokens, "tau": result.tau} if isinstance(result, TextResult) else {})
+    """What we say beside an answer: its time, and for text its tokens, who drafted, and that one's acceptance (tau); null without one."""
+    if isinstance(result, ImageResult):
+        return {"timings": result.timings}
+    return {"timings": result.timings, "tokens": result.tokens, "drafter": result.drafter, "tau": result.tau}
 
 
 class ThinkSplitter:

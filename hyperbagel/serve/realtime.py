@@ -80,10 +80,11 @@ def tiers(model: HyperBagel) -> dict[str, dict[str, Any]]:
     """Who draws each tier: a student, or the model itself in so many steps (None: as many as usual)."""
     students = sorted(model.students.names(), key=lambda name: model.students.sampler(name).nfe)
     chosen: list[dict[str, Any]] = [{"student": name, "steps": None} for name in students[:2]]
+    merged = model.sampler is not None  # it has a student's few steps itself
     if not students:
-        chosen.append({"student": "none", "steps": PREVIEW_STEPS})
+        chosen.append({"student": "none", "steps": None if merged else PREVIEW_STEPS})
     if len(chosen) < 2:
-        chosen.append({"student": "none", "steps": BETTER_STEPS})
+        chosen.append({"student": "none", "steps": None if merged else BETTER_STEPS})
     return dict(zip(("preview", "better", "full"), [*chosen, {"student": "none", "steps": None}]))
 
 

@@ -13,8 +13,7 @@ export function setUpAsk(panel, card) {
   let sent = new Set();  // pictures that the conversation holds already
   const hint = talk.innerHTML;
 
-  const drafters = card.drafters.filter((name) => name !== "lookup");
-  field("drafter").append(...[...drafters, "lookup", "none"].map((name) => make("option", { value: name, textContent: name })));
+  field("drafter").append(...[...card.drafters, "none"].map((name) => make("option", { value: name, textContent: name })));
   field("max_tokens").max = card.limits.max_tokens;
   panel.querySelector("form").dataset.enter = "true";  // Enter sends, Shift+Enter breaks the line
 
@@ -73,9 +72,9 @@ export function setUpAsk(panel, card) {
 }
 
 /** What an answer took: the server's own times, and what was seen from here. */
-function describe({ tokens, tau, timings, finish_reason: reason }, first, total) {
+function describe({ tokens, tau, drafter, timings, finish_reason: reason }, first, total) {
   const rate = tokens / Math.max(timings.decode, 1e-9);
-  const facts = [`${tokens} tokens`, `${rate.toFixed(0)} tokens/s`, tau === null ? "no drafter" : `tau ${tau.toFixed(2)} tokens a forward`];
+  const facts = [`${tokens} tokens`, `${rate.toFixed(0)} tokens/s`, tau === null ? "no drafter" : `tau ${tau.toFixed(2)} tokens a forward (${drafter})`];
   facts.push(`prefill ${ms(timings.prefill)}`, `decode ${ms(timings.decode)}`);
   if (first !== null) facts.push(`first text after ${ms(first / 1000)}`);
   facts.push(`round trip ${ms(total / 1000)}`);

@@ -39,7 +39,7 @@ export function setUpLive(panel, card, { editThis }) {
   part("save").addEventListener("click", () => download(state.blob, `hyperbagel-${state.seed}.png`));
 
   /** After a pause, but not before its preview is there: on a slow machine that is what one waits for. */
-  function improve() { if (state.paused && state.preview === state.shown) ask("better"); }
+  function improve() { if (state.paused && state.preview === state.shown && !state.same) ask("better"); }
 
   function stop() {
     clearTimeout(state.pause);
@@ -69,6 +69,7 @@ export function setUpLive(panel, card, { editThis }) {
 
   function take(message) {
     if (message.type === "ready") {
+      state.same = JSON.stringify(message.tiers.preview) === JSON.stringify(message.tiers.better);
       const who = ({ student, steps }) => (student === "none" ? (steps ? `the model in ${steps} steps` : "the model") : `student ${student}`);
       part("tiers").textContent = `While you type: ${who(message.tiers.preview)}. On a pause: ${who(message.tiers.better)}. Full quality: ${who(message.tiers.full)}.`;
     } else if (message.type === "cancelled") {
