@@ -95,6 +95,8 @@ def _draw(
 
     settings = _given(**settings | {"size": checks.parse_size(settings["size"])})
     images = checks.read_pictures(pictures)
+    if "mask" in settings:
+        settings["mask"] = checks.read_mask(settings["mask"])
     ImageRequest(prompt, tuple(images), **settings).denoising()  # refuses wrong settings before the model is loaded
     first = _seed(seed)
     pipeline, spent = _load(since, **where)
@@ -161,6 +163,7 @@ def edit(
     shift: Shift = None,
     size: Size = None,
     n: Count = 1,
+    mask: Annotated[Path | None, typer.Option(help="Where to edit: a picture's transparent parts, or its white ones.")] = None,
     think: Think = False,
     student: Student = None,
     device: Device = None,
@@ -184,6 +187,7 @@ def edit(
         think=think,
         student=student,
         image_scale=image_scale,
+        mask=mask,
         **guidance,
     )
 

@@ -114,6 +114,13 @@ def named_folders(option: str, given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def read_mask(path: Path) -> Any:
+    """The mask of an edit as a PIL image; InputError for what is no picture."""
+    from hyperbagel.data.images import open_mask
+
+    return open_mask(path)
+
+
 def seconds(timings: Mapping[str, float]) -> str:
     """`prefill 0.03 s, denoise 1.20 s, decode 0.05 s`, in the order they happened."""
     return ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())

@@ -46,9 +46,12 @@ def serve(
         from hyperbagel.serve.replicas import Settings, run_replicas
 
         settings = Settings(**given, device=device[0] if device else None, api_key=api_key, name=name, limits=limits)
-        told = f"serving {replicas} x {settings.model} on"
-        run_replicas(settings, replicas, host, port, lambda address: print(f"{told} {address}/v1", file=sys.stderr, flush=True))
+        run_replicas(settings, replicas, host, port, lambda address: _tell(f"{replicas} x {settings.model}", address))
         return
     models = [HyperBagel.from_pretrained(**given, device=one) for one in device or (None,)]
     app = create_app(models, api_key=api_key, name=name, limits=limits)
-    run(app, host, port, lambda address: print(f"serving {models[0].name} on {address}/v1", file=sys.stderr, flush=True))
+    run(app, host, port, lambda address: _tell(models[0].name, address))
+
+
+def _tell(what: str, address: str) -> None:
+    print(f"serving {what} on {address}/v1\nweb page: {address}/", file=sys.stderr, flush=True)

@@ -7,19 +7,24 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
+from hyperbagel.data.transforms import to_tensor
+from hyperbagel.generate.contexts import Contexts
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
-from hyperbagel.generate.session import Parts, Session
+from hyperbagel.generate.mask import Kept, check_mask, edited_tokens, lay_over
+from hyperbagel.generate.session import Parts, Session, encode_latents
 from hyperbagel.generate.students import Students
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, with_sampler
 from hyperbagel.model.student import Sampler, read_merged_sampler
@@ -123,10 +128,16 @@ class HyperBagel:
 
     @torch.inference_mode()
     def generate_batch(
-        self, requests: Sequence[ImageRequest], *, on_step: OnStep | None = None, on_token: OnToken | None = None
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        on_step: OnStep | None = None,
+        on_token: OnToken | None = None,
+        contexts: Contexts | None = None,
     ) -> list[ImageResult]:
         """Draws or edits many at once; each result is what the request alone would give. Sizes and prompts may differ; requests with
-        equal denoising settings share forwards. on_token: called for each token of a request's plan (`think`)."""
+        equal denoising settings share forwards. on_token: called for each token of a request's plan (`think`). contexts: where prefilled
+        pictures are kept for the next call, and looked for."""
         for request in requests:
             self._check(request)
         groups: dict[Any, list[int]] = defaultdict(list)
@@ -135,23 +146,22 @@ class HyperBagel:
         results: dict[int, ImageResult] = {}
         for settings, members in groups.items():
             start = time.perf_counter()
-            prepared = [self._prepare(requests[i], on_token, i) for i in members]
-            sessions = [session for session, _, _ in prepared]
-            grids = [latent_grid(self.parts, requests[i].size or s.last_size or self.default_size) for i, s in zip(members, sessions)]
-            noises = [draw_noise(self.parts, grid, generator) for grid, (_, generator, _) in zip(grids, prepared)]
+            prepared = [self._prepare(requests[i], contexts, on_token, i) for i in members]
+            grids = [self.grid(requests[i]) for i in members]
+            noises = [draw_noise(self.parts, grid, ready.generator) for grid, ready in zip(grids, prepared)]
+            kept = [self._kept(requests[i], grid) for i, grid in zip(members, grids)]
             middle = time.perf_counter()
             student = self.students.get(settings.student).network if settings.student else None
-            latents, nfe = denoise(sessions, grids, noises, settings, on_step, student=student)
+            latents, nfe = denoise([ready.session for ready in prepared], grids, noises, settings, on_step, student=student, kept=kept)
             late = time.perf_counter()
-            images = [decode_latents(self.parts, x, grid) for x, grid in zip(latents, grids)]
+            images = [self._masked(requests[i], decode_latents(self.parts, x, grid)) for i, x, grid in zip(members, latents, grids)]
             timings = {"prefill": middle - start, "denoise": late - middle, "decode": time.perf_counter() - late}
-            for i, image, (_, _, thinking) in zip(members, images, prepared, strict=True):
+            for i, image, ready in zip(members, images, prepared, strict=True):
                 request = requests[i]
                 used = {"model": self.name, "prompt": request.prompt, "seed": request.seed, "think": request.think, **asdict(settings)}
-                used |= {"size": [image.width, image.height], "nfe": nfe}
-                results[i] = ImageResult(
-                    image, request.seed, nfe, timings, thinking, used | {"size": [image.width, image.height], "nfe": nfe}
-                )
+                pictures = sum(isinstance(item, Image) for item in request.items())
+                used |= {"pictures": pictures, "masked": request.mask is not None, "size": [image.width, image.height], "nfe": nfe}
+                results[i] = ImageResult(image, request.seed, nfe, timings, ready.thinking, used, ready.reused)
         return [results[i] for i in range(len(requests))]
 
     @torch.inference_mode()
@@ -221,6 +231,8 @@ class HyperBagel:
         if request.student not in (None, "none"):
             self.students.get(str(request.student))
         request.denoising()
+        if request.mask is not None:
+            check_mask(request.mask, first_picture(request))
         tokenizer = self.parts.tokenizer
         texts = [item for item in items if isinstance(item, str)] + ([THINK_DRAW] if request.think else [])
         limit = self.parts.model.config.llm.max_position_embeddings
@@ -228,13 +240,41 @@ class HyperBagel:
         if tokens > limit:
             raise InputError(f"got a prompt of {tokens} tokens, expected at most {limit} for this model; shorten it")
 
-    def _prepare(self, request: ImageRequest, on_token: OnToken | None = None, row: int = 0) -> tuple[Session, torch.Generator, str | None]:
-        """Context of a picture, its random stream (VAE noise was drawn first, the initial noise comes next) and its thinking."""
+    def grid(self, request: ImageRequest) -> tuple[int, int]:
+        """Latent rows and columns: of the size asked for, of the picture under the mask, of the last picture, or the model's own."""
+        pictures = [item for item in request.items() if isinstance(item, Image)]
+        size = request.size or self.default_size
+        if request.size is None and pictures:
+            width, height = self.parts.vae_transform.size(*pictures[-1 if request.mask is None else 0].size)
+            size = height, width
+        return latent_grid(self.parts, size)
+
+    def _kept(self, request: ImageRequest, grid: tuple[int, int]) -> Kept | None:
+        """Latents of what the mask keeps: the first picture at the result's size, the posterior's mean."""
+        if request.mask is None:
+            return None
+        stride = self.parts.model.config.latent_stride
+        size = grid[1] * stride, grid[0] * stride
+        source = first_picture(request)
+        source = source if source.size == size else source.resize(size, Resampling.BICUBIC)
+        pixels = to_tensor(np.asarray(source, dtype=np.uint8))
+        return Kept(edited_tokens(request.mask, grid), encode_latents(self.parts, pixels)[0][0].cpu())
+
+    def _masked(self, request: ImageRequest, image: Image) -> Image:
+        if request.mask is None:
+            return image
+        return lay_over(image, first_picture(request), request.mask, self.parts.model.config.latent_stride / 8)
+
+    def _prepare(self, request: ImageRequest, contexts: Contexts | None = None, on_token: OnToken | None = None, row: int = 0) -> _Ready:
         generator = torch.Generator().manual_seed(request.seed)
-        session = Session.new(self.parts)
+        session, items, reused = Session.new(self.parts), request.items(), 0
+        images = list(takewhile(lambda item: isinstance(item, Image), items))
         if request.think:
             session.add_text(THINK_DRAW)
-        for item in request.items():
+        elif contexts is not None and images:
+            session, reused = contexts.begin(self.parts, [image for image in images if isinstance(image, Image)], generator)
+            items = items[len(images) :]
+        for item in items:
             if isinstance(item, str):
                 session.add_text(item)
             else:
@@ -250,7 +290,7 @@ class HyperBagel:
             thinking = self.parts.tokenizer.decode(out.ids)
             # The reference reads the string back in as a new text; guidance never drops it.
             session.add_text(thinking, guided=False)
-        return session, generator, thinking
+        return _Ready(session, generator, thinking, reused)
 
     def _drafter_name(self, request: AskRequest) -> str:
         """Unasked, the model's own drafters draft where they change nothing but speed: sampled answers would need other draws of a seed."""
@@ -283,6 +323,25 @@ class HyperBagel:
 def model_folder(model: str | Path) -> Path:
     """The folder of "toybox", which ships with the package, or the one that was given."""
     return Path(str(files("hyperbagel") / "assets" / "toybox")) if str(model) == "toybox" else Path(model)
+
+
+@dataclass
+class _Ready:
+    """Context of a picture, its random stream (the posterior's noise was drawn first, the initial noise comes next), its thinking, and how
+    many tokens of the context were there before."""
+
+    session: Session
+    generator: torch.Generator
+    thinking: str | None
+    reused: int
+
+
+def first_picture(request: ImageRequest) -> Image:
+    """The picture that a mask belongs to. Raises InputError if there is none."""
+    for item in request.items():
+        if isinstance(item, Image):
+            return item
+    raise InputError("got a mask without a picture, expected the picture to edit as well; leave the mask out to draw")
 
 
 def split_thinking(text: str, think: bool) -> tuple[str | None, str]:

@@ -8,12 +8,12 @@ import struct
 import textwrap
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_bytes
@@ -34,6 +34,27 @@ def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Ima
     Raises:
         InputError: missing, not a picture, truncated, of zero size, or above `MAX_PIXELS`.
     """
+    return _open(source, name, to_rgb)
+
+
+def open_mask(source: Path | str | bytes, name: str | None = None) -> Image.Image:
+    """A mask of an edit, mode "L": 255 where the picture may change. Arguments and errors as of `open_image`.
+
+    A file with transparency: what is transparent may change (OpenAI's rule). One without: what is white.
+    """
+
+    def editable(image: Image.Image) -> Image.Image:
+        return ImageChops.invert(image.convert("RGBA").getchannel("A")) if has_alpha(image) else to_rgb(image).convert("L")
+
+    return _open(source, name, editable)
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _open(source: Path | str | bytes, name: str | None, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The first frame, upright, converted."""
     label = name or (str(source) if not isinstance(source, bytes) else "picture")
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -53,7 +74,7 @@ def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Ima
                 )
             image.seek(0)
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            return convert(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise InputError(f"{label}: got a file that is no picture, expected PNG, JPEG, WebP or the like, give another one") from error
     except Image.DecompressionBombError as error:
@@ -73,7 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         whole = not image.mode.startswith("F")
         top = 65535.0 if whole else 255.0 if values.max(initial=0) > 1 else 1.0
         return Image.fromarray((values.clip(0, top) * (255.0 / top)).astype(np.uint8), "L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if has_alpha(image):
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))

@@ -17,8 +17,9 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.transforms import grid_positions
 from hyperbagel.flow.guidance import guidance_on, guide
 from hyperbagel.flow.schedule import time_grid
-from hyperbagel.flow.solvers import euler_steps
+from hyperbagel.flow.solvers import Velocity, euler_steps
 from hyperbagel.generate.graphs import GraphVelocity
+from hyperbagel.generate.mask import Kept, MaskedVelocity
 from hyperbagel.generate.session import Branch, Parts, Session, check_latent_grid
 from hyperbagel.generate.types import Denoising, OnStep
 from hyperbagel.model.qwen2_mot import Streams
@@ -171,9 +172,11 @@ def denoise(
     graphs: bool = False,
     student: StudentNetwork | None = None,
     in_turn: bool = False,
+    kept: Sequence[Kept | None] = (),
 ) -> tuple[list[Tensor], int]:
     """Euler from noise to latents for a batch of sessions of any sizes. `graphs`: steps as CUDA graphs (generate.graphs).
     `student`: denoises in the model's place. in_turn: one forward a guidance branch, for comparison.
+    `kept`: what each picture keeps of its source (generate.mask).
 
     Returns latents, [h_b * w_b, C] each, and the number of velocity evaluations per picture.
     """
@@ -181,7 +184,10 @@ def denoise(
     velocity: Any = InTurnVelocity(sessions, grids, settings) if in_turn else GuidedVelocity(sessions, grids, settings, student)
     n = max(len(noise) for noise in noises)
     x = torch.stack([torch.nn.functional.pad(noise, (0, 0, 0, n - len(noise))) for noise in noises]).to(device)
-    for k, state in euler_steps(x, GraphVelocity(velocity) if graphs else velocity, time_grid(settings.num_steps, settings.shift)):
+    stepper: Velocity = GraphVelocity(velocity) if graphs else velocity
+    if any(one is not None for one in kept):
+        stepper = MaskedVelocity(stepper, kept, x)
+    for k, state in euler_steps(x, stepper, time_grid(settings.num_steps, settings.shift)):
         x = state
         if on_step is not None:
             on_step(k + 1, settings.num_steps, x)

@@ -107,14 +107,8 @@ class Session:
         self.last_size = (image.height, image.width)
 
     def _add_latents(self, pixels: Tensor, generator: torch.Generator | None) -> None:
-        model, vae = self.parts.model, self.parts.vae
-        options, f = model.config.options, model.config.vae.downsample
-        shape = (1, model.config.vae.z_channels, pixels.shape[1] // f, pixels.shape[2] // f)
-        eps = torch.zeros(shape) if generator is None else torch.randn(shape, generator=generator)
-        z = vae.encode(pixels.unsqueeze(0).to(model.device), eps.to(model.device))
-        p = options.latent_patch_size
-        tokens = patchify(z, p)  # [1, N, C]
-        h, w = z.shape[2] // p, z.shape[3] // p
+        model, options = self.parts.model, self.parts.model.config.options
+        tokens, (h, w) = encode_latents(self.parts, pixels, generator)
         check_latent_grid(h, w, options.max_latent_size, model.config.latent_stride)
         self.check_room(tokens.shape[1] + 2)
         where = grid_positions(h, w, options.max_latent_size, options.interpolate_pos).to(model.device)
@@ -179,6 +173,16 @@ class Session:
         for ids in self.texts:
             position = _prefill_text(self.parts.model, cache, ids, position)
         return Branch(cache, cache.lengths[0], position)
+
+
+def encode_latents(parts: Parts, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, tuple[int, int]]:
+    """pixels [3, H, W] in [-1, 1] to latent tokens [1, h * w, C] and (h, w). `generator`: a draw from the posterior, else its mean."""
+    config = parts.model.config
+    f, p = config.vae.downsample, config.options.latent_patch_size
+    shape = (1, config.vae.z_channels, pixels.shape[1] // f, pixels.shape[2] // f)
+    eps = torch.zeros(shape) if generator is None else torch.randn(shape, generator=generator)
+    z = parts.vae.encode(pixels.unsqueeze(0).to(parts.model.device), eps.to(parts.model.device))
+    return patchify(z, p), (z.shape[2] // p, z.shape[3] // p)
 
 
 def _prefill_text(model: Bagel, cache: KVCache, ids: list[int], position: int) -> int:

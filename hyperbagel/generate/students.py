@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.model.student import Sampler, StudentNetwork, load_student
+from hyperbagel.model.student import Sampler, StudentNetwork, load_student, read_sampler
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Students:
             student = load_student(self._find(name), self.base).to(self.base.dtype).requires_grad_(False)
             self.ready[name] = Ready(student.network(self.base, merged=True), student.sampler)
         return self.ready[name]
+
+    def sampler(self, name: str) -> Sampler:
+        """How a student is to be sampled; its weights are not read. Raises InputError as `get`."""
+        return self.ready[name].sampler if name in self.ready else read_sampler(self._find(name))
 
     def _find(self, name: str) -> Path:
         if name in self.names():

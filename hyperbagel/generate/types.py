@@ -71,6 +71,7 @@ class ImageRequest:
     shift: float | None = None
     inputs: tuple[str | Image, ...] | None = None
     student: str | None = None  # "6", "1" (evaluations) or a student folder; None: the model itself
+    mask: Image | None = None  # of the first picture's size, 255 where it may change (generate.mask); None: everywhere
 
     def items(self) -> tuple[str | Image, ...]:
         """Images, then the text; or the interleaved inputs."""
@@ -132,6 +133,7 @@ class ImageResult:
     timings: dict[str, float]  # seconds: prefill, denoise, decode; shared by the pictures of one batch
     thinking: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    reused: int = 0  # tokens of its context that were prefilled for an earlier request
 
 
 @dataclass

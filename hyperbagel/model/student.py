@@ -187,6 +187,11 @@ def load_student(folder: Path, base: Bagel) -> Student:
     return student.eval()
 
 
+def read_sampler(folder: Path) -> Sampler:
+    """How a student is to be sampled, without loading it. Raises InputError."""
+    return _sampler(_read_json(folder / "sampler.json"), folder)
+
+
 def peft_config(layers: Sequence[str], whole: Sequence[str], rank: int, alpha: float, base_name: str) -> dict[str, Any]:
     """PEFT's adapter_config.json. layers: names of modules with a LoRA; whole: names of modules that are replaced."""
     leaves = sorted({name.rpartition(".")[2] for name in layers if ".mlp_moe_gen." not in name})

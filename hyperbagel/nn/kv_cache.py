@@ -60,6 +60,11 @@ class KVCache:
     def capacity(self) -> int:
         return self.k[0].shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of everything stored."""
+        return sum(x.nbytes for store in self._stores() for x in store)
+
     def reserve(self, slots: int) -> None:
         """Makes room for `slots` keys a row; what is stored stays."""
         if slots <= self.capacity:

@@ -18,11 +18,14 @@ from hyperbagel import __version__
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest
 from hyperbagel.serve import streams
+from hyperbagel.serve.card import model_card
 from hyperbagel.serve.forms import EDIT_FORM, read_edit
 from hyperbagel.serve.guard import Guard
 from hyperbagel.serve.incoming import Incoming
 from hyperbagel.serve.metrics import Metrics
-from hyperbagel.serve.outgoing import chat_message, image_usage, images_answer
+from hyperbagel.serve.outgoing import chat_message, choice_facts, image_usage, images_answer
+from hyperbagel.serve.page import add_page
+from hyperbagel.serve.realtime import Live
 from hyperbagel.serve.schemas import ApiError, ChatBody, ErrorBody, GenerationBody, ImageFields, Limits
 from hyperbagel.serve.streams import as_api_error, collect, event_stream
 from hyperbagel.serve.worker import Engine, Job, shutting_down
@@ -55,9 +58,12 @@ def create_app(
         await asyncio.to_thread(engine.close, DRAIN_SECONDS)  # the loop stays free to send what is still being finished
 
     app = FastAPI(title="Hyper-Bagel", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.engine, app.state.metrics = engine, metrics
-    service = Service(engine, Incoming(models[0], (called,), limits), called, limits, int(time.time()))
+    app.state.engine, app.state.metrics, app.state.body_bytes = engine, metrics, limits.body_bytes
+    incoming = Incoming(models[0], (called,), limits)
+    service = Service(engine, incoming, called, limits, int(time.time()))
     app.include_router(service.router())
+    app.add_api_websocket_route("/v1/live", Live(engine, incoming, api_key).serve)
+    add_page(app)
     paths = {str(getattr(route, "path", "")) for route in service.router().routes}
     app.add_middleware(Guard, api_key=api_key, body_bytes=limits.body_bytes, metrics=metrics, paths=paths)
     for kind in (RequestValidationError, ValidationError, InputError, ApiError, StarletteHTTPException):
@@ -111,8 +117,7 @@ class Service:
         return self._card()
 
     def _card(self) -> dict[str, Any]:
-        students = self.incoming.model.students.names()
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "hyperbagel", "students": students}
+        return model_card(self.incoming.model, self.name, self.created, self.limits)
 
     # -- pictures --------------------------------------------------------------------------------------------------------------
 
@@ -122,12 +127,15 @@ class Service:
 
     async def edits(self, request: Request) -> Response:
         """Changes a picture, or composes several, as the prompt says."""
-        body, files = await read_edit(request, self.limits)
-        return await self._pictures(request, body, files, "image_edit")
+        body, files, mask = await read_edit(request, self.limits)
+        return await self._pictures(request, body, files, "image_edit", mask)
 
-    async def _pictures(self, request: Request, body: ImageFields, files: Sequence[bytes], event: str) -> Response:
-        requests = await asyncio.to_thread(self.incoming.pictures, body, files)
-        job = Job(requests, stream=bool(body.stream), previews=(body.partial_images or 0) if body.stream else 0)
+    async def _pictures(
+        self, request: Request, body: ImageFields, files: Sequence[bytes], event: str, mask: bytes | None = None
+    ) -> Response:
+        requests = await asyncio.to_thread(self.incoming.pictures, body, files, mask)
+        stream = bool(body.stream)
+        job = Job(requests, stream=stream, previews=(body.partial_images or 0) * stream, progress=stream and bool(body.progress))
         self.engine.submit(job)
         model = self.incoming.model
         if body.stream:
@@ -163,6 +171,7 @@ class Service:
                 "message": chat_message(result, bool(body.think)),
                 "finish_reason": getattr(result, "finish_reason", "stop"),
                 "logprobs": None,
+                **choice_facts(result),
             }
             for i, result in enumerate(results)
         ]

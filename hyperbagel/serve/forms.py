@@ -1,4 +1,4 @@
-"""The multipart form of images/edits: `image` once, `image` or `image[]` several times, and the fields of a generation."""
+"""The multipart form of images/edits: `image` once, `image` or `image[]` several times, a `mask`, and the fields of a generation."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def _form_schema() -> dict[str, Any]:
         field |= kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {}
         field.pop("default", None)
     file = {"type": "string", "format": "binary", "description": "A picture; may be repeated."}
+    schema["properties"] |= {"mask": file | {"description": "Of the first picture's size; what is transparent may change."}}
     schema["properties"] |= {"image": file, "image[]": {"type": "array", "items": file, "minItems": 1}}
     schema["anyOf"] = [{"required": ["image"]}, {"required": ["image[]"]}]
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
@@ -31,17 +32,20 @@ def _form_schema() -> dict[str, Any]:
 EDIT_FORM = _form_schema()
 
 
-async def read_edit(request: Request, limits: Limits) -> tuple[EditFields, list[bytes]]:
-    """The fields and the files' bytes, in order. Raises ApiError or pydantic's ValidationError."""
+async def read_edit(request: Request, limits: Limits) -> tuple[EditFields, list[bytes], bytes | None]:
+    """The fields, the pictures' bytes in order, and the mask's. Raises ApiError or pydantic's ValidationError."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "got another content type, expected multipart/form-data; send the picture as the file 'image'")
     files: list[bytes] = []
+    mask: bytes | None = None
     fields: dict[str, Any] = {}
     try:
-        async with request.form(max_files=limits.images + 1, max_fields=200, max_part_size=2**20) as form:
+        async with request.form(max_files=limits.images + 2, max_fields=200, max_part_size=2**20) as form:
             for key, value in form.multi_items():
                 if isinstance(value, str):
                     _add(fields, key.removesuffix("[]"), value)
+                elif key == "mask":
+                    mask = await value.read()
                 else:
                     files.append(await _file(key, value))
     except StarletteHTTPException as error:  # a broken form, or more parts than allowed
@@ -50,7 +54,7 @@ async def read_edit(request: Request, limits: Limits) -> tuple[EditFields, list[
         raise ApiError(400, "got no picture, expected at least one file named image", param="image")
     if len(files) > limits.images:
         raise ApiError(400, f"got {len(files)} pictures, expected at most {limits.images}", param="image")
-    return EditFields.model_validate(fields), files
+    return EditFields.model_validate(fields), files, mask
 
 
 def _add(fields: dict[str, Any], name: str, value: str) -> None:
@@ -66,6 +70,5 @@ def _add(fields: dict[str, Any], name: str, value: str) -> None:
 
 async def _file(key: str, file: UploadFile) -> bytes:
     if key not in IMAGE_NAMES:
-        hint = "; this model edits by the prompt alone" if key == "mask" else ""
-        raise ApiError(400, f"got a file named {key!r}, expected image or image[]{hint}", param=key)
+        raise ApiError(400, f"got a file named {key!r}, expected image, image[] or mask", param=key)
     return await file.read()

@@ -21,7 +21,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("hyperbagel.serve")
-OPEN_PATHS = {"/health"}  # answered without a key
+OPEN_PATHS = {"/health", "/"}  # answered without a key; so is the web page, which asks for it itself
+OPEN_FOLDER = "/ui/"
 
 
 class Guard:
@@ -33,7 +34,7 @@ class Guard:
 
     def __init__(self, app: App, *, api_key: str | None, body_bytes: int, metrics: Metrics, paths: set[str]) -> None:
         self.app, self.metrics, self.body_bytes, self.paths = app, metrics, body_bytes, paths
-        self.expected = None if api_key is None else api_key.encode()
+        self.api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,16 +80,10 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if self.expected is not None and scope["path"] not in OPEN_PATHS:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-            # constant time: how long it takes says nothing about how much of the key was right
-            if not hmac.compare_digest(given.strip(), self.expected) or kind.lower() != b"bearer":
-                raise ApiError(
-                    401,
-                    "got no API key or a wrong one, expected 'Authorization: Bearer KEY'; give the key the server was started with",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
+            check_key(self.api_key, given.strip() if kind.lower() == b"bearer" else b"")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.body_bytes:
             raise self._too_large()
@@ -96,6 +91,18 @@ class Guard:
     def _too_large(self) -> ApiError:
         return ApiError(
             413, f"got a body above {self.body_bytes} bytes, expected less; send smaller or fewer pictures", code="body_too_large"
+        )
+
+
+def check_key(expected: str | None, given: bytes) -> None:
+    """Raises ApiError (401) for another key than the expected one; None: any will do."""
+    # constant time: how long it takes says nothing about how much of the key was right
+    if expected is not None and not hmac.compare_digest(given, expected.encode()):
+        raise ApiError(
+            401,
+            "got no API key or a wrong one, expected 'Authorization: Bearer KEY'; give the key the server was started with",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
         )
 
 

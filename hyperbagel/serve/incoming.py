@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.images import open_image
-from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, latent_grid
+from hyperbagel.data.images import open_image, open_mask
+from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, check_mask, latent_grid
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by their first bytes; names and content types are not believed
@@ -31,11 +31,15 @@ class Incoming:
 
     # -- pictures to draw ------------------------------------------------------------------------------------------------------
 
-    def pictures(self, body: ImageFields, files: Sequence[bytes] = ()) -> list[ImageRequest]:
+    def pictures(self, body: ImageFields, files: Sequence[bytes] = (), mask: bytes | None = None) -> list[ImageRequest]:
         """One request a picture, of the seeds seed, seed + 1, ..."""
+        images = [self.picture(data, f"image {i + 1}") for i, data in enumerate(files)]
+        return self.drawing(body, images, None if mask is None else self._mask(mask, files[0], images[0]))
+
+    def drawing(self, body: ImageFields, images: Sequence[Image.Image] = (), mask: Image.Image | None = None) -> list[ImageRequest]:
+        """The same of pictures that have been read."""
         self._model_name(body.model)
-        images = tuple(self.picture(data, f"image {i + 1}") for i, data in enumerate(files))
-        return self._spread(ImageRequest(body.prompt, images, **self._settings(body, body.size)), body)
+        return self._spread(ImageRequest(body.prompt, tuple(images), mask=mask, **self._settings(body, body.size)), body)
 
     def chat_pictures(self, body: ChatBody) -> list[ImageRequest]:
         """A chat that is answered with pictures: the parts of the last message, in order. If it holds no picture, the last picture that
@@ -110,19 +114,14 @@ class Incoming:
         tokens = body.max_completion_tokens or body.max_tokens
         if tokens is not None and tokens > self.limits.max_tokens:
             raise ApiError(400, f"got max_tokens {tokens}, expected at most {self.limits.max_tokens}", param="max_tokens")
+        known = self.model.drafters.names()  # of the model alone: a client must not have the server read folders
+        if body.drafter not in (None, *known):
+            raise ApiError(400, f"got drafter {body.drafter!r}, expected one of {', '.join(known)}", param="drafter")
         given: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
         given |= {} if body.temperature is None else {"temperature": body.temperature}
-        given |= {} if body.drafter is None else {"drafter": self._drafter(body.drafter)}
-        request = AskRequest(question, tuple(images), think=bool(body.think), turns=tuple(turns), **given)
+        request = AskRequest(question, tuple(images), think=bool(body.think), turns=tuple(turns), drafter=body.drafter, **given)
         first = _first_seed(body)
         return [replace(request, seed=first + i) for i in range(self._count(body.n))]
-
-    def _drafter(self, name: str) -> str:
-        """Those of the model alone: a client must not have the server read folders."""
-        known = self.model.drafters.names()
-        if name not in known:
-            raise ApiError(400, f"got drafter {name!r}, expected one of {', '.join(known)}", param="drafter")
-        return name
 
     def _turns(self, body: ChatBody) -> list[Message]:
         turns = [message for message in body.messages if message.role in ("user", "assistant")]
@@ -144,13 +143,28 @@ class Incoming:
             elif part.image_url is None:
                 raise ApiError(400, "got an image_url part without image_url, expected {'url': 'data:...'}", param="messages")
             else:
-                items.append(self.picture(_data_url(part.image_url.url), "image_url"))
+                items.append(self.picture(data_url(part.image_url.url), "image_url"))
         return items
 
     # -- limits ----------------------------------------------------------------------------------------------------------------
 
     def picture(self, data: bytes, name: str) -> Image.Image:
-        """A file's bytes as RGB. Its kind and its size are read from its first bytes, before anything is unpacked."""
+        """A file's bytes as RGB."""
+        self._check_file(data, name)
+        return self._small(open_image(data, name))
+
+    def _mask(self, data: bytes, source: bytes, image: Image.Image) -> Image.Image:
+        """A mask's bytes, of the size of the first picture's file and then of what that became."""
+        self._check_file(data, "mask")
+        mask = open_mask(data, "mask")
+        try:
+            check_mask(mask, open_image(source))
+        except InputError as error:
+            raise ApiError(400, str(error), param="mask") from error
+        return mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BOX)
+
+    def _check_file(self, data: bytes, name: str) -> None:
+        """The kind and the size of a picture are read from its first bytes, before anything is unpacked."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # our own limit below replaces Pillow's warning
@@ -162,7 +176,8 @@ class Incoming:
         if width * height > self.limits.image_pixels:
             told = f"{name}: got {width}x{height} pixels, expected at most {self.limits.image_pixels}; make it smaller"
             raise ApiError(400, told, param="image", code="image_too_large")
-        image = open_image(data, name)
+
+    def _small(self, image: Image.Image) -> Image.Image:
         # What waits in the queue is what the pipeline would make of it first, so that large uploads do not pile up in memory.
         rule = self.model.parts.vae_transform
         small = rule.size(image.width, image.height)
@@ -190,7 +205,7 @@ def _text(message: Message) -> str:
     return "\n".join(part.text for part in message.content if part.type == "text" and part.text)
 
 
-def _data_url(url: str) -> bytes:
+def data_url(url: str) -> bytes:
     """The bytes of a base64 data: URL. Others are refused: fetching them would let clients reach what only the server can."""
     head, comma, payload = url.partition(",")
     if not head.startswith("data:") or not comma or not head.endswith(";base64"):

@@ -18,16 +18,23 @@ from hyperbagel.serve.schemas import ApiError, ImageFields
 
 
 def encode(image: Image.Image, kind: str = "png", compression: int | None = None, settings: dict[str, Any] | None = None) -> str:
-    """base64 of a picture's file. A PNG carries `settings`, as those that the command line writes."""
+    """base64 of a picture's file."""
+    return base64.b64encode(file_of(image, kind, compression, settings)).decode()
+
+
+def file_of(
+    image: Image.Image, kind: str = "png", compression: int | None = None, settings: dict[str, Any] | None = None, level: int = 6
+) -> bytes:
+    """A picture's file. A PNG carries `settings`, as those that the command line writes; level: how hard it is packed, 0 to 9."""
     buffer = io.BytesIO()
     if kind == "png":
         info = PngInfo()
         if settings is not None:
             info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False, sort_keys=True))
-        image.save(buffer, "PNG", pnginfo=info)
+        image.save(buffer, "PNG", pnginfo=info, compress_level=level)
     else:
         image.save(buffer, kind.upper(), quality=90 if compression is None else compression)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def sse(data: dict[str, Any] | str, event: str | None = None) -> str:
@@ -105,6 +112,13 @@ def chat_message(result: TextResult | ImageResult, think: bool) -> dict[str, Any
     for name, text in [*split.push(result.text), *split.finish()]:
         pieces[name] = pieces.get(name, "") + text
     return {"role": "assistant", **pieces}
+
+
+def choice_facts(result: TextResult | ImageResult) -> dict[str, Any]:
+    """What we say beside an answer: its time, and for text its tokens, who drafted, and that one's acceptance (tau); null without one."""
+    if isinstance(result, ImageResult):
+        return {"timings": result.timings}
+    return {"timings": result.timings, "tokens": result.tokens, "drafter": result.drafter, "tau": result.tau}
 
 
 class ThinkSplitter:

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from hyperbagel.flow.schedule import time_grid
-from hyperbagel.pipeline import HyperBagel, ImageRequest, decode_latents, latent_grid
+from hyperbagel.pipeline import HyperBagel, ImageRequest, decode_latents
 
 
 class Previews:
@@ -26,7 +26,7 @@ class Previews:
         self.model, self.requests, self.wanted = model, requests, wanted
         self.before: Tensor | None = None
         if any(wanted):
-            self.grids = [self._grid(request) for request in requests]
+            self.grids = [model.grid(request) for request in requests]
             self.shift = model.settings(requests[0], warn=False).shift
 
     def at(self, done: int, total: int, x: Tensor) -> Iterator[tuple[int, int, Image]]:
@@ -42,15 +42,6 @@ class Previews:
         for row, number in due:
             h, w = self.grids[row]
             yield row, number, decode_latents(self.model.parts, x[row, : h * w], (h, w))
-
-    def _grid(self, request: ImageRequest) -> tuple[int, int]:
-        """Latent rows and columns, by the pipeline's rule: the size asked for, the last picture's, or the model's own."""
-        pictures = [item for item in request.items() if isinstance(item, Image)]
-        size = request.size
-        if size is None and pictures:
-            width, height = self.model.parts.vae_transform.size(pictures[-1].width, pictures[-1].height)
-            size = height, width
-        return latent_grid(self.model.parts, size or self.model.default_size)
 
 
 def due_after(total: int, count: int) -> list[int]:

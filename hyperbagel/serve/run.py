@@ -29,9 +29,17 @@ def bind(host: str, port: int) -> socket.socket:
 
 def make_server(app: FastAPI) -> uvicorn.Server:
     """SIGINT and SIGTERM: nothing new is taken, what runs is finished for up to DRAIN_SECONDS, a second signal ends at once."""
-    return uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=int(DRAIN_SECONDS))
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(DRAIN_SECONDS),
+        ws="websockets-sansio",
+        ws_max_size=app.state.body_bytes,
+        ws_per_message_deflate=False,  # PNGs do not shrink
     )
+    return uvicorn.Server(config)
 
 
 def run(app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> None:

@@ -25,6 +25,7 @@ class Limits:
     max_tokens: int = 4096
     steps: int = 1000
     waiting: int = 64  # pictures and answers in the queue; one more is refused with 429
+    live: int = 32  # connections to /v1/live
     batch: int = 8  # pictures or answers that share forwards
 
 
@@ -111,6 +112,7 @@ class ImageFields(Knobs, Ignored):
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
     stream: bool | None = Field(None, description="Server-sent events.")
     partial_images: int | None = Field(None, ge=0, le=3, description="Previews in a stream.")
+    progress: bool | None = Field(None, description="In a stream, an event after each denoising step too.")
     quality: Any = Field(None, description="Ignored.")
     style: Any = Field(None, description="Ignored.")
     background: Any = Field(None, description="Ignored.")
@@ -171,7 +173,11 @@ class ChatBody(Knobs, Ignored):
     max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     temperature: float | None = Field(None, ge=0, le=100, description="0, the default, always takes the likeliest token.")
-    drafter: str | None = Field(None, max_length=64, description="Who drafts ahead: auto, lookup, a drafter of the model, or none.")
+    drafter: str | None = Field(
+        None,
+        max_length=64,
+        description="Who drafts ahead: auto, lookup, a drafter of the model (/v1/models), or none. Speed alone changes.",
+    )
     modalities: list[Literal["text", "image"]] | None = Field(None, description="With 'image' the answer is a picture.")
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of a picture that is drawn.")
     stream: bool | None = None

@@ -17,9 +17,20 @@ from pydantic import ValidationError
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel, ImageRequest, ImageResult, TextResult
 from hyperbagel.serve.guard import internal_error
-from hyperbagel.serve.outgoing import ThinkSplitter, about, chat_usage, encode, error_event, image_item, image_part, image_usage, sse
+from hyperbagel.serve.outgoing import (
+    ThinkSplitter,
+    about,
+    chat_usage,
+    choice_facts,
+    encode,
+    error_event,
+    image_item,
+    image_part,
+    image_usage,
+    sse,
+)
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields
-from hyperbagel.serve.worker import Cancelled, Done, Event, Failed, Job, Preview, Text
+from hyperbagel.serve.worker import Cancelled, Done, Event, Failed, Job, Preview, Progress, Text
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -101,12 +112,15 @@ async def event_stream(job: Job, request: Request, events: Events) -> Response:
 
 
 def image_events(job: Job, model: HyperBagel, body: ImageFields, requests: Sequence[ImageRequest], name: str) -> Events:
-    """`NAME.partial_image` and `NAME.completed`; `index` (ours) says which of n pictures."""
+    """`NAME.progress` if asked for, `NAME.partial_image`, `NAME.completed`; `index` (ours) says which of n pictures."""
 
     async def events(told: AsyncIterator[Event]) -> AsyncIterator[str]:
         async for event in told:
             if isinstance(event, Failed):
                 yield error_event(as_api_error(event.error))
+            elif isinstance(event, Progress):
+                data = {"type": f"{name}.progress", "index": event.index, "step": event.done, "steps": event.total}
+                yield sse(data, f"{name}.progress")
             elif isinstance(event, Preview):
                 encoded = await asyncio.to_thread(encode, event.image, body.output_format or "png", body.output_compression)
                 data = {"type": f"{name}.partial_image", "b64_json": encoded, "partial_image_index": event.number, "index": event.index}
@@ -127,8 +141,8 @@ def chat_events(job: Job, model: HyperBagel, body: ChatBody, called: str) -> Eve
     extra: dict[str, Any] = {"usage": None} if with_usage else {}
     splitters = [ThinkSplitter(bool(body.think)) for _ in job.units]
 
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> str:
-        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, **facts: Any) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **facts}
         return sse(head | {"choices": [choice]} | extra)
 
     async def last(event: Done) -> list[str]:
@@ -138,7 +152,7 @@ def chat_events(job: Job, model: HyperBagel, body: ChatBody, called: str) -> Eve
         if isinstance(result, ImageResult):
             out += [] if result.thinking is None else [chunk(i, {"reasoning_content": result.thinking})]
             out.append(chunk(i, {"images": [await asyncio.to_thread(image_part, result)]}))
-        return [*out, chunk(i, {}, getattr(result, "finish_reason", "stop"))]
+        return [*out, chunk(i, {}, getattr(result, "finish_reason", "stop"), **choice_facts(result))]
 
     async def events(told: AsyncIterator[Event]) -> AsyncIterator[str]:
         results: dict[int, Any] = {}

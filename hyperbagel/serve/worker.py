@@ -19,7 +19,7 @@ from typing import Any
 from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, ImageResult, TextResult
+from hyperbagel.pipeline import AskRequest, Contexts, HyperBagel, ImageRequest, ImageResult, TextResult
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.previews import Previews
 from hyperbagel.serve.schemas import ApiError
@@ -38,6 +38,15 @@ class Text:
 @dataclass(frozen=True)
 class Started:
     """A picture of a stream has passed every check and is being worked on: the stream may begin."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Picture `index` has seen `done` of `total` denoising steps."""
+
+    index: int
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Cancelled:
     pass
 
 
-Event = Started | Text | Preview | Done | Failed | Cancelled
+Event = Started | Progress | Text | Preview | Done | Failed | Cancelled
 
 
 class Stop(Exception):
@@ -75,10 +84,19 @@ class Stop(Exception):
 class Job:
     """One HTTP request. Made on the event loop that will read `events`."""
 
-    def __init__(self, requests: Sequence[ImageRequest | AskRequest], *, stream: bool = False, previews: int = 0) -> None:
-        """stream: the answer is sent as it comes. previews: pictures to send before the last one."""
+    def __init__(
+        self,
+        requests: Sequence[ImageRequest | AskRequest],
+        *,
+        stream: bool = False,
+        previews: int = 0,
+        progress: bool = False,
+        keep: bool = False,
+    ) -> None:
+        """stream: the answer is sent as it comes. previews: pictures to send before the last one. progress: tell of every step.
+        keep: the pictures it starts from will come again, so their contexts are kept."""
         self.units = [Unit(self, i, request) for i, request in enumerate(requests)]
-        self.stream, self.previews = stream, previews
+        self.stream, self.previews, self.progress, self.keep = stream, previews, progress, keep
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.told = False  # something of the answer has been sent, so it cannot be started again
         self._loop, self._over = asyncio.get_running_loop(), threading.Event()
@@ -90,7 +108,7 @@ class Job:
 
     def tell(self, event: Event) -> None:
         """From any thread."""
-        self.told = self.told or isinstance(event, Text | Preview)
+        self.told = self.told or isinstance(event, Text | Progress | Preview)
         try:
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
         except RuntimeError:  # the loop is closed: nobody waits
@@ -120,7 +138,8 @@ def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     if isinstance(request, AskRequest):
         return "ask", request.max_tokens, request.temperature, request.drafter
     # Defaults are the student's or the model's own: here only what was asked for is compared.
-    own = {f.name for f in fields(request)} - {"prompt", "images", "inputs", "seed", "size", "think", "max_think_tokens", "student"}
+    apart = {"prompt", "images", "inputs", "seed", "size", "think", "max_think_tokens", "student", "mask"}
+    own = {f.name for f in fields(request)} - apart
     kind = any(isinstance(item, Image) for item in request.items())
     student = None if request.student == "none" else request.student
     return "draw", kind, student, *(getattr(request, name) for name in sorted(own))
@@ -178,10 +197,11 @@ class Engine:
     # -- the threads -----------------------------------------------------------------------------------------------------------
 
     def _work(self, model: HyperBagel) -> None:
+        contexts = Contexts()
         while units := self._take():
             began = time.perf_counter()
             try:
-                self._run(model, units)
+                self._run(model, units, contexts)
             finally:
                 with self._change:
                     self._running -= len(units)
@@ -213,9 +233,9 @@ class Engine:
             self._count(unit, "cancelled")
         return unit.job.over
 
-    def _run(self, model: HyperBagel, units: list[Unit]) -> None:
+    def _run(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> None:
         try:
-            results = self._results(model, units)
+            results = self._results(model, units, contexts)
         except Stop:
             for unit in units:
                 self._count(unit, "cancelled")
@@ -223,7 +243,7 @@ class Engine:
         except Exception as error:
             if len(units) > 1 and not any(unit.job.told for unit in units):
                 for unit in units:  # one bad request must not take its neighbours down
-                    self._run(model, [unit])
+                    self._run(model, [unit], contexts)
                 return
             if not isinstance(error, InputError):
                 logger.exception("a batch of %d failed", len(units))
@@ -242,10 +262,10 @@ class Engine:
                 self.metrics.add("hyperbagel_evaluations_total", result.nfe)
             unit.job.tell(Done(unit.index, result))
 
-    def _results(self, model: HyperBagel, units: list[Unit]) -> Sequence[ImageResult | TextResult]:
-        return self._ask(model, units) if isinstance(units[0].request, AskRequest) else self._draw(model, units)
+    def _results(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Sequence[ImageResult | TextResult]:
+        return self._ask(model, units) if isinstance(units[0].request, AskRequest) else self._draw(model, units, contexts)
 
-    def _draw(self, model: HyperBagel, units: list[Unit]) -> Sequence[ImageResult]:
+    def _draw(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Sequence[ImageResult]:
         requests = [unit.request for unit in units if isinstance(unit.request, ImageRequest)]
         previews = Previews(model, requests, [unit.job.previews for unit in units])
         started: set[Job] = set()
@@ -261,10 +281,14 @@ class Engine:
 
         def on_step(done: int, total: int, latents: Any) -> None:
             begin()
+            for unit in units:
+                if unit.job.progress:
+                    unit.job.tell(Progress(unit.index, done, total))
             for row, number, image in previews.at(done, total, latents):
                 units[row].job.tell(Preview(units[row].index, number, image))
 
-        return model.generate_batch(requests, on_step=on_step, on_token=on_token)
+        kept = contexts if any(unit.job.keep for unit in units) else None
+        return model.generate_batch(requests, on_step=on_step, on_token=on_token, contexts=kept)
 
     def _ask(self, model: HyperBagel, units: list[Unit]) -> Sequence[TextResult]:
         requests = [unit.request for unit in units if isinstance(unit.request, AskRequest)]

@@ -142,6 +142,29 @@ def test_edits_of_one_and_several_pictures(client: openai.OpenAI, model: HyperBa
     assert np.array_equal(pixels(events[-1].b64_json), np.asarray(model.edit(pictures, "side by side", seed=0, steps=2)[0].image))
 
 
+def test_a_mask_keeps_what_is_not_transparent(client: openai.OpenAI, model: HyperBagel) -> None:
+    red = Image.new("RGB", (150, 150), "red")  # it is shrunk to 32 x 32, and its mask with it
+    mask = Image.new("RGBA", (150, 150), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (75, 0, 150, 150))
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG")
+    extra = {"seed": 0, "steps": 2}
+    [item] = client.images.edit(image=png("red", 150), mask=buffer.getvalue(), prompt="make it green", extra_body=extra).data or ()
+    kept, drawn = pixels(item.b64_json)[:, :16], pixels(item.b64_json)[:, 16:]
+    assert (kept == (255, 0, 0)).all() and (drawn != (255, 0, 0)).any(-1).mean() > 0.9
+    small = red.resize((32, 32))
+    white = Image.new("L", (32, 32), 0)
+    white.paste(255, (16, 0, 32, 32))
+    assert np.array_equal(pixels(item.b64_json), np.asarray(model.edit(small, "make it green", seed=0, steps=2, mask=white)[0].image))
+
+
+def test_a_stream_may_tell_of_every_step(client: openai.OpenAI) -> None:
+    extra = {"seed": 1, "steps": 4, "progress": True}
+    events = list(client.images.generate(prompt="a red car", stream=True, partial_images=1, extra_body=extra))
+    told = [(e.type.partition(".")[2], getattr(e, "step", None)) for e in events]
+    assert told == [("progress", 1), ("progress", 2), ("partial_image", None), ("progress", 3), ("progress", 4), ("completed", None)]
+
+
 def test_a_chat_that_is_answered_with_a_picture(client: openai.OpenAI, model: HyperBagel) -> None:
     def ask(messages: list[Any], **more: Any) -> Any:
         extra = {"seed": 3, "steps": 2}
@@ -175,6 +198,22 @@ def test_an_answer_is_the_library_s_streamed_or_not(client: openai.OpenAI, model
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected.text
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-2].choices[0].finish_reason == expected.finish_reason
     assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == expected.tokens
+
+
+def test_a_drafter_changes_the_speed_alone(client: openai.OpenAI, model: HyperBagel) -> None:
+    messages: list[Any] = [{"role": "user", "content": "one two one two one two"}]
+    assert "lookup" in client.models.retrieve("tiny").drafters  # type: ignore[attr-defined]
+    plain, drafted = (
+        client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, extra_body={"drafter": d})
+        for d in ("none", "lookup")
+    )
+    assert plain.choices[0].message.content == drafted.choices[0].message.content
+    assert plain.choices[0].tau is None and drafted.choices[0].tau >= 1  # type: ignore[attr-defined]
+    last = list(
+        client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, stream=True, extra_body={"drafter": "lookup"})
+    )
+    facts: Any = last[-1].choices[0]
+    assert facts.tau == drafted.choices[0].tau and facts.tokens == 12 and facts.timings["decode"] > 0  # type: ignore[attr-defined]
 
 
 def test_a_conversation_and_several_answers(client: openai.OpenAI, model: HyperBagel) -> None:
@@ -241,7 +280,8 @@ WRONG: dict[str, tuple[Callable[[openai.OpenAI], Any], type[openai.APIStatusErro
     "long stream": (draw("a red car " * 9000, stream=True), BAD, "shorten it"),
     "no picture": (edit(b"hello"), BAD, "no picture"),
     "cut picture": (edit(png("red")[:60]), BAD, "damaged"),
-    "mask": (edit(png("red"), mask=png("red")), BAD, "prompt alone"),
+    "mask": (edit(png("red"), mask=png("white", 16)), BAD, "equal sizes"),
+    "empty mask": (edit(png("red"), mask=png("black")), BAD, "nothing change"),
     "address": (chat(URL_PART), BAD, "data:"),
     "no user": (chat(role="system"), BAD, "user"),
     "tokens": (chat(max_tokens=10**6), BAD, "4096"),

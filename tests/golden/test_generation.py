@@ -73,7 +73,8 @@ def test_generation_fp32(name: str) -> None:
     settings, golden = scenario(name)
     model = bagel()
     asked = request(settings, golden)
-    session, generator, thinking = model._prepare(asked)
+    ready = model._prepare(asked)
+    session, generator, thinking = ready.session, ready.generator, ready.thinking
     if settings["text"]:
         assert thinking == settings["text"][0]
     full, text, image = session.full(), session.text_dropped(), session.image_dropped()
@@ -181,7 +182,8 @@ def test_generation_bf16(name: str) -> None:
     exact = scenario(name)[1]
     model = bagel(torch.bfloat16)
     asked = request(settings, golden)
-    session, generator, _ = model._prepare(asked)
+    ready = model._prepare(asked)
+    session, generator = ready.session, ready.generator
     grid = latent_grid(model.parts, asked.size)
     noise = draw_noise(model.parts, grid, generator)
     velocity = GuidedVelocity([session], [grid], asked.denoising())

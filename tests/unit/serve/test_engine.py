@@ -30,7 +30,7 @@ class Model:
         self.parts = SimpleNamespace(tokenizer=SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: "")))
 
     def generate_batch(
-        self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None], on_token: Callable[[int, int], None]
+        self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None], on_token: Callable[[int, int], None], **more: Any
     ) -> list[ImageResult]:
         prompts = [request.prompt for request in requests]
         self.batches.append(prompts)

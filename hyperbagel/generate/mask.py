@@ -1,0 +1,81 @@
+"""A mask says where an edit may change its picture; all else stays the source's, pixel for pixel.
+
+Two things make that so. While it is denoised, a latent token outside the mask goes straight from its noise to the source's clean latent,
+whatever the model says, so that the model sees the surroundings it has to fit into. At the end the source's own pixels are laid over the
+result outside the mask, since the autoencoder would change them a little.
+
+BAGEL knows no masks: the weights are not told of it. A student of one step never sees the surroundings in its latents (its only velocity
+is read off pure noise), so there the mask is the laying over alone.
+
+Shape legend: B requests, N latent tokens of the largest picture, C values of a token, h, w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops, ImageFilter
+from torch import Tensor
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.flow.path import velocity as straight
+from hyperbagel.flow.solvers import Velocity
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one picture keeps. edit [h * w] bool: tokens that the model draws; clean [h * w, C]: latents of the source."""
+
+    edit: Tensor
+    clean: Tensor
+
+
+class MaskedVelocity:
+    """velocity(x_t, t) of the model where `edit`, and of the straight path noise - clean elsewhere: x_t = (1 - t) clean + t noise there."""
+
+    def __init__(self, velocity: Velocity, kept: Sequence[Kept | None], noise: Tensor) -> None:
+        """noise [B, N, C]: where the denoising starts. None keeps nothing."""
+        self.velocity = velocity
+        self.edit = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
+        self.path = torch.zeros_like(noise)
+        for row, one in enumerate(kept):
+            if one is not None:
+                n = len(one.edit)
+                self.edit[row, :n] = one.edit.to(noise.device)
+                self.path[row, :n] = straight(one.clean.to(noise), noise[row, :n])
+        self.edit = self.edit.unsqueeze(-1)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        return torch.where(self.edit, self.velocity(x, t), self.path)
+
+
+def check_mask(mask: Image.Image, source: Image.Image) -> None:
+    """Raises InputError for a mask of another size than its picture, or one that lets nothing change."""
+    if mask.size != source.size:
+        told = f"got a mask of {mask.width}x{mask.height} for a picture of {source.width}x{source.height}"
+        raise InputError(f"{told}, expected equal sizes; draw the mask over the picture itself")
+    if mask.convert("L").getextrema()[1] == 0:
+        raise InputError("got a mask that lets nothing change, expected some part to edit; mark one, or leave the mask out")
+
+
+def edited_tokens(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
+    """[h * w] bool: tokens with a pixel that may change. A token at the border is drawn whole; the pixels are cut afterwards."""
+    h, w = grid
+    if mask.width % w or mask.height % h:
+        mask = mask.resize((w * max(1, mask.width // w), h * max(1, mask.height // h)), Image.Resampling.BOX)
+    values = torch.from_numpy(np.array(mask.convert("L")))
+    return values.view(h, mask.height // h, w, mask.width // w).amax((1, 3)).flatten() > 0
+
+
+def lay_over(result: Image.Image, source: Image.Image, mask: Image.Image, soft: float) -> Image.Image:
+    """The result where the mask allows it, the source elsewhere, all of the result's size.
+
+    soft: pixels over which the border inside the mask fades. Outside the mask every pixel is exactly the source's.
+    """
+    source = source if source.size == result.size else source.resize(result.size, Image.Resampling.BICUBIC)
+    mask = mask.convert("L")
+    mask = mask if mask.size == result.size else mask.resize(result.size, Image.Resampling.BOX)
+    return Image.composite(result, source, ImageChops.darker(mask, mask.filter(ImageFilter.GaussianBlur(soft))))

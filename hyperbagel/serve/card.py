@@ -1,0 +1,36 @@
+"""What clients are told of the model: its students and drafters, what they were made for, the usual settings and sizes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from PIL import Image
+
+from hyperbagel.pipeline import HyperBagel, ImageRequest
+from hyperbagel.serve.schemas import Limits
+
+
+def model_card(model: HyperBagel, name: str, created: int, limits: Limits) -> dict[str, Any]:
+    """OpenAI's model object, and ours beside it. Sizes are pixels, [width, height]."""
+    options, stride = model.parts.model.config.options, model.parts.model.config.latent_stride
+    students = model.students.names()
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "hyperbagel",
+        "students": students,
+        "drafters": model.drafters.names(),
+        "samplers": {student: asdict(model.students.sampler(student)) for student in students},
+        "usual": {"draw": _usual(model), "edit": _usual(model, Image.new("RGB", (1, 1)))},
+        "size": {"usual": [*reversed(model.default_size)], "stride": stride, "largest": options.max_latent_size * stride},
+        "limits": {"n": limits.n, "steps": limits.steps, "images": limits.images, "max_tokens": limits.max_tokens},
+    }
+
+
+def _usual(model: HyperBagel, *images: Image.Image) -> dict[str, Any]:
+    """What holds where a request says nothing, by the names that requests use."""
+    settings = asdict(model.settings(ImageRequest("x", images), warn=False))
+    del settings["student"]
+    return settings | {"steps": settings.pop("num_steps")}

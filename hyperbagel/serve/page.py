@@ -1,0 +1,34 @@
+"""The web page: files of its own from hyperbagel/serve/ui/, nothing from elsewhere. What it does, it does through the API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+
+FOLDER = Path(__file__).parent / "ui"
+# Scripts and styles from this server alone: text that a model or another user wrote can never become code in the page.
+POLICY = "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+HEADERS = {"cache-control": "no-cache", "x-content-type-options": "nosniff", "content-security-policy": POLICY}
+
+
+class _Files(StaticFiles):
+    """Asked for anew each time (a 304 costs nothing), so that a page and its modules are always of one version."""
+
+    def file_response(self, *args: Any, **more: Any) -> Response:
+        response = super().file_response(*args, **more)
+        response.headers.update(HEADERS)
+        return response
+
+
+def add_page(app: FastAPI) -> None:
+    """GET / and /ui/*, which need no key."""
+
+    async def index() -> FileResponse:
+        return FileResponse(FOLDER / "index.html", media_type="text/html", headers=HEADERS)
+
+    app.add_api_route("/", index, methods=["GET"], include_in_schema=False, response_model=None)
+    app.mount("/ui", _Files(directory=FOLDER), name="ui")

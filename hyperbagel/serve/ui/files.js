@@ -1,0 +1,55 @@
+// Pictures that are chosen or dropped, with a thumbnail each.
+
+import { ApiError } from "./api.js";
+import { make, showError } from "./page.js";
+import { imageOf } from "./pictures.js";
+
+/** Refuses what the browser cannot show. */
+export async function checkPicture(blob) {
+  try {
+    (await createImageBitmap(blob)).close();
+  } catch {
+    throw new ApiError(`${blob.name ?? "This file"} is no picture that can be read here. Take a PNG, JPEG or WebP.`);
+  }
+}
+
+export class Pictures {
+  /** place: an element with [data-drop] inside. most: how many are held, the newest stay. changed(list) after, before(list) before. */
+  constructor(place, { most = Infinity, changed = () => {}, before = () => {} } = {}) {
+    Object.assign(this, { most, changed, before, list: [] });
+    this.drop = place.querySelector("[data-drop]");
+    this.thumbs = this.drop.querySelector("[data-thumbs]");
+    const input = this.drop.querySelector("input");
+    input.addEventListener("change", () => { this.add([...input.files]); input.value = ""; });
+    this.drop.addEventListener("dragover", (event) => { event.preventDefault(); this.drop.classList.add("over"); });
+    this.drop.addEventListener("dragleave", () => this.drop.classList.remove("over"));
+    this.drop.addEventListener("drop", (event) => {
+      event.preventDefault();
+      event.stopPropagation();
+      this.drop.classList.remove("over");
+      document.dispatchEvent(new Event("dropped"));
+      this.add([...event.dataTransfer.files]);
+    });
+  }
+
+  async add(blobs) {
+    try {
+      for (const blob of blobs) await checkPicture(blob);
+    } catch (error) {
+      showError(error);
+      return;
+    }
+    if (blobs.length) this.set([...this.list, ...blobs].slice(-this.most));
+  }
+
+  set(list, { quiet = false } = {}) {
+    if (!quiet) this.before(this.list);
+    this.list = list;
+    this.thumbs.replaceChildren(...list.map((blob, i) => {
+      const remove = make("button", { type: "button", textContent: "✕", ariaLabel: `Remove picture ${i + 1}` });
+      remove.addEventListener("click", () => this.set(this.list.filter((_, j) => j !== i)));
+      return make("div", { className: "thumb" }, imageOf(blob, `picture ${i + 1}`), remove);
+    }));
+    this.changed(list);
+  }
+}

@@ -1,0 +1,181 @@
+// The Live tab: every change of the prompt, a scale, the seed or the picture asks for a preview; a pause asks for a better one.
+
+import { address, ApiError, askKey, getKey } from "./api.js";
+import { Pictures } from "./files.js";
+import { ms, showError, showRanges } from "./page.js";
+import { download } from "./pictures.js";
+import { toDataUrl } from "./png.js";
+import { Seed } from "./settings.js";
+
+const PAUSE = 400;  // ms without input before the better tier is asked for
+const REMEMBERED = 200;  // previews whose times are kept
+
+export function setUpLive(panel, card, { editThis }) {
+  const part = (name) => panel.querySelector(`[data-${name}]`);
+  const field = (name) => panel.querySelector(`[name=${name}]`);
+  const canvas = part("picture");
+  const state = { id: 0, shown: 0, asked: new Map(), blob: null, seed: null, pause: 0, paused: false, preview: null, samples: [], source: Promise.resolve() };
+  const seed = new Seed(part("seed"), { locked: true, changed: () => ask("preview") });
+  const line = new Line(panel, { json: take, picture: show, open: () => { sendSource(); ask("preview"); } });
+
+  const pictures = new Pictures(panel, { most: 1, changed: (list) => {
+    part("edit").hidden = !list.length;
+    sendSource();
+    ask("preview");
+  } });
+  const student = Object.values(card.samplers).sort((a, b) => a.nfe - b.nfe)[0];
+  if (student) {
+    Object.assign(field("text_scale"), { min: student.text_range[0], max: student.text_range[1], value: student.text_scale });
+    Object.assign(field("image_scale"), { min: student.image_range[0], max: student.image_range[1], value: student.edit_image_scale });
+  }
+  showRanges(panel);
+
+  for (const name of ["prompt", "text_scale", "image_scale"]) field(name).addEventListener("input", (event) => ask("preview", event.timeStamp));
+  part("full").addEventListener("click", () => ask("full"));
+  part("cancel").addEventListener("click", stop);
+  panel.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
+  panel.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
+  part("use").addEventListener("click", () => editThis(state.blob));
+  part("save").addEventListener("click", () => download(state.blob, `hyperbagel-${state.seed}.png`));
+
+  /** After a pause, but not before its preview is there: on a slow machine that is what one waits for. */
+  function improve() { if (state.paused && state.preview === state.shown && !state.same) ask("better"); }
+
+  function stop() {
+    clearTimeout(state.pause);
+    state.paused = false;
+    line.send({ type: "stop" });
+  }
+
+  /** Asks for a picture of what stands in the form. since: when the input came, ms on the page's clock. */
+  function ask(tier, since = performance.now()) {
+    clearTimeout(state.pause);
+    const prompt = field("prompt").value.trim();
+    if (!prompt || !line.ready) return;
+    const message = { type: "draw", id: ++state.id, tier, prompt, seed: seed.take(), text_scale: Number(field("text_scale").value) };
+    if (pictures.list.length) message.image_scale = Number(field("image_scale").value);
+    state.asked.set(message.id, since);
+    state.source.then(() => line.send(message));
+    panel.setAttribute("aria-busy", "true");
+    Object.assign(state, { preview: tier === "preview" ? message.id : null, paused: false });
+    if (tier === "preview") state.pause = setTimeout(() => { state.paused = true; improve(); }, PAUSE);
+  }
+
+  function sendSource() {
+    if (!line.ready) return;
+    const [blob] = pictures.list;
+    state.source = (blob ? toDataUrl(blob) : Promise.resolve(null)).then((image) => line.send({ type: "source", id: ++state.id, image }));
+  }
+
+  function take(message) {
+    if (message.type === "ready") {
+      state.same = JSON.stringify(message.tiers.preview) === JSON.stringify(message.tiers.better);
+      const who = ({ student, steps }) => (student === "none" ? (steps ? `the model in ${steps} steps` : "the model") : `student ${student}`);
+      part("tiers").textContent = `While you type: ${who(message.tiers.preview)}. On a pause: ${who(message.tiers.better)}. Full quality: ${who(message.tiers.full)}.`;
+    } else if (message.type === "cancelled") {
+      state.asked.delete(message.id);
+      panel.dataset.cancelled = Number(panel.dataset.cancelled ?? 0) + 1;
+      settle();
+    } else if (message.type === "error") {
+      state.asked.delete(message.id);
+      settle();
+      showError(new ApiError(message.error.message, 400, message.error.code));
+    }
+  }
+
+  function settle() { if (!state.asked.size) panel.removeAttribute("aria-busy"); }
+
+  async function show(header, blob) {
+    const since = state.asked.get(header.id);
+    const arrived = performance.now();
+    state.asked.delete(header.id);
+    settle();
+    if (header.id < state.shown) return;  // an older one that was overtaken while it was unpacked
+    state.shown = header.id;
+    const bitmap = await createImageBitmap(blob);
+    if (header.id < state.shown) return;
+    if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
+    canvas.classList.toggle("tiny", bitmap.width <= 200);
+    canvas.getContext("2d").drawImage(bitmap, 0, 0);
+    bitmap.close();
+    const pixels = await painted();
+    Object.assign(state, { blob, seed: header.seed });
+    part("use").disabled = part("save").disabled = false;
+    part("tier").textContent = { preview: "Preview", better: "Better", full: "Full quality" }[header.tier] + `, ${header.nfe} NFE, seed ${header.seed}`;
+    const { wait, prefill, denoise, decode, encode } = header.timings;
+    const rest = (pixels - since) / 1000 - header.server;
+    const stages = { wait, prefill, denoise, decode, encode, "network and browser": rest };
+    const reused = header.reused ? ` (${header.reused} tokens of the picture reused)` : "";
+    const list = Object.entries(stages).map(([name, seconds]) => `${name} ${ms(seconds)}${name === "prefill" ? reused : ""}`).join(" · ");
+    part("timings").textContent = `${ms((pixels - since) / 1000)} from input to pixels: ${list}`;
+    Object.assign(panel.dataset, { shown: header.id, tier: header.tier, reused: header.reused });
+    if (header.tier !== "preview") return;
+    improve();
+    state.samples.push({ pixels: pixels - since, roundTrip: arrived - since, server: header.server * 1000, nfe: header.nfe, reused: header.reused, ...header.timings });
+    if (state.samples.length > REMEMBERED) state.samples.shift();
+    const sorted = state.samples.map((sample) => sample.pixels).sort((a, b) => a - b);
+    part("median").textContent = `Median of ${sorted.length} preview${sorted.length > 1 ? "s" : ""}: ${ms(sorted[sorted.length >> 1] / 1000)}`;
+  }
+
+  window.hyperbagelLive = { samples: state.samples };  // what benchmarks/live.py reads
+  return { enter: () => line.open(), use(blob) { pictures.set([blob]); } };
+}
+
+/** The time at which what was drawn just now is on the screen: the frame after it has been handed over. */
+function painted() {
+  return new Promise((resolve) => requestAnimationFrame(() => {
+    const channel = new MessageChannel();
+    channel.port1.onmessage = () => resolve(performance.now());
+    channel.port2.postMessage(null);
+  }));
+}
+
+/** The WebSocket, opened when the tab is first looked at and again when it breaks. */
+class Line {
+  constructor(panel, on) {
+    Object.assign(this, { on, ready: false, socket: null, wait: 500, label: panel.querySelector("[data-link]") });
+  }
+
+  send(message) { if (this.ready) this.socket.send(JSON.stringify(message)); }
+
+  open() {
+    if (this.socket) return;
+    const url = address("v1/live");
+    url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
+    const socket = new WebSocket(url);
+    socket.binaryType = "arraybuffer";
+    this.socket = socket;
+    this.label.textContent = "connecting …";
+    socket.onopen = () => socket.send(JSON.stringify({ type: "hello", key: getKey() }));
+    socket.onmessage = ({ data }) => {
+      if (typeof data !== "string") {
+        const length = new DataView(data).getUint32(0);
+        const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+        this.on.picture(header, new Blob([new Uint8Array(data, 4 + length)], { type: "image/png" })).catch(showError);
+        return;
+      }
+      const message = JSON.parse(data);
+      if (message.error?.code === "invalid_api_key") {
+        this.refused = true;
+        return;
+      }
+      if (message.type === "ready") {
+        Object.assign(this, { ready: true, wait: 500 });
+        this.label.textContent = "connected";
+      }
+      this.on.json(message);
+      if (message.type === "ready") this.on.open();
+    };
+    socket.onclose = async () => {
+      Object.assign(this, { ready: false, socket: null });
+      this.label.textContent = "not connected";
+      if (this.refused) {
+        this.refused = false;
+        if (await askKey()) this.open();
+        return;
+      }
+      setTimeout(() => this.open(), this.wait);
+      this.wait = Math.min(10000, this.wait * 2);
+    };
+  }
+}

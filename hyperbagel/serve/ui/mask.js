@@ -1,0 +1,114 @@
+// A brush over a picture. What is painted may change; the server gets it as transparency, as OpenAI's API wants it.
+
+export class Mask {
+  constructor(place, { before = () => {} } = {}) {
+    Object.assign(this, { place, before });
+    this.image = place.querySelector("img");
+    this.canvas = place.querySelector("canvas");
+    this.cursor = place.querySelector(".cursor");
+    this.size = place.querySelector("[data-size]");
+    this.erase = place.querySelector("[data-erase]");
+    this.pen = this.canvas.getContext("2d", { willReadFrequently: true });
+    this.at = null;  // where the keyboard's brush is, in pixels of the picture
+    place.querySelector("[data-clear]").addEventListener("click", () => { this.before(); this.clear(); });
+    this.size.addEventListener("input", () => this.showCursor());
+    this.listen();
+  }
+
+  /** The picture to paint on; null for none. Resolves when it stands there, without paint. */
+  async load(blob) {
+    this.place.hidden = blob === null;
+    if (this.image.src) URL.revokeObjectURL(this.image.src);
+    this.image.removeAttribute("src");
+    if (blob === null) {
+      this.clear();
+      return;
+    }
+    this.image.src = URL.createObjectURL(blob);
+    await this.image.decode();
+    this.image.classList.toggle("tiny", this.image.naturalWidth <= 200);
+    Object.assign(this.canvas, { width: this.image.naturalWidth, height: this.image.naturalHeight });  // this clears it, too
+    this.at = [this.canvas.width / 2, this.canvas.height / 2];
+  }
+
+  clear() { this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height); }
+
+  get empty() {
+    if (!this.canvas.width || !this.canvas.height) return true;
+    const { data } = this.pen.getImageData(0, 0, this.canvas.width, this.canvas.height);
+    for (let i = 3; i < data.length; i += 4) if (data[i]) return false;
+    return true;
+  }
+
+  snapshot() { return this.empty ? null : this.pen.getImageData(0, 0, this.canvas.width, this.canvas.height); }
+
+  restore(snapshot) {
+    this.clear();
+    if (snapshot && snapshot.width === this.canvas.width && snapshot.height === this.canvas.height) this.pen.putImageData(snapshot, 0, 0);
+  }
+
+  /** A PNG that is transparent where it is painted; null without paint. */
+  file() {
+    if (this.empty) return Promise.resolve(null);
+    const out = new OffscreenCanvas(this.canvas.width, this.canvas.height);
+    const pen = out.getContext("2d");
+    pen.fillRect(0, 0, out.width, out.height);
+    pen.globalCompositeOperation = "destination-out";
+    pen.drawImage(this.canvas, 0, 0);
+    return out.convertToBlob({ type: "image/png" });
+  }
+
+  get radius() { return Math.max(0.5, (Number(this.size.value) / 100) * Math.min(this.canvas.width, this.canvas.height)); }
+
+  stroke(from, to) {
+    this.pen.globalCompositeOperation = this.erase.checked ? "destination-out" : "source-over";
+    this.pen.strokeStyle = getComputedStyle(this.place).getPropertyValue("--mask").trim() || "#d3006f";
+    Object.assign(this.pen, { lineWidth: 2 * this.radius, lineCap: "round" });
+    this.pen.beginPath();
+    this.pen.moveTo(...from);
+    this.pen.lineTo(to[0] + 0.001, to[1]);  // a dot is a line too
+    this.pen.stroke();
+  }
+
+  showCursor(visible = document.activeElement === this.canvas) {
+    this.cursor.hidden = !visible || !this.at;
+    if (this.cursor.hidden) return;
+    const diameter = `${(200 * this.radius) / this.canvas.width}%`;
+    Object.assign(this.cursor.style, { left: `${(100 * this.at[0]) / this.canvas.width}%`, top: `${(100 * this.at[1]) / this.canvas.height}%`, width: diameter, aspectRatio: "1" });
+  }
+
+  listen() {
+    const { canvas } = this;
+    const point = (event) => {
+      const box = canvas.getBoundingClientRect();
+      return [((event.clientX - box.left) / box.width) * canvas.width, ((event.clientY - box.top) / box.height) * canvas.height];
+    };
+    let last = null;
+    canvas.addEventListener("pointerdown", (event) => {
+      this.before();
+      canvas.setPointerCapture(event.pointerId);
+      last = point(event);
+      this.stroke(last, last);
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      if (!last) return;
+      for (const one of event.getCoalescedEvents?.() ?? [event]) { const next = point(one); this.stroke(last, next); last = next; }
+    });
+    for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind, () => { last = null; });
+    const ways = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    canvas.addEventListener("keydown", (event) => {
+      const way = ways[event.key];
+      if (!this.at || !(way || event.key === " ")) return;
+      event.preventDefault();
+      const from = this.at;
+      if (way) {
+        const reach = [canvas.width, canvas.height];
+        this.at = this.at.map((value, i) => Math.min(reach[i], Math.max(0, value + way[i] * this.radius)));
+      }
+      if (!way || event.shiftKey) { this.before(); this.stroke(from, this.at); }
+      this.showCursor();
+    });
+    canvas.addEventListener("focus", () => this.showCursor());
+    canvas.addEventListener("blur", () => this.showCursor(false));
+  }
+}

@@ -1,0 +1,75 @@
+// What all tabs share: messages, small helpers, running work that can be cancelled.
+
+const alertBox = document.getElementById("alert");
+const noteBox = document.getElementById("note");
+alertBox.querySelector("button").addEventListener("click", () => { alertBox.hidden = true; });
+
+export function showError(error) {
+  if (error?.name === "AbortError") return;
+  console.warn(error);
+  alertBox.querySelector("span").textContent = error?.status !== undefined ? error.message : `Something in the page went wrong: ${error?.message ?? error}`;
+  alertBox.hidden = false;
+}
+
+export function clearError() { alertBox.hidden = true; }
+
+let noteTimer;
+export function note(text) {
+  noteBox.textContent = text;
+  noteBox.hidden = false;
+  clearTimeout(noteTimer);
+  noteTimer = setTimeout(() => { noteBox.hidden = true; }, 8000);
+}
+
+/** An element with properties and children. */
+export function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+export const ms = (seconds) => (seconds < 10 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`);
+export const clone = (id) => document.getElementById(id).content.cloneNode(true);
+
+/** A figure next to each range of a form, kept up to date. */
+export function showRanges(root) {
+  const update = (input) => { input.closest("label").querySelector("output").textContent = input.value; };
+  for (const input of root.querySelectorAll("label.range input")) update(input);
+  root.addEventListener("input", (event) => { if (event.target.closest("label.range")) update(event.target); });
+}
+
+/** Submitting starts `work(signal)`; Cancel, Escape and a second start end it. Ctrl+Enter in a text submits. */
+export function runner(panel, work) {
+  const form = panel.querySelector("form");
+  const cancel = panel.querySelector("[data-cancel]");
+  const submit = form.querySelector("[type=submit]");
+  let controller = null;
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (controller) return;
+    controller = new AbortController();
+    submit.disabled = true;
+    cancel.disabled = false;
+    panel.setAttribute("aria-busy", "true");
+    clearError();
+    try {
+      await work(controller.signal);
+    } catch (error) {
+      showError(error);
+    } finally {
+      controller = null;
+      submit.disabled = false;
+      cancel.disabled = true;
+      panel.removeAttribute("aria-busy");
+    }
+  });
+  cancel.addEventListener("click", () => controller?.abort());
+  panel.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") controller?.abort();
+    if (event.key === "Enter" && event.target.tagName === "TEXTAREA" && (event.ctrlKey || event.metaKey || form.dataset.enter)) {
+      if (event.shiftKey) return;
+      event.preventDefault();
+      form.requestSubmit();
+    }
+  });
+}

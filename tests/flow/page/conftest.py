@@ -1,0 +1,103 @@
+"""A browser and a server for the tests of the web page: Debian's Chromium, the tiny model, a loopback socket."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.serve.app import create_app
+from hyperbagel.serve.run import bind, make_server
+from hyperbagel.serve.schemas import Limits
+
+CHROMIUM = shutil.which("chromium")
+# It must neither draw on a GPU nor talk to anyone but the server.
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
+]  # fmt: skip
+
+
+def serve(app: Any) -> Iterator[str]:
+    """The address while it is served."""
+    listener, server = bind("127.0.0.1", 0), make_server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive(), "open pages do not keep the server from ending"
+    listener.close()
+
+
+@pytest.fixture(scope="module")
+def app(model: HyperBagel) -> Any:
+    return create_app(model, limits=Limits(steps=100_000))
+
+
+@pytest.fixture(scope="module")
+def address(app: Any) -> Iterator[str]:
+    yield from serve(app)
+
+
+@pytest.fixture(scope="module")
+def locked(model: HyperBagel) -> Iterator[str]:
+    """A server that asks for a key."""
+    yield from serve(create_app(model, api_key="sesame"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Chromium with an empty profile, or a skip."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        profile = tmp_path_factory.mktemp("profile")
+        context = playwright.chromium.launch_persistent_context(profile, executable_path=CHROMIUM, args=FLAGS, accept_downloads=True)
+        context.set_default_timeout(10_000)
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def visit(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+    """Opens the page: visit("draw", width=375). Afterwards nothing may have gone wrong in it that a test did not expect."""
+    pages: list[Any] = []
+    wrong: list[str] = []
+
+    def open_page(tab: str = "draw", *, width: int = 1100, height: int = 800, at: str = address, ready: bool = True) -> Any:
+        page = browser.new_page()
+        pages.append(page)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if "Content Security Policy" in message.text else None)
+        page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith((at, "blob:", "data:")) else None)
+        page.set_viewport_size({"width": width, "height": height})
+        page.goto(f"{at}#{tab}")
+        if ready:
+            page.wait_for_selector("body[data-ready]")
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert wrong == [], "errors in the page, or requests to somewhere else"
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture that was not made here."""
+    from PIL import Image
+
+    image = Image.radial_gradient("L").resize((32, 32)).convert("RGB")
+    image.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
