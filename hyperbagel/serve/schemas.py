@@ -176,7 +176,7 @@ class ChatBody(Knobs, Ignored):
     drafter: str | None = Field(
         None,
         max_length=64,
-        description="Who drafts ahead: auto, lookup, a drafter of the model (/v1/models), or none. Speed alone changes.",
+        description="Who drafts ahead: auto, lookup, one of /v1/models, or none. Speed alone changes.",
     )
     modalities: list[Literal["text", "image"]] | None = Field(None, description="With 'image' the answer is a picture.")
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of a picture that is drawn.")
