@@ -12,6 +12,7 @@
 #   EXTRA="..."      settings that replace those of every recipe after base, e.g. "max_seconds=60" for a walk-through
 #   EVAL=0           leaves the scores out
 #   INSTALL=1        makes the result the model that ships: hyperbagel/assets/toybox
+#   SHIP="block"     drafters that ship with it;  DRAFTER_SECONDS=900  time of each of the six
 #   N_T2I, N_EDITS   size of the distillation table (2000, 1000)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -73,9 +74,7 @@ hyperbagel install "$six" --model "$base" --name 6
 hyperbagel install "$one" --model "$base" --name 1
 
 # -- drafters
-if [ -f runs/drafters.sh ]; then
-    bash runs/drafters.sh "$out"
-fi
+bash runs/drafters.sh "$base" "$out/drafters" "${DRAFTER_SECONDS:-900}"   # and their tables
 
 # -- scores
 if [ "${EVAL:-1}" = 1 ]; then
@@ -96,4 +95,5 @@ if [ "${INSTALL:-0}" = 1 ]; then
     done
     hyperbagel install "$six" --model "$assets" --name 6
     hyperbagel install "$one" --model "$assets" --name 1
+    NO_TABLES=1 SHIP="${SHIP:-block}" bash runs/drafters.sh "$assets" "$out/drafters"
 fi
