@@ -24,7 +24,7 @@ from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene
 
 if TYPE_CHECKING:
-    from hyperbagel.pipeline import HyperBagel
+    from hyperbagel.pipeline import HyperBagel, ImageResult
 
 PICTURES, EDITS, ANSWERS = 8, 9, 8  # nine groups of edits
 
@@ -76,12 +76,25 @@ def draw_scene(scene: Scene, model: HyperBagel) -> Image.Image:
     return Image.fromarray(render(scene, model.default_size[0]))
 
 
+def painters(model: HyperBagel) -> list[str]:
+    """The model itself, then its students from the slowest to the fastest: same words, same seed."""
+    names = model.students.names()
+    return ["none", *sorted(names, key=lambda name: -model.students.sampler(name).nfe)]
+
+
+def labelled(results: Sequence[ImageResult]) -> tuple[tuple[str, Image.Image], ...]:
+    """Each picture with its evaluations and seconds."""
+    return tuple((f"{result.nfe} NFE, {sum(result.timings.values()):.2f} s", result.image) for result in results)
+
+
 def pictures(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) -> Iterable[Card]:
     samples = distinct(lambda: language.sample_t2i(rng), lambda sample: sample.category, PICTURES)
     for i, sample in enumerate(samples):
         note(f"picture {i + 1} of {len(samples)}: {sample.prompt}")
-        [result] = model.generate(sample.prompt, seed=rng.getrandbits(31))
-        yield Card((("", result.image),), sample.prompt, **took(result.timings, f"{result.nfe} NFE, seed {result.seed}"))
+        seed = rng.getrandbits(31)
+        results = [model.generate(sample.prompt, seed=seed, student=who)[0] for who in painters(model)]
+        shown = labelled(results) if len(results) > 1 else (("", results[0].image),)
+        yield Card(shown, sample.prompt, **took(results[0].timings, f"{results[0].nfe} NFE, seed {seed}"))
 
 
 def edits(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) -> Iterable[Card]:
@@ -89,9 +102,10 @@ def edits(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) ->
     for i, sample in enumerate(samples):
         note(f"edit {i + 1} of {len(samples)}: {sample.instruction}")
         source = draw_scene(sample.source, model)
-        [result] = model.edit([source], sample.instruction, seed=rng.getrandbits(31))
-        three = (("before", source), ("after", result.image), ("wanted", draw_scene(sample.target, model)))
-        yield Card(three, sample.instruction, **took(result.timings, f"{result.nfe} NFE, seed {result.seed}"))
+        seed = rng.getrandbits(31)
+        results = [model.edit([source], sample.instruction, seed=seed, student=who)[0] for who in painters(model)]
+        shown = (("before", source), *labelled(results), ("wanted", draw_scene(sample.target, model)))
+        yield Card(shown, sample.instruction, **took(results[0].timings, f"{results[0].nfe} NFE, seed {seed}"))
 
 
 def answers(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) -> Iterable[Card]:
@@ -100,7 +114,8 @@ def answers(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) 
         note(f"question {i + 1} of {len(samples)}: {sample.question}")
         picture = draw_scene(sample.scene, model)
         result = model.ask(sample.question, [picture])
-        spent = took(result.timings, f"{result.tokens} tokens")
+        drafted = "" if result.tau is None else f", {result.tau:.1f} tokens a forward"
+        spent = took(result.timings, f"{result.tokens} tokens{drafted}")
         yield Card((("", picture),), sample.question, answer=result.text, wanted=sample.answer, **spent)
 
 
@@ -111,8 +126,8 @@ def build_demo(model: HyperBagel, out: Path, *, seed: int = 0, note: Callable[[s
     """
     rng = random.Random(seed)
     sections = [
-        Section("Pictures", "Drawn from the text below them.", tuple(pictures(model, rng, note))),
-        Section("Edits", "The source, what the model made of it, and the exact picture that was wanted.", tuple(edits(model, rng, note))),
+        Section("Pictures", "Drawn from the text below them, by the model and each student.", tuple(pictures(model, rng, note))),
+        Section("Edits", "The source, what was made of it, and what was wanted.", tuple(edits(model, rng, note))),
         Section("Answers", "A picture, a question, the model's answer and the right one.", tuple(answers(model, rng, note))),
     ]
     where = f"{platform.machine()}, {platform.system()}, python {platform.python_version()}"
@@ -150,7 +165,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     for section in sections:
         cards = "".join(map(card_html, section.cards))
         mean = sum(card.seconds for card in section.cards) / max(len(section.cards), 1)
-        intro = f"{section.text} {mean:.2f} s each on average."
+        intro = f"{section.text} {mean:.2f} s each on average for the model itself."
         body.append(
             f'<h2>{html.escape(section.title)}</h2><p>{html.escape(intro)}</p><div class="grid {section.title.lower()}">{cards}</div>'
         )
@@ -169,7 +184,7 @@ h1 { margin: 0; font-size: 1.8rem; }
 h2 { margin: 2.2rem 0 0; font-size: 1.25rem; color: var(--accent); }
 p { margin: .35rem 0; overflow-wrap: anywhere; }
 .grid { display: grid; gap: .9rem; margin-top: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(45%, 14rem), 1fr)); }
-.grid.edits, .grid.answers { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.grid:has(.row > :nth-child(3)), .grid.answers { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
 article { padding: .7rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 .answers article { display: grid; grid-template-columns: 7rem 1fr; gap: 0 .8rem; align-items: start; }
 .row { display: flex; gap: .5rem; }

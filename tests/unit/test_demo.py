@@ -23,19 +23,23 @@ class FakeModel:
     load_seconds = 0.5
     default_size = (64, 64)
 
-    def __init__(self) -> None:
+    def __init__(self, students: dict[str, int] | None = None) -> None:
         self.asked: list[tuple[str, str]] = []
+        self.painted: list[str] = []
+        nfe = students or {}
+        self.students = SimpleNamespace(names=lambda: sorted(nfe), sampler=lambda name: SimpleNamespace(nfe=nfe[name]))
 
     def _picture(self, seed: int) -> Any:
         pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         timings = {"prefill": 0.25, "denoise": 1.0, "decode": 0.25}
         return SimpleNamespace(image=Image.fromarray(pixels), seed=seed, nfe=150, timings=timings)
 
-    def generate(self, prompt: str, *, seed: int) -> list[Any]:
+    def generate(self, prompt: str, *, seed: int, student: str) -> list[Any]:
+        self.painted.append(student)
         self.asked.append(("generate", prompt))
         return [self._picture(seed)]
 
-    def edit(self, images: list[Image.Image], instruction: str, *, seed: int) -> list[Any]:
+    def edit(self, images: list[Image.Image], instruction: str, *, seed: int, student: str) -> list[Any]:
         assert [image.size for image in images] == [(64, 64)]
         self.asked.append(("edit", instruction))
         return [self._picture(seed)]
@@ -43,7 +47,7 @@ class FakeModel:
     def ask(self, question: str, images: list[Image.Image]) -> Any:
         assert [image.size for image in images] == [(64, 64)]
         self.asked.append(("ask", question))
-        return SimpleNamespace(text="<b>two</b>", tokens=3, timings={"prefill": 0.5, "decode": 0.5})
+        return SimpleNamespace(text="<b>two</b>", tokens=3, tau=None, timings={"prefill": 0.5, "decode": 0.5})
 
 
 class Checker(HTMLParser):
@@ -82,7 +86,7 @@ def test_the_page_holds_everything_and_asks_nobody(tmp_path: Path) -> None:
     assert not re.search(r"https?://|<script|<link|url\(", text)
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
     assert "&lt;b&gt;two&lt;/b&gt;" in text and "<b>two</b>" not in text
-    assert "1.50 s each on average" in text and "1.00 s each on average" in text
+    assert "1.50 s each on average for the model itself" in text and "1.00 s each on average" in text
     assert "0.25 s prefill + 1.00 s denoise + 0.25 s decode, 150 NFE" in text
 
 
@@ -91,6 +95,15 @@ def test_the_seed_makes_the_page(tmp_path: Path) -> None:
         return demo.build_demo(FakeModel(), tmp_path, seed=seed).read_text("utf-8")  # type: ignore[arg-type]
 
     assert build(1) == build(1) != build(2)
+
+
+def test_students_draw_the_same_beside_their_teacher(tmp_path: Path) -> None:
+    model = FakeModel({"1": 1, "6": 6})
+    path = demo.build_demo(model, tmp_path, seed=3)  # type: ignore[arg-type]
+    checker = Checker()
+    checker.feed(path.read_text("utf-8"))
+    assert model.painted[:3] == ["none", "6", "1"]
+    assert len(checker.images) == 3 * demo.PICTURES + 5 * demo.EDITS + demo.ANSWERS
 
 
 def test_distinct_takes_one_of_each_key_first() -> None:
