@@ -21,8 +21,8 @@ from hyperbagel.toybox.scene import Scene, Thing
 
 LARGEST = 120_000  # bytes of a file
 PROMPT = "a red circle to the left of a blue square"
-CIRCLE = Thing("circle", "red", "large", 3)
-SOURCE = Scene("cream", (CIRCLE, Thing("car", "blue", "large", 5), Thing("star", "yellow", "small", 1)))
+CIRCLE = Thing("circle", "red", "large", 4)
+SOURCE = Scene("cream", (CIRCLE, Thing("car", "blue", "large", 8), Thing("star", "yellow", "small", 0)))
 
 
 def save(page: Any, path: Path) -> None:
@@ -53,7 +53,7 @@ def start(page: Any, tab: str, prompt: str, seed: int = 1) -> None:
 
 
 def draw(page: Any) -> None:
-    page.fill("#draw [name=n]", "4")
+    page.fill("#draw [name=n]", "2")
     start(page, "draw", PROMPT)
 
 
@@ -69,6 +69,7 @@ def edit(page: Any) -> None:
         page.mouse.move(x + reach, y + side * reach, steps=3)
     page.mouse.up()
     start(page, "edit", "make the circle green")
+    start(page, "edit", "turn the circle into a square", seed=2)
 
 
 def ask(page: Any) -> None:
@@ -90,10 +91,10 @@ def main(model: str, folder: Path) -> None:
     with serving(model) as (api, _), chromium(timeout=300) as context:
         address = api.removesuffix("v1")
         for name, act, size, scheme in (
-            ("draw", draw, (1100, 760), "light"),
-            ("edit", edit, (1100, 960), "light"),
+            ("draw", draw, (1100, 660), "light"),
+            ("edit", edit, (1100, 760), "light"),
             ("ask", ask, (1100, 640), "light"),
-            ("live", live, (390, 1100), "dark"),
+            ("live", live, (390, 900), "dark"),
         ):
             page = open_tab(context, address, name, width=size[0], height=size[1])
             page.emulate_media(color_scheme=scheme)
