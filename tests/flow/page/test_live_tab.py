@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks import live as benchmark
 from benchmarks.browser import live_opened, live_settled
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve import realtime
@@ -104,3 +105,19 @@ def test_a_line_that_breaks_is_opened_again(visit: Visit, address: str) -> None:
     page.wait_for_function("() => lines.length === 2 && document.querySelector('#live [data-link]').textContent === 'connected'")
     page.fill("#live [name=prompt]", "a red car")
     live_settled(page, "better")
+
+
+def test_the_benchmark_reads_what_the_page_measured(visit: Visit) -> None:
+    page = opened(visit)
+    out = {
+        "typing": benchmark.record(page, lambda: benchmark.type_texts(page, ("a red", "a car"), 20)),
+        "scale": benchmark.record(page, lambda: benchmark.move_scale(page, 4, 20)),
+    }
+    for name, inputs in (("typing", 10), ("scale", 4)):
+        found = out[name]
+        assert found["inputs"] == inputs and 1 <= found["shown"] == found["runs"] <= inputs and found["evaluations"] == [6]
+        assert found["low"] <= found["median"] <= found["high"]
+        assert set(found["stages"]) == {*benchmark.STAGES, "network and browser"} and found["stages"]["denoise"] < found["high"]
+    slow = benchmark.table({"milliseconds": {"typing": out["typing"] | {"median": 151.0}}, "tiers": ""})
+    assert "151" in slow and "missed" in slow
+    assert "reached" in benchmark.table({"milliseconds": {"typing": out["typing"] | {"median": 149.0}}, "tiers": ""})
