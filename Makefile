@@ -1,7 +1,8 @@
 # Two commands on a machine with Python 3.11 and nothing else:
 #   make demo    a page of pictures, edits and answers in out/index.html
 #   make test    style, types and tests
-# Both build .venv from requirements/lock.txt first, once; it is rebuilt only when the lock changes.
+# Both build .venv from requirements/lock.txt first, once; it is rebuilt only when the lock changes. The tests of the web page need Debian's
+# Chromium, which is installed if it is absent and that is possible; otherwise they are skipped.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 # One thread a test worker: more threads than cores make everything slower.
 unit: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types unit format clean
+.PHONY: demo test lint types unit browser format clean
 
 demo: $(STAMP)
 	$(BIN)/hyperbagel demo --out $(OUT)
@@ -28,8 +29,11 @@ lint: $(STAMP)
 types: lint
 	$(BIN)/mypy
 
-unit: types
+unit: types browser
 	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+browser:
+	requirements/chromium.sh
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

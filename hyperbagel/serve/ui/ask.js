@@ -74,7 +74,7 @@ export function setUpAsk(panel, card) {
 /** What an answer took: the server's own times, and what was seen from here. */
 function describe({ tokens, tau, drafter, timings, finish_reason: reason }, first, total) {
   const rate = tokens / Math.max(timings.decode, 1e-9);
-  const facts = [`${tokens} tokens`, `${rate.toFixed(0)} tokens/s`, tau === null ? "no drafter" : `tau ${tau.toFixed(2)} tokens a forward (${drafter})`];
+  const facts = [`${tokens} token${tokens === 1 ? "" : "s"}`, `${rate.toFixed(0)} tokens/s`, tau === null ? "no drafter" : `tau ${tau.toFixed(2)} tokens a forward (${drafter})`];
   facts.push(`prefill ${ms(timings.prefill)}`, `decode ${ms(timings.decode)}`);
   if (first !== null) facts.push(`first text after ${ms(first / 1000)}`);
   facts.push(`round trip ${ms(total / 1000)}`);

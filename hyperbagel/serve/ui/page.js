@@ -28,7 +28,8 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-export const ms = (seconds) => (seconds < 10 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`);
+/** With a space that does not break. */
+export const ms = (seconds) => (seconds < 10 ? `${Math.round(seconds * 1000)}\u00a0ms` : `${seconds.toFixed(1)}\u00a0s`);
 export const clone = (id) => document.getElementById(id).content.cloneNode(true);
 
 /** A figure next to each range of a form, kept up to date. */

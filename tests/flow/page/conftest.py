@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,17 +10,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.browser import CHROMIUM, chromium
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import create_app
 from hyperbagel.serve.run import bind, make_server
 from hyperbagel.serve.schemas import Limits
-
-CHROMIUM = shutil.which("chromium")
-# It must neither draw on a GPU nor talk to anyone but the server.
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync",
-]  # fmt: skip
 
 
 def serve(app: Any) -> Iterator[str]:
@@ -55,18 +48,12 @@ def locked(model: HyperBagel) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def browser() -> Iterator[Any]:
     """A Chromium with an empty profile, or a skip."""
     if CHROMIUM is None:
-        pytest.skip("Chromium is not installed: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        profile = tmp_path_factory.mktemp("profile")
-        context = playwright.chromium.launch_persistent_context(profile, executable_path=CHROMIUM, args=FLAGS, accept_downloads=True)
-        context.set_default_timeout(10_000)
+        pytest.skip("Chromium is not installed: requirements/chromium.sh installs it, or apt-get install chromium")
+    with chromium(accept_downloads=True) as context:
         yield context
-        context.close()
 
 
 @pytest.fixture

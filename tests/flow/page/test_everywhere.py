@@ -42,6 +42,15 @@ def test_a_phone_s_width_is_enough(visit: Visit, photo: Path) -> None:
             assert box["height"] >= 24, f"{tab}: {control.evaluate('e => e.outerHTML')}"
 
 
+def test_on_a_phone_the_live_picture_stays_in_sight(visit: Visit) -> None:
+    """Above what is typed, and also when one scrolls down to the buttons."""
+    page = visit("live", width=360, height=640)
+    top = lambda what: page.locator(f"#live {what}").bounding_box()["y"]  # noqa: E731
+    assert 0 <= top("canvas") < top("[name=prompt]") < 500
+    page.locator("#live [data-save]").scroll_into_view_if_needed()
+    assert page.evaluate("scrollY") > 0 and 0 <= top("canvas") < 40
+
+
 def test_everything_by_keyboard(visit: Visit, photo: Path) -> None:
     page = visit("draw")
     page.focus("#tab-draw")

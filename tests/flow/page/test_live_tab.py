@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks import live as benchmark
+from benchmarks.browser import live_opened, live_settled
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve import realtime
 
@@ -29,13 +31,9 @@ def shown(page: Any) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
 
 
-def settled(page: Any, tier: str) -> None:
-    page.wait_for_selector(f"#live[data-tier={tier}]:not([aria-busy])")
-
-
 def opened(visit: Visit, **more: Any) -> Any:
     page = visit("live", **more)
-    page.wait_for_function("() => document.querySelector('#live [data-link]').textContent === 'connected'")
+    live_opened(page)
     page.fill("#live [name=seed]", "5")
     return page
 
@@ -44,7 +42,7 @@ def test_typing_shows_previews_and_a_pause_a_better_one(visit: Visit, model: Hyp
     page = opened(visit)
     assert "While you type: student 6. On a pause: the model in 20 steps." in page.inner_text("#live [data-tiers]")
     page.locator("#live [name=prompt]").press_sequentially("a red car", delay=30)
-    settled(page, "better")
+    live_settled(page, "better")
     samples = page.evaluate("hyperbagelLive.samples")
     assert samples and all(sample["nfe"] == 6 and sample["pixels"] >= sample["server"] > 0 for sample in samples)
     assert np.array_equal(shown(page), np.asarray(model.generate("a red car", seed=5, steps=20)[0].image))
@@ -53,12 +51,12 @@ def test_typing_shows_previews_and_a_pause_a_better_one(visit: Visit, model: Hyp
         assert part in text
     assert "Median of" in page.inner_text("#live [data-median]")
     page.click("#live [data-full]")
-    settled(page, "full")
+    live_settled(page, "full")
     assert np.array_equal(shown(page), np.asarray(model.generate("a red car", seed=5)[0].image))
     before = len(page.evaluate("hyperbagelLive.samples"))
     page.press("#live [name=text_scale]", "ArrowLeft")
     page.wait_for_function(f"() => hyperbagelLive.samples.length > {before}")
-    settled(page, "better")
+    live_settled(page, "better")
     assert np.array_equal(shown(page), np.asarray(model.generate("a red car", seed=5, steps=20, text_scale=3.9)[0].image))
 
 
@@ -78,18 +76,18 @@ def test_new_input_overtakes_what_is_at_work(visit: Visit, app: Any, model: Hype
     monkeypatch.setattr(realtime, "tiers", lambda model: quick)
     page = opened(visit)
     page.locator("#live [name=prompt]").press_sequentially("a red car and a dog", delay=0)
-    settled(page, "better")
+    live_settled(page, "better")
     assert np.array_equal(shown(page), np.asarray(model.generate("a red car and a dog", seed=5, steps=2)[0].image))
 
 
 def test_a_source_s_context_is_reused(visit: Visit, model: HyperBagel, photo: Path) -> None:
     page = opened(visit)
     page.fill("#live [name=prompt]", "make it")
-    settled(page, "better")
+    live_settled(page, "better")
     page.set_input_files("#live [data-drop] input", photo)
     page.wait_for_selector("#live [data-edit]:not([hidden])")
     page.wait_for_function("() => Number(document.querySelector('#live').dataset.reused) > 0")
-    settled(page, "better")
+    live_settled(page, "better")
     source = Image.open(photo).convert("RGB")
     expected = model.edit(source, "make it", seed=5, steps=20, text_scale=4.0, image_scale=2.0)[0].image
     assert np.array_equal(shown(page), np.asarray(expected))
@@ -102,8 +100,24 @@ def test_a_line_that_breaks_is_opened_again(visit: Visit, address: str) -> None:
     page = visit("draw")
     page.evaluate(WATCHED)
     page.click("#tab-live")
-    page.wait_for_function("() => document.querySelector('#live [data-link]').textContent === 'connected'")
+    live_opened(page)
     page.evaluate("lines[0].close()")
     page.wait_for_function("() => lines.length === 2 && document.querySelector('#live [data-link]').textContent === 'connected'")
     page.fill("#live [name=prompt]", "a red car")
-    settled(page, "better")
+    live_settled(page, "better")
+
+
+def test_the_benchmark_reads_what_the_page_measured(visit: Visit) -> None:
+    page = opened(visit)
+    out = {
+        "typing": benchmark.record(page, lambda: benchmark.type_texts(page, ("a red", "a car"), 20)),
+        "scale": benchmark.record(page, lambda: benchmark.move_scale(page, 4, 20)),
+    }
+    for name, inputs in (("typing", 10), ("scale", 4)):
+        found = out[name]
+        assert found["inputs"] == inputs and 1 <= found["shown"] == found["runs"] <= inputs and found["evaluations"] == [6]
+        assert found["low"] <= found["median"] <= found["high"]
+        assert set(found["stages"]) == {*benchmark.STAGES, "network and browser"} and found["stages"]["denoise"] < found["high"]
+    slow = benchmark.table({"milliseconds": {"typing": out["typing"] | {"median": 151.0}}, "tiers": ""})
+    assert "151" in slow and "missed" in slow
+    assert "reached" in benchmark.table({"milliseconds": {"typing": out["typing"] | {"median": 149.0}}, "tiers": ""})

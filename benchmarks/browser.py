@@ -1,0 +1,52 @@
+"""Debian's Chromium, driven by Playwright: for the tests of the web page, its pictures in the documents, the times that a person sees."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium")
+# It must neither draw on a GPU nor talk to anyone but the server.
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
+]  # fmt: skip
+
+
+@contextmanager
+def chromium(*, timeout: float = 10.0, **options: Any) -> Iterator[Any]:
+    """A Playwright browser context with an empty profile. timeout: seconds for each thing that is waited for."""
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        raise SystemExit("got no program called chromium, expected Debian's; run requirements/chromium.sh")
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        sync_playwright() as playwright,
+        playwright.chromium.launch_persistent_context(Path(profile), executable_path=CHROMIUM, args=FLAGS, **options) as context,
+    ):
+        context.set_default_timeout(timeout * 1e3)
+        yield context
+
+
+def open_tab(context: Any, address: str, tab: str, *, width: int = 1100, height: int = 800) -> Any:
+    """A page of the server, on one of its tabs, once it can be used."""
+    page = context.new_page()
+    page.set_viewport_size({"width": width, "height": height})
+    page.goto(f"{address}#{tab}")
+    page.wait_for_selector("body[data-ready]")
+    return page
+
+
+def live_settled(page: Any, tier: str | None = None) -> None:
+    """Until the Live tab waits for nothing more (and shows a picture of this tier)."""
+    page.wait_for_selector(f"#live{f'[data-tier={tier}]' if tier else ''}:not([aria-busy])")
+
+
+def live_opened(page: Any) -> None:
+    """Until the Live tab has its connection."""
+    page.wait_for_function("() => document.querySelector('#live [data-link]').textContent === 'connected'")
