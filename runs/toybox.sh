@@ -43,9 +43,10 @@ passed() {
 }
 
 mkdir -p "$out"
-base=$out/base/export
+base=$out/vision/export
 stage vae vae vae                                                  # 22 minutes: pictures <-> latents
 stage base base base vae="$out/vae/export"                         # 70 minutes: captions, edits and questions in one model
+stage vision base base-vision init="$out/base/export"              # 10: its eye alone
 
 # -- six evaluations
 stage reward reward reward model="$base"                           # 3: which of two pictures is better; for refl
