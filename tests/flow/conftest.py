@@ -5,13 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hyperbagel.model.student import Sampler, Student, make_adapter, save_student
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.serve.run import bind, make_server
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"stride": 16, "min_size": 32, "max_size": 32, "max_pixels": 1024}
@@ -51,3 +57,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> HyperBagel:
     (folder / "students").mkdir()
     save_student(folder / "students" / "6", student, model.parts.model)
     return model
+
+
+@contextmanager
+def _serving(app: Any) -> Iterator[str]:
+    listener, server = bind("127.0.0.1", 0), make_server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+        assert thread.is_alive(), "the server did not start"
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+    assert not thread.is_alive(), "clients that are still connected do not keep the server from ending"
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[Any], AbstractContextManager[str]]:
+    """Serves an app on a loopback socket: `with serving(app) as address`."""
+    return _serving

@@ -6,10 +6,10 @@ import asyncio
 import base64
 import io
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from PIL import Image
 from hyperbagel.data.images import read_settings
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import create_app
-from hyperbagel.serve.run import bind, make_server
 from hyperbagel.serve.schemas import Limits
 
 KEY = "sesame"
@@ -41,20 +40,12 @@ def client(app: Any) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def address(model: HyperBagel) -> Iterator[tuple[str, Any]]:
+def address(model: HyperBagel, serving: Callable[[Any], AbstractContextManager[str]]) -> Iterator[tuple[str, Any]]:
     """The same server on a loopback socket: (address, app)."""
     app = create_app(model, api_key=KEY, limits=Limits(waiting=12, steps=100_000))
-    listener, server = bind("127.0.0.1", 0), None
-    server = make_server(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    wait_for(lambda: server.started)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", app
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    with serving(app) as address:
+        yield f"{address}/v1", app
     assert not any(t.is_alive() for t in app.state.engine._threads), "the engine's threads end with the server"
-    listener.close()
 
 
 @pytest.fixture(scope="module")

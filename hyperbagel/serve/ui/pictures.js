@@ -35,7 +35,7 @@ function sides(before, after, alt) {
 export class Slot {
   /** actions: {label: (blob) => ...}, buttons below the finished picture. before: a Blob to compare with. */
   constructor({ alt, actions = {}, before = null, title = "" }) {
-    Object.assign(this, { alt, actions, before, began: performance.now() });
+    Object.assign(this, { alt, actions, before, title, began: performance.now() });
     this.bar = make("progress", { max: 1, ariaLabel: "Progress" });
     this.view = make("div", { className: "empty", textContent: "waiting …" });
     this.caption = make("figcaption");
@@ -79,7 +79,8 @@ export class Slot {
       buttons.append(button);
     }
     const plan = item.revised_prompt ? [make("details", {}, make("summary", { textContent: "Its plan" }), make("p", { textContent: item.revised_prompt }))] : [];
-    this.caption.replaceChildren(facts, ...plan, buttons);
+    const asked = this.title ? [] : [make("p", { className: "asked", textContent: this.alt, title: this.alt })];
+    this.caption.replaceChildren(...asked, facts, ...plan, buttons);
   }
 
   /** Ended without a picture. */

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,9 @@ import pytest
 from benchmarks.browser import CHROMIUM, chromium
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import create_app
-from hyperbagel.serve.run import bind, make_server
 from hyperbagel.serve.schemas import Limits
 
-
-def serve(app: Any) -> Iterator[str]:
-    """The address while it is served."""
-    listener, server = bind("127.0.0.1", 0), make_server(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive(), "open pages do not keep the server from ending"
-    listener.close()
+Serving = Callable[[Any], AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +23,16 @@ def app(model: HyperBagel) -> Any:
 
 
 @pytest.fixture(scope="module")
-def address(app: Any) -> Iterator[str]:
-    yield from serve(app)
+def address(app: Any, serving: Serving) -> Iterator[str]:
+    with serving(app) as address:
+        yield f"{address}/"
 
 
 @pytest.fixture(scope="module")
-def locked(model: HyperBagel) -> Iterator[str]:
+def locked(model: HyperBagel, serving: Serving) -> Iterator[str]:
     """A server that asks for a key."""
-    yield from serve(create_app(model, api_key="sesame"))
+    with serving(create_app(model, api_key="sesame")) as address:
+        yield f"{address}/"
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def test_draw_shows_progress_previews_and_the_library_s_picture(visit: Visit, mo
     assert len(set(seen)) > 10 and max(seen) == 50 and seen == sorted(seen), "a bar that grows over the teacher's 50 steps"
     assert slot.get_attribute("data-previews") == "3"
     text = slot.inner_text()
-    assert re.search(r"seed 7 · 91 NFE · prefill \d+ ms · denoise [\d.]+ m?s · decode \d+ ms · round trip [\d.]+ m?s", text), text
+    assert re.search(r"seed 7 · 91 NFE · prefill \d+\sms · denoise [\d.]+\sm?s · decode \d+\sms · round trip [\d.]+\sm?s", text), text
     assert np.array_equal(pixels(saved(page, slot, tmp_path / "a.png")), np.asarray(model.generate("a red car", seed=7)[0].image))
 
 
@@ -202,6 +202,7 @@ def test_a_brushed_mask_keeps_the_rest(visit: Visit, photo: Path, tmp_path: Path
     changed = np.abs(made - source).max(-1) > 0
     assert changed[8:12, 8:12].all() and not changed[18:].any() and not changed[:, 18:].any()
     assert read_settings(tmp_path / "a.png")["masked"] is True
+    assert slot.locator(".asked").inner_text() == "make it green"
     page.click("#edit [data-clear]")
     slot = run(page, "edit", "make it green")
     assert (pixels(saved(page, slot, tmp_path / "b.png")).astype(int) != source).any(-1)[18:].mean() > 0.5, "no paint: everywhere"
