@@ -180,7 +180,8 @@ def test_a_thousand_mixed_requests_with_clients_that_leave(model: HyperBagel, ca
         loops.add(asyncio.get_running_loop())
         await app(scope, receive, send)
 
-    listener, server = bind("127.0.0.1", 0), make_server(seen)  # type: ignore[arg-type]
+    listener, server = bind("127.0.0.1", 0), make_server(app)
+    server.config.app = seen
     before = threading.active_count()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
