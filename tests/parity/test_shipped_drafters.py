@@ -1,0 +1,54 @@
+"""The drafters that ship: the embedded model's answers stay its own, token for token, and come in fewer forwards."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from PIL import Image
+
+from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.session import Session
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.speculative.compare import first_divergence
+from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.types import Speculated
+from hyperbagel.toybox.language import sample_question
+from hyperbagel.toybox.render import render
+
+PROMPTS, BATCH, LENGTH = 1000, 100, 24
+TIE = 1e-4  # reading several tokens at once rounds differently: two best logits closer than this may change places
+NAMES = HyperBagel.from_pretrained("toybox", device="cpu").drafters.shipped()
+
+
+@pytest.fixture(scope="module")
+def model() -> HyperBagel:
+    return HyperBagel.from_pretrained("toybox", device="cpu", dtype="float32")
+
+
+def test_there_are_some() -> None:
+    assert NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thousand_questions(name: str, model: HyperBagel) -> None:
+    drafter = model.drafters.get(name)
+    rng = random.Random(5)
+    rounds = tokens = ties = 0
+    for _ in range(PROMPTS // BATCH):
+        sessions = []
+        for _ in range(BATCH):
+            asked = sample_question(rng)
+            session = Session.new(model.parts, drafter.taps)
+            session.add_image(Image.fromarray(render(asked.scene)), latents=False)
+            session.add_text(asked.question)
+            sessions.append(session)
+        plain = plain_decode(sessions, max_tokens=LENGTH, keep_logits=True)
+        for told, out in zip(plain, decode(sessions, max_tokens=LENGTH, drafter=drafter), strict=True):
+            parted = first_divergence(told, out)
+            ties += parted is not None
+            assert parted is None or parted.gap < TIE
+            assert isinstance(out, Speculated)
+            rounds, tokens = rounds + out.stats.rounds, tokens + out.stats.tokens
+    assert ties <= 2
+    assert tokens > 1.5 * rounds
