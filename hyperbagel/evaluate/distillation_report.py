@@ -7,12 +7,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hyperbagel.evaluate.report import table_console
 from hyperbagel.evaluate.wall_clock import IN_TURN
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     """Scores with paired differences to the teacher, categories, seconds, steering, and the rows that were left out."""
-    console = console or Console()
+    console = console or table_console()
     rows = result["rows"]
     console.print(_scores(rows))
     console.print(_categories(rows))

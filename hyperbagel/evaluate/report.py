@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,14 @@ FIGURES = {"t2i": ("strict", 1.0), "edits": ("o", 0.1), "questions": ("score", 1
 TITLES = {"t2i": "Pictures from prompts", "diversity": "Pictures of one prompt", "edits": "Edits", "questions": "Questions"}
 
 
+def table_console() -> Console:
+    """As wide as the terminal; wide enough for every table where there is none (a file, a pipe)."""
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
 def print_report(result: dict[str, Any], console: Console | None = None) -> None:
     """The result of `run_toybox_eval` as tables: each part with its 95 % intervals, then the detector's own table."""
-    console = console or Console()
+    console = console or table_console()
     for part, title in TITLES.items():
         if part in result:
             console.print(_part_table(title, result["settings"]["split"], result[part]))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hyperbagel.evaluate.records import Record
+from hyperbagel.evaluate.report import table_console
 
 SHOWN = 6  # depths of the acceptance column
 
@@ -20,7 +21,7 @@ def summarise(header: dict[str, Any], records: Sequence[Record]) -> dict[str, An
 
 
 def print_tables(result: dict[str, Any], console: Console | None = None) -> None:
-    console = console or Console()
+    console = console or table_console()
     for cell in result["acceptance"]:
         title = f"{_where(cell)}: acceptance, {cell['tokens']} tokens, entropy {cell['entropy']:.3f} nats a token"
         table = Table("drafter", "drafts", "tau", "alpha", f"acceptance at depth 1 ... {SHOWN}", title=title, title_justify="left")
