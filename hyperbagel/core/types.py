@@ -50,6 +50,7 @@ class PackedBatch:
     ce_labels: Tensor  # [Nce] long
     ce_weights: Tensor  # [Nce] float
     mse_index: Tensor  # [Nmse] long, index into the Ng latent tokens
+    features: Tensor | None = None  # [Ng, F] float, what a vision encoder sees where each latent token stands (representation alignment)
 
     @property
     def rows(self) -> int:

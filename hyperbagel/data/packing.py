@@ -221,6 +221,7 @@ def pack(
     rows: Rows = "one",
     row_tokens: int = 0,
     pad_to: int = 1,
+    see: Encode | None = None,
 ) -> PackedBatch:
     """Lays out samples (after `apply_dropout`) and draws noise and timesteps.
 
@@ -230,6 +231,7 @@ def pack(
         shift: of the timesteps, t = sigmoid(randn), then t = s t / (1 + (s - 1) t).
         row_tokens: average length of a packed row.
         pad_to: both streams' lengths become multiples of it.
+        see: pixels [n, 3, H, W] to features [n, V, H / 8, W / 8] of a frozen vision encoder, for `PackedBatch.features`.
     Raises:
         InputError: a picture does not fit the spec, or nothing is left of all samples.
     """
@@ -266,6 +268,7 @@ def pack(
         # an answer of n tokens weighs n * n^-1/2: long answers count more, but less than by their length
         ce_weights=torch.from_numpy(np.repeat(answers**-0.5, answers).astype(np.float32)),
         mse_index=noisy.repeat_interleave(tokens).nonzero().flatten(),
+        features=_encode(layout.vae_items, spec, see) if see is not None and layout.vae_items else None,
     )
 
 
@@ -282,7 +285,7 @@ def _positions(items: Sequence[VitImage | VaeImage], spec: PackSpec) -> Tensor:
 
 
 def _encode(items: Sequence[VaeImage], spec: PackSpec, encode: Encode) -> Tensor:
-    """Latent tokens [Ng, C] of all pictures, in (p, q, c) order; each distinct picture is encoded once."""
+    """Latent (or feature) tokens [Ng, C] of all pictures, in (p, q, c) order; each distinct picture is encoded once."""
     pictures = {id(item.pixels): item.pixels for item in items}
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for key, pixels in pictures.items():

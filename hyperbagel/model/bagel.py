@@ -129,10 +129,15 @@ class Bagel(nn.Module):
             g = text.new_zeros(rows * batch.sg, e).index_copy(0, batch.latent_slots, latent.to(u.dtype)).unflatten(0, (rows, batch.sg))
         return Streams(u.unflatten(0, (rows, batch.su)), g)
 
-    def forward_train(self, batch: PackedBatch, mask: Any = None, backend: str | None = None) -> TrainOutput:
-        """The mixed objective's forward: next-token cross entropy and velocity error (v = e - x0), neither reduced."""
+    def forward_train(
+        self, batch: PackedBatch, mask: Any = None, backend: str | None = None, taps: list[Streams] | None = None
+    ) -> TrainOutput:
+        """The mixed objective's forward: next-token cross entropy and velocity error (v = e - x0), neither reduced.
+
+        taps: collects the output of every layer.
+        """
         seen_mask = dense_mask(batch) if mask is None else mask
-        hidden = self.backbone(self.embed_packed(batch), batch.positions, mask=seen_mask, backend=backend)
+        hidden = self.backbone(self.embed_packed(batch), batch.positions, mask=seen_mask, backend=backend, taps=taps)
         assert hidden.u is not None
         logits = self.logits(hidden.u.flatten(0, 1)[batch.ce_slots])
         ce = F.cross_entropy(logits.float(), batch.ce_labels, reduction="none")

@@ -83,7 +83,9 @@ class Batches:
         device: torch.device,
         shift: float,
         world: World | None = None,
+        see: Encode | None = None,
     ) -> None:
+        self.see = see  # see data.packing.pack
         self.data, self.vae, self.device, self.shift = data, vae, device, shift
         self.spec = pack_spec(model, tokenizer)
         self.dropout = data.dropout.build()
@@ -130,6 +132,7 @@ class Batches:
             rows=self.data.rows,
             row_tokens=self.data.row_tokens,
             pad_to=self.data.pad_to,
+            see=self.see,
         )
         return NamedBatch(names.pop() if len(names) == 1 else "mixed", packed.to(self.device))
 

@@ -11,7 +11,8 @@ import torch
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, make_folder
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.model.config import VaeConfig
+from hyperbagel.model.config import VaeConfig, ViTConfig
+from hyperbagel.model.siglip import SiglipVisionModel
 from hyperbagel.model.student import load_student, save_student
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import TensorFolder, fill, load_folder, save_folder
@@ -38,6 +39,23 @@ def load_vae(folder: Path, device: torch.device) -> AutoEncoder:
         vae = AutoEncoder(config)
     fill(vae, TensorFolder(folder, "ae"), device, torch.float32)
     return vae.eval()
+
+
+def vit_config(folder: Path) -> ViTConfig:
+    """The shape of a folder's pretrained vision encoder. Raises InputError."""
+    path = folder / "vit_config.json"
+    try:
+        return ViTConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: got no readable configuration ({error}), expected a folder that stage vit exported") from error
+
+
+def load_vit(folder: Path, device: torch.device) -> SiglipVisionModel:
+    """A pretrained vision encoder (stage vit): fp32. Raises InputError."""
+    with torch.device("meta"):
+        vit = SiglipVisionModel(vit_config(folder))
+    fill(vit, TensorFolder(folder, "vit"), device, torch.float32)
+    return vit
 
 
 def save_model(folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Path, dtype: torch.dtype) -> None:

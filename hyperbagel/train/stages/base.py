@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperbagel.core.config import Config
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.hardware import fast_bf16
+from hyperbagel.core.types import PackedBatch
 from hyperbagel.data.mixture import DataConfig, PhaseConfig
 from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import grid_positions, patchify
 from hyperbagel.generate.session import Parts
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.train.batches import Batches, NamedBatch, transform
 from hyperbagel.train.compiled import compile_layers
 from hyperbagel.train.distributed import World, join_world
-from hyperbagel.train.folder import load_model, load_vae, save_model
+from hyperbagel.train.folder import load_model, load_vae, load_vit, save_model, vit_config
+from hyperbagel.train.losses.alignment import Projector, alignment_loss
 from hyperbagel.train.losses.flow import flow_by_time, mixed_objective
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.previews import write_previews
@@ -50,12 +56,21 @@ class Shape(Config):
         return value
 
 
+class Alignment(Config):
+    """Representation alignment of the noise tokens with what a frozen vision encoder sees in the clean picture."""
+
+    vit: Path  # folder that stage vit exported
+    layer: int = Field(default=4, ge=1)  # whose output is compared, counted from 1
+    weight: float = Field(default=0.5, gt=0)
+
+
 class Recipe(TrainRecipe):
     """Settings of the stage "base"."""
 
     init: Path | None = None  # a BAGEL folder to go on from; None: a new model of `shape`
     shape: Shape = Shape()
     vae: Path | None = None  # folder of ae.safetensors; None: the one of `init`
+    vit: Path | None = None  # folder of a pretrained vision encoder (stage vit) to begin with; None: the one of `init`, else a new one
     tokenizer: Path | None = None  # folder of tokenizer.json; None: the one of `init`, else the embedded model's
     frozen: tuple[str, ...] = ()  # parameters whose names begin so are not trained
     data: DataConfig
@@ -64,9 +79,52 @@ class Recipe(TrainRecipe):
     shift: float = Field(default=1.0, gt=0)  # of the timesteps in training
     mse_weight: float = Field(default=1.0, ge=0)
     ce_weight: float = Field(default=1.0, ge=0)
+    align: Alignment | None = None
     compile: bool = False  # decoder layers through inductor: twice as fast on a CPU with bf16 units, a minute to begin with
     export_dtype: str = Field(default="bfloat16", pattern="^(bfloat16|float32)$")
     optim: OptimConfig = OptimConfig(lr=1e-3, ema_decay=0.999)
+
+
+class Aligner:
+    """The frozen encoder, the projector that is trained with the model, and their loss."""
+
+    def __init__(self, config: Alignment, model: Bagel, device: torch.device) -> None:
+        layers = model.config.llm.num_hidden_layers
+        if config.layer > layers:
+            raise InputError(f"align.layer: got {config.layer}, expected 1 to {layers}, the model has no more layers")
+        self.config, self.device = config, device
+        self.vit = load_vit(config.vit, device).eval()
+        self.shape = vit_config(config.vit)
+        options = model.config.options
+        self.per_side, self.interpolate = options.vit_max_num_patch_per_side, options.interpolate_pos
+        self.stride = model.config.latent_stride // options.latent_patch_size  # pixels of one of the autoencoder's cells
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.projector = Projector(model.config.llm.hidden_size, options.latent_patch_size**2 * self.shape.hidden_size).to(device)
+
+    @torch.no_grad()
+    def see(self, pixels: Tensor) -> Tensor:
+        """Pixels [n, 3, H, W] to features [n, V, H / stride, W / stride], on the autoencoder's grid."""
+        n, _, height, width = pixels.shape
+        h, w = (max(1, round(side / self.shape.patch_size)) for side in (height, width))
+        fitted = (h * self.shape.patch_size, w * self.shape.patch_size)
+        if fitted != (height, width):
+            pixels = F.interpolate(pixels, fitted, mode="bilinear", antialias=True, align_corners=False)
+        patches = patchify(pixels.to(self.device), self.shape.patch_size)
+        where = grid_positions(h, w, self.per_side, self.interpolate).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bf16(self.device)):
+            seen = self.vit(patches.flatten(0, 1), where.repeat(n), [h * w] * n)
+        seen = seen.unflatten(0, (n, h, w)).permute(0, 3, 1, 2).float()
+        cells = (height // self.stride, width // self.stride)
+        return seen if cells == (h, w) else F.interpolate(seen, cells, mode="bilinear", align_corners=False)
+
+    def loss(self, batch: PackedBatch, taps: list[Streams]) -> Tensor:
+        """Between the noise tokens' hidden states after `layer` and what the encoder sees there."""
+        hidden = taps[self.config.layer - 1].g
+        assert hidden is not None and batch.features is not None
+        noisy = hidden.flatten(0, 1)[batch.latent_slots][batch.mse_index]
+        # latent_patch_size^2 cells of a latent token come in the order (p, q, V)
+        return alignment_loss(self.projector(noisy), batch.features[batch.mse_index], self.shape.hidden_size)
 
 
 class BaseStage(Stage):
@@ -81,11 +139,18 @@ class BaseStage(Stage):
         self.tokenizer_folder = recipe.tokenizer or recipe.init or Path(__file__).parents[2] / "assets" / "toybox"
         tokenizer = Tokenizer.from_folder(self.tokenizer_folder)
         self.model = self._model()
+        if recipe.vit is not None:
+            self._take_eye(recipe.vit)
         for name, parameter in self.model.named_parameters():
             if name.startswith(recipe.frozen):
                 parameter.requires_grad_(False)
+        self.aligner = Aligner(recipe.align, self.model, device) if recipe.align else None
         # Muon is for the matrices inside: what reads or writes tokens, patches, latents and times goes with Adam
-        self.players = {"model": Player.of(self.model, recipe.optim, _ENDS)}
+        if self.aligner is None:
+            self.players = {"model": Player.of(self.model, recipe.optim, _ENDS)}
+        else:
+            both = nn.ModuleDict({"model": self.model, "projector": self.aligner.projector})
+            self.players = {"model": Player.of(both, recipe.optim, (*(f"model.{end}" for end in _ENDS), "projector"))}
         if recipe.compile:
             compile_layers(self.model.language_model.model.layers)
         sizes = self.model.config.options
@@ -99,7 +164,15 @@ class BaseStage(Stage):
 
     def _batches(self, data: DataConfig, seed: int, world: World | None = None) -> Batches:
         return Batches(
-            data, self.model.config, self.parts.tokenizer, self.vae, seed=seed, device=self.device, shift=self.recipe.shift, world=world
+            data,
+            self.model.config,
+            self.parts.tokenizer,
+            self.vae,
+            seed=seed,
+            device=self.device,
+            shift=self.recipe.shift,
+            world=world,
+            see=self.aligner.see if self.aligner else None,
         )
 
     def _model(self) -> Bagel:
@@ -109,13 +182,25 @@ class BaseStage(Stage):
         config = BagelConfig(llm=r.shape.llm, vit=r.shape.vit, options=r.shape.options, vae=self.vae.config)
         return fresh_bagel(config, torch.Generator().manual_seed(r.seed)).to(self.device)
 
+    def _take_eye(self, folder: Path) -> None:
+        """Put a pretrained vision encoder in place of the model's."""
+        new, own = vit_config(folder), self.model.config.vit
+        if new != own:
+            changed = [f"{k} {v}, expected {getattr(own, k)}" for k, v in new.model_dump().items() if v != getattr(own, k)]
+            raise InputError(f"vit={folder}: got an encoder with {'; '.join(changed)}; train it with the shape of this model's")
+        self.model.vit_model.load_state_dict(load_vit(folder, self.device).state_dict())
+
     def batch(self, step: int, rng: Draws) -> NamedBatch:
         return self.batches.next(rng)
 
     def loss(self, player: str, batch: NamedBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         r = self.recipe
-        out = self.model.forward_train(batch.packed)
+        taps: list[Streams] | None = [] if self.aligner else None
+        out = self.model.forward_train(batch.packed, taps=taps)
         loss, parts = mixed_objective(out.mse, out.ce, batch.packed.ce_weights, mse_weight=r.mse_weight, ce_weight=r.ce_weight)
+        if self.aligner and taps and out.mse.numel():
+            parts["align"] = self.aligner.loss(batch.packed, taps)
+            loss = loss + self.aligner.config.weight * parts["align"]
         return loss, {f"{batch.source}_{name}": value for name, value in parts.items()}
 
     def evaluate(self, step: int) -> dict[str, float]:

@@ -1,0 +1,154 @@
+"""Pretrains the vision encoder on drawn pictures: each patch must tell what stands there. BAGEL begins with a trained SigLIP.
+
+ours: a base trained from nothing learns to see through its answers alone, and one answer says little about a picture; a dense target says
+everything about it, at the cost of the encoder alone (no language model runs). Only combinations of the training split are drawn.
+
+Shape legend: B pictures, N = h x h patches of one, V width of the encoder, G = 16 cells a side of the targets, K values of one attribute.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from hyperbagel.core.files import atomic_write_text, make_folder
+from hyperbagel.data.transforms import grid_positions, patchify
+from hyperbagel.model.config import ViTConfig
+from hyperbagel.model.siglip import SiglipVisionModel
+from hyperbagel.model.weights import save_tensors
+from hyperbagel.toybox.detector import GRID, PICTURE_VALUES, SIDE, THING_VALUES
+from hyperbagel.toybox.detector_train import detector_loss, scene_targets, spoil
+from hyperbagel.toybox.render import render
+from hyperbagel.toybox.scene import Scene, sample_scene
+from hyperbagel.train.folder import load_vit, vit_config
+from hyperbagel.train.optim import OptimConfig
+from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+
+_HELD_OUT_SEED = 1_000_003
+_WIDTHS = {"object": 1, "place": 3} | {k: len(v) for k, v in THING_VALUES.items()}
+_PICTURE_WIDTHS = {k: len(v) for k, v in PICTURE_VALUES.items()}
+
+
+class Recipe(TrainRecipe):
+    """Settings of the stage "vit"."""
+
+    vit: ViTConfig = ViTConfig()
+    init: Path | None = None  # folder with vit.safetensors to go on from; its shape wins
+    per_side: int = Field(default=16, ge=1)  # positions a side of the base's table: its vit_max_num_patch_per_side
+    resolution: int = Field(default=64, ge=16)
+    batch_size: int = Field(default=64, ge=1)
+    variety: float = Field(default=0.06, ge=0, le=0.5)  # how often materials, styles and tones vary
+    crowded: float = Field(default=0.5, ge=0, le=1)  # share of scenes with four things
+    held_out: int = Field(default=256, ge=1)  # pictures measured
+    optim: OptimConfig = OptimConfig(kind="muon", lr=0.02, ema_decay=0.998)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Recipe:
+        side, patch = self.resolution, self.vit.patch_size
+        if side % patch or GRID % (side // patch) or side // patch > self.per_side:
+            raise ValueError(
+                f"resolution must be a multiple of patch_size {patch} that gives 1, 2, 4, 8 or 16 patches a side, at most per_side"
+            )
+        return self
+
+
+class Eye(nn.Module):
+    """The encoder and two linear heads that are thrown away afterwards: what each patch shows, and what the whole picture is like."""
+
+    def __init__(self, vit: SiglipVisionModel, width: int, cells: int) -> None:
+        super().__init__()
+        self.vit_model = vit
+        self.cells = cells  # of the targets, a side, in one patch
+        self.thing = nn.Linear(width, cells * cells * sum(_WIDTHS.values()))
+        self.picture = nn.Linear(width, sum(_PICTURE_WIDTHS.values()))
+
+    def forward(self, patches: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """patches [B, N, P], positions [N] -> the detector's maps: object [B, G, G], place [B, 3, G, G], [B, K, ...] an attribute."""
+        b, n, _ = patches.shape
+        x = self.vit_model(patches.flatten(0, 1), positions.repeat(b), [n] * b).unflatten(0, (b, n))
+        side = round(n**0.5)
+        dense = F.pixel_shuffle(self.thing(x).transpose(1, 2).unflatten(2, (side, side)).float(), self.cells)
+        maps = dict(zip(_WIDTHS, dense.split(list(_WIDTHS.values()), dim=1)))
+        maps["object"] = maps["object"][:, 0]
+        return maps | dict(zip(_PICTURE_WIDTHS, self.picture(x.mean(1)).float().split(list(_PICTURE_WIDTHS.values()), dim=1)))
+
+
+def draw_scenes(rng: random.Random, count: int, variety: float, crowded: float, split: str) -> list[Scene]:
+    """`count` random scenes of a split; a share `crowded` of them with four things."""
+    return [sample_scene(rng, n=4 if rng.random() < crowded else None, split=split, variety=variety) for _ in range(count)]
+
+
+class VitStage(Stage):
+    """One player, "vit"; the loss is the sum of the detector's losses, one a head."""
+
+    best_metric = "right"
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.config = recipe.vit if recipe.init is None else vit_config(recipe.init)
+        side = recipe.resolution // self.config.patch_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            vit = SiglipVisionModel(self.config) if recipe.init is None else load_vit(recipe.init, device)
+            if recipe.init is None:
+                nn.init.normal_(
+                    vit.vision_model.embeddings.position_embedding.weight, std=0.02
+                )  # the model's own start leaves it undefined
+            self.eye = Eye(vit.requires_grad_(True), self.config.hidden_size, GRID // side).to(device)
+        self.positions = grid_positions(side, side, recipe.per_side).to(device)
+        self.players = {"vit": Player.of(self.eye, recipe.optim, ("vit_model.vision_model.embeddings", "thing", "picture"))}
+        rng = random.Random(_HELD_OUT_SEED)
+        self.measured = draw_scenes(rng, recipe.held_out, recipe.variety, recipe.crowded, "train")
+
+    def _pixels(self, scenes: list[Scene]) -> Tensor:
+        """[B, 3, R, R] in [0, 1]."""
+        pictures = np.stack([render(scene, self.recipe.resolution) for scene in scenes])
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """[B, 3, R, R] in [0, 1] -> [B, N, P] in [-1, 1], BAGEL's normalisation."""
+        return patchify(pixels * 2 - 1, self.config.patch_size).to(self.device)
+
+    def batch(self, step: int, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Patches [B, N, P] of pictures, half of them spoiled as a decoder spoils them, and what they show."""
+        r = self.recipe
+        scenes = draw_scenes(rng.python, r.batch_size, r.variety, r.crowded, "train")
+        pixels = self._pixels(scenes)
+        spoiled = pixels.clone()
+        if r.resolution == SIDE:  # the only size it spoils
+            spoiled[::2] = spoil(pixels[::2], rng.python, rng.torch)
+        return self._patches(spoiled), {k: v.to(self.device) for k, v in scene_targets(scenes).items()}
+
+    def loss(self, player: str, batch: tuple[Tensor, dict[str, Tensor]], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        patches, targets = batch
+        losses = detector_loss(self.eye(patches, self.positions), targets)
+        return torch.stack(list(losses.values())).sum(), losses
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Shares of the things in held-out pictures whose noun, colour, ... is read right at their cell; `right`: both of these two."""
+        targets = {k: v.to(self.device) for k, v in scene_targets(self.measured).items()}
+        with self.players["vit"].averaged():
+            maps = self.eye(self._patches(self._pixels(self.measured)), self.positions)
+        there = targets["object"] > 0
+        hit = {k: (maps[k].argmax(1) == targets[k])[there] for k in THING_VALUES}
+        found = {k: v.float().mean().item() for k, v in hit.items()}
+        found |= {k: (maps[k].argmax(1) == targets[k]).float().mean().item() for k in PICTURE_VALUES}
+        return found | {"right": (hit["noun"] & hit["colour"]).float().mean().item()}
+
+    def finish(self, out: Path) -> None:
+        """export/vit.safetensors and vit_config.json, averaged weights: what stage base takes as `vit`."""
+        folder = make_folder(out / "export")
+        with self.players["vit"].averaged():
+            save_tensors(folder / "vit.safetensors", self.eye.vit_model.state_dict())
+        atomic_write_text(folder / "vit_config.json", self.config.model_dump_json(indent=2) + "\n")
+
+
+def build(recipe: Recipe, device: torch.device) -> VitStage:
+    """The stage's entry point, called by name."""
+    return VitStage(recipe, device)
