@@ -43,10 +43,11 @@ passed() {
 }
 
 mkdir -p "$out"
-base=$out/vision/export
+base=$out/more/export
 stage vae vae vae                                                  # 22 minutes: pictures <-> latents
-stage base base base vae="$out/vae/export"                         # 70 minutes: captions, edits and questions in one model
-stage vision base base-vision init="$out/base/export"              # 10: its eye alone
+stage vit vit vit                                                  # 15: what stands where in a picture
+stage base base base vae="$out/vae/export" vit="$out/vit/export"   # 70: captions, edits and questions in one model
+stage more base base-more init="$out/base/export" vit="$out/vit/export" align.vit="$out/vit/export"   # 60: the same, longer, with its eye's help
 
 # -- six evaluations
 stage reward reward reward model="$base"                           # 3: which of two pictures is better; for refl

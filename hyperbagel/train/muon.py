@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,11 +24,26 @@ def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
     x = matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.mT
+        x = x.mT.contiguous()
     for _ in range(rounds):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
     return x.mT if tall else x
+
+
+def orthogonalise_shared(stack: Tensor) -> Tensor:
+    """`orthogonalise` of [k, m, n] that are the same on every rank: each rank does its share, all get all, bit for bit the same."""
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if size == 1:
+        return orthogonalise(stack)
+    share = -(-len(stack) // size)
+    own = stack[dist.get_rank() * share :][:share]
+    done = stack.new_zeros(share, *stack.shape[1:])
+    if len(own):
+        done[: len(own)] = orthogonalise(own)
+    parts = [torch.empty_like(done) for _ in range(size)]
+    dist.all_gather(parts, done)
+    return torch.cat(parts)[: len(stack)]
 
 
 class Muon(Optimizer):
@@ -74,7 +90,7 @@ class Muon(Optimizer):
             stacked = torch.stack([direction for _, direction in found])
             if fast_bf16(stacked.device):  # the iteration forgives rounding
                 stacked = stacked.bfloat16()
-            step = orthogonalise(stacked).float() * max(1.0, rows / columns) ** 0.5
+            step = orthogonalise_shared(stacked).float() * max(1.0, rows / columns) ** 0.5
             for (p, _), one in zip(found, step, strict=True):
                 p.add_(one.view_as(p), alpha=-group["lr"])
 

@@ -13,6 +13,7 @@ from tiny_stage import TinyStage, run
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import read_metrics
 from hyperbagel.train.distributed import World, join_world
+from hyperbagel.train.muon import orthogonalise
 
 WORKER = """
 import sys
@@ -28,14 +29,40 @@ leave_world()
 """
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    together, alone = tmp_path / "together", tmp_path / "alone"
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+MUON = """
+import sys
+import torch
+from safetensors.torch import save_file
+from hyperbagel.train.distributed import join_world, leave_world
+from hyperbagel.train.muon import orthogonalise_shared
+world = join_world(torch.device("cpu"))
+stack = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))  # three matrices for two processes
+save_file({"x": orthogonalise_shared(stack), "one": orthogonalise_shared(stack[:1])}, f"{sys.argv[1]}/rank-{world.rank}.safetensors")
+leave_world()
+"""
+
+
+def run_two(script: str, folder: Path, port: int) -> None:
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + os.getpid() % 20000)}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(together), str(Path(__file__).parent)], env=environment | {"RANK": str(rank)})
+        subprocess.Popen([sys.executable, "-c", script, str(folder), str(Path(__file__).parent)], env=environment | {"RANK": str(rank)})
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+
+
+def test_matrices_are_shared_out_and_every_process_gets_all(tmp_path: Path) -> None:
+    run_two(MUON, tmp_path, 40000)
+    first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(2))
+    want = orthogonalise(torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(first["x"], second["x"]) and torch.equal(first["one"], second["one"])
+    torch.testing.assert_close(first["x"], want)
+    torch.testing.assert_close(first["one"], want[:1])
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    run_two(WORKER, together, 20000)
     stage = TinyStage()
     stage.even.eval()
     run(alone, 9, stage=stage, accumulate=2)

@@ -145,6 +145,13 @@ def test_wrong_recipes(vae: Path) -> None:
         stage(vae, "data.mixture=[{weights: {drawing: 1}}]")
 
 
+def test_the_second_rounds_recipe_is_valid() -> None:
+    settings = load_config(Recipe, RECIPES / "toybox" / "base-more.yaml")
+    assert settings.align is not None and settings.vit is not None and settings.frozen == ("vit_model",)
+    first = load_config(Recipe, RECIPES / "toybox" / "base.yaml").data.sources
+    assert set(settings.data.sources) == set(first)
+
+
 def test_the_7b_recipe_is_valid() -> None:
     settings = load_config(Recipe, RECIPES / "7b" / "base.yaml")
     assert settings.init is not None and settings.data.rows == "packed" and settings.shift == 4.0
