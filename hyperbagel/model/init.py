@@ -7,6 +7,7 @@ from torch import nn
 
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig
+from hyperbagel.model.qwen2_mot import DecoderLayer
 
 
 def fresh_bagel(config: BagelConfig, generator: torch.Generator, std: float = 0.02) -> Bagel:
@@ -31,3 +32,17 @@ def fresh_bagel(config: BagelConfig, generator: torch.Generator, std: float = 0.
         with torch.no_grad():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * width)
     return model
+
+
+@torch.no_grad()
+def shrink_writes(model: Bagel, factor: float) -> None:
+    """Divide what the understanding expert's layers add to the residual stream by `factor`, in place.
+
+    A repair for weights that were left to grow. Where the stream after layer 0 is a thousand times its input, the final norm hides the scale:
+    text is hardly changed, and what a picture's tokens brought in is seen again by later layers.
+    """
+    for layer in model.language_model.model.layers:
+        assert isinstance(layer, DecoderLayer)
+        layer.self_attn.o_proj.weight.div_(factor)
+        for linear in (layer.mlp.up_proj, layer.mlp.down_proj):  # bilinear in the two, so each takes the root
+            linear.weight.div_(factor**0.5)

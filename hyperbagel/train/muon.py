@@ -47,7 +47,10 @@ def orthogonalise_shared(stack: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """`matrices` (first dimension: outputs) move by lr times an orthogonal matrix, `others` by Adam at lr * ratio."""
+    """`matrices` (first dimension: outputs) move by lr times an orthogonal matrix, `others` by Adam at lr * ratio.
+
+    weight_decay: decoupled (p shrinks by lr * weight_decay a step), of the matrices only.
+    """
 
     def __init__(
         self,
@@ -59,9 +62,12 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
         groups = [{"params": list(matrices), "muon": True, "ratio": 1.0}, {"params": list(others), "muon": False, "ratio": ratio}]
-        super().__init__([g for g in groups if g["params"]], {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps})
+        super().__init__(
+            [g for g in groups if g["params"]], {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -92,7 +98,9 @@ class Muon(Optimizer):
                 stacked = stacked.bfloat16()
             step = orthogonalise_shared(stacked).float() * max(1.0, rows / columns) ** 0.5
             for (p, _), one in zip(found, step, strict=True):
-                p.add_(one.view_as(p), alpha=-group["lr"])
+                # Every update has the same size, so without decay weights grow as long as it trains: layer 0 then drowns what it was given,
+                # and each later layer adds next to nothing. With it singular values stay below 1 / weight_decay.
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(one.view_as(p), alpha=-group["lr"])
 
     def _adam(self, p: nn.Parameter, grad: Tensor, group: dict) -> None:
         state, (b1, b2) = self.state[p], group["betas"]

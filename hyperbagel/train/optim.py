@@ -70,7 +70,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig, plain: tuple[str, ...
     others: list[nn.Parameter] = []
     for name, p in named_trainable(module).items():
         (matrices if p.ndim >= 2 and id(p) not in embeddings and not name.startswith(plain) else others).append(p)
-    return Muon(matrices, others, config.lr, betas=config.betas, eps=config.eps)
+    return Muon(matrices, others, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
 def lr_factor(config: OptimConfig, step: int, progress: float) -> float:

@@ -23,7 +23,7 @@ from hyperbagel.data.transforms import grid_positions, patchify
 from hyperbagel.generate.session import Parts
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, ViTConfig
-from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.init import fresh_bagel, shrink_writes
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.train.batches import Batches, NamedBatch, transform
 from hyperbagel.train.compiled import compile_layers
@@ -80,6 +80,7 @@ class Recipe(TrainRecipe):
     mse_weight: float = Field(default=1.0, ge=0)
     ce_weight: float = Field(default=1.0, ge=0)
     align: Alignment | None = None
+    shrink: float = Field(default=1.0, gt=0)  # what the understanding layers write is divided by it at the start, see model.init
     compile: bool = False  # decoder layers through inductor: twice as fast on a CPU with bf16 units, a minute to begin with
     export_dtype: str = Field(default="bfloat16", pattern="^(bfloat16|float32)$")
     optim: OptimConfig = OptimConfig(lr=1e-3, ema_decay=0.999)
@@ -141,6 +142,8 @@ class BaseStage(Stage):
         self.model = self._model()
         if recipe.vit is not None:
             self._take_eye(recipe.vit)
+        if recipe.shrink != 1:
+            shrink_writes(self.model, recipe.shrink)
         for name, parameter in self.model.named_parameters():
             if name.startswith(recipe.frozen):
                 parameter.requires_grad_(False)

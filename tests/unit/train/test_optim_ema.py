@@ -77,6 +77,22 @@ def test_muon_fits_and_its_vectors_follow_adam() -> None:
     assert torch.allclose(bias, twin, atol=1e-6)
 
 
+def test_muon_decay_bounds_the_weights() -> None:
+    """Under a gradient that never turns, singular values grow by lr a step without decay and rest near 1 / decay with it."""
+    push = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    free, held = (nn.Parameter(torch.zeros(6, 4)) for _ in range(2))
+    bias = nn.Parameter(torch.ones(4))
+    optimizers = [Muon([free], [], 0.05), Muon([held], [bias], 0.05, weight_decay=0.5)]
+    for _ in range(400):
+        for p in (free, held):
+            p.grad = push.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    grown, rest = (torch.linalg.svdvals(p.detach()) for p in (free, held))
+    assert grown.max() > 10 and ((rest > 0.5 / 0.5) & (rest < 1.5 * (6 / 4) ** 0.5 / 0.5)).all()
+    assert (bias == 1).all()  # without a gradient nothing moves, and vectors never decay
+
+
 def test_draws_depend_on_the_key_only() -> None:
     def numbers(*key: int) -> tuple[float, float, float]:
         d = Draws.at(*key)
