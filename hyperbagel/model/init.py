@@ -38,7 +38,7 @@ def fresh_bagel(config: BagelConfig, generator: torch.Generator, std: float = 0.
 def shrink_writes(model: Bagel, factor: float) -> None:
     """Divide what the understanding expert's layers add to the residual stream by `factor`, in place.
 
-    A repair for weights that were left to grow. Where the stream after layer 0 is a thousand times its input, the final norm hides the scale:
+    A repair for weights that were left to grow. Where the stream after layer 0 is a thousand times its input, the final norm hides that:
     text is hardly changed, and what a picture's tokens brought in is seen again by later layers.
     """
     for layer in model.language_model.model.layers:
