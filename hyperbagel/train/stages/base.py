@@ -9,27 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from hyperbagel.core.config import Config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.hardware import fast_bf16
-from hyperbagel.core.types import PackedBatch
 from hyperbagel.data.mixture import DataConfig, PhaseConfig
 from hyperbagel.data.tokenizer import Tokenizer
-from hyperbagel.data.transforms import grid_positions, patchify
 from hyperbagel.generate.session import Parts
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel, shrink_writes
 from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.train.alignment import Aligner, Alignment
 from hyperbagel.train.batches import Batches, NamedBatch, transform
 from hyperbagel.train.compiled import compile_layers
 from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.folder import load_model, load_vae, load_vit, save_model, vit_config
-from hyperbagel.train.losses.alignment import Projector, alignment_loss
 from hyperbagel.train.losses.flow import flow_by_time, mixed_objective
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.previews import write_previews
@@ -56,14 +52,6 @@ class Shape(Config):
         return value
 
 
-class Alignment(Config):
-    """Representation alignment of the noise tokens with what a frozen vision encoder sees in the clean picture."""
-
-    vit: Path  # folder that stage vit exported
-    layer: int = Field(default=4, ge=1)  # whose output is compared, counted from 1
-    weight: float = Field(default=0.5, gt=0)
-
-
 class Recipe(TrainRecipe):
     """Settings of the stage "base"."""
 
@@ -84,48 +72,6 @@ class Recipe(TrainRecipe):
     compile: bool = False  # decoder layers through inductor: twice as fast on a CPU with bf16 units, a minute to begin with
     export_dtype: str = Field(default="bfloat16", pattern="^(bfloat16|float32)$")
     optim: OptimConfig = OptimConfig(lr=1e-3, ema_decay=0.999)
-
-
-class Aligner:
-    """The frozen encoder, the projector that is trained with the model, and their loss."""
-
-    def __init__(self, config: Alignment, model: Bagel, device: torch.device) -> None:
-        layers = model.config.llm.num_hidden_layers
-        if config.layer > layers:
-            raise InputError(f"align.layer: got {config.layer}, expected 1 to {layers}, the model has no more layers")
-        self.config, self.device = config, device
-        self.vit = load_vit(config.vit, device).eval()
-        self.shape = vit_config(config.vit)
-        options = model.config.options
-        self.per_side, self.interpolate = options.vit_max_num_patch_per_side, options.interpolate_pos
-        self.stride = model.config.latent_stride // options.latent_patch_size  # pixels of one of the autoencoder's cells
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.projector = Projector(model.config.llm.hidden_size, options.latent_patch_size**2 * self.shape.hidden_size).to(device)
-
-    @torch.no_grad()
-    def see(self, pixels: Tensor) -> Tensor:
-        """Pixels [n, 3, H, W] to features [n, V, H / stride, W / stride], on the autoencoder's grid."""
-        n, _, height, width = pixels.shape
-        h, w = (max(1, round(side / self.shape.patch_size)) for side in (height, width))
-        fitted = (h * self.shape.patch_size, w * self.shape.patch_size)
-        if fitted != (height, width):
-            pixels = F.interpolate(pixels, fitted, mode="bilinear", antialias=True, align_corners=False)
-        patches = patchify(pixels.to(self.device), self.shape.patch_size)
-        where = grid_positions(h, w, self.per_side, self.interpolate).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bf16(self.device)):
-            seen = self.vit(patches.flatten(0, 1), where.repeat(n), [h * w] * n)
-        seen = seen.unflatten(0, (n, h, w)).permute(0, 3, 1, 2).float()
-        cells = (height // self.stride, width // self.stride)
-        return seen if cells == (h, w) else F.interpolate(seen, cells, mode="bilinear", align_corners=False)
-
-    def loss(self, batch: PackedBatch, taps: list[Streams]) -> Tensor:
-        """Between the noise tokens' hidden states after `layer` and what the encoder sees there."""
-        hidden = taps[self.config.layer - 1].g
-        assert hidden is not None and batch.features is not None
-        noisy = hidden.flatten(0, 1)[batch.latent_slots][batch.mse_index]
-        # latent_patch_size^2 cells of a latent token come in the order (p, q, V)
-        return alignment_loss(self.projector(noisy), batch.features[batch.mse_index], self.shape.hidden_size)
 
 
 class BaseStage(Stage):
