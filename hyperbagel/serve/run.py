@@ -20,6 +20,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(2048)  # from here on connections wait instead of being refused, also before the first is served
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)
