@@ -32,7 +32,7 @@ stage() {
     [ -d "$folder/checkpoints" ] && resume=(--resume)
     local train=("$bin/python" -m hyperbagel.cli)
     [ "$ranks" -gt 1 ] && train=("$bin/python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" --module hyperbagel.cli)
-    "${train[@]}" train "$name" --recipe "$recipe" "$@" ${EXTRA:+$([ "$name" = vae ] || [ "$name" = base ] || echo "$EXTRA")} --out "$folder" "${resume[@]}"
+    "${train[@]}" train "$name" --recipe "$recipe" "$@" ${EXTRA:+$([[ " vae vit base " == *" $name "* ]] || echo "$EXTRA")} --out "$folder" "${resume[@]}"
 }
 
 # passed FALLBACK FOLDER...: the export to go on with, of the best run that made things better.

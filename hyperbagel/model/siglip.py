@@ -95,6 +95,7 @@ class SiglipVisionModel(nn.Module):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
+        self.config = cfg
         self.vision_model = VisionTransformer(cfg)
 
     def forward(self, patches: Tensor, positions: Tensor, lens: Sequence[int]) -> Tensor:

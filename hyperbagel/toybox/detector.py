@@ -29,6 +29,9 @@ THING_VALUES: dict[str, tuple[str, ...]] = {
     "material": tuple(MATERIALS),
 }
 PICTURE_VALUES: dict[str, tuple[str, ...]] = {"background": tuple(BACKGROUNDS), "style": tuple(STYLES), "tone": tuple(TONES)}
+# channels of each map of a cell, and logits of each value of the picture, in the order of the layers that say them
+THING_WIDTHS = {"object": 1, "place": 3} | {k: len(v) for k, v in THING_VALUES.items()}
+PICTURE_WIDTHS = {k: len(v) for k, v in PICTURE_VALUES.items()}
 
 
 @dataclass(frozen=True)
@@ -88,20 +91,18 @@ class Detector(nn.Module):
         self.down = nn.Sequential(_Conv(64, 96, stride=2), _Residual(96))  # 16 -> 8: sees a whole large thing
         self.lift = nn.Conv2d(96, 64, 1)
         self.join = _Conv(64, 96)
-        self.thing = nn.Conv2d(96, 1 + 3 + sum(map(len, THING_VALUES.values())), 1)
-        self.picture = nn.Linear(64 + 96 + 6, sum(map(len, PICTURE_VALUES.values())))
+        self.thing = nn.Conv2d(96, sum(THING_WIDTHS.values()), 1)
+        self.picture = nn.Linear(64 + 96 + 6, sum(PICTURE_WIDTHS.values()))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[B, 3, 64, 64] -> object [B, G, G], place [B, 3, G, G] (dx, dy in cells off a cell's middle, extent), one [B, K, ...] each"""
         fine = self.stem(F.pixel_unshuffle(x * 2 - 1, 2))  # [B, 64, 16, 16]
         coarse = self.down(fine)  # [B, 96, 8, 8]
         merged = self.join(F.relu(fine + F.interpolate(self.lift(coarse), scale_factor=2.0, mode="nearest")))
-        named = _split(self.thing(merged), {"object": 1, "place": 3} | {k: len(v) for k, v in THING_VALUES.items()})
-        named["object"] = named["object"][:, 0]
         # plain colour statistics of the border, where no thing stands, beside the pooled features
         border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2)  # [B, 3, 4 * 64]
         pooled = torch.cat([fine.mean((2, 3)), coarse.amax((2, 3)), border.mean(2), border.std(2)], dim=1)
-        return named | _split(self.picture(pooled), {k: len(v) for k, v in PICTURE_VALUES.items()})
+        return named_maps(self.thing(merged), self.picture(pooled))
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Detector:
@@ -161,5 +162,9 @@ def _one_each(things: list[Detection]) -> list[Detection]:
     return kept
 
 
-def _split(x: Tensor, widths: dict[str, int]) -> dict[str, Tensor]:
-    return dict(zip(widths, x.split(list(widths.values()), dim=1)))
+def named_maps(things: Tensor, picture: Tensor) -> dict[str, Tensor]:
+    """[B, sum of THING_WIDTHS, G, G] and [B, sum of PICTURE_WIDTHS] by name; `object` loses its one channel: [B, G, G]."""
+    named: dict[str, Tensor] = {}
+    for x, widths in ((things, THING_WIDTHS), (picture, PICTURE_WIDTHS)):
+        named |= zip(widths, x.split(list(widths.values()), dim=1))
+    return named | {"object": named["object"][:, 0]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -184,6 +184,12 @@ def _heldout_specs(rng: random.Random, kind: str, n: int | None) -> list[Spec]:
     other = rng.randrange(3)
     cells = (other * 3 + near, other * 3 + far) if relation == "left of" else (near * 3 + other, far * 3 + other)
     return [Spec(noun=a, cell=cells[0]), Spec(noun=b, cell=cells[1])]
+
+
+def sample_scenes(rng: random.Random, count: int, *, crowded: float = 0.0, split: str = "train", variety: float = 0.0) -> Iterator[Scene]:
+    """`count` random scenes, a share `crowded` of them with four things: more to learn in each picture."""
+    for _ in range(count):
+        yield sample_scene(rng, n=4 if rng.random() < crowded else None, split=split, variety=variety)
 
 
 def sample_scene(

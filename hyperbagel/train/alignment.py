@@ -19,7 +19,8 @@ from hyperbagel.core.types import PackedBatch
 from hyperbagel.data.transforms import grid_positions, patchify
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
-from hyperbagel.train.folder import load_vit, vit_config
+from hyperbagel.train.distill import seeded
+from hyperbagel.train.folder import load_vit
 from hyperbagel.train.losses.alignment import Projector, alignment_loss
 
 
@@ -40,12 +41,11 @@ class Aligner:
             raise InputError(f"align.layer: got {config.layer}, expected 1 to {layers}, the model has no more layers")
         self.config, self.device = config, device
         self.vit = load_vit(config.vit, device).eval()
-        self.shape = vit_config(config.vit)
+        self.shape = self.vit.config
         options = model.config.options
         self.per_side, self.interpolate = options.vit_max_num_patch_per_side, options.interpolate_pos
         self.stride = model.config.latent_stride // options.latent_patch_size  # pixels of one of the autoencoder's cells
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             self.projector = Projector(model.config.llm.hidden_size, options.latent_patch_size**2 * self.shape.hidden_size).to(device)
 
     @torch.no_grad()

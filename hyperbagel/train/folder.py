@@ -41,19 +41,15 @@ def load_vae(folder: Path, device: torch.device) -> AutoEncoder:
     return vae.eval()
 
 
-def vit_config(folder: Path) -> ViTConfig:
-    """The shape of a folder's pretrained vision encoder. Raises InputError."""
+def load_vit(folder: Path, device: torch.device) -> SiglipVisionModel:
+    """A pretrained vision encoder (stage vit): fp32, frozen. Raises InputError."""
     path = folder / "vit_config.json"
     try:
-        return ViTConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        config = ViTConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: got no readable configuration ({error}), expected a folder that stage vit exported") from error
-
-
-def load_vit(folder: Path, device: torch.device) -> SiglipVisionModel:
-    """A pretrained vision encoder (stage vit): fp32. Raises InputError."""
     with torch.device("meta"):
-        vit = SiglipVisionModel(vit_config(folder))
+        vit = SiglipVisionModel(config)
     fill(vit, TensorFolder(folder, "vit"), device, torch.float32)
     return vit
 

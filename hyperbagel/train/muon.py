@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hyperbagel.core.hardware import fast_bf16
+from hyperbagel.train.distributed import is_sharded
 
 # quintic Newton-Schulz iteration whose fixed region is singular values of about 1 (0.7 to 1.2), reached in five rounds
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -32,9 +33,10 @@ def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
 
 
 def orthogonalise_shared(stack: Tensor) -> Tensor:
-    """`orthogonalise` of [k, m, n] that are the same on every rank: each rank does its share, all get all, bit for bit the same."""
+    """`orthogonalise` of [k, m, n] that are the same on every rank: each rank does its share, all get all, bit for bit the same. Split ones
+    (train.sharding) are the work of all ranks already."""
     size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if size == 1:
+    if size == 1 or is_sharded(stack):
         return orthogonalise(stack)
     share = -(-len(stack) // size)
     own = stack[dist.get_rank() * share :][:share]

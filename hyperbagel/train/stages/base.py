@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hyperbagel.core.config import Config
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.mixture import DataConfig, PhaseConfig
+from hyperbagel.data.packing import Encode
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.generate.session import Parts
 from hyperbagel.model.bagel import Bagel
@@ -25,7 +26,7 @@ from hyperbagel.train.alignment import Aligner, Alignment
 from hyperbagel.train.batches import Batches, NamedBatch, transform
 from hyperbagel.train.compiled import compile_layers
 from hyperbagel.train.distributed import World, join_world
-from hyperbagel.train.folder import load_model, load_vae, load_vit, save_model, vit_config
+from hyperbagel.train.folder import load_model, load_vae, load_vit, save_model
 from hyperbagel.train.losses.flow import flow_by_time, mixed_objective
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.previews import write_previews
@@ -104,14 +105,14 @@ class BaseStage(Stage):
             compile_layers(self.model.language_model.model.layers)
         sizes = self.model.config.options
         self.parts = Parts(self.model, self.vae, tokenizer, transform(sizes.vae_transform), transform(sizes.vit_transform))
-        self.batches = self._batches(recipe.data, recipe.seed, join_world(device))
+        self.batches = self._batches(recipe.data, recipe.seed, join_world(device), self.aligner.see if self.aligner else None)
         self.measured: list[NamedBatch] = []
         for data in _single_sources(recipe.held_out):
             batches = self._batches(data, _HELD_OUT_SEED)
             self.measured += [batches.next(Draws.at(_HELD_OUT_SEED, i)) for i in range(recipe.held_out_batches)]
             batches.close()
 
-    def _batches(self, data: DataConfig, seed: int, world: World | None = None) -> Batches:
+    def _batches(self, data: DataConfig, seed: int, world: World | None = None, see: Encode | None = None) -> Batches:
         return Batches(
             data,
             self.model.config,
@@ -121,7 +122,7 @@ class BaseStage(Stage):
             device=self.device,
             shift=self.recipe.shift,
             world=world,
-            see=self.aligner.see if self.aligner else None,
+            see=see,
         )
 
     def _model(self) -> Bagel:
@@ -133,11 +134,12 @@ class BaseStage(Stage):
 
     def _take_eye(self, folder: Path) -> None:
         """Put a pretrained vision encoder in place of the model's."""
-        new, own = vit_config(folder), self.model.config.vit
+        vit = load_vit(folder, self.device)
+        new, own = vit.config, self.model.config.vit
         if new != own:
             changed = [f"{k} {v}, expected {getattr(own, k)}" for k, v in new.model_dump().items() if v != getattr(own, k)]
             raise InputError(f"vit={folder}: got an encoder with {'; '.join(changed)}; train it with the shape of this model's")
-        self.model.vit_model.load_state_dict(load_vit(folder, self.device).state_dict())
+        self.model.vit_model.load_state_dict(vit.state_dict())
 
     def batch(self, step: int, rng: Draws) -> NamedBatch:
         return self.batches.next(rng)

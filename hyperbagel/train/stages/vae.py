@@ -23,7 +23,7 @@ from hyperbagel.model.config import VaeConfig
 from hyperbagel.model.vae import AttnBlock, AutoEncoder, Resample, ResBlock
 from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.toybox.render import render
-from hyperbagel.toybox.scene import sample_scene
+from hyperbagel.toybox.scene import sample_scenes
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.sheet import to_uint8, write_sheet
 from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
@@ -70,7 +70,7 @@ class Recipe(TrainRecipe):
 def draw_pictures(seed: int, count: int, resolution: int, variety: float, crowded: float = 0.0, split: str = "train") -> np.ndarray:
     """uint8 [count, R, R, 3]: random scenes, a pure function of its arguments."""
     rng = random.Random(seed)
-    scenes = (sample_scene(rng, n=4 if rng.random() < crowded else None, split=split, variety=variety) for _ in range(count))
+    scenes = sample_scenes(rng, count, crowded=crowded, split=split, variety=variety)
     return np.stack([render(scene, resolution) for scene in scenes])
 
 

@@ -22,17 +22,16 @@ from hyperbagel.data.transforms import grid_positions, patchify
 from hyperbagel.model.config import ViTConfig
 from hyperbagel.model.siglip import SiglipVisionModel
 from hyperbagel.model.weights import save_tensors
-from hyperbagel.toybox.detector import GRID, PICTURE_VALUES, SIDE, THING_VALUES
+from hyperbagel.toybox.detector import GRID, PICTURE_VALUES, PICTURE_WIDTHS, SIDE, THING_VALUES, THING_WIDTHS, named_maps
 from hyperbagel.toybox.detector_train import detector_loss, scene_targets, spoil
 from hyperbagel.toybox.render import render
-from hyperbagel.toybox.scene import Scene, sample_scene
-from hyperbagel.train.folder import load_vit, vit_config
+from hyperbagel.toybox.scene import Scene, sample_scenes
+from hyperbagel.train.distill import seeded
+from hyperbagel.train.folder import load_vit
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
 
 _HELD_OUT_SEED = 1_000_003
-_WIDTHS = {"object": 1, "place": 3} | {k: len(v) for k, v in THING_VALUES.items()}
-_PICTURE_WIDTHS = {k: len(v) for k, v in PICTURE_VALUES.items()}
 
 
 class Recipe(TrainRecipe):
@@ -61,12 +60,13 @@ class Recipe(TrainRecipe):
 class Eye(nn.Module):
     """The encoder and two linear heads that are thrown away afterwards: what each patch shows, and what the whole picture is like."""
 
-    def __init__(self, vit: SiglipVisionModel, width: int, cells: int) -> None:
+    def __init__(self, vit: SiglipVisionModel, cells: int) -> None:
         super().__init__()
+        width = vit.config.hidden_size
         self.vit_model = vit
         self.cells = cells  # of the targets, a side, in one patch
-        self.thing = nn.Linear(width, cells * cells * sum(_WIDTHS.values()))
-        self.picture = nn.Linear(width, sum(_PICTURE_WIDTHS.values()))
+        self.thing = nn.Linear(width, cells * cells * sum(THING_WIDTHS.values()))
+        self.picture = nn.Linear(width, sum(PICTURE_WIDTHS.values()))
 
     def forward(self, patches: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """patches [B, N, P], positions [N] -> the detector's maps: object [B, G, G], place [B, 3, G, G], [B, K, ...] an attribute."""
@@ -74,14 +74,7 @@ class Eye(nn.Module):
         x = self.vit_model(patches.flatten(0, 1), positions.repeat(b), [n] * b).unflatten(0, (b, n))
         side = round(n**0.5)
         dense = F.pixel_shuffle(self.thing(x).transpose(1, 2).unflatten(2, (side, side)).float(), self.cells)
-        maps = dict(zip(_WIDTHS, dense.split(list(_WIDTHS.values()), dim=1)))
-        maps["object"] = maps["object"][:, 0]
-        return maps | dict(zip(_PICTURE_WIDTHS, self.picture(x.mean(1)).float().split(list(_PICTURE_WIDTHS.values()), dim=1)))
-
-
-def draw_scenes(rng: random.Random, count: int, variety: float, crowded: float, split: str) -> list[Scene]:
-    """`count` random scenes of a split; a share `crowded` of them with four things."""
-    return [sample_scene(rng, n=4 if rng.random() < crowded else None, split=split, variety=variety) for _ in range(count)]
+        return named_maps(dense, self.picture(x.mean(1)).float())
 
 
 class VitStage(Stage):
@@ -91,20 +84,20 @@ class VitStage(Stage):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.config = recipe.vit if recipe.init is None else vit_config(recipe.init)
+        if recipe.init is not None:
+            vit = load_vit(recipe.init, device).requires_grad_(True)
+        else:
+            vit = SiglipVisionModel(recipe.vit)
+            nn.init.normal_(vit.vision_model.embeddings.position_embedding.weight, std=0.02)  # the model's own start leaves it undefined
+        self.config = vit.config
         side = recipe.resolution // self.config.patch_size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            vit = SiglipVisionModel(self.config) if recipe.init is None else load_vit(recipe.init, device)
-            if recipe.init is None:
-                nn.init.normal_(
-                    vit.vision_model.embeddings.position_embedding.weight, std=0.02
-                )  # the model's own start leaves it undefined
-            self.eye = Eye(vit.requires_grad_(True), self.config.hidden_size, GRID // side).to(device)
+        self.eye = Eye(vit, GRID // side).to(device)
         self.positions = grid_positions(side, side, recipe.per_side).to(device)
         self.players = {"vit": Player.of(self.eye, recipe.optim, ("vit_model.vision_model.embeddings", "thing", "picture"))}
-        rng = random.Random(_HELD_OUT_SEED)
-        self.measured = draw_scenes(rng, recipe.held_out, recipe.variety, recipe.crowded, "train")
+        self.measured = self._scenes(random.Random(_HELD_OUT_SEED), recipe.held_out)
+
+    def _scenes(self, rng: random.Random, count: int) -> list[Scene]:
+        return list(sample_scenes(rng, count, crowded=self.recipe.crowded, variety=self.recipe.variety))
 
     def _pixels(self, scenes: list[Scene]) -> Tensor:
         """[B, 3, R, R] in [0, 1]."""
@@ -117,11 +110,10 @@ class VitStage(Stage):
 
     def batch(self, step: int, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Patches [B, N, P] of pictures, half of them spoiled as a decoder spoils them, and what they show."""
-        r = self.recipe
-        scenes = draw_scenes(rng.python, r.batch_size, r.variety, r.crowded, "train")
+        scenes = self._scenes(rng.python, self.recipe.batch_size)
         pixels = self._pixels(scenes)
         spoiled = pixels.clone()
-        if r.resolution == SIDE:  # the only size it spoils
+        if self.recipe.resolution == SIDE:  # the only size it spoils
             spoiled[::2] = spoil(pixels[::2], rng.python, rng.torch)
         return self._patches(spoiled), {k: v.to(self.device) for k, v in scene_targets(scenes).items()}
 
@@ -151,4 +143,5 @@ class VitStage(Stage):
 
 def build(recipe: Recipe, device: torch.device) -> VitStage:
     """The stage's entry point, called by name."""
-    return VitStage(recipe, device)
+    with seeded(recipe.seed):
+        return VitStage(recipe, device)
