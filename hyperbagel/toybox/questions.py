@@ -33,15 +33,25 @@ KINDS: tuple[str, ...] = tuple(_WEIGHTS)
 EXISTENCE_MODES: tuple[str, ...] = ("random", "popular", "adversarial")
 
 _EXISTS = (
-    "is there {a} in the picture?", "does the picture show {a}?", "can you see {a}?", "is there {a}?", "do you see {a} here?",
+    "is there {a} in the picture?",
+    "does the picture show {a}?",
+    "can you see {a}?",
+    "is there {a}?",
+    "do you see {a} here?",
     "does {a} appear here?",
-)  # fmt: skip
+    "is {a} in the picture?",
+    "is {a} shown here?",
+    "does this image contain {a}?",
+)
 _COUNT = (
     "how many {n} are there?",
     "how many {n} do you see?",
     "count the {n}.",
     "what is the number of {n}?",
     "how many {n} does the picture show?",
+    "how many {n} are in the picture?",
+    "tell me how many {n} there are.",
+    "give the number of {n}.",
 )
 _COLOUR = (
     "what colour is {r}?",
@@ -49,6 +59,9 @@ _COLOUR = (
     "what is the colour of {r}?",
     "tell me the colour of {r}.",
     "name the colour of {r}.",
+    "what color is {r}?",
+    "what is the color of {r}?",
+    "in which colour is {r} drawn?",
 )
 _GROUND = (
     "what colour is the background?",
@@ -62,9 +75,30 @@ _RELATION = (
     "would you find {r} {w} {s}?",
     "is it true that {r} is {w} {s}?",
     "do you see {r} {w} {s}?",
+    "does the picture show {r} {w} {s}?",
+    "tell me if {r} is {w} {s}.",
+    "can {r} be seen {w} {s}?",
 )
-_WHERE = ("where is {r}?", "in which place is {r}?", "where does {r} stand?", "what is the place of {r}?", "where can I find {r}?")
-_WHAT = ("what is {p}?", "what do you see {p}?", "which thing stands {p}?", "what can be found {p}?", "what is shown {p}?")
+_WHERE = (
+    "where is {r}?",
+    "in which place is {r}?",
+    "where does {r} stand?",
+    "what is the place of {r}?",
+    "where can I find {r}?",
+    "tell me where {r} is.",
+    "where in the picture is {r}?",
+    "what is the position of {r}?",
+)
+_WHAT = (
+    "what is {p}?",
+    "what do you see {p}?",
+    "which thing stands {p}?",
+    "what can be found {p}?",
+    "what is shown {p}?",
+    "which thing is {p}?",
+    "tell me what is {p}.",
+    "name the thing {p}.",
+)
 _SAME = (
     "do {r} and {s} have the same colour?", "are {r} and {s} of the same colour?", "is the colour of {r} also that of {s}?",
     "same colour for {r} and {s}?",
@@ -81,16 +115,42 @@ _COMPARE = {
     ),
 }  # fmt: skip
 _DESCRIBE = (
-    "describe the picture in detail.", "what do you see? Name everything.", "describe everything in the picture.",
+    "describe the picture in detail.",
+    "what do you see? Name everything.",
+    "describe everything in the picture.",
     "give a full description.",
-    "tell me all about this picture.", "write a detailed caption.",
-)  # fmt: skip
+    "tell me all about this picture.",
+    "write a detailed caption.",
+    "describe the picture.",
+    "describe this image.",
+    "what is in the picture? Tell me everything.",
+    "what do you see? Describe it all.",
+    "describe what you see.",
+    "name everything that you see in the picture.",
+    "list everything in this image.",
+    "give a detailed description of the image.",
+)
 _STEPS = (
-    "count all things step by step.", "how many things are there? Think step by step.",
+    "count all things step by step.",
+    "how many things are there? Think step by step.",
     "list the things one by one, then give their number.",
-    "go through the picture and count everything.", "name each thing in turn and count them.",
-)  # fmt: skip
-_WHY = ("{q} Explain.", "{q} Say why.", "{q} Give a reason.", "{q} How do you know?", "{q} Tell me your reason.")
+    "go through the picture and count everything.",
+    "name each thing in turn and count them.",
+    "count everything in the picture step by step.",
+    "name all things one by one, then count them.",
+    "how many things do you see? Go through them in turn.",
+    "count the things one by one.",
+)
+_WHY = (
+    "{q} Explain.",
+    "{q} Say why.",
+    "{q} Give a reason.",
+    "{q} How do you know?",
+    "{q} Tell me your reason.",
+    "{q} Why?",
+    "{q} Explain your answer.",
+    "{q} Tell me why.",
+)
 _CHOICE = ("{q} Choose one:", "{q} Answer with a letter:", "{q} Pick the right letter:", "{q} Options:", "{q} Which of these?")
 _BECAUSE = ("so {c}", "that means {c}", "therefore {c}", "this shows that {c}")
 
