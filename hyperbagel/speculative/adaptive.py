@@ -20,6 +20,7 @@ from hyperbagel.speculative.types import Draft, Drafter, Seen
 UNKNOWN = (0.6,)  # acceptance of a drafter whose folder says nothing
 DARING = 0.5  # drafters are right more often than they believe: of the shipped ones a threshold twice as high is slower
 TRIAL_DEPTH = 2  # at least, where acceptance so far says that drafting does not pay
+LATE = 3  # rounds are told apart by the tokens of the answer before them: none, one, two or three, more
 _TEXT = "what do you see? Name everything. " * 4  # of the context that costs are measured behind
 
 
@@ -38,10 +39,20 @@ class _News:
 
 @dataclass
 class _Phase:
-    """What is known of one kind of round."""
+    """What is known of one kind of round: rounds differ by how far the answer has come, since an answer may be one word."""
 
     records: dict[str, Record]
     acceptance: dict[str, Acceptance]
+
+
+@dataclass
+class _Last:
+    """A draft whose fate is not known yet."""
+
+    name: str
+    phase: _Phase
+    drafted: list[int]  # tokens by row
+    seconds: float  # of its round
 
 
 class Adaptive:
@@ -57,7 +68,7 @@ class Adaptive:
         self.taps: tuple[int, ...] = tuple(sorted({tap for drafter in drafters.values() for tap in drafter.taps}))
         self.width = max(drafter.width for drafter in drafters.values())
         self.given, self.measured = costs, dict[tuple[int, bool], Costs]()
-        self.phases: dict[tuple[int, bool, bool], _Phase] = {}  # (batch size, sampled, first round)
+        self.phases: dict[tuple[int, bool, int], _Phase] = {}  # (batch size, sampled, how far the answer has come)
         self.rounds_drafted = dict.fromkeys(drafters, 0)  # in this request
 
     # -- costs -----------------------------------------------------------------------------------------------------------------
@@ -81,34 +92,42 @@ class Adaptive:
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         self.costs = self.prepare(sessions[0], len(sessions), temperature)
-        self.sampled, self.rows, self.first = temperature > 0, len(sessions), True
+        self.sampled, self.rows = temperature > 0, len(sessions)
+        self.answered: list[int] | None = None  # tokens of each row's answer in the cache; None: only the context is
+        self.unread = set(self.drafters)  # who has not read the context
         self.news: dict[str, _News | None] = dict.fromkeys(self.drafters)
-        self.last: tuple[str, _Phase, list[int], int] | None = None  # who drafted, tokens drafted by row, columns
+        self.last: _Last | None = None
         self.rounds_drafted = dict.fromkeys(self.drafters, 0)
         for drafter in self.drafters.values():
             drafter.begin(sessions, temperature, generators)
 
     def propose(self, seen: Seen, limit: int) -> Draft:
-        self._learn(seen)
+        self._learn(seen.counts)
+        self.answered = [0] * self.rows if self.answered is None else [a + b for a, b in zip(self.answered, seen.counts, strict=True)]
         for other, news in self.news.items():
             if news is None:
                 self.news[other] = _News(list(seen.start), list(seen.counts), [list(ids) for ids in seen.ids])
             else:
                 news.add(seen)
-        phase = self._phase(self.first)
-        self.first = False
+        phase = self._phase(min(LATE, max(self.answered).bit_length()))
         plain = 1 / self.costs.plain
         open_to = dict(phase.records)
         while (name := choose(open_to, plain)) is not None:
             draft = self._draft(name, phase, seen, limit)
             if draft.tokens.shape[1] or not _free(self.drafters[name]):
-                drafted = (draft.tokens >= 0).sum(1).tolist()
-                self.last = name, phase, drafted, draft.tokens.shape[1]
+                drafted, columns = (draft.tokens >= 0).sum(1).tolist(), draft.tokens.shape[1]
+                seconds = self.costs.round_seconds(name, max(1, columns), columns + 1, fresh=name in self.unread)
+                self.last = _Last(name, phase, drafted, seconds)
+                self.unread.discard(name)
                 self.rounds_drafted[name] += 1
                 return draft
+            self.unread.discard(name)
             del open_to[name]  # it cost nothing to find nothing; another one may know more
         after_round(phase.records, None, plain)
         return Draft(seen.root.new_empty(len(seen.root), 0))
+
+    def end(self, counts: Sequence[int]) -> None:
+        self._learn(counts)
 
     def most_used(self) -> str:
         """Who drafted most rounds of the request at hand; "none" if nobody did."""
@@ -132,29 +151,30 @@ class Adaptive:
             draft = replace(draft, tokens=draft.tokens[:, :used])
         return draft
 
-    def _learn(self, seen: Seen) -> None:
+    def _learn(self, counts: Sequence[int]) -> None:
         """The last draft's fate: a row's new slots are its root and what was accepted of it; a finished row has none."""
-        if self.last is None:
+        last, self.last = self.last, None
+        if last is None:
             return
-        name, phase, drafted, columns = self.last
-        self.last = None
-        alive = [(n - 1, tried) for n, tried in zip(seen.counts, drafted, strict=True) if n]
+        name, phase = last.name, last.phase
+        alive = [(n - 1, tried) for n, tried in zip(counts, last.drafted, strict=True) if n]
         for accepted, tried in alive:
             phase.acceptance[name].note(tried, accepted)
         if alive:
             tokens = 1 + sum(accepted for accepted, _ in alive) / len(alive)
-            phase.records[name].note(tokens, self.costs.round_seconds(name, max(1, columns), columns + 1))
+            phase.records[name].note(tokens, last.seconds)
             after_round(phase.records, name, 1 / self.costs.plain)
 
-    def _phase(self, first: bool) -> _Phase:
-        key = _size(self.rows), self.sampled, first
+    def _phase(self, far: int) -> _Phase:
+        key = _size(self.rows), self.sampled, far
         if key not in self.phases:
             acceptance, records = {}, {}
             for name, drafter in self.drafters.items():
                 acceptance[name] = Acceptance(self.priors.get(name, UNKNOWN))
                 rates = acceptance[name].rates(drafter.width)
                 depth = max(1, best_depth(self.costs, name, rates)[0])
-                records[name] = Record(expected_tokens(rates[:depth]), self.costs.round_seconds(name, depth, depth + 1))
+                seconds = self.costs.round_seconds(name, depth, depth + 1, fresh=far == 0)
+                records[name] = Record(expected_tokens(rates[:depth]), seconds)
             self.phases[key] = _Phase(records, acceptance)
         return self.phases[key]
 

@@ -15,10 +15,14 @@ from operator import mul
 
 @dataclass(frozen=True)
 class DraftCost:
-    """Seconds of a draft: the news of the target and the first token, then each further token (a block has them all in `first`)."""
+    """Seconds of a draft: the news of the target and the first token, then each further token (a block has them all in `first`).
+
+    start: what reading a whole context costs beside that, once a request.
+    """
 
     first: float
     more: float = 0.0
+    start: float = 0.0
 
     def seconds(self, depth: int) -> float:
         return self.first + self.more * max(0, depth - 1) if depth else 0.0
@@ -53,9 +57,9 @@ class Costs:
         (m0, s0), (m1, s1) = self.verify[i - 1 : i + 1]
         return s0 + (s1 - s0) * (n - m0) / (m1 - m0)
 
-    def round_seconds(self, name: str, drafted: int, read: int) -> float:
-        """A round of drafter `name` that drafted `drafted` deep and had `read` tokens read."""
-        return self.draft[name].seconds(drafted) + self.verify_seconds(read)
+    def round_seconds(self, name: str, drafted: int, read: int, fresh: bool = False) -> float:
+        """A round of drafter `name` that drafted `drafted` deep and had `read` tokens read; `fresh`: it had to read the context first."""
+        return self.draft[name].seconds(drafted) + self.verify_seconds(read) + fresh * self.draft[name].start
 
 
 def expected_tokens(rates: Sequence[float]) -> float:

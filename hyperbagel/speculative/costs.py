@@ -42,6 +42,9 @@ class _Probe:
         # a draft that is no draw: sampling then accepts it as rarely as it is likely
         return Draft(seen.root.new_zeros(len(seen.root), self.read - 1))
 
+    def end(self, counts: Sequence[int]) -> None:
+        """It learns nothing."""
+
 
 def _clock(device: torch.device) -> Callable[[], float]:
     """Of a busy machine's time only ours, where one thread does all the work."""
@@ -82,14 +85,28 @@ def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int, 
             work.cache.truncate(work.before)
         return {turn: (min(d for d, _ in rounds[1:]), min(r for _, r in rounds[1:])) for turn, rounds in found.items()}
 
+    def start_seconds(probe: _Probe) -> float:
+        """The fastest first draft of a request, for which the drafter reads the whole context."""
+        probe.depth, probe.read = DRAFTED[0], 1
+        found = []
+        for _ in range(REPEATS):
+            work = Rounds([session] * rows, 2, float(sampled), generators, None, False, probe, im_end=-1)
+            try:
+                work.round()
+            finally:
+                work.cache.truncate(work.before)
+            found.append(probe.seconds)
+        return min(found)
+
     rests = times(_Probe(None, taps, clock), [(0, read) for read in READ])
     # a round of more tokens cannot be cheaper: what says so is noise
     verify = tuple(zip(READ, accumulate((rests[0, read][1] for read in READ), max), strict=True))
     draft = {}
     for name, drafter in drafters.items():
         depths = DRAFTED[0], min(DRAFTED[1], drafter.width)
-        drafts = times(_Probe(drafter, taps, clock), [(depth, 1) for depth in depths])
+        probe = _Probe(drafter, taps, clock)
+        drafts = times(probe, [(depth, 1) for depth in depths])
         first, second = (drafts[depth, 1][0] for depth in depths)
         more = max(0.0, (second - first) / max(1, depths[1] - depths[0]))
-        draft[name] = DraftCost(first, more)
+        draft[name] = DraftCost(first, more, max(0.0, start_seconds(probe) - first))
     return Costs(verify, draft)

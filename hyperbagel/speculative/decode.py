@@ -69,6 +69,7 @@ def decode(
     try:
         while work.alive:
             work.round()
+        drafter.end(work.counts)
     finally:
         work.cache.truncate(work.before)
     return list(work.results)

@@ -56,6 +56,9 @@ class Drafter(Protocol):
     def propose(self, seen: Seen, limit: int) -> Draft:
         """Nodes below seen.root, at most `limit` >= 1 deep."""
 
+    def end(self, counts: Sequence[int]) -> None:
+        """The request is over; `counts` as in Seen, of the last round, which no `propose` follows."""
+
 
 @dataclass
 class Stats:

@@ -111,6 +111,9 @@ class Stub:
     def propose(self, seen: Seen, limit: int) -> Draft:
         raise NotImplementedError
 
+    def end(self, counts: Sequence[int]) -> None:
+        """It learns nothing."""
+
 
 def padded(rows: list[list[int]]) -> torch.Tensor:
     longest = max(len(row) for row in rows)

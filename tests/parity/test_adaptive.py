@@ -77,6 +77,20 @@ def test_hopeless_drafters_are_left_alone(rows: int, parts: Parts) -> None:
     assert 3 <= adaptive.rounds_drafted["wrong"] <= 12
 
 
+@pytest.mark.parametrize(("start", "fewest", "most"), [(0.0, 40, 40), (1.0, 2, 12)])
+def test_answers_of_one_round_teach_too(start: float, fewest: int, most: int, parts: Parts) -> None:
+    """Where reading the context costs more than one short answer can win back, requests that end in their first round show it."""
+    table = Costs(((1, 1.0), (4, 1.15), (8, 1.35)), {"echo": DraftCost(0.2, 0.05, start)})
+    drafted, phases = 0, {}
+    for session in text_sessions(parts, 40, seed=5):
+        plain = plain_decode([session], max_tokens=2)
+        adaptive = Adaptive({"echo": STUBS["echo"](plain, parts.tokenizer.im_end, 1024)}, costs=table)
+        adaptive.phases = phases  # what was learnt stays
+        same(plain, decode([session], max_tokens=2, drafter=adaptive))
+        drafted += adaptive.rounds_drafted["echo"]
+    assert fewest <= drafted <= most, drafted
+
+
 def text_sessions_without_end(parts: Parts, rows: int, im_end: int) -> list[Session]:
     parts.tokenizer.im_end = im_end
     sessions = text_sessions(parts, rows, seed=4)
@@ -112,6 +126,8 @@ def test_a_pause_is_caught_up(kind: Kind, parts: Parts) -> None:
                 assert torch.equal(mine.tokens[alive, :n], theirs.tokens[alive, :n])
                 self.compared += 1
             return Draft(echo.propose(seen, limit).tokens[:, :1])  # one accepted token a round: news of two slots
+
+        def end(self, counts: list[int]) -> None: ...
 
     both = Both()
     same(plain, decode(sessions, max_tokens=20, drafter=both))

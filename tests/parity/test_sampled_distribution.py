@@ -57,6 +57,9 @@ class ToyStub:
     def propose(self, seen: Seen, limit: int) -> Draft:
         raise NotImplementedError
 
+    def end(self, counts: Sequence[int]) -> None:
+        """It learns nothing."""
+
 
 class LikelyChain(ToyStub):
     """The target's most likely continuation: a deterministic chain (echo). `shift` 1: never the likeliest (wrong)."""

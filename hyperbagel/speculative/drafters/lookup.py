@@ -31,6 +31,9 @@ class Lookup:
         padded = [row + [-1] * (longest - len(row)) for row in found]
         return Draft(torch.tensor(padded, dtype=torch.long, device=seen.root.device).view(len(padded), longest))
 
+    def end(self, counts: Sequence[int]) -> None:
+        """It learns nothing."""
+
 
 def continuation(ids: Sequence[int], most: int, longest: int, shortest: int) -> list[int]:
     """Up to `most` tokens after the latest earlier occurrence of the end of `ids`; the longest matching end counts, [] if there is none.

@@ -92,6 +92,9 @@ class _Proposer:
         self.cache = KVCache(self.memory_layers, c.kv_heads, c.head_dim, rows=len(sessions), device=model.device, dtype=model.dtype)
         self.cache.reserve(max(s.cache.lengths[0] for s in sessions) + 64)
 
+    def end(self, counts: Sequence[int]) -> None:
+        """It learns nothing."""
+
 
 class AutoregressiveDrafter(_Proposer):
     """EAGLE-3 or Hyper-Bagel: a chain of `depth` tokens, or (`nodes` > 0) the best `nodes` of a tree with `branch` children a node."""
