@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from tiny_base import make, only, write_base
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.plan import Text, VaeImage
+from hyperbagel.flow.schedule import shift_time
+from hyperbagel.flow.solvers import euler
 from hyperbagel.generate.image import GuidedVelocity
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE
@@ -114,3 +117,20 @@ def test_samples_that_cannot_be_distilled(base: Path) -> None:
     samples[0] = [*samples[0][:-1], VaeImage(small, loss=True)]
     with pytest.raises(InputError, match="different sizes"):
         stage._conditions("t2i", samples, Draws.at(0))
+
+
+@torch.no_grad()
+def test_where_the_student_arrives_is_its_own_euler_path(base: Path) -> None:
+    """Rows with one time: the solver's state at that time. At time 1 nothing has moved."""
+    stage: Any = make(cfg, base, data=only("t2i"), on_policy=1.0, on_policy_steps=3)
+    conditions, _ = conditions_of(stage, "t2i")
+    n, scales = len(conditions), Scales(torch.full((len(conditions),), 3.0), torch.ones(len(conditions)))
+    e = torch.randn(conditions.x0.shape, generator=torch.Generator().manual_seed(2))
+    times = shift_time(torch.linspace(1, 0.4, 4), stage.recipe.shift)
+    expected = euler(e, stage.as_velocity(stage.network, conditions, scales), times)
+    torch.testing.assert_close(stage.reached(conditions, scales, e, times[-1].expand(n), 3), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(stage.reached(conditions, scales, e, torch.ones(n), 3), e)
+    prepared = stage.prepare(0, Draws.at(0, 0))
+    between = prepared.x_t - (1 - prepared.t)[:, None, None] * prepared.conditions.x0
+    noise = between / prepared.t[:, None, None]  # what x_t would be made of, were it on the data's path
+    assert (noise.std() - 1).abs() > 0.02 and prepared.target.isfinite().all()
