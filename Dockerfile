@@ -13,7 +13,8 @@ WORKDIR /opt/hyperbagel
 COPY requirements requirements
 
 FROM base AS torch-cpu
-RUN pip install --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' requirements/lock.txt)"
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --index-url "$TORCH_INDEX" "$(grep '^torch==' requirements/lock.txt)"
 
 # The wheels of PyPI bring CUDA's libraries with them.
 FROM base AS torch-cuda
