@@ -5,7 +5,7 @@
 #
 # MODEL (default the shipped one) is the target, FOLDER (default work/drafters) gets one run folder a drafter, SECONDS (default 900) is the
 # time of each: one process of one thread, so two of these may run beside each other on two cores with ONLY="block eagle3" and the like.
-# NO_TABLES=1 only trains. SHIP="block" copies those into the model's own drafters/, where `hyperbagel ask` finds them.
+# STEPS=700: that many steps of each instead, however long they take. NO_TABLES=1 only trains. SHIP="block" copies those into the model's own drafters/, where `hyperbagel ask` finds them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-hyperbagel/assets/toybox}
@@ -15,6 +15,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 bin=${BIN:-.venv/bin}
 all="block hyper_bagel eagle3 no_zero_init no_ce neither"
 only=${ONLY:-$all}
+budget=("max_seconds=$seconds")
+[ -z "${STEPS:-}" ] || budget=(max_seconds=1000000 "max_steps=$STEPS" optim.schedule_by=steps)
 
 # drafter NAME RECIPE OVERRIDES...: trains, or goes on with, out/NAME; a finished one has a gate.json and is not touched again.
 drafter() {
@@ -24,7 +26,7 @@ drafter() {
     [ -f "$out/$name/gate.json" ] && return 0
     local resume=()
     if [ -d "$out/$name/checkpoints" ]; then resume=(--resume); else rm -rf "${out:?}/$name"; fi
-    "$bin/hyperbagel" train drafter --recipe "recipes/toybox/drafter_$recipe.yaml" "target=$model" "max_seconds=$seconds" "$@" \
+    "$bin/hyperbagel" train drafter --recipe "recipes/toybox/drafter_$recipe.yaml" "target=$model" "${budget[@]}" "$@" \
         --out "$out/$name" "${resume[@]}"
 }
 
