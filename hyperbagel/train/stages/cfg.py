@@ -50,6 +50,7 @@ class CfgStage(DistillStage):
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.target, self.reflow_steps = recipe.target, recipe.reflow_steps
+        self.on_policy, self.on_policy_steps = recipe.on_policy, recipe.on_policy_steps
         self.teacher = self.frozen(recipe.teacher) if recipe.teacher else None
 
     def prepare(self, step: int, rng: Draws) -> Prepared:
@@ -57,8 +58,8 @@ class CfgStage(DistillStage):
         scales, e = self.scales(conditions, rng), self.noise(conditions, rng)
         t = shift_time(self.uniform(rng, len(conditions)), self.recipe.shift)
         if self.target == "guided":
-            if rng.python.random() < self.recipe.on_policy:
-                x_t = self.reached(conditions, scales, e, t, rng.python.randint(2, self.recipe.on_policy_steps))
+            if rng.python.random() < self.on_policy:
+                x_t = self.reached(conditions, scales, e, t, rng.python.randint(2, self.on_policy_steps))
             else:
                 x_t = interpolate(conditions.x0, e, t[:, None, None])
             return Prepared(conditions, scales, x_t, t, teacher_velocity(self.base, conditions, scales, x_t, t, self.settings(conditions)))
