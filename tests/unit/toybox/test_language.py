@@ -178,9 +178,10 @@ def test_yes_and_no_are_right_and_balanced(split: str) -> None:
         word, at = max(((w, i) for w, i in found if i > 0), key=lambda x: len(x[0]))
         first = re.search(
             r"(the .*)$",
-            re.sub(r"^(Is it true that|Do you see|Would you find|Does|Is) ", "", sample.question[:at])
+            re.sub(r"^(Is it true that|Do you see|Would you find|Does the picture show|Tell me if|Can|Does|Is) ", "", sample.question[:at])
             .removesuffix(" is")
-            .removesuffix(" stand"),
+            .removesuffix(" stand")
+            .removesuffix(" be seen"),
         )
         assert first
         a, b = referent(first[1], sample.scene), referent(sample.question[at + len(word) + 2 : -1], sample.scene)
