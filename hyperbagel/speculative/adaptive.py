@@ -93,8 +93,7 @@ class Adaptive:
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         self.costs = self.prepare(sessions[0], len(sessions), temperature)
         self.sampled, self.rows = temperature > 0, len(sessions)
-        self.answered: list[int] | None = None  # tokens of each row's answer in the cache; None: only the context is
-        self.unread = set(self.drafters)  # who has not read the context
+        self.contexts = [session.cache.lengths[0] for session in sessions]
         self.news: dict[str, _News | None] = dict.fromkeys(self.drafters)
         self.last: _Last | None = None
         self.rounds_drafted = dict.fromkeys(self.drafters, 0)
@@ -103,25 +102,25 @@ class Adaptive:
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         self._learn(seen.counts)
-        self.answered = [0] * self.rows if self.answered is None else [a + b for a, b in zip(self.answered, seen.counts, strict=True)]
         for other, news in self.news.items():
             if news is None:
                 self.news[other] = _News(list(seen.start), list(seen.counts), [list(ids) for ids in seen.ids])
             else:
                 news.add(seen)
-        phase = self._phase(min(LATE, max(self.answered).bit_length()))
+        answered = max(start + n - context for start, n, context in zip(seen.start, seen.counts, self.contexts, strict=True))
+        phase = self._phase(min(LATE, answered.bit_length()))
         plain = 1 / self.costs.plain
         open_to = dict(phase.records)
         while (name := choose(open_to, plain)) is not None:
-            draft = self._draft(name, phase, seen, limit)
+            news = self.news[name]
+            assert news is not None
+            draft = self._draft(name, phase, seen, limit, news)
             if draft.tokens.shape[1] or not _free(self.drafters[name]):
                 drafted, columns = (draft.tokens >= 0).sum(1).tolist(), draft.tokens.shape[1]
-                seconds = self.costs.round_seconds(name, max(1, columns), columns + 1, fresh=name in self.unread)
+                seconds = self.costs.round_seconds(name, max(1, columns), columns + 1, fresh=not any(news.start))
                 self.last = _Last(name, phase, drafted, seconds)
-                self.unread.discard(name)
                 self.rounds_drafted[name] += 1
                 return draft
-            self.unread.discard(name)
             del open_to[name]  # it cost nothing to find nothing; another one may know more
         after_round(phase.records, None, plain)
         return Draft(seen.root.new_empty(len(seen.root), 0))
@@ -136,9 +135,8 @@ class Adaptive:
 
     # -- decisions -------------------------------------------------------------------------------------------------------------
 
-    def _draft(self, name: str, phase: _Phase, seen: Seen, limit: int) -> Draft:
-        drafter, news = self.drafters[name], self.news[name]
-        assert news is not None
+    def _draft(self, name: str, phase: _Phase, seen: Seen, limit: int, news: _News) -> Draft:
+        drafter = self.drafters[name]
         rates = phase.acceptance[name].rates(drafter.width)
         depth, _ = best_depth(self.costs, name, rates)
         speed = max(phase.records[name].speed, 1 / self.costs.plain)

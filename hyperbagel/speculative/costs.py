@@ -68,14 +68,14 @@ def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int, 
     clock = _clock(session.parts.model.device)
     taps, generators = session.cache.taps, [torch.Generator().manual_seed(i) for i in range(rows)]
 
-    def times(probe: _Probe, turns: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[float, float]]:
-        """Of each turn (depth drafted, tokens read), the fastest (draft, rest of the round)."""
-        most = (REPEATS + 1) * sum(read + 1 for _, read in turns)
+    def rounds(probe: _Probe, turns: Sequence[tuple[int, int]], repeats: int) -> dict[tuple[int, int], list[tuple[float, float]]]:
+        """A request of each turn (depth drafted, tokens read) `repeats` times: seconds of (draft, rest of the round)."""
+        most = repeats * sum(read + 1 for _, read in turns)
         # no token has the id -1: nothing ends before its time
         work = Rounds([session] * rows, most, float(sampled), generators, None, False, probe, im_end=-1)
         found: dict[tuple[int, int], list[tuple[float, float]]] = {turn: [] for turn in turns}
         try:
-            for _ in range(REPEATS + 1):
+            for _ in range(repeats):
                 for turn in turns:
                     probe.depth, probe.read = turn
                     start = clock()
@@ -83,20 +83,17 @@ def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int, 
                     found[turn].append((probe.seconds, clock() - start - probe.seconds))
         finally:
             work.cache.truncate(work.before)
-        return {turn: (min(d for d, _ in rounds[1:]), min(r for _, r in rounds[1:])) for turn, rounds in found.items()}
+        return found
+
+    def times(probe: _Probe, turns: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[float, float]]:
+        """Of each turn, the fastest (draft, rest of the round) after the first, which warms up."""
+        found = rounds(probe, turns, REPEATS + 1)
+        return {turn: (min(d for d, _ in timed[1:]), min(r for _, r in timed[1:])) for turn, timed in found.items()}
 
     def start_seconds(probe: _Probe) -> float:
         """The fastest first draft of a request, for which the drafter reads the whole context."""
-        probe.depth, probe.read = DRAFTED[0], 1
-        found = []
-        for _ in range(REPEATS):
-            work = Rounds([session] * rows, 2, float(sampled), generators, None, False, probe, im_end=-1)
-            try:
-                work.round()
-            finally:
-                work.cache.truncate(work.before)
-            found.append(probe.seconds)
-        return min(found)
+        turn = DRAFTED[0], 1
+        return min(rounds(probe, [turn], 1)[turn][0][0] for _ in range(REPEATS))
 
     rests = times(_Probe(None, taps, clock), [(0, read) for read in READ])
     # a round of more tokens cannot be cheaper: what says so is noise

@@ -20,6 +20,7 @@ from hyperbagel.flow.solvers import euler
 from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity
 from hyperbagel.train.distill import DistillRecipe, DistillStage, seeded
 from hyperbagel.train.losses.cfg import cfg_loss
+from hyperbagel.train.losses.tscd import jump
 from hyperbagel.train.stage import Draws
 
 
@@ -76,7 +77,7 @@ class CfgStage(DistillStage):
         u = unshift_time(t, self.recipe.shift)
         times = shift_time(1 - torch.linspace(0, 1, steps + 1, device=x.device)[:, None] * (1 - u), self.recipe.shift)  # [steps + 1, B]
         for now, then in pairwise(times):
-            x = x - student_velocity(self.network, conditions, scales, x, now) * (now - then)[:, None, None]
+            x = jump(x, student_velocity(self.network, conditions, scales, x, now), now, then)
         return x
 
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
