@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch._dynamo
+import torch.compiler
 from torch import nn
 
 from hyperbagel.nn.attention import attend
@@ -20,3 +22,11 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
         assert isinstance(layer.self_attn, nn.Module)
         layer.self_attn.attend = torch._dynamo.disable(attend)  # with two free lengths in one product inductor fails; nothing to fuse there
         layer.compile(dynamic=True)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Compiled layers run as they are written in here: sampling has many shapes that training never sees, and each would be compiled anew.
+
+    A sheet of samples took 6 s so and more than 90 s compiled (one AMX core).
+    """
+    return torch.compiler.set_stance("force_eager")

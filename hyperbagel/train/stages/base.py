@@ -24,7 +24,7 @@ from hyperbagel.model.init import fresh_bagel, shrink_writes
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.train.alignment import Aligner, Alignment
 from hyperbagel.train.batches import Batches, NamedBatch, transform
-from hyperbagel.train.compiled import compile_layers
+from hyperbagel.train.compiled import compile_layers, uncompiled
 from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.folder import load_model, load_vae, load_vit, save_model
 from hyperbagel.train.losses.flow import flow_by_time, mixed_objective
@@ -171,7 +171,7 @@ class BaseStage(Stage):
 
     def sample(self, step: int, out: Path) -> None:
         """A sheet of the averaged model's pictures, edits and answers."""
-        with self.players["model"].averaged():
+        with self.players["model"].averaged(), uncompiled():
             write_previews(out / f"step-{step:08d}.png", self.parts, _HELD_OUT_SEED)
 
     def state(self) -> dict[str, Any]:
