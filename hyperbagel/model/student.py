@@ -63,6 +63,11 @@ def generation_modules(model: Bagel) -> tuple[list[str], list[str]]:
     return linear, other
 
 
+def generates(parameter: str) -> bool:
+    """Whether a parameter of a Bagel, by name, belongs to drawing alone: generation expert, latents in and out, timestep embedder."""
+    return _GENERATION.search(parameter) is not None or parameter.startswith(tuple(f"{head}." for head in _HEADS))
+
+
 def make_adapter(
     model: Bagel,
     kind: Kind,

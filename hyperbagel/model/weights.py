@@ -138,6 +138,8 @@ def load_folder(
         model, vae = Bagel(config, attention), AutoEncoder(config.vae)
     fill(model, TensorFolder(folder, "ema"), torch.device(device), dtype)
     fill(vae, TensorFolder(folder, "ae"), torch.device(device), torch.float32)
+    if torch.device(device).type == "cpu":
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions on a CPU: 17 to 8 ms for 64 x 64 pixels
     return model.eval(), vae.eval()
 
 

@@ -78,6 +78,16 @@ class Conditions:
     def __len__(self) -> int:
         return self.x0.shape[0]
 
+    def repeat(self, times: int) -> Conditions:
+        """Each row `times` times in a row."""
+        if times == 1:
+            return self
+        rows = {name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("where", "x0", "markers")}
+        full = self.full.repeat(times)
+        image_dropped = full if self.image_dropped is self.full else self.image_dropped.repeat(times)
+        samples = [sample for sample in self.samples for _ in range(times)]
+        return replace(self, **rows, full=full, text_dropped=self.text_dropped.repeat(times), image_dropped=image_dropped, samples=samples)
+
     @property
     def branches_dropped(self) -> list[Context]:
         return [self.text_dropped] if self.image_dropped is self.full else [self.text_dropped, self.image_dropped]
@@ -236,9 +246,13 @@ def student_velocity(
 
 @torch.no_grad()
 def teacher_velocity(model: Bagel, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor, settings: Denoising) -> Tensor:
-    """The base's guided velocity: interval and renormalisation from `settings`, scales of each sample's own. Two or three evaluations."""
-    v = velocity(model, conditions.full, conditions, x, t)
-    dropped = [velocity(model, context, conditions, x, t) for context in conditions.branches_dropped]
-    v_image = dropped[1] if len(dropped) > 1 else v  # without pictures both contexts are one
-    on = torch.tensor([guidance_on(float(one), settings.interval) for one in t])
-    return guided_target(v, dropped[0], v_image, scales.text, scales.image, on, settings.renorm, settings.renorm_min)
+    """The base's guided velocity: interval and renormalisation from `settings`, scales of each sample's own. Two or three evaluations.
+
+    x [B, N, C], t [B]; scales [k B]: k for each sample in a row, of the same evaluations. Returns [k B, N, C].
+    """
+    contexts = [conditions.full, *conditions.branches_dropped]
+    times = len(scales.text) // len(x)
+    v, v_text, *v_image = (velocity(model, one, conditions, x, t).repeat_interleave(times, dim=0) for one in contexts)
+    on = torch.tensor([guidance_on(float(one), settings.interval) for one in t]).repeat_interleave(times)
+    # without pictures both contexts are one
+    return guided_target(v, v_text, v_image[0] if v_image else v, scales.text, scales.image, on, settings.renorm, settings.renorm_min)

@@ -22,6 +22,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel, shrink_writes
 from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.model.student import generates
 from hyperbagel.train.alignment import Aligner, Alignment
 from hyperbagel.train.batches import Batches, NamedBatch, transform
 from hyperbagel.train.compiled import compile_layers, uncompiled
@@ -62,6 +63,7 @@ class Recipe(TrainRecipe):
     vit: Path | None = None  # folder of a pretrained vision encoder (stage vit) to begin with; None: the one of `init`, else a new one
     tokenizer: Path | None = None  # folder of tokenizer.json; None: the one of `init`, else the embedded model's
     frozen: tuple[str, ...] = ()  # parameters whose names begin so are not trained
+    freeze_understanding: bool = False  # train drawing alone: answers stay bit for bit, and drafters stay right
     data: DataConfig
     held_out: DataConfig | None = None  # what is measured; its mixture is not used
     held_out_batches: int = Field(default=2, ge=1)  # of each held-out source
@@ -92,7 +94,7 @@ class BaseStage(Stage):
         if recipe.shrink != 1:
             shrink_writes(self.model, recipe.shrink)
         for name, parameter in self.model.named_parameters():
-            if name.startswith(recipe.frozen):
+            if name.startswith(recipe.frozen) or (recipe.freeze_understanding and not generates(name)):
                 parameter.requires_grad_(False)
         self.aligner = Aligner(recipe.align, self.model, device) if recipe.align else None
         # Muon is for the matrices inside: what reads or writes tokens, patches, latents and times goes with Adam

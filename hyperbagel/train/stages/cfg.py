@@ -16,9 +16,9 @@ from torch import Tensor
 
 from hyperbagel.flow.path import interpolate
 from hyperbagel.flow.schedule import shift_time, time_grid, unshift_time
-from hyperbagel.flow.solvers import euler
-from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity
-from hyperbagel.train.distill import DistillRecipe, DistillStage, seeded
+from hyperbagel.flow.solvers import euler, euler_steps
+from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity, velocity
+from hyperbagel.train.distill import DistillRecipe, DistillStage, Measured, seeded
 from hyperbagel.train.losses.cfg import cfg_loss
 from hyperbagel.train.losses.tscd import jump
 from hyperbagel.train.stage import Draws
@@ -32,6 +32,7 @@ class Recipe(DistillRecipe):
     reflow_steps: int = Field(default=24, ge=1)
     on_policy: float = Field(default=0.0, ge=0, le=1)  # guided: share of batches whose x_t the student itself has reached
     on_policy_steps: int = Field(default=6, ge=2)  # at most, from noise to there
+    scale_draws: int = Field(default=1, ge=1)  # guided: pairs of scales for each x_t, whose targets come of the same teacher evaluations
 
 
 @dataclass
@@ -43,16 +44,56 @@ class Prepared:
     target: Tensor  # [B, N, C], the velocity to learn
 
 
-class CfgStage(DistillStage):
-    """One player, "student". A regression: how near the teacher's picture of the same noise, is what it is measured by."""
+@dataclass
+class Guided:
+    """States on the teacher's own way [S, B, N, C] at times [S], its guided velocities there, and what guidance changes in them."""
 
-    best_metric = "match"
+    measured: Measured
+    times: Tensor
+    states: Tensor
+    target: Tensor
+    change: Tensor  # [S], mean square over all values
+
+
+class CfgStage(DistillStage):
+    """One player, "student". A regression, measured by its own error: `learned` is the share of the guidance that the student gives, 0 for
+    the base without guidance and 1 for the guided teacher. Of the reflow baseline: how near the teacher's picture of the same noise.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.target, self.reflow_steps = recipe.target, recipe.reflow_steps
         self.on_policy, self.on_policy_steps = recipe.on_policy, recipe.on_policy_steps
+        self.scale_draws = recipe.scale_draws
         self.teacher = self.frozen(recipe.teacher) if recipe.teacher else None
+        self.best_metric = "learned" if recipe.target == "guided" else "match"
+        self.ways = [self._way(m) for m in self.measured] if recipe.target == "guided" else []
+
+    @torch.no_grad()
+    def _way(self, m: Measured, steps: int = 8) -> Guided:
+        """The teacher's way from the first noise, as `usual_scales` guide it."""
+        run, times = self.guided_teacher(m.conditions, self.usual_scales(m.conditions)), time_grid(steps, self.recipe.shift)
+        with self.amp():
+            states = torch.stack([m.noises[0], *(x for _, x in euler_steps(m.noises[0], run, times))])[:-1]
+            target = torch.stack([run(x, float(t)) for x, t in zip(states, times[:-1], strict=True)])
+            unguided = torch.stack(
+                [velocity(self.base, m.conditions.full, m.conditions, x, t.repeat(len(x))) for x, t in zip(states, times[:-1], strict=True)]
+            )
+        return Guided(m, times[:-1], states, target, (unguided - target).square().mean(dim=(1, 2, 3)))
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Also `learned`: 1 - |v_S - v_guided|^2 / |v - v_guided|^2 at the usual scales, over all states of the teacher's way."""
+        figures = super().evaluate(step)
+        found: dict[str, float] = {}
+        with self.players["student"].averaged():
+            for way in self.ways:
+                c = way.measured.conditions
+                run = self.as_velocity(self.network, c, self.usual_scales(c))
+                error = sum((run(x, float(t)) - v).square().mean() for x, t, v in zip(way.states, way.times, way.target, strict=True))
+                found[f"{c.source}_learned"] = 1 - float(error / way.change.sum())
+        if found:
+            found["learned"] = sum(found.values()) / len(found)
+        return figures | found
 
     def prepare(self, step: int, rng: Draws) -> Prepared:
         conditions = self.conditions(rng)
@@ -63,10 +104,21 @@ class CfgStage(DistillStage):
                 x_t = self.reached(conditions, scales, e, t, rng.python.randint(2, self.on_policy_steps))
             else:
                 x_t = interpolate(conditions.x0, e, t[:, None, None])
-            return Prepared(conditions, scales, x_t, t, teacher_velocity(self.base, conditions, scales, x_t, t, self.settings(conditions)))
+            return self.guided(conditions, scales, x_t, t, rng)
         run = self.as_velocity(self.teacher, conditions, scales) if self.teacher else self.guided_teacher(conditions, scales)
         x0 = euler(e, run, time_grid(self.reflow_steps, self.recipe.shift))  # the pair (x_T, x_0) of the teacher's own ODE
         return Prepared(conditions, scales, interpolate(x0, e, t[:, None, None]), t, e - x0)
+
+    def guided(self, conditions: Conditions, scales: Scales, x_t: Tensor, t: Tensor, rng: Draws) -> Prepared:
+        """The teacher's velocities at x_t, under `scales` and `scale_draws` - 1 more pairs.
+
+        ours: all pairs share the teacher's evaluations, and what differs between rows of one x_t is the scales' doing alone.
+        """
+        k = self.scale_draws
+        drawn = [scales, *(self.scales(conditions, rng) for _ in range(k - 1))]
+        every = Scales(*(torch.stack([getattr(one, name) for one in drawn], dim=1).flatten() for name in ("text", "image")))
+        target = teacher_velocity(self.base, conditions, every, x_t, t, self.settings(conditions))
+        return Prepared(conditions.repeat(k), every, x_t.repeat_interleave(k, dim=0), t.repeat_interleave(k), target)
 
     def reached(self, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor, steps: int) -> Tensor:
         """Where the student as it is comes to at times t [B] in `steps` Euler steps from noise x [B, N, C] at 1.

@@ -96,6 +96,23 @@ def test_gradients_reach_all_trained_parameters(vae: Path) -> None:
     assert all(p.grad is None for n, p in s.model.named_parameters() if n.startswith("vit_model"))
 
 
+def test_drawing_alone_is_trained_and_answers_stay(vae: Path) -> None:
+    s = stage(vae, "data.mixture=[{weights: {edit: 1}}]", "freeze_understanding=true")
+    questions = stage(vae, "data.mixture=[{weights: {question: 1}}]").batch(0, Draws.at(0))
+    before = {name: p.detach().clone() for name, p in s.model.named_parameters()}
+    with torch.no_grad():
+        answers = s.model.forward_train(questions.packed).ce
+    for step in range(3):  # the head starts at zero, so the layers move from the second step on
+        s.players["model"].optimizer.zero_grad()
+        s.loss("model", s.batch(step, Draws.at(0, step)), step)[0].backward()
+        s.players["model"].optimizer.step()
+    moved = {name for name, p in s.model.named_parameters() if not torch.equal(p, before[name])}
+    assert {"llm2vae.weight", "vae2llm.weight", "language_model.model.layers.0.mlp_moe_gen.up_proj.weight"} <= moved
+    assert all("_moe_gen" in name or name.startswith(("vae2llm", "llm2vae", "time_embedder")) for name in moved)
+    with torch.no_grad():
+        assert torch.equal(s.model.forward_train(questions.packed).ce, answers)
+
+
 def test_resume_is_bit_for_bit_and_the_export_loads(vae: Path, tmp_path: Path) -> None:
     base = RECIPES / "toybox" / "base.yaml"
     quick = [*SMALL, f"vae={vae}", "log_every=1", "sample_every=100"]

@@ -119,6 +119,46 @@ def test_samples_that_cannot_be_distilled(base: Path) -> None:
         stage._conditions("t2i", samples, Draws.at(0))
 
 
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+@torch.no_grad()
+def test_several_scales_share_the_teachers_evaluations(base: Path, source: str) -> None:
+    """Each state under three pairs of scales: the targets of three calls, at the price of one."""
+    stage: Any = make(cfg, base, data=only(source), scale_draws=3)
+    conditions, _ = conditions_of(stage, source)
+    n, rng, before = len(conditions), Draws.at(0, 0), stage.base.velocity
+    first = stage.scales(conditions, rng)
+    x = torch.randn(conditions.x0.shape, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0.9, 0.6, 0.3])[:n]
+    calls = []
+    stage.base.velocity = lambda g: (calls.append(len(g)), before(g))[1]
+    prepared = stage.guided(conditions, first, x, t, rng)
+    del stage.base.velocity
+    assert calls == [n] * (1 + len(conditions.branches_dropped))
+    assert len(prepared.conditions) == len(prepared.t) == len(prepared.target) == 3 * n
+    assert torch.equal(prepared.scales.text[::3], first.text) and len(set(prepared.scales.text.tolist())) == 3 * n
+    for draw in range(3):
+        one = Scales(prepared.scales.text[draw::3], prepared.scales.image[draw::3])
+        assert torch.equal(prepared.x_t[draw::3], x) and torch.equal(prepared.t[draw::3], t)
+        expected = teacher_velocity(stage.base, conditions, one, x, t, stage.settings(conditions))
+        torch.testing.assert_close(prepared.target[draw::3], expected, rtol=1e-5, atol=1e-6)
+        # rows and contexts belong together
+        v = velocity(stage.base, prepared.conditions.full, prepared.conditions, prepared.x_t, prepared.t)
+        torch.testing.assert_close(v[draw::3], velocity(stage.base, conditions.full, conditions, x, t), rtol=1e-5, atol=1e-6)
+    dropped = velocity(stage.base, prepared.conditions.text_dropped, prepared.conditions, prepared.x_t, prepared.t)[::3]
+    torch.testing.assert_close(dropped, velocity(stage.base, conditions.text_dropped, conditions, x, t), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_learned_is_none_of_the_guidance_for_the_base_and_all_of_it_for_the_teacher(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage: Any = make(cfg, base, data=only("edit"), held_out=only("edit"), held_out_groups=1, teacher_steps=2)
+    assert stage.best_metric == "learned" and abs(stage.evaluate(0)["learned"]) < 1e-4  # a fresh student is the base
+    (m,) = stage.measured
+    teacher = stage.guided_teacher(m.conditions, stage.usual_scales(m.conditions))
+    monkeypatch.setattr(stage, "as_velocity", lambda network, conditions, scales: teacher)
+    figures = stage.evaluate(1)
+    assert figures["learned"] == figures["edit_learned"] == pytest.approx(1.0, abs=1e-5)
+
+
 @torch.no_grad()
 def test_where_the_student_arrives_is_its_own_euler_path(base: Path) -> None:
     """Rows with one time: the solver's state at that time. At time 1 nothing has moved."""

@@ -297,7 +297,7 @@ def test_the_score_is_zero_for_equal_distributions_and_sees_blur_and_collapse() 
 
 def test_the_best_checkpoint_is_exported_not_the_last(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([1.0, 3.0, 2.0, 0.0])
-    monkeypatch.setattr(cfg.CfgStage, "evaluate", lambda self, step: {"match": next(scores)})
+    monkeypatch.setattr(cfg.CfgStage, "evaluate", lambda self, step: {"learned": next(scores)})
     seen = {}
     loss = cfg.CfgStage.loss
 
