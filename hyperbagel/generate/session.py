@@ -24,6 +24,9 @@ from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.kv_cache import KVCache
 
+# Tokens of blocks that are run together. Fewer cost what a forward costs whatever is in it; more are worth attention without a mask.
+_SHARED_FORWARD = 512
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -99,23 +102,22 @@ class Session:
         """
         if resize:
             image = self.parts.vae_transform.resize(image)
-        if latents:
-            self._add_latents(self.parts.vae_transform(image), generator)
-        self._add_vit(self.parts.vit_transform(image))
+        blocks = [self.latent_block(self.parts.vae_transform(image), generator)] if latents else []
+        self.add_blocks([*blocks, self.vit_block(self.parts.vit_transform(image))])
         self.dropped = (self.cache.lengths[0], self.position)
         self.has_images = True
         self.last_size = (image.height, image.width)
 
-    def _add_latents(self, pixels: Tensor, generator: torch.Generator | None) -> None:
+    def latent_block(self, pixels: Tensor, generator: torch.Generator | None) -> Streams:
+        """A picture [3, H, W] as clean latents between the markers."""
         model, options = self.parts.model, self.parts.model.config.options
         tokens, (h, w) = encode_latents(self.parts, pixels, generator)
         check_latent_grid(h, w, options.max_latent_size, model.config.latent_stride)
-        self.check_room(tokens.shape[1] + 2)
         where = grid_positions(h, w, options.max_latent_size, options.interpolate_pos).to(model.device)
-        g = model.embed_latent(tokens, torch.zeros(tokens.shape[:2], device=model.device), where)
-        self._add_block(Streams(self.markers(), g))
+        return Streams(self.markers(), model.embed_latent(tokens, torch.zeros(tokens.shape[:2], device=model.device), where))
 
-    def _add_vit(self, pixels: Tensor) -> None:
+    def vit_block(self, pixels: Tensor) -> Streams:
+        """A picture [3, H, W] as ViT patches between the markers."""
         model = self.parts.model
         patch = model.config.vit.patch_size
         patches = patchify(pixels, patch).to(model.device)
@@ -128,19 +130,32 @@ class Session:
                 f"to at most {limit * patch}"
             )
         where = grid_positions(h, w, options.vit_max_num_patch_per_side, options.interpolate_pos).to(model.device)
-        self.check_room(len(patches) + 2)
         seen = model.embed_vit(patches, where, [len(patches)]).unsqueeze(0)
         start, end = self.markers().split(1, dim=1)
-        self._add_block(Streams(torch.cat([start, seen, end], dim=1), None))
+        return Streams(torch.cat([start, seen, end], dim=1), None)
 
-    def _add_block(self, x: Streams) -> None:
-        """A block that sees itself and all before it, at one shared position."""
-        n = sum(s.shape[1] for s in x if s is not None)
+    def add_blocks(self, blocks: Sequence[Streams]) -> None:
+        """Blocks that see themselves and all before them, each at one position of its own. Small ones share a forward."""
+        sizes = [_tokens(block) for block in blocks]
+        self.check_room(sum(sizes))
+        if len(blocks) > 1 and sum(sizes) > _SHARED_FORWARD:
+            for block in blocks:
+                self.add_blocks([block])
+            return
+        u = [(i, block.u) for i, block in enumerate(blocks) if block.u is not None]
+        g = [(i, block.g) for i, block in enumerate(blocks) if block.g is not None]
+        x = Streams(*(torch.cat([part for _, part in parts], dim=1) if parts else None for parts in (u, g)))
+        own = [i for i, part in (*u, *g) for _ in range(part.shape[1])]  # the block of each slot
+        where = torch.tensor(own, device=self.parts.model.device)
+        have, n = self.cache.lengths[0], len(own)
         plan = self.cache.plan([n], causal=False)
-        where = torch.full((1, n), self.position, device=self.parts.model.device)
-        self.parts.model.backbone(x, where, cache=self.cache, plan=plan)
+        if len(blocks) > 1:
+            seen = torch.ones(n, have + n, dtype=torch.bool, device=where.device)
+            seen[:, have:] = where[:, None] >= where
+            plan = replace(plan, mask=seen[None, None])
+        self.parts.model.backbone(x, (self.position + where).unsqueeze(0), cache=self.cache, plan=plan)
         self.cache.advance([n])
-        self.position += 1
+        self.position += len(blocks)
 
     def markers(self) -> Tensor:
         """Embeddings of vision_start and vision_end, [1, 2, E]."""
@@ -183,6 +198,10 @@ def encode_latents(parts: Parts, pixels: Tensor, generator: torch.Generator | No
     eps = torch.zeros(shape) if generator is None else torch.randn(shape, generator=generator)
     z = parts.vae.encode(pixels.unsqueeze(0).to(parts.model.device), eps.to(parts.model.device))
     return patchify(z, p), (z.shape[2] // p, z.shape[3] // p)
+
+
+def _tokens(block: Streams) -> int:
+    return sum(part.shape[1] for part in block if part is not None)
 
 
 def _prefill_text(model: Bagel, cache: KVCache, ids: list[int], position: int) -> int:

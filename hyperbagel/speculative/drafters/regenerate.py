@@ -23,7 +23,7 @@ def context_of(parts: Parts, sample: Sample, taps: Sequence[int]) -> Session | N
                 return session
             session.add_text(parts.tokenizer.decode(item.ids))
         elif isinstance(item, VitImage):
-            session._add_vit(to_tensor(item.pixels))  # plans carry pixels that are already resized
+            session.add_blocks([session.vit_block(to_tensor(item.pixels))])  # plans carry pixels that are already resized
         elif not item.loss:  # a picture to draw is no context
-            session._add_latents(to_tensor(item.pixels), None)
+            session.add_blocks([session.latent_block(to_tensor(item.pixels), None)])
     return session

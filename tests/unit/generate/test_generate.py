@@ -13,6 +13,7 @@ from small_world import small_parts
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import decode
+from hyperbagel.generate.image import GuidedVelocity
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, AskRequest, ImageRequest
 from hyperbagel.pipeline import HyperBagel, split_thinking
@@ -86,6 +87,35 @@ def test_fork_leaves_its_parent_alone(model: HyperBagel) -> None:
     assert (parent.cache.lengths[0], parent.position, parent.dropped) == state[:3] and len(parent.texts) == 1
     assert all(torch.equal(a[:, :, : state[0]], b[:, :, : state[0]]) for a, b in zip(parent.cache.k, state[3], strict=True))
     assert child.cache.lengths[0] > state[0]
+
+
+@torch.inference_mode()
+def test_blocks_of_a_picture_share_a_forward_and_nothing_changes(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind other text and another picture: one forward a picture in place of two, the same keys, the same velocity."""
+    calls: list[int] = []
+    backbone = model.parts.model.backbone
+    monkeypatch.setattr(model.parts.model, "backbone", lambda x, where, **how: (calls.append(where.shape[1]), backbone(x, where, **how))[1])
+
+    def session() -> Session:
+        s = Session.new(model.parts)
+        s.add_text("first this")
+        for i in range(2):
+            s.add_image(photo(20, 20 + 10 * i, i), latents=True, generator=torch.Generator().manual_seed(i))
+        s.add_text("swap them")
+        return s
+
+    together, forwards = session(), len(calls)
+    monkeypatch.setattr("hyperbagel.generate.session._SHARED_FORWARD", 0)
+    apart = session()
+    assert (forwards, len(calls) - forwards) == (4, 6) and sum(calls[:4]) == sum(calls[4:])
+    assert (together.position, together.dropped, together.cache.lengths) == (apart.position, apart.dropped, apart.cache.lengths)
+    for a, b in zip(together.cache.k, apart.cache.k, strict=True):  # the same keys, those of a picture in another order
+        a, b = (x[0, :, : apart.cache.lengths[0]].transpose(0, 1).flatten(1) for x in (a, b))
+        distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+        assert distance.min(dim=0).values.max() < 1e-4 and distance.min(dim=1).values.max() < 1e-4
+    x = torch.randn(1, 4, model.parts.model.config.latent_channels, generator=torch.Generator().manual_seed(3))
+    v = [GuidedVelocity([s], [(2, 2)], replace(EDIT, image_scale=1.5))(x, 0.7) for s in (together, apart)]
+    torch.testing.assert_close(v[0], v[1], atol=1e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
