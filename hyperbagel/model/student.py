@@ -192,6 +192,24 @@ def load_student(folder: Path, base: Bagel) -> Student:
     return student.eval()
 
 
+def carry_student(folder: Path, old: Bagel, new: Bagel) -> Student:
+    """A student of `old`, as one of `new`: the same change on another model of its shape, such as `old` trained on.
+
+    ours (task arithmetic, Ilharco et al. 2023): low-rank changes stay what they are, whole layers take new + (student - old). A place to
+    train on from, not a student of `new` yet. Raises InputError for models of different shapes and for what `load_student` refuses.
+    """
+    if (was := old.config.model_dump()) != (now := new.config.model_dump()):
+        changed = ", ".join(name for name in was if was[name] != now[name])
+        raise InputError(f"{folder}: got a student of a model whose {changed} config differs, expected one of the same shape")
+    student = load_student(folder, old)
+    with torch.no_grad():
+        for name in student.adapter.copies:
+            layers = (model.get_submodule(name) for model in (student.adapter, old, new))
+            for own, before, after in zip(*(layer.parameters() for layer in layers), strict=True):
+                own.add_(after.to(own.dtype) - before.to(own.dtype))
+    return student
+
+
 def read_sampler(folder: Path) -> Sampler:
     """How a student is to be sampled, without loading it. Raises InputError."""
     return _sampler(_read_json(folder / "sampler.json"), folder)

@@ -22,7 +22,7 @@ from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import Velocity, euler, euler_steps
 from hyperbagel.generate.types import PAPER_EDIT, PAPER_TEXT_TO_IMAGE, Denoising
-from hyperbagel.model.student import Sampler, Student, StudentNetwork, fingerprint, load_student, make_adapter, save_student
+from hyperbagel.model.student import Sampler, Student, StudentNetwork, carry_student, fingerprint, load_student, make_adapter, save_student
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.model.weights import load_folder
 from hyperbagel.train.alarms import alarms
@@ -46,6 +46,7 @@ class DistillRecipe(TrainRecipe):
 
     model: Path  # the base: a folder in BAGEL's layout; frozen
     init: Path | None = None  # the student to go on from; None: a fresh one
+    init_base: Path | None = None  # the base that `init` was made for, if another: `model` before it was trained on
     kind: Literal["lora", "full"] = "full"  # of a fresh student
     rank: int = Field(default=64, ge=1)
     alpha: float | None = Field(default=None, gt=0)  # None: alpha = rank
@@ -96,7 +97,7 @@ class DistillStage(Stage):
         self.spec = pack_spec(self.base.config, tokenizer)
         self.markers = self.base.embed_text(torch.tensor([[tokenizer.vision_start, tokenizer.vision_end]], device=device)).detach()
         self.tokenizer = tokenizer
-        self.student = self.load(recipe.init) if recipe.init else self._fresh()
+        self.student = self._begin()
         self.student.sampler = self._sampler()
         self.network = self.student.network(self.base)
         self.players = {"student": Player.of(self.student, recipe.optim)}
@@ -111,6 +112,14 @@ class DistillStage(Stage):
 
     def load(self, folder: Path) -> Student:
         return load_student(folder, self.base).to(self.device)
+
+    def _begin(self) -> Student:
+        r = self.recipe
+        if r.init is None:
+            return self._fresh()
+        if r.init_base is None:
+            return self.load(r.init)
+        return carry_student(r.init, load_folder(r.init_base, self.device, self.dtype)[0], self.base).to(self.device)
 
     def frozen(self, folder: Path) -> StudentNetwork:
         """A student that is only run."""

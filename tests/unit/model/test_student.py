@@ -15,7 +15,7 @@ from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeCon
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.qwen2_mot import Streams
-from hyperbagel.model.student import Kind, Sampler, Student, fingerprint, load_student, make_adapter, save_student
+from hyperbagel.model.student import Kind, Sampler, Student, carry_student, fingerprint, load_student, make_adapter, save_student
 from hyperbagel.model.weights import inspect_folder, load_tensors
 from hyperbagel.nn.lora import Adapter, attach
 
@@ -134,6 +134,33 @@ def test_round_trip(kind: Kind, tmp_path: Path) -> None:
         key = "base_model.model.language_model.model.layers.0.mlp_moe_gen.up_proj.lora_A.weight"
         assert stored[key].shape == (4, 24) and "base_model.model.llm2vae.weight" in stored
         assert {"q_proj_moe_gen", "mlp_moe_gen.up_proj"} <= set(config["target_modules"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_is_carried_to_another_base_of_its_shape(kind: Kind, tmp_path: Path) -> None:
+    """Each weight is the new base's plus what the student changed in the old one; the embedders stay."""
+    old, new = tiny(), tiny(1)
+    student = Student.fresh(old, make_adapter(old, kind, rank=4), Sampler())
+    shake(student)
+    save_student(tmp_path / "s", student, old)
+    with pytest.raises(InputError, match="another base"):
+        load_student(tmp_path / "s", new)
+    carried = carry_student(tmp_path / "s", old, new)
+    whole = {name: p for name, p in student.named_parameters() if "lora" not in name and name.startswith("adapter.")}
+    assert any("llm2vae" in name for name in whole)
+    for name, p in carried.named_parameters():
+        before = student.get_parameter(name)
+        if name in whole:
+            own = name.removeprefix("adapter.")
+            torch.testing.assert_close(p - new.get_parameter(own), before - old.get_parameter(own), atol=1e-6, rtol=0)
+        else:
+            assert torch.equal(p, before)
+    for model in (old, new):
+        assert torch.equal(run(model), run(tiny(int(model is new))))  # neither base was written to
+    other = tiny()
+    other.config = other.config.model_copy(update={"llm": other.config.llm.model_copy(update={"num_hidden_layers": 3})})
+    with pytest.raises(InputError, match="llm config differs"):
+        carry_student(tmp_path / "s", old, other)
 
 
 def test_fingerprint_tells_bases_apart_and_survives_bf16() -> None:
