@@ -214,10 +214,14 @@ class HyperBagel:
     # -- contexts --------------------------------------------------------------------------------------------------------------
 
     def settings(self, request: ImageRequest, *, warn: bool = True) -> Denoising:
-        """How a request is denoised. A student's sampler travels with its weights, merged or not; else the kind's defaults hold."""
+        """How a request is denoised. A student's sampler travels with its weights, merged or not; else defaults hold."""
         if request.student in (None, "none"):
             own = replace(request, student=None)
-            return own.denoising() if self.sampler is None else with_sampler(own, self.sampler, warn=warn)
+            if self.sampler is not None:
+                return with_sampler(own, self.sampler, warn=warn)
+            if own.interval is None and not any(isinstance(item, Image) for item in own.items()):
+                own = replace(own, interval=self.parts.model.config.options.text_to_image_interval)
+            return own.denoising()
         return with_sampler(request, self.students.get(str(request.student)).sampler, warn=warn)
 
     def _check(self, request: ImageRequest) -> None:

@@ -43,15 +43,16 @@ passed() {
 }
 
 mkdir -p "$out"
-base=$out/more/export
+base=$out/draw/export
 stage vae vae vae                                                  # 22 minutes: pictures <-> latents
 stage vit vit vit                                                  # 15: what stands where in a picture
 stage base base base vae="$out/vae/export" vit="$out/vit/export"   # 70: captions, edits and questions in one model
 stage more base base-more init="$out/base/export" vit="$out/vit/export" align.vit="$out/vit/export"   # 60: the same, longer, with its eye's help
+stage draw base base-draw init="$out/more/export" align.vit="$out/vit/export"   # 60: drawing alone; answers stay as they are
 
 # -- six evaluations
 stage reward reward reward model="$base"                           # 3: which of two pictures is better; for refl
-stage cfg cfg cfg model="$base"                                    # 10: guidance inside
+stage cfg cfg cfg model="$base"                                    # 40: guidance inside
 cfg=$out/cfg/export                                                # no gate: it is measured against the base without guidance
 hyperbagel gate "$out/cfg" --else "$cfg" > /dev/null
 stage reflow cfg cfg model="$base" init="$cfg" teacher="$cfg" target=reflow nfe=6 max_seconds=300   # 5: a baseline, and the real model of dmdo-reflowed
@@ -67,7 +68,7 @@ done
 six=$(passed "$six" "${runs[@]}")
 
 # -- one evaluation
-stage adp adp adp model="$base" init="$six"                        # 10
+stage adp adp adp model="$base" init="$six"                        # 30
 one=$(passed "$out/adp/export" adp)                                # whatever it says, only this one was made for one step
 stage refl refl refl model="$base" init="$one" teacher="$six" reward="$out/reward/export"           # 5
 one=$(passed "$one" refl)

@@ -7,7 +7,7 @@ function of its id, so that two models see the same prompts and the same noise (
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from hyperbagel.evaluate.diversity import DRAWS, pixel_diversity, scene_diversit
 from hyperbagel.evaluate.records import Record, Worker, run_items
 from hyperbagel.evaluate.report import print_report, write_report
 from hyperbagel.evaluate.summary import summarise_diversity, summarise_edits, summarise_questions, summarise_t2i
-from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult, TextResult
+from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, TextResult
 from hyperbagel.model.weights import load_tensors
 from hyperbagel.toybox.detector import Detector
 from hyperbagel.toybox.items import edit_eval_items, question_eval_items, t2i_eval_prompts
@@ -40,6 +40,10 @@ class Model(Protocol):
     def generate_batch(self, requests: list[ImageRequest]) -> list[ImageResult]: ...
 
     def ask_batch(self, requests: list[AskRequest]) -> list[TextResult]: ...
+
+    def settings(self, request: ImageRequest) -> Denoising:
+        """The request's, with this model's own where it says nothing."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ class Settings:
     answer: dict[str, Any] = field(default_factory=lambda: {"max_tokens": 192})
 
 
-def resolve(settings: Settings) -> dict[str, Any]:
+def resolve(settings: Settings, fill: Callable[[ImageRequest], Denoising] = ImageRequest.denoising) -> dict[str, Any]:
     """The settings with every default of the requests filled in, as JSON knows them: what a figure depends on besides the model."""
-    edit = ImageRequest(images=(Image.new("RGB", (16, 16)),), **settings.edit).denoising()
-    full = asdict(settings) | {"image": asdict(ImageRequest(**settings.image).denoising()), "edit": asdict(edit)}
+    edit = fill(ImageRequest(images=(Image.new("RGB", (16, 16)),), **settings.edit))
+    full = asdict(settings) | {"image": asdict(fill(ImageRequest(**settings.image))), "edit": asdict(edit)}
     return json.loads(json.dumps(full))
 
 
@@ -95,7 +99,7 @@ def run_toybox_eval(
     detector = detector or load_detector()
     out = None if out is None else make_folder(out)
 
-    resolved = resolve(chosen)
+    resolved = resolve(chosen, model.settings)
 
     def run(part: str, items: Sequence[Any], worker: Worker) -> list[Record]:
         header = {"settings": resolved, "n": len(items)}

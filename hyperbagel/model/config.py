@@ -93,6 +93,9 @@ class BagelOptions(_Shape):
     vae_transform: ImageSizes = ImageSizes(max_size=1024, min_size=512, stride=16)
     vit_transform: ImageSizes = ImageSizes(max_size=980, min_size=224, stride=14)
     default_size: tuple[int, int] = (1024, 1024)  # (height, width) of a picture when none is asked for
+    text_to_image_interval: tuple[float, float] | None = (
+        None  # times at which guidance acts on pictures from text; None: the program's usual
+    )
 
 
 class BagelConfig(_Shape):

@@ -16,7 +16,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.evaluate.records import item_seed, open_records, read_records
 from hyperbagel.evaluate.report import compare_evaluations, print_report
 from hyperbagel.evaluate.toybox import Settings, as_square, load_detector, run_toybox_eval
-from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult, TextResult
+from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, TextResult
 from hyperbagel.toybox.detector import Detector
 from hyperbagel.toybox.items import edit_eval_items, question_eval_items, t2i_eval_prompts
 from hyperbagel.toybox.render import render
@@ -63,6 +63,9 @@ class Oracle:
     def ask_batch(self, requests: list[AskRequest]) -> list[TextResult]:
         self._call()
         return [TextResult(self.say(r), 1, 1, {}) for r in requests]
+
+    def settings(self, request: ImageRequest) -> Denoising:
+        return request.denoising()
 
     def _call(self) -> None:
         self.calls += 1

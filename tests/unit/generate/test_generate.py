@@ -76,6 +76,19 @@ def test_defaults_by_kind() -> None:
     assert ImageRequest("x", steps=7).denoising() == replace(TEXT_TO_IMAGE, num_steps=7)
 
 
+def test_a_model_may_have_a_guidance_interval_of_its_own(model: HyperBagel) -> None:
+    """For pictures from text that ask for none: both branches at each of 8 steps, and at 7 with the usual 0.4 to 1."""
+    parts = small_parts()
+    config = parts.model.config
+    parts.model.config = config.model_copy(update={"options": config.options.model_copy(update={"text_to_image_interval": (0.0, 1.0)})})
+    own = HyperBagel(parts, "own")
+    assert model.settings(ImageRequest("a car")).interval == (0.4, 1.0)
+    assert own.settings(ImageRequest("a car")).interval == (0.0, 1.0)
+    assert own.settings(ImageRequest("a car", interval=(0.2, 0.9))).interval == (0.2, 0.9)
+    assert own.settings(ImageRequest("a car", (photo(8, 8),))) == EDIT
+    assert [m.generate("a car", seed=0, steps=8)[0].nfe for m in (model, own)] == [15, 16]
+
+
 def test_fork_leaves_its_parent_alone(model: HyperBagel) -> None:
     with torch.inference_mode():
         parent = Session.new(model.parts)
