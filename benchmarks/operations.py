@@ -24,6 +24,7 @@ from hyperbagel.generate.graphs import GraphRunner, GraphVelocity
 from hyperbagel.generate.image import GuidedVelocity, InTurnVelocity, latent_grid
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, Denoising
+from hyperbagel.model.qwen2_mot import Streams
 
 T = 0.7  # inside the guidance interval of both kinds
 
@@ -163,14 +164,19 @@ def _text(parts: Parts, tokens: int) -> Operation:
     return Operation(lambda: Session.new(parts).add_text(text), found, "matmul", {"tokens": n})
 
 
+def _read(parts: Parts, block: Callable[[Session], Streams]) -> None:
+    """One block of a picture into a fresh cache."""
+    session = Session.new(parts)
+    session.add_blocks([block(session)])
+
+
 def _vit(parts: Parts, load: Workload) -> Operation:
     """A picture as a question has it: resized, through the vision tower, into the cache."""
     pixels = parts.vit_transform(parts.vae_transform.resize(picture(load)))
     config, width = parts.model.config, parts.model.dtype.itemsize
     patches = (pixels.shape[1] // config.vit.patch_size) * (pixels.shape[2] // config.vit.patch_size)
     parts_cost = cost.vision(config, patches, width), cost.block(config, [0], patches + 2, 0, width)
-    call = lambda: Session.new(parts)._add_vit(pixels)  # noqa: E731
-    return Operation(call, _sum(*parts_cost), "matmul", {"patches": patches})
+    return Operation(lambda: _read(parts, lambda session: session.vit_block(pixels)), _sum(*parts_cost), "matmul", {"patches": patches})
 
 
 def _latents(parts: Parts, load: Workload) -> Operation:
@@ -179,8 +185,8 @@ def _latents(parts: Parts, load: Workload) -> Operation:
     size = pixels.shape[1], pixels.shape[2]
     n = size[0] * size[1] // config.latent_stride**2
     parts_cost = cost.autoencoder(config, size, encode=True), cost.block(config, [0], 2, n, parts.model.dtype.itemsize)
-    call = lambda: Session.new(parts)._add_latents(pixels, None)  # noqa: E731
-    return Operation(call, _sum(*parts_cost), "matmul", {"latent_tokens": n})
+    total = _sum(*parts_cost)
+    return Operation(lambda: _read(parts, lambda session: session.latent_block(pixels, None)), total, "matmul", {"latent_tokens": n})
 
 
 def _vae(parts: Parts, load: Workload, *, encode: bool) -> Operation:
