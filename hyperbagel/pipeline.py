@@ -18,6 +18,7 @@ import torch
 from PIL.Image import Image, Resampling
 
 from hyperbagel.core.errors import InputError, Notice
+from hyperbagel.data.images import as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.generate.contexts import Contexts
@@ -34,6 +35,7 @@ from hyperbagel.speculative.choose import NONE, Drafters
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.types import Speculated
 
+Picture = Image | str | Path  # a PIL image of any mode, or where one is
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -99,7 +101,7 @@ class HyperBagel:
 
     def edit(
         self,
-        images: Image | Sequence[Image],
+        images: Picture | Sequence[Picture],
         instruction: str,
         *,
         n: int = 1,
@@ -107,16 +109,18 @@ class HyperBagel:
         on_step: OnStep | None = None,
         **settings: Any,
     ) -> list[ImageResult]:
-        """Changes a picture, or composes several, as the instruction says. Settings: fields of ImageRequest."""
-        given = (images,) if isinstance(images, Image) else tuple(images)
+        """Changes a picture, or composes several, as the instruction says. A picture is a PIL image or a path. Settings: fields of
+        ImageRequest."""
+        given = _tuple(images)
         if not given:
             raise InputError("got no image to edit, expected at least one; to draw from text alone use generate")
         return self._pictures(ImageRequest(instruction, given, **settings), n, seed, on_step)
 
-    def ask(self, question: str, images: Image | Sequence[Image] = (), *, on_token: OnToken | None = None, **settings: Any) -> TextResult:
-        """Answers a question about any number of images. Settings: fields of AskRequest."""
-        given = (images,) if isinstance(images, Image) else tuple(images)
-        return self.ask_batch([AskRequest(question, given, **settings)], on_token=on_token)[0]
+    def ask(
+        self, question: str, images: Picture | Sequence[Picture] = (), *, on_token: OnToken | None = None, **settings: Any
+    ) -> TextResult:
+        """Answers a question about any number of images, PIL images or paths. Settings: fields of AskRequest."""
+        return self.ask_batch([AskRequest(question, _tuple(images), **settings)], on_token=on_token)[0]
 
     def _pictures(self, request: ImageRequest, n: int, seed: int | None, on_step: OnStep | None) -> list[ImageResult]:
         if n < 1:
@@ -138,6 +142,7 @@ class HyperBagel:
         """Draws or edits many at once; each result is what the request alone would give. Sizes and prompts may differ; requests with
         equal denoising settings share forwards. on_token: called for each token of a request's plan (`think`). contexts: where prefilled
         pictures are kept for the next call, and looked for."""
+        requests = [_with_pictures(request) for request in requests]
         for request in requests:
             self._check(request)
         groups: dict[Any, list[int]] = defaultdict(list)
@@ -170,6 +175,7 @@ class HyperBagel:
 
         A drafter changes the speed alone. One that cannot be used is a warning, and the answer comes without it.
         """
+        requests = [replace(request, images=tuple(map(as_picture, request.images))) for request in requests]
         for request in requests:
             if not request.question.strip():
                 raise InputError("got an empty question, expected some text")
@@ -338,6 +344,17 @@ class _Ready:
     generator: torch.Generator
     thinking: str | None
     reused: int
+
+
+def _tuple(images: Picture | Sequence[Picture]) -> tuple[Any, ...]:
+    """One picture or several as a tuple; a path is one, though its letters could be counted."""
+    return (images,) if isinstance(images, (Image, str, Path)) else tuple(images)
+
+
+def _with_pictures(request: ImageRequest) -> ImageRequest:
+    """The request with RGB pictures, whatever was given for them. In the interleaved form a string is a text."""
+    inputs = request.inputs and tuple(item if isinstance(item, str) else as_picture(item) for item in request.inputs)
+    return replace(request, images=tuple(map(as_picture, request.images)), inputs=inputs)
 
 
 def first_picture(request: ImageRequest) -> Image:

@@ -41,13 +41,13 @@ def readable_errors(path: Path) -> Iterator[None]:
 
 def _concerns(path: Path, error: OSError) -> bool:
     """Whether `error` is about `path`: itself, a folder above it, something in it, or its temporary neighbour."""
-    if error.filename is None:
-        return True
-    other = Path(os.fsdecode(error.filename))
-    neighbour = (
-        other.is_relative_to(path.parent) and other != path.parent and other.relative_to(path.parent).parts[0].startswith(f".{path.name}.")
-    )
-    return neighbour or path.is_relative_to(other) or other.is_relative_to(path)
+    named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if name is not None]  # a copy names both ends
+
+    def near(other: Path) -> bool:
+        below = other.relative_to(path.parent).parts if other.is_relative_to(path.parent) else ()
+        return (bool(below) and below[0].startswith(f".{path.name}.")) or path.is_relative_to(other) or other.is_relative_to(path)
+
+    return not named or any(map(near, named))
 
 
 def fsync_path(path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_bytes
@@ -85,6 +85,21 @@ def _open(source: Path | str | bytes, name: str | None, convert: Callable[[Image
         raise
     except _DAMAGED as error:
         raise InputError(f"{label}: got a damaged picture ({error}), expected a whole file, save or download it again") from error
+
+
+def as_picture(given: object) -> Image.Image:
+    """What a caller gives as a picture, as RGB: a path is opened, a PIL image of any mode converted and turned upright, as `open_image` does.
+
+    Raises InputError for what is neither, or a picture without pixels.
+    """
+    if isinstance(given, (str, Path)):
+        return open_image(given)
+    if not isinstance(given, Image.Image):
+        raise InputError(f"got a {type(given).__name__} as a picture, expected a PIL image or a path, open it first")
+    if given.width < 1 or given.height < 1:
+        raise InputError(f"got a picture of {given.width}x{given.height} pixels, expected at least 1x1, give another one")
+    upright = given if given.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(given)
+    return upright if upright.mode == "RGB" else to_rgb(upright)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

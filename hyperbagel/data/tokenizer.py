@@ -52,6 +52,7 @@ class Tokenizer:
         self.vision_start, self.vision_end = ids["<|vision_start|>"], ids["<|vision_end|>"]
         self.special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.largest_id = max(backend.get_vocab(with_added_tokens=True).values())
         self._alphabet = alphabet
 
     @classmethod

@@ -196,8 +196,12 @@ def denoise(
 
 @torch.inference_mode()
 def decode_latents(parts: Parts, latents: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """Latents [h * w, C] to a picture: VAE, then (x / 2 + 1/2) clamped, times 255, truncated."""
+    """Latents [h * w, C] to a picture: VAE, then (x / 2 + 1/2) clamped, times 255, truncated. Raises InputError for non-finite values."""
     z = unpatchify(latents.unsqueeze(0), *grid, parts.model.config.options.latent_patch_size)
     pixels = parts.vae.decode(z.float())[0]
+    if not pixels.isfinite().all():  # clamped, they would be a black picture
+        raise InputError(
+            "got a picture with NaN or infinite values, expected finite ones, check the model's config files or use dtype float32"
+        )
     pixels = (pixels * 0.5 + 0.5).clamp(0, 1) * 255
     return Image.fromarray(pixels.permute(1, 2, 0).to(torch.uint8).cpu().numpy())

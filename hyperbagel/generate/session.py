@@ -46,8 +46,13 @@ class Parts:
             return ImageTransform(sizes.max_size, sizes.min_size, sizes.stride, sizes.max_pixels)
 
         model, vae = load_folder(folder, device, dtype, attention)
-        options = model.config.options
-        return cls(model, vae, Tokenizer.from_folder(folder), transform(options.vae_transform), transform(options.vit_transform))
+        options, tokenizer, known = model.config.options, Tokenizer.from_folder(folder), model.config.llm.vocab_size
+        if tokenizer.largest_id >= known:
+            raise InputError(
+                f"{folder}: got a tokenizer with ids up to {tokenizer.largest_id}, expected below {known} (vocab_size in llm_config.json), "
+                "take the tokenizer that belongs to these weights"
+            )
+        return cls(model, vae, tokenizer, transform(options.vae_transform), transform(options.vit_transform))
 
 
 @dataclass

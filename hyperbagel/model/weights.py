@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(whole, str(temporary), metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(whole, str(temporary), metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # its writer tells the operating system's reason as text
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(temporary)) from error
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
 
 

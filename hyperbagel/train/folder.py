@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -67,10 +68,14 @@ def save_model(folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Path, dt
 def install_student(student: Path, model: Path, name: str | None = None) -> Path:
     """Copies a student to MODEL/students/NAME in bfloat16 (None: its number of evaluations); an older one of that name is replaced.
 
-    Returns its folder. Raises InputError for a folder that is no student, or a student of another base.
+    Returns its folder. Raises InputError for a folder that is no student, a student of another base, or a name that is no student's.
     """
+    if name is not None and (not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "none"):
+        raise InputError(f"got name {name!r}, expected letters, digits, '-', '_' and '.', not 'none', choose another one")
     base, _ = load_folder(model, torch.device("cpu"), torch.float32)
     loaded = load_student(student, base)
     target = model / "students" / (name or str(loaded.sampler.nfe))
+    if target.exists() and not (target / "sampler.json").is_file():
+        raise InputError(f"{target}: got something that is no student there, expected nothing or a student to replace, choose another name")
     save_student(target, loaded, base, base_name=model.name, dtype=torch.bfloat16)
     return target

@@ -50,6 +50,11 @@ def test_refusals_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_copy_that_finds_no_room_is_about_where_it_goes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="full disk"), atomic_path(tmp_path / "f") as temporary:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/a", None, str(temporary / "a"))
+
+
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="create the folder first"):
         atomic_write_text(tmp_path / "none" / "a.txt", "x")

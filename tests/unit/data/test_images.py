@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.images import captioned_grid, open_image, read_settings, save_png
+from hyperbagel.data.images import as_picture, captioned_grid, open_image, read_settings, save_png
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -112,3 +112,25 @@ def test_sheet_shows_every_picture_and_text() -> None:
     sheet = np.asarray(captioned_grid([(red, "a red thing"), (red, ""), (plain, "word " * 40)], columns=2, side=64, lines=2))
     assert (sheet == (255, 0, 0)).all(-1).sum() == 2 * 64 * 64
     assert (sheet.sum(-1) < 200).any()  # ink of the captions
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16", "F"])
+def test_pictures_in_memory_are_read_as_their_files_are(mode: str) -> None:
+    image = as_picture(Image.new(mode, (5, 3)))
+    assert image.mode == "RGB" and image.size == (5, 3)
+
+
+def test_pictures_in_memory_that_need_nothing_stay_and_rotated_ones_are_turned(tmp_path: Path) -> None:
+    plain, turned = Image.new("RGB", (5, 3)), Image.new("RGB", (5, 3))
+    turned.getexif()[0x0112] = 6  # EXIF orientation: a quarter turn
+    plain.save(tmp_path / "a.png")
+    assert as_picture(plain) is plain and as_picture(turned).size == (3, 5)
+    assert as_picture(tmp_path / "a.png").size == as_picture(str(tmp_path / "a.png")).size == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [(Image.new("RGB", (0, 5)), "0x5 pixels"), (3, "got a int"), ("no-such.png", "no readable file")]
+)
+def test_what_is_no_picture_is_refused(given: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        as_picture(given)

@@ -12,6 +12,7 @@ from PIL import Image
 from small_world import small_parts
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.data.images import to_rgb
 from hyperbagel.generate.decode import decode
 from hyperbagel.generate.image import GuidedVelocity
 from hyperbagel.generate.session import Session
@@ -230,3 +231,22 @@ def test_cancel_from_a_step(model: HyperBagel) -> None:
 def test_refused_before_work_starts(model: HyperBagel, call, words: str) -> None:
     with pytest.raises(InputError, match=words):
         call(model)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "CMYK"])
+def test_pictures_of_any_mode_and_paths(model: HyperBagel, tmp_path: Path, mode: str) -> None:
+    given = photo(30, 20).convert(mode)
+    want = model.edit(to_rgb(given), "make it red", seed=0, steps=2)[0]
+    given.save(tmp_path / "a.tiff")
+    for one in (given, tmp_path / "a.tiff", [str(tmp_path / "a.tiff")]):
+        got = model.edit(one, "make it red", seed=0, steps=2)[0]
+        assert np.array_equal(pixels(got.image), pixels(want.image)) and got.settings["pictures"] == 1
+    assert model.ask("what is it?", given, max_tokens=3).text == model.ask("what is it?", to_rgb(given), max_tokens=3).text
+
+
+def test_a_picture_that_is_not_finite_is_an_error_and_not_a_black_one() -> None:
+    parts = small_parts()
+    with torch.no_grad():
+        parts.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        HyperBagel(parts, "broken").generate("a car", seed=0, steps=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
@@ -118,3 +119,13 @@ def test_broken_index(folder: Path, index: str) -> None:
     (folder / "ema.safetensors").unlink()
     (folder / "ema.safetensors.index.json").write_text(index)
     refused(folder, str(folder))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:  # as safetensors 0.4 to 0.6 tell it
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("hyperbagel.model.weights.save_file", full)
+    with pytest.raises(InputError, match="full disk"):
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,74 @@
+"""Whole model folders: what may be put beside a model, and what belongs together."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import hyperbagel
+from hyperbagel.core.errors import InputError
+from hyperbagel.generate.session import Parts
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.guidance_embed import GuidanceEmbedders
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.student import Sampler, Student, make_adapter, save_student
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.model.weights import load_folder, save_folder
+from hyperbagel.train.folder import install_student
+
+CONFIG = BagelConfig(
+    llm=LLMConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=50),
+    vit=ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4),
+    vae=VaeConfig(ch=4, ch_mult=(1, 1), num_res_blocks=1, z_channels=2, norm_groups=2, downsample=2),
+    options=BagelOptions(max_latent_size=4, vit_max_num_patch_per_side=4),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = fresh_bagel(CONFIG, torch.Generator().manual_seed(0))
+    save_folder(tmp_path / "m", CONFIG, model.state_dict(), AutoEncoder(CONFIG.vae).state_dict(), dtype=torch.float32)
+    return tmp_path / "m"
+
+
+@pytest.fixture
+def student(folder: Path, tmp_path: Path) -> Path:
+    base: Bagel = load_folder(folder)[0]
+    made = Student(make_adapter(base, "lora", rank=2), GuidanceEmbedders(24), Sampler(nfe=6))
+    save_student(tmp_path / "s", made, base)
+    return tmp_path / "s"
+
+
+def test_a_student_is_installed_by_its_evaluations_or_a_name(folder: Path, student: Path) -> None:
+    assert install_student(student, folder) == folder / "students" / "6"
+    assert install_student(student, folder, "edit-2.1") == folder / "students" / "edit-2.1"
+    install_student(student, folder, "6")  # an older one is replaced
+    assert {p.name for p in (folder / "students").iterdir()} == {"6", "edit-2.1"}
+
+
+@pytest.mark.parametrize("name", [".", "..", "../../m", "a/b", "none", "", "-x"])
+def test_a_name_that_leads_elsewhere_is_refused(folder: Path, student: Path, name: str) -> None:
+    install_student(student, folder)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match="choose another one"):
+        install_student(student, folder, name)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_what_is_no_student_is_not_replaced(folder: Path, student: Path) -> None:
+    (folder / "students" / "mine").mkdir(parents=True)
+    (folder / "students" / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(InputError, match="no student there"):
+        install_student(student, folder, "mine")
+    assert (folder / "students" / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(hyperbagel.__file__).parent / "assets" / "toybox" / name, folder)
+    with pytest.raises(InputError, match=r"expected below 50 \(vocab_size"):
+        Parts.load(folder)
