@@ -88,7 +88,7 @@ def _open(source: Path | str | bytes, name: str | None, convert: Callable[[Image
 
 
 def as_picture(given: object) -> Image.Image:
-    """What a caller gives as a picture, as RGB: a path is opened, a PIL image of any mode converted and turned upright, as `open_image` does.
+    """What a caller gives as a picture, as RGB: a path is opened, a PIL image converted and turned upright as `open_image` does it.
 
     Raises InputError for what is neither, or a picture without pixels.
     """
