@@ -25,6 +25,8 @@ from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.kv_cache import KVCache
 
 # Tokens of blocks that are run together. Fewer cost what a forward costs whatever is in it; more are worth attention without a mask.
+# In fp32 alone: in bf16 the reference's own division of the work stays nearest to its numbers (golden edits of two pictures, AMX: 2.2 %
+# of latents away from fp32 with a shared forward, under 2 % without).
 _SHARED_FORWARD = 512
 
 
@@ -143,7 +145,7 @@ class Session:
         """Blocks that see themselves and all before them, each at one position of its own. Small ones share a forward."""
         sizes = [_tokens(block) for block in blocks]
         self.check_room(sum(sizes))
-        if len(blocks) > 1 and sum(sizes) > _SHARED_FORWARD:
+        if len(blocks) > 1 and (sum(sizes) > _SHARED_FORWARD or self.parts.model.dtype != torch.float32):
             for block in blocks:
                 self.add_blocks([block])
             return
