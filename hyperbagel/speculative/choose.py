@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.budget import best_depth
@@ -77,7 +77,7 @@ class Drafters:
                 self.get(name)
                 fitting.append(name)
             except InputError as error:
-                warnings.warn(f"{error}; going on without it", stacklevel=4)
+                warnings.warn(f"{error}; going on without it", Notice, stacklevel=4)
         if len(fitting) > 1:
             trial = self._budgeted(fitting)
             costs = trial.prepare(Session.new(self.parts), 1)

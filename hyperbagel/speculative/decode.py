@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.decode import Decoded, Runner
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.sampling import pick, probabilities
@@ -83,6 +83,7 @@ def _too_wide(sessions: Sequence[Session], max_tokens: int, drafter: Drafter) ->
         warnings.warn(
             f"got drafts of {drafter.width} tokens behind {longest} of a context of {limit}, expected room for them; answering without a "
             f"drafter, use max_tokens of at most {max(1, limit - longest + max_tokens - drafter.width)} to have one",
+            Notice,
             stacklevel=4,
         )
         return True

@@ -8,6 +8,7 @@ import pytest
 import torch
 from parity_world import STUBS, make_parts, mixed_sessions, text_sessions
 
+from hyperbagel.core.errors import Notice
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.session import Parts, Session
@@ -155,7 +156,7 @@ def test_no_room_for_drafts_is_a_warning(parts: Parts) -> None:
     [session] = text_sessions(parts, 1)
     longest = limit - session.cache.lengths[0] - 1
     plain = plain_decode([session], max_tokens=longest)
-    with pytest.warns(UserWarning, match="expected room for them"):
+    with pytest.warns(Notice, match="expected room for them"):
         out = decode([session], max_tokens=longest, drafter=Lookup())
     same(plain, out)
     assert not isinstance(out[0], Speculated)

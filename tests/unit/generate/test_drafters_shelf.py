@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_world import small_parts
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.types import AskRequest
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
@@ -74,11 +74,11 @@ def test_shipped_drafters_that_cannot_be_used(model: HyperBagel, tmp_path: Path)
     weights = drafter_folder(tmp_path / "torn", model, "eagle3") / "drafter.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
     told = HyperBagel(model.parts, "small", drafters=tmp_path)
-    with pytest.warns(UserWarning, match="going on without it") as warned:
+    with pytest.warns(Notice, match="going on without it") as warned:
         out = told.ask("what is this", max_tokens=8)
     assert out.text == model.ask("what is this", max_tokens=8).text
     messages = [str(w.message) for w in warned]
     assert any("hidden size 96 (the model has 48)" in m for m in messages) and any("torn" in m for m in messages)
     assert list(told.drafters.budgeted("auto").drafters) == ["lookup"]
-    with pytest.warns(UserWarning, match="answering without a drafter"):
+    with pytest.warns(Notice, match="answering without a drafter"):
         assert told.ask("what", max_tokens=4, drafter="other").tau is None
