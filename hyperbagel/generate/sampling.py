@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 
+# Below it, logits / T leave fp32's range (inf - inf: nan) or T itself rounds to 0; at it the likeliest token has all of the probability
+# long since.
+COLDEST = 1e-6
+
+
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / T) over the last dimension, in fp32; T > 0."""
-    return (logits.float() / temperature).softmax(-1)
+    """softmax(logits / T) over the last dimension, in fp32; T > 0 (what is below COLDEST counts as that)."""
+    return (logits.float() / max(temperature, COLDEST)).softmax(-1)
 
 
 def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:

@@ -14,6 +14,9 @@ from hyperbagel.flow.guidance import RENORMS, Renorm
 from hyperbagel.model.student import Sampler
 
 
+MAX_STEPS = 10_000  # a schedule is made whole at first: a slip of the finger must not fill the memory
+
+
 @dataclass(frozen=True)
 class Denoising:
     """How latents are denoised. `num_steps` counts updates (BAGEL's num_timesteps is one more)."""
@@ -28,8 +31,8 @@ class Denoising:
     student: str | None = None  # who denoises in the model's place: "6", "1" or a folder; scales are then its inputs, no branches
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise InputError(f"got {self.num_steps} steps, expected at least 1; 50 is usual")
+        if not 1 <= self.num_steps <= MAX_STEPS:
+            raise InputError(f"got {self.num_steps} steps, expected 1 to {MAX_STEPS}; 50 is usual")
         if self.renorm not in RENORMS:
             raise InputError(f"got renorm {self.renorm!r}, expected one of {', '.join(RENORMS)}")
         if not (0 <= self.interval[0] <= self.interval[1] <= 1):

@@ -107,6 +107,7 @@ WRONG = {
     "size is huge": ([*GENERATE, "--size", "4096x64"], "got a width of 4096"),
     "negative steps": ([*GENERATE, "--steps", "-1"], "got -1 steps"),
     "no steps": ([*GENERATE, "--steps", "0"], "got 0 steps"),
+    "steps without end": ([*GENERATE, "--steps", "99999999999999999999"], "expected 1 to 10000; 50 is usual"),
     "steps are words": ([*GENERATE, "--steps", "many"], "'--steps'"),
     "n is zero": ([*GENERATE, "-n", "0"], "got -n 0"),
     "n is huge": ([*GENERATE, "-n", "1000"], "got -n 1000"),

@@ -250,3 +250,10 @@ def test_a_picture_that_is_not_finite_is_an_error_and_not_a_black_one() -> None:
         parts.vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(InputError, match="NaN or infinite"):
         HyperBagel(parts, "broken").generate("a car", seed=0, steps=2)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-7])
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_a_temperature_of_nearly_zero_takes_the_likeliest_token(model: HyperBagel, temperature: float, drafter: str) -> None:
+    greedy = model.ask("what is this", max_tokens=12)
+    assert model.ask("what is this", max_tokens=12, temperature=temperature, drafter=drafter).text == greedy.text
