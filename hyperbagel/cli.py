@@ -236,15 +236,15 @@ def ask(
 
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="A folder, or a picture made by this program.")], json: Json = False) -> None:
-    """Say what a folder is (model, student, drafter, checkpoint), or how a picture was made."""
+    """Say what a folder is (model, student, drafter, checkpoint, run), or how a picture was made."""
     if path.is_file():
         from hyperbagel.data.images import read_settings
 
         found = read_settings(path)
     else:
-        from hyperbagel.model.weights import inspect_folder
+        from hyperbagel.folders import describe_folder
 
-        found = inspect_folder(path)
+        found = describe_folder(path)
     if json:
         print(jsonlib.dumps(found, indent=2, default=str))
     else:

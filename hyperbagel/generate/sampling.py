@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 # Below it, logits / T leave fp32's range (inf - inf: nan) or T itself rounds to 0; at it the likeliest token has all of the probability
 # long since.
 COLDEST = 1e-6

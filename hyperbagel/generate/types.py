@@ -13,7 +13,6 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.flow.guidance import RENORMS, Renorm
 from hyperbagel.model.student import Sampler
 
-
 MAX_STEPS = 10_000  # a schedule is made whole at first: a slip of the finger must not fill the memory
 
 

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": {"core", "data", "flow", "pipeline"},
     "cli_checks": {"core", "data"},
     "export": BELOW_PIPELINE | {"pipeline"},
+    "folders": {"core", "model", "speculative", "train"},
     "chat": {"core", "data", "generate", "speculative", "pipeline"},
     "cli_serve": {"core", "pipeline", "serve", "cli_checks"},
     "cli_export": {"core", "export", "cli_checks"},
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_students": {"core", "train"},
     "cli_eval": {"core", "pipeline", "evaluate", "cli_checks"},
     "cli": BELOW_PIPELINE
-    | {"pipeline", "train", "evaluate", "demo", "serve", "export", "chat"}
+    | {"pipeline", "train", "evaluate", "demo", "serve", "export", "chat", "folders"}
     | {"cli_checks", "cli_serve", "cli_eval", "cli_export", "cli_chat", "cli_students"},
 }
 # Single files that may reach further than their part, each for one reason.

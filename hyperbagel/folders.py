@@ -1,0 +1,83 @@
+"""What a folder is: a model, a student, a drafter, a checkpoint or a training's run folder. Reads headers and settings, no weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.core.run import read_metrics
+from hyperbagel.model.weights import TensorFolder, inspect_folder
+from hyperbagel.speculative.drafters.folder import read_acceptance, read_config
+from hyperbagel.train.checkpoint import best_checkpoint, list_checkpoints
+
+TRAINED = ".weights.safetensors"
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """The report that `hyperbagel inspect` prints. Raises InputError for a folder of no such kind, or a damaged one."""
+    if (folder / "drafter.json").is_file():
+        return _drafter(folder)
+    if (folder / "state.json").is_file():
+        return _checkpoint(folder)
+    if (folder / "provenance.json").is_file():
+        return _run(folder)
+    return inspect_folder(folder)
+
+
+def _drafter(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    target = {"hidden_size": config.hidden_size, "layers": config.target_layers, "vocab_size": config.vocab_size}
+    target |= {"heads": config.heads, "kv_heads": config.kv_heads}
+    rates = [round(rate, 3) for rate in read_acceptance(folder)]
+    report = {"folder": str(folder), "drafter": {"kind": config.kind, "layers": config.layers}, "target": target}
+    return report | {"acceptance": rates or "not measured", "weights": {"drafter": _sizes(folder, "drafter")}}
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    state = _read(folder / "state.json")
+    report = {key: state.get(key) for key in ("step", "seconds", "score")}
+    sharded = "; split over ranks (shards/)" if (folder / "shards").is_dir() else ""
+    players = {path.name.removesuffix(TRAINED): path.name.removesuffix(".safetensors") for path in sorted(folder.glob(f"*{TRAINED}"))}
+    weights = {name: _sizes(folder, stem) for name, stem in players.items()}
+    return {"folder": str(folder), "checkpoint": report, "players": ", ".join(state.get("players", {})) + sharded, "weights": weights}
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    launches = _read(folder / "provenance.json").get("launches") or [{}]
+    last = launches[-1]
+    command = [str(word) for word in last.get("command", ())]
+    stage = command[command.index("train") + 1] if "train" in command[:-1] else "unknown"
+    try:
+        lines = read_metrics(folder / "metrics.jsonl")
+    except ValueError as error:
+        raise InputError(f"{folder / 'metrics.jsonl'}: got a damaged line ({error}), expected JSON, restore the file") from error
+    report = {"stage": stage, "step": lines[-1]["step"] if lines else 0, "launches": len(launches), "started": last.get("started")}
+    report |= {"command": " ".join(command), "git": last.get("git"), "config": str(folder / "config.yaml")}
+    kept, best = list_checkpoints(folder / "checkpoints"), best_checkpoint(folder / "checkpoints")
+    report |= {"checkpoint": str(kept[-1]) if kept else "none yet", "best": str(best) if best else "none noted"}
+    report["export"] = str(folder / "export") if (folder / "export").is_dir() else "none yet: it is written at the end"
+    figures = {}
+    for name, held_out in (("training", False), ("held_out", True)):
+        of_kind = [line for line in lines if any(key.startswith("held_out/") for key in line) == held_out]
+        if of_kind:
+            figures[name] = {key.removeprefix("held_out/"): value for key, value in of_kind[-1].items()}
+    return {"folder": str(folder), "run": report, "last_figures": figures}
+
+
+def _sizes(folder: Path, stem: str) -> dict[str, Any]:
+    source = TensorFolder(folder, stem)
+    numbers = sum(math.prod(shape) for shape in source.shapes.values())
+    return {"tensors": len(source.shapes), "parameters": numbers, "dtypes": sorted(set(source.dtypes.values()))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: got a file that is not readable as JSON ({error}), expected it whole, restore it") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: got a {type(values).__name__}, expected names and values, restore it")
+    return values
