@@ -278,12 +278,12 @@ def demo(
 ) -> None:
     """Make a page of pictures, edits and answers, with what they took."""
     checks.check_seed(seed)
+    checks.check_folder(out)
     from hyperbagel.core.files import make_folder
     from hyperbagel.demo import build_demo
 
-    folder = make_folder(out)
     pipeline, _ = _load(time.perf_counter(), model, device, dtype)
-    print(build_demo(pipeline, folder, seed=seed, note=_note))
+    print(build_demo(pipeline, make_folder(out), seed=seed, note=_note))  # made only now: a mistyped model leaves no empty folder
 
 
 app.command()(serve)

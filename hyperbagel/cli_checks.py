@@ -58,6 +58,18 @@ def check_outputs(output: Path, n: int) -> list[Path]:
     return paths
 
 
+def check_folder(folder: Path) -> Path:
+    """A folder to write into, there or yet to be made; nothing is made here."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not nearest.is_dir():
+        raise InputError(
+            f"got the folder {str(folder)!r}, but {str(nearest)!r} is a file, expected a folder or nothing, choose another name"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"got the folder {str(folder)!r}, expected one you may write to, choose another one than {str(nearest)!r}")
+    return folder
+
+
 def parse_size(size: str | None) -> tuple[int, int] | None:
     """ "640x480" (width x height) as (height, width); None stays None."""
     if size is None:

@@ -140,6 +140,7 @@ WRONG = {
     "eval of an unknown student": (["eval", "distillation", "-o", "run", "--student", "x=y"], "expected NAME=FOLDER"),
     "eval of an unknown row": (["eval", "distillation", "-o", "run", "--rows", "8"], "got row '8'"),
     "eval of a negative number": (["eval", "toybox", "-o", "run", "--n-t2i", "-4"], "got --n-t2i -4"),
+    "demo into a file": (["demo", "-o", "in.png/page"], "in.png' is a file"),
     "demo with a negative seed": (["demo", "-o", "page", "--seed", "-1"], "got --seed -1"),
 }
 
@@ -174,6 +175,20 @@ def test_output_folder_is_not_writable(model: FakeModel, monkeypatch: pytest.Mon
     assert cli.main(GENERATE) == 2
     assert "a folder you may write to" in capsys.readouterr().err
     assert model.calls == []
+
+
+def test_demo_writes_nowhere_before_it_has_a_model(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise InputError("got no model")
+
+    monkeypatch.setattr(model, "from_pretrained", refuse)
+    assert cli.main(["demo", "-o", "page", "--model", "nothing"]) == 2
+    assert "got no model" in capsys.readouterr().err and not Path("page").exists()
+    monkeypatch.setattr(cli_checks.os, "access", lambda path, mode: False)  # chmod does not stop root
+    assert cli.main(["demo", "-o", "page"]) == 2
+    assert "expected one you may write to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
