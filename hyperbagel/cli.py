@@ -262,7 +262,7 @@ def train(
     """Train one stage from a recipe."""
     for item in overrides or ():
         if "=" not in item:
-            raise InputError(f"got the setting {item!r}, expected key=value, write for instance optimiser.lr=1e-4")
+            raise InputError(f"got the setting {item!r}, expected key=value, write for instance optim.lr=1e-4")
     from hyperbagel.train.launch import run_training
 
     run_training(name, recipe, list(overrides or ()), out, resume)

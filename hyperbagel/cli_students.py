@@ -29,10 +29,11 @@ def gate(
 
 def install(
     student: Annotated[Path, typer.Argument(help="A student's folder (RUN/export).")],
-    model: Annotated[Path, typer.Option(help="Folder of the model that it was distilled from.")],
+    model: Annotated[str, typer.Option(help="The model that it was distilled from: its folder, or toybox.")],
     name: Annotated[str | None, typer.Option(help="What --student calls it.", show_default="its number of evaluations")] = None,
 ) -> None:
     """Put a student beside its model, in bfloat16: MODEL/students/NAME, where --student NAME finds it."""
+    from hyperbagel.pipeline import model_folder
     from hyperbagel.train.folder import install_student
 
-    print(install_student(student, model, name))
+    print(install_student(student, model_folder(model), name))

@@ -46,13 +46,26 @@ def _read(
     model: str, student: Path | str, text_scale: float | None, image_scale: float | None
 ) -> tuple[Path, Bagel, Student, float, float]:
     folder = model_folder(model)
+    found = _find(folder, "student", student)
     base, _ = load_folder(folder, dtype=_loaded(folder))
-    found = folder / "students" / str(student)
-    given = load_student(found if found.is_dir() else Path(student), base).requires_grad_(False)
+    given = load_student(found, base).requires_grad_(False)
     text = given.sampler.text_scale if text_scale is None else text_scale
     image = given.sampler.image_scale if image_scale is None else image_scale
     check_scales(given.sampler, text, image)
     return folder, base, given, text, image
+
+
+def _find(folder: Path, what: str, name: Path | str) -> Path:
+    """The folder of a student or drafter: one that came with the model, or the caller's. Raises InputError before any weight is read."""
+    shelf = folder / f"{what}s"
+    found = shelf / str(name)
+    if found.is_dir() or Path(name).is_dir() or not folder.is_dir():  # a missing model is told of when it is loaded
+        return found if found.is_dir() else Path(name)
+    file = {"student": "sampler.json", "drafter": "drafter.json"}[what]
+    kinds = {"student": "", "drafter": '"eagle3"'}  # a drafter of another kind cannot be exported, so it is not offered
+    names = sorted(path.parent.name for path in shelf.glob(f"*/{file}") if kinds[what] in path.read_text(encoding="utf-8"))
+    own = f"one of this model's own ({', '.join(names)}) or " if names else ""
+    raise InputError(f"got {what} {str(name)!r}, expected {own}a {what}'s folder, check the name")
 
 
 def _loaded(folder: Path) -> torch.dtype:
@@ -139,9 +152,9 @@ def export_drafter(drafter: Path | str, out: Path, *, model: str = "toybox", dty
     """An EAGLE-3 drafter in the layout that SGLang and vLLM load. Raises InputError for another kind: those programs know only this one."""
     _check_new(out)
     folder = model_folder(model)
+    found = _find(folder, "drafter", drafter)
     base, _ = load_folder(folder, dtype=_loaded(folder))
-    found = folder / "drafters" / str(drafter)
-    module = load_module(found if found.is_dir() else Path(drafter), base)
+    module = load_module(found, base)
     if not isinstance(module, Eagle3):
         raise InputError(
             f"{drafter}: got a drafter of kind {module.config.kind}, expected eagle3, the only kind that SGLang and vLLM load; "

@@ -387,4 +387,6 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"got device {name!r}, which cannot be used here ({reason}); try --device cpu") from error
-    return device
+    if device.type == "meta" or (device.type == "cpu" and device.index):  # torch takes both, but no weights can be read there
+        raise InputError(f"got device {name!r}, expected cpu, cuda or cuda:N; there is one cpu, try --device cpu")
+    return torch.device("cpu") if device.type == "cpu" else device

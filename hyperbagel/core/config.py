@@ -77,6 +77,8 @@ def _explain(cls: type[Config], detail: Any) -> str:
         near = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*loc[:-1], near[0]])!r}?" if near else f"use one of {', '.join(valid)}"
         return f"got unknown key {name!r}, expected a known one, {hint}"
+    if detail["type"] == "missing":  # its input is all that is around it
+        return f"{name}: got nothing, expected a value, add the key"
     if detail["type"] == "value_error":  # a rule over several keys: the message names them
         return f"{name}: {detail['ctx']['error']}, correct it"
     return f"{name}: got {detail['input']!r}, {detail['msg'][:1].lower()}{detail['msg'][1:]}, correct it"

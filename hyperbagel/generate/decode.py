@@ -86,7 +86,7 @@ def decode(
     parts = sessions[0].parts
     model, tokenizer = parts.model, parts.tokenizer
     for session in sessions:
-        session.check_room(max_tokens + 1)
+        session.check_answer(max_tokens)
     step_once = EagerRunner(model) if runner is None else runner
     step_once.begin([s.cache for s in sessions], [s.position for s in sessions], max_tokens + 1)
     token = torch.full((len(sessions), 1), tokenizer.im_start, device=model.device)

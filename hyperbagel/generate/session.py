@@ -177,6 +177,18 @@ class Session:
                 f"got a context of {self.cache.lengths[0] + tokens} tokens, expected at most {limit}; shorten the text or use fewer images"
             )
 
+    def check_answer(self, max_tokens: int) -> None:
+        """Raises InputError if an answer of `max_tokens` and the marker before it do not fit behind the context."""
+        limit, have = self.parts.model.config.llm.max_position_embeddings, self.cache.lengths[0]
+        room = limit - have - 1
+        if room < 1:
+            self.check_room(2)  # no shorter answer would help
+        if max_tokens > room:
+            raise InputError(
+                f"got max_tokens {max_tokens} behind a context of {have}, expected at most {room} ({limit} in all); lower max_tokens "
+                "(max_think_tokens for a picture's plan)"
+            )
+
     # -- guidance --------------------------------------------------------------------------------------------------------------
 
     def full(self) -> Branch:

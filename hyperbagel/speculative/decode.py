@@ -63,7 +63,7 @@ def decode(
             runner=runner,
         )
     for session in sessions:
-        session.check_room(max_tokens + 1)
+        session.check_answer(max_tokens)
         check_taps(session, drafter)
     work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter)
     try:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from hyperbagel.core.config import load_config
+from hyperbagel.core.config import Config, load_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import RunFolder, check_run_folder
+from hyperbagel.pipeline import model_folder
 from hyperbagel.train import stages
 from hyperbagel.train.distributed import join_world, leave_world
 from hyperbagel.train.loop import TrainResult, pick_device, train
@@ -42,6 +43,7 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
     if resume and recipe is None:
         recipe = out / "config.yaml"
     settings = load_config(module.Recipe, recipe, overrides)
+    resolve_models(settings)
     torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     world = join_world(device)
@@ -55,3 +57,10 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
     finally:
         stage.close()
         leave_world()
+
+
+def resolve_models(settings: Config) -> None:
+    """The name toybox means the shipped model in a recipe too; the run's own settings then say which folder that was."""
+    for key in ("model", "target", "init", "init_base"):
+        if getattr(settings, key, None) == Path("toybox"):
+            setattr(settings, key, model_folder("toybox"))

@@ -198,7 +198,10 @@ def test_what_is_refused(made: Any, folder: Path, tmp_path: Path, capsys: pytest
         (["student", "full", "-o", str(tmp_path / "there"), *where], "which exists"),
         (["student", "full", "-o", str(tmp_path / "a"), *where, "--text-scale", "9"], "got text scale 9, expected 1 to 5"),
         (["student", "full", "-o", str(tmp_path / "a"), *where, "--image-scale", "0.5"], "got image scale 0.5, expected 1 to 2.5"),
-        (["student", "nothing", "-o", str(tmp_path / "a"), *where], "sampler.json: missing"),
+        (
+            ["student", "nothing", "-o", str(tmp_path / "a"), *where],
+            "one of this model's own (full, full-bare, lora, lora-bare) or a student's folder",
+        ),
         (["student", "full", "-o", str(tmp_path / "a"), "--model", "nowhere"], "nowhere: got no folder"),
         (["student", str(folder / "students" / "full"), "-o", str(tmp_path / "a")], "another base"),
         (["lora", "full", "-o", str(tmp_path / "a"), *where], "give --rank"),

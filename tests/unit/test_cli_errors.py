@@ -134,7 +134,7 @@ WRONG = {
     "ask about nothing": (["ask", "other.png", "what is it?"], "which is no file"),
     "ask for no tokens": (["ask", "what?", "--max-tokens", "0"], "got --max-tokens 0"),
     "ask below zero degrees": (["ask", "what?", "--temperature", "-1"], "got --temperature -1"),
-    "a setting without a value": (["train", "vae", "lr", "-o", "run"], "got the setting 'lr', expected key=value"),
+    "a setting without a value": (["train", "vae", "lr", "-o", "run"], "expected key=value, write for instance optim.lr=1e-4"),
     "train nowhere": (["train", "vae"], "Missing option '-o' / '--out'"),
     "eval of what": (["eval", "imagenet", "-o", "run"], "'toybox'"),
     "eval of an unknown student": (["eval", "distillation", "-o", "run", "--student", "x=y"], "expected NAME=FOLDER"),

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_serve": {"core", "pipeline", "serve", "cli_checks"},
     "cli_export": {"core", "export", "cli_checks"},
     "cli_chat": {"core", "pipeline", "chat", "cli_checks"},
-    "cli_students": {"core", "train"},
+    "cli_students": {"core", "pipeline", "train"},
     "cli_eval": {"core", "pipeline", "evaluate", "cli_checks"},
     "cli": BELOW_PIPELINE
     | {"pipeline", "train", "evaluate", "demo", "serve", "export", "chat", "folders"}
@@ -58,6 +58,8 @@ EXTRA_IMPORTS: dict[str, set[str]] = {
     "hyperbagel/evaluate/rows.py": {"generate"},
     "hyperbagel/evaluate/wall_clock.py": {"generate"},
     "hyperbagel/evaluate/distillation.py": {"model", "generate"},
+    # the name toybox is one model everywhere
+    "hyperbagel/train/launch.py": {"pipeline"},
     # these ask for pictures
     "hyperbagel/evaluate/pictures.py": {"generate"},
     "hyperbagel/evaluate/geneval.py": {"generate"},

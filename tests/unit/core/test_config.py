@@ -15,6 +15,11 @@ class Inner(Config):
     name: str = "x"
 
 
+class Needy(Config):
+    folder: Path
+    steps: int = 3
+
+
 class Outer(Config):
     steps: int = 3
     limit: float | None = 1.0
@@ -54,6 +59,12 @@ def test_mistakes_name_key_and_file(tmp_path: Path, text: str, words: str) -> No
     path.write_text(text)
     with pytest.raises(InputError, match=words):
         load_config(Outer, path)
+
+
+def test_a_missing_key_is_got_nothing() -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(Needy, None, ["steps=5"])
+    assert str(caught.value) == "the settings: folder: got nothing, expected a value, add the key"
 
 
 @pytest.mark.parametrize("text", ["steps", "=3", "inner..rate=1", "steps.more=1"])

@@ -257,3 +257,9 @@ def test_a_picture_that_is_not_finite_is_an_error_and_not_a_black_one() -> None:
 def test_a_temperature_of_nearly_zero_takes_the_likeliest_token(model: HyperBagel, temperature: float, drafter: str) -> None:
     greedy = model.ask("what is this", max_tokens=12)
     assert model.ask("what is this", max_tokens=12, temperature=temperature, drafter=drafter).text == greedy.text
+
+
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_an_answer_longer_than_the_context_is_told_how_long_it_may_be(model: HyperBagel, drafter: str) -> None:
+    with pytest.raises(InputError, match=r"got max_tokens 99999 behind .* expected at most (\d+) .* lower max_tokens"):
+        model.ask("what is this", max_tokens=99999, drafter=drafter)
