@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps, Png
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_bytes
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by their first bytes; others need programs beside Pillow (EPS: Ghostscript)
 MAX_PIXELS = 100_000_000  # of a picture that is read; a decompression bomb claims more
 SETTINGS_KEY = "hyperbagel"
 # what Pillow raises for files that are cut off or lie about themselves
@@ -66,7 +67,7 @@ def _open(source: Path | str | bytes, name: str | None, convert: Callable[[Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit below replaces Pillow's warning
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width < 1 or image.height < 1 or image.width * image.height > MAX_PIXELS:
                 raise InputError(
                     f"{label}: got {image.width}x{image.height} pixels, expected 1x1 to {MAX_PIXELS // 10**6} megapixels, "
@@ -130,7 +131,7 @@ def save_png(image: Image.Image, path: Path | str, settings: dict[str, Any] | No
 def read_settings(path: Path | str) -> dict[str, Any]:
     """What `save_png` stored. Raises InputError for a picture without settings."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             text = image.info.get(SETTINGS_KEY)
         settings = json.loads(text) if text else None

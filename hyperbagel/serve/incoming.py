@@ -15,11 +15,10 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.images import open_image, open_mask
+from hyperbagel.data.images import FORMATS, open_image, open_mask
 from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, check_mask, latent_grid
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by their first bytes; names and content types are not believed
 DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "max_think_tokens")
 
 
@@ -164,18 +163,20 @@ class Incoming:
         return mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BOX)
 
     def _check_file(self, data: bytes, name: str) -> None:
-        """The kind and the size of a picture are read from its first bytes, before anything is unpacked."""
+        """The kind and the size of a picture are read from its first bytes, before anything is unpacked; names and content types are not
+        believed."""
+        param = "mask" if name == "mask" else "image"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # our own limit below replaces Pillow's warning
                 width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
         except UnidentifiedImageError as error:
-            raise ApiError(400, f"{name}: got a file that is no picture, expected PNG, JPEG, WebP or the like", param="image") from error
+            raise ApiError(400, f"{name}: got a file that is no picture, expected PNG, JPEG, WebP or the like", param=param) from error
         except Exception as error:  # Pillow raises nearly anything for headers that lie
-            raise ApiError(400, f"{name}: got a damaged picture, expected a whole file", param="image") from error
+            raise ApiError(400, f"{name}: got a damaged picture, expected a whole file", param=param) from error
         if width * height > self.limits.image_pixels:
             told = f"{name}: got {width}x{height} pixels, expected at most {self.limits.image_pixels}; make it smaller"
-            raise ApiError(400, told, param="image", code="image_too_large")
+            raise ApiError(400, told, param=param, code="image_too_large")
 
     def _small(self, image: Image.Image) -> Image.Image:
         # What waits in the queue is what the pipeline would make of it first, so that large uploads do not pile up in memory.

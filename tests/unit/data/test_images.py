@@ -77,6 +77,7 @@ def bomb() -> bytes:
         (encoded(Image.effect_noise((64, 64), 50), "JPEG")[:300], "damaged"),
         (encoded(Image.new("RGB", (8, 8)))[:20], "picture"),
         (bomb(), "megapixels"),
+        (encoded(Image.new("RGB", (8, 8)), "EPS"), "no picture, expected PNG, JPEG"),
     ],
 )
 def test_refusals_are_one_line(data: bytes, words: str) -> None:
