@@ -37,7 +37,7 @@ def serve(
         print("warning: no --api-key: whoever reaches this address may use the model", file=sys.stderr)
     from hyperbagel.pipeline import HyperBagel
     from hyperbagel.serve.app import create_app
-    from hyperbagel.serve.run import run
+    from hyperbagel.serve.run import bind, run
     from hyperbagel.serve.schemas import Limits
 
     given: dict[str, Any] = {key: value for key, value in {"model": model, "dtype": dtype}.items() if value is not None}
@@ -48,9 +48,10 @@ def serve(
         settings = Settings(**given, device=device[0] if device else None, api_key=api_key, name=name, limits=limits)
         run_replicas(settings, replicas, host, port, lambda address: _tell(f"{replicas} x {settings.model}", address))
         return
-    models = [HyperBagel.from_pretrained(**given, device=one) for one in device or (None,)]
-    app = create_app(models, api_key=api_key, name=name, limits=limits)
-    run(app, host, port, lambda address: _tell(models[0].name, address))
+    with bind(host, port) as listener:  # first: a taken port must not cost the loading of a model
+        models = [HyperBagel.from_pretrained(**given, device=one) for one in device or (None,)]
+        app = create_app(models, api_key=api_key, name=name, limits=limits)
+        run(app, listener, host, lambda address: _tell(models[0].name, address))
 
 
 def _tell(what: str, address: str) -> None:

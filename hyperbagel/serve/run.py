@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 
@@ -21,10 +22,12 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(2048)  # from here on connections wait instead of being refused, also before the first is served
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, such as "a..b"
         listener.close()
-        reason = error.strerror or str(error)
-        raise InputError(f"got {host}:{port}, which cannot be listened on ({reason}), expected a free port; try --port 0") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        own = isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        told = "an address of this machine; try --host 127.0.0.1" if own else "a free port; try --port 0"
+        raise InputError(f"got {host}:{port}, which cannot be listened on ({reason}), expected {told}") from error
     return listener
 
 
@@ -43,12 +46,8 @@ def make_server(app: FastAPI) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def run(app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serves until it is told to stop. `ready` is called with the address before the first request."""
-    listener = bind(host, port)
-    try:
-        shown = f"[{host}]" if ":" in host else host
-        ready(f"http://{shown}:{listener.getsockname()[1]}")
-        make_server(app).run(sockets=[listener])
-    finally:
-        listener.close()
+def run(app: FastAPI, listener: socket.socket, host: str, ready: Callable[[str], None]) -> None:
+    """Serves at a place of `bind` until it is told to stop. `ready` is called with the address before the first request."""
+    shown = f"[{host}]" if ":" in host else host
+    ready(f"http://{shown}:{listener.getsockname()[1]}")
+    make_server(app).run(sockets=[listener])
