@@ -38,16 +38,33 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError | ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(piece) for piece in first["loc"] if piece != "body") or None
-        if first["type"] == "extra_forbidden":
-            return ApiError(400, f"Unrecognized request argument supplied: {where}", param=where, code="unknown_parameter")
-        return ApiError(400, f"{where or 'body'}: {first['msg']}", param=where, code="invalid_value")
+        return _wrong_body(error)
     if isinstance(error, StarletteHTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     if isinstance(error, InputError):
         return ApiError(400, str(error))
     return internal_error()
+
+
+def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
+    """What is wrong with a body. Of the alternatives of a field the one that fits furthest is what the client meant."""
+    first: Any = max(error.errors(), key=lambda detail: len(detail["loc"]))
+    kind, path = first["type"], list(first["loc"])
+    if kind == "json_invalid":  # its place is a character, not a field
+        told = f"got JSON that cannot be read ({first['ctx']['error']}, character {path[-1]}), expected a whole JSON object"
+        return ApiError(400, told, code="invalid_value")
+    if kind == "model_attributes_type" and path == ["body"]:
+        what = "another content type" if isinstance(first["input"], bytes) else f"a JSON {type(first['input']).__name__}"
+        return ApiError(400, f"got {what}, expected a JSON object with the header Content-Type: application/json", code="invalid_value")
+    # pydantic's names of alternatives, such as list[Part], are no fields; the client's own last word is one whatever it looks like
+    last = len(path) - 1 if kind == "extra_forbidden" else -1
+    fields = [
+        str(piece) for i, piece in enumerate(path) if piece != "body" and (isinstance(piece, int) or piece.isidentifier() or i == last)
+    ]
+    where = ".".join(fields) or None
+    if kind == "extra_forbidden":
+        return ApiError(400, f"Unrecognized request argument supplied: {where}", param=where, code="unknown_parameter")
+    return ApiError(400, f"{where or 'body'}: {first['msg']}", param=where, code="invalid_value")
 
 
 async def follow(job: Job, request: Request) -> AsyncGenerator[Event, None]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import random
+from typing import Annotated
 
 import pytest
 import torch
+from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.testclient import TestClient
+from PIL import Image
 from pydantic import ValidationError
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import TextResult
+from hyperbagel.serve.incoming import Incoming
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.outgoing import ThinkSplitter, chat_message, sse
 from hyperbagel.serve.previews import Previews, due_after
-from hyperbagel.serve.schemas import ApiError, ChatBody, EditFields, GenerationBody
+from hyperbagel.serve.schemas import ApiError, ChatBody, EditFields, GenerationBody, Limits
 from hyperbagel.serve.streams import as_api_error
 
 TEXTS = {
@@ -87,6 +94,53 @@ def test_errors_have_openai_s_form_and_tell_no_secrets() -> None:
     inside = as_api_error(RuntimeError("/root/secret"))
     assert inside.status == 500 and "secret" not in str(inside.body()) and inside.headers["x-should-retry"] == "false"
     assert as_api_error(ApiError(418, "x")).status == 418
+
+
+@pytest.mark.parametrize(
+    ("content", "param", "words"),
+    [
+        ([{"type": "audio", "text": "x"}], "messages.0.content.0.type", "'text' or 'image_url'"),
+        ([{"type": "image_url", "image_url": "data:"}], "messages.0.content.0.image_url", "Input should be a valid dictionary"),
+        ([{"type": "text", "te-xt": "x"}], "messages.0.content.0.te-xt", "Unrecognized request argument"),
+        (5, "messages.0.content", "Input should be"),
+        ("x" * 100_001, "messages.0.content", "at most 100000 characters"),
+    ],
+)
+def test_a_wrong_part_of_a_message_is_named(content: object, param: str, words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ChatBody.model_validate({"messages": [{"role": "user", "content": content}]})
+    told = as_api_error(caught.value)
+    assert told.param == param and words in str(told) and "str:" not in str(told)
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "words"),
+    [
+        ({"content-type": "application/json"}, "{a", "got JSON that cannot be read (Expecting property name"),
+        ({}, '{"messages": []}', "got another content type, expected a JSON object with the header Content-Type: application/json"),
+        ({"content-type": "application/json"}, "[1]", "got a JSON list, expected a JSON object"),
+    ],
+)
+def test_a_body_that_is_no_json_object(headers: dict[str, str], content: str, words: str) -> None:
+    app = FastAPI()
+    app.add_exception_handler(RequestValidationError, lambda request, error: JSONResponse(as_api_error(error).body(), 400))
+
+    @app.post("/")
+    def read(body: Annotated[ChatBody, Body()]) -> None: ...
+
+    told = TestClient(app).post("/", content=content, headers=headers).json()["error"]
+    assert told["message"].startswith(words) and told["param"] is None
+
+
+def test_a_wrong_mask_is_told_of_as_the_mask() -> None:
+    incoming = Incoming(None, ("m",), Limits(image_pixels=9))  # type: ignore[arg-type]  # the model is not asked
+    picture = io.BytesIO()
+    Image.new("L", (4, 4)).save(picture, "PNG")
+    for data in (b"no picture", picture.getvalue()):
+        for name, param in (("mask", "mask"), ("image 1", "image")):
+            with pytest.raises(ApiError) as caught:
+                incoming._check_file(data, name)
+            assert caught.value.param == param
 
 
 def test_bodies() -> None:
