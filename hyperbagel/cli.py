@@ -328,7 +328,9 @@ def main(argv: list[str] | None = None) -> int:
             _note(f"error: {' '.join(message.split())}" if wrong else message)
             return 2
         if isinstance(error, InputError | OSError):
-            _note(f"error: {' '.join(str(error).split())}")
+            from hyperbagel.core.files import plain_error
+
+            _note(f"error: {' '.join((plain_error(error) if isinstance(error, OSError) else str(error)).split())}")
             return 2
         if isinstance(error, FloatingPointError):  # a training that diverged: it says itself what to do
             _note(f"error: {' '.join(str(error).split())}")

@@ -27,6 +27,28 @@ _REASONS = {
 }
 
 
+# The same where nobody knew better: reading or writing, in words without numbers.
+_PLAIN = {
+    errno.EACCES: ("no permission", "choose a place that you may use"),
+    errno.EPERM: ("no permission", "choose a place that you may use"),
+    errno.ENOSPC: ("a full disk", "free some space or choose another disk"),
+    errno.ENOENT: ("nothing there", "check the path"),
+    errno.ENOTDIR: ("a path that runs through a file", "check the path"),
+    errno.EISDIR: ("a folder where a file should be", "put the file there"),
+    errno.ENAMETOOLONG: ("a name that is too long", "shorten it"),
+}
+
+
+def plain_error(error: OSError) -> str:
+    """A refusal of the operating system as got, expected, what to do; as Python words it if it is none of the usual ones."""
+    if error.errno not in _PLAIN:
+        return str(error)
+    got, do = _PLAIN[error.errno]
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    name = name if len(name) <= 200 else f"{name[:60]}..."
+    return f"{name}{': ' if name else ''}got {got}, expected a file or folder that can be used, {do}"
+
+
 @contextmanager
 def readable_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals at `path` into an InputError that says what to do; others pass through."""

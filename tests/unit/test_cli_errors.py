@@ -141,6 +141,7 @@ WRONG = {
     "eval of an unknown row": (["eval", "distillation", "-o", "run", "--rows", "8"], "got row '8'"),
     "eval of a negative number": (["eval", "toybox", "-o", "run", "--n-t2i", "-4"], "got --n-t2i -4"),
     "demo into a file": (["demo", "-o", "in.png/page"], "in.png' is a file"),
+    "a name without end": (["inspect", "x" * 300], "got a name that is too long, expected"),
     "demo with a negative seed": (["demo", "-o", "page", "--seed", "-1"], "got --seed -1"),
 }
 
@@ -199,7 +200,7 @@ def test_demo_writes_nowhere_before_it_has_a_model(
             2,
             "error: got a prompt of 9000 tokens, expected at most",
         ),
-        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), 2, "error: got a full disk, expected"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (RuntimeError("mat1 and mat2"), 1, "internal error: RuntimeError: mat1 and mat2; set HYPERBAGEL_DEBUG=1 for the traceback"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from hyperbagel import cli
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
@@ -54,6 +55,13 @@ def test_shards_equal_one_file(folder: Path, tmp_path: Path) -> None:
     report = inspect_folder(tmp_path / "s")
     assert report["weights"]["ema"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert len(report["weights"]["ema"]["files"]) > 1
+
+
+def test_a_folder_in_place_of_a_config_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "llm_config.json").unlink()
+    (folder / "llm_config.json").mkdir()
+    assert cli.main(["inspect", str(folder)]) == 2
+    assert "llm_config.json: got a folder where a file should be, expected" in capsys.readouterr().err
 
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
