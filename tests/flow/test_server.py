@@ -42,7 +42,7 @@ def client(app: Any) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="module")
 def address(model: HyperBagel, serving: Callable[[Any], AbstractContextManager[str]]) -> Iterator[tuple[str, Any]]:
     """The same server on a loopback socket: (address, app)."""
-    app = create_app(model, api_key=KEY, limits=Limits(waiting=12, steps=100_000))
+    app = create_app(model, api_key=KEY, limits=Limits(waiting=12, steps=10_000))
     with serving(app) as address:
         yield f"{address}/v1", app
     assert not any(t.is_alive() for t in app.state.engine._threads), "the engine's threads end with the server"
@@ -354,9 +354,9 @@ def test_a_client_that_goes_away_stops_its_work(remote: openai.OpenAI, address: 
 
     before = cancelled()
     with pytest.raises(openai.APITimeoutError):
-        remote.with_options(timeout=0.5).images.generate(prompt="x", extra_body={"steps": 100_000})
+        remote.with_options(timeout=0.5).images.generate(prompt="x", extra_body={"steps": 10_000})
     wait_for(lambda: cancelled() == before + 1 and metrics.get("hyperbagel_running") == 0)
-    stream = remote.images.generate(prompt="x", stream=True, partial_images=3, extra_body={"steps": 100_000})
+    stream = remote.images.generate(prompt="x", stream=True, partial_images=3, extra_body={"steps": 10_000})
     assert metrics.get("hyperbagel_running") == 1, "the stream begins with the work, long before its first picture"
     stream.close()
     wait_for(lambda: cancelled() == before + 2 and metrics.get("hyperbagel_running") == 0)

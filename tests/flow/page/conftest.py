@@ -19,7 +19,7 @@ Serving = Callable[[Any], AbstractContextManager[str]]
 
 @pytest.fixture(scope="module")
 def app(model: HyperBagel) -> Any:
-    return create_app(model, limits=Limits(steps=100_000))
+    return create_app(model, limits=Limits(steps=10_000))
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def test_typing_shows_previews_and_a_pause_a_better_one(visit: Visit, model: Hyp
 
 def test_new_input_overtakes_what_is_at_work(visit: Visit, app: Any, model: HyperBagel, monkeypatch: Any) -> None:
     """Previews that never end: each keystroke cancels the one before; Stop and Escape the last. Then quick ones: the last text is shown."""
-    endless = {"student": "none", "steps": 100_000}
+    endless = {"student": "none", "steps": 10_000}
     quick = {"preview": {"student": "6", "steps": None}, "better": {"student": "none", "steps": 2}, "full": {"student": "none", "steps": 3}}
     monkeypatch.setattr(realtime, "SHORT", -1.0)
     monkeypatch.setattr(realtime, "tiers", lambda model: dict.fromkeys(("preview", "better", "full"), endless))

@@ -95,7 +95,7 @@ def test_a_seed_is_drawn_anew_unless_it_is_kept(visit: Visit) -> None:
 
 def test_cancel_ends_the_work_on_the_server(visit: Visit, app: Any) -> None:
     page = visit("draw")
-    page.fill("#draw [name=steps]", "100000")
+    page.fill("#draw [name=steps]", "10000")
     for end in (lambda: page.click("#draw [data-cancel]"), lambda: page.keyboard.press("Escape")):
         before = app.state.metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled")
         page.fill("#draw [name=prompt]", "x")
