@@ -12,7 +12,7 @@ from hyperbagel.core.config import Config
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import _device, model_folder
 from hyperbagel.train import folder as train_folder
-from hyperbagel.train.launch import resolve_models
+from hyperbagel.train.launch import resolve_models, run_training
 
 
 @pytest.mark.parametrize("name", ["meta", "cpu:3"])
@@ -53,3 +53,10 @@ def test_recipes_know_the_shipped_model_by_name() -> None:
     settings = Recipe()
     resolve_models(settings)
     assert settings == Recipe(model=model_folder("toybox"))
+
+
+def test_training_begins_from_the_shipped_model_by_name(tmp_path: Path) -> None:
+    """It is read, and what is refused is the student after it."""
+    recipe = Path(__file__).parents[2] / "recipes" / "toybox" / "cfg.yaml"
+    with pytest.raises(InputError, match=r"nowhere.sampler\.json: missing"):
+        run_training("cfg", recipe, ["model=toybox", f"init={tmp_path}/nowhere", "device=cpu"], tmp_path / "run")
