@@ -43,12 +43,13 @@ passed() {
 }
 
 mkdir -p "$out"
-base=$out/draw/export
+base=$out/draw-more/export
 stage vae vae vae                                                  # 22 minutes: pictures <-> latents
 stage vit vit vit                                                  # 15: what stands where in a picture
 stage base base base vae="$out/vae/export" vit="$out/vit/export"   # 70: captions, edits and questions in one model
 stage more base base-more init="$out/base/export" vit="$out/vit/export" align.vit="$out/vit/export"   # 60: the same, longer, with its eye's help
 stage draw base base-draw init="$out/more/export" align.vit="$out/vit/export"   # 60: drawing alone; answers stay as they are
+stage draw-more base base-draw init="$out/draw/export" align.vit="$out/vit/export" seed=11 max_seconds=3300   # 55: the same again, on new samples
 
 # -- six evaluations
 stage reward reward reward model="$base"                           # 3: which of two pictures is better; for refl
