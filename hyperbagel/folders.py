@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import read_json
 from hyperbagel.core.run import read_metrics
 from hyperbagel.model.weights import TensorFolder, inspect_folder
 from hyperbagel.speculative.drafters.folder import read_acceptance, read_config
@@ -37,7 +36,7 @@ def _drafter(folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
-    state = _read(folder / "state.json")
+    state = read_json(folder / "state.json")
     report = {key: state.get(key) for key in ("step", "seconds", "score")}
     sharded = "; split over ranks (shards/)" if (folder / "shards").is_dir() else ""
     players = {path.name.removesuffix(TRAINED): path.name.removesuffix(".safetensors") for path in sorted(folder.glob(f"*{TRAINED}"))}
@@ -46,14 +45,11 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    launches = _read(folder / "provenance.json").get("launches") or [{}]
+    launches = read_json(folder / "provenance.json").get("launches") or [{}]
     last = launches[-1]
     command = [str(word) for word in last.get("command", ())]
     stage = command[command.index("train") + 1] if "train" in command[:-1] else "unknown"
-    try:
-        lines = read_metrics(folder / "metrics.jsonl")
-    except ValueError as error:
-        raise InputError(f"{folder / 'metrics.jsonl'}: got a damaged line ({error}), expected JSON, restore the file") from error
+    lines = read_metrics(folder / "metrics.jsonl")
     report = {"stage": stage, "step": lines[-1]["step"] if lines else 0, "launches": len(launches), "started": last.get("started")}
     report |= {"command": " ".join(command), "git": last.get("git"), "config": str(folder / "config.yaml")}
     kept, best = list_checkpoints(folder / "checkpoints"), best_checkpoint(folder / "checkpoints")
@@ -71,13 +67,3 @@ def _sizes(folder: Path, stem: str) -> dict[str, Any]:
     source = TensorFolder(folder, stem)
     numbers = sum(math.prod(shape) for shape in source.shapes.values())
     return {"tensors": len(source.shapes), "parameters": numbers, "dtypes": sorted(set(source.dtypes.values()))}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: got a file that is not readable as JSON ({error}), expected it whole, restore it") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: got a {type(values).__name__}, expected names and values, restore it")
-    return values

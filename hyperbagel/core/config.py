@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from hyperbagel.core.errors import InputError
 class Config(BaseModel):
     """Base of every settings class: unknown keys are refused, values are checked also on assignment."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
 
 
 C = TypeVar("C", bound=Config)
@@ -61,6 +62,25 @@ def check_config(cls: type[C], values: dict[str, Any], source: str) -> C:
     except ValidationError as error:
         lines = [_explain(cls, detail) for detail in error.errors()]
         raise InputError(f"{source}: " + "; ".join(lines)) from error
+
+
+def refuse_unknown(kind: type[BaseModel], value: Any) -> Any:
+    """For a "before" validator: `value` as it is, ValueError for keys that `kind` does not have (a checkpoint's file may carry others)."""
+    for key in sorted(set(value) - set(kind.model_fields)) if isinstance(value, dict) else ():
+        near = difflib.get_close_matches(str(key), kind.model_fields, n=1, cutoff=0.5)
+        raise ValueError(f"unknown key {key!r}, {f'did you mean {near[0]!r}?' if near else 'use one of ' + ', '.join(kind.model_fields)}")
+    return value
+
+
+def check_weights(weights: dict[str, float] | None, known: Iterable[str], what: str) -> dict[str, float] | None:
+    """Weights to draw by, None for the usual ones. ValueError for an unknown name, a negative weight, or nothing to draw."""
+    if weights is None:
+        return None
+    if odd := sorted(set(weights) - set(known)):
+        raise ValueError(f"unknown {what} {odd[0]!r}, use some of {', '.join(known)}")
+    if min(weights.values(), default=0) < 0 or sum(weights.values()) <= 0:
+        raise ValueError(f"got weights {weights} of {what}, expected none below 0 and a sum above it")
+    return weights
 
 
 def dump_config(config: Config) -> str:

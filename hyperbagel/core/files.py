@@ -6,12 +6,14 @@ A process killed at any moment leaves either the old file (or folder) or the new
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from hyperbagel.core.errors import InputError
 
@@ -47,6 +49,19 @@ def plain_error(error: OSError) -> str:
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
     name = name if len(name) <= 200 else f"{name[:60]}..."
     return f"{name}{': ' if name else ''}got {got}, expected a file or folder that can be used, {do}"
+
+
+def read_json(path: Path, missing: str = "restore the file") -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError for a missing (`missing`: what to do then), unreadable or foreign file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; {missing}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: got a file that is not readable as JSON ({error}), expected it whole, restore it") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: got a {type(found).__name__}, expected a JSON object, restore it")
+    return found
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 
 from hyperbagel.core.config import Config, dump_config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_write_text, make_folder, readable_errors
+from hyperbagel.core.files import atomic_write_text, make_folder, read_json, readable_errors
 
 _PACKAGES = ("hyperbagel", "torch", "numpy", "pillow", "safetensors", "tokenizers", "pydantic")
 
@@ -50,11 +50,14 @@ def versions() -> dict[str, str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics file; a line cut off by a kill is not read."""
+    """Whole lines of a metrics file; a line cut off by a kill is not read. Raises InputError for a damaged one."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is not whole
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise InputError(f"{path}: got a damaged line ({error}), expected JSON, restore the file") from error
 
 
 def check_run_folder(path: Path, *, resume: bool) -> None:
@@ -84,7 +87,9 @@ class RunFolder:
         check_run_folder(self.path, resume=resume)
         provenance = self.path / "provenance.json"
         make_folder(self.path)
-        launches = json.loads(provenance.read_text())["launches"] if resume else []
+        launches = read_json(provenance).get("launches") if resume else []
+        if not isinstance(launches, list):
+            raise InputError(f"{provenance}: got no list of launches, expected one, restore the file")
         launches.append(
             {
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from hyperbagel.core.config import Config
+from hyperbagel.core.config import Config, check_weights
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.loader import Loader, Phase, Source
 from hyperbagel.data.plan import Dropout
@@ -15,6 +15,7 @@ from hyperbagel.data.sources import ChatSource, EditSource, Reading, T2ISource
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.toybox_source import Task, ToyboxSource
 from hyperbagel.data.transforms import ImageTransform
+from hyperbagel.toybox.language import KINDS, STYLES
 
 
 class SourceConfig(Config):
@@ -34,6 +35,12 @@ class SourceConfig(Config):
     # files
     path: Path | None = None
     images: Path | None = None  # where a chat's picture paths start; None: the folder of its jsonl
+
+    @model_validator(mode="after")
+    def _weights_draw(self) -> SourceConfig:
+        check_weights(self.styles, STYLES, "styles")
+        check_weights(self.kinds, KINDS, "kinds")
+        return self
 
 
 class PhaseConfig(Config):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hyperbagel.core.errors import InputError
 
 T = TypeVar("T", bound="_Shape")
+Count = Annotated[int, Field(ge=1, le=2**24)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Shape(BaseModel):
@@ -21,15 +24,22 @@ class _Shape(BaseModel):
 class LLMConfig(_Shape):
     """`llm_config.json`: a Qwen2 shape, used twice (understanding and generation expert)."""
 
-    hidden_size: int = 3584
-    intermediate_size: int = 18944
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 28
-    num_key_value_heads: int = 4
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    vocab_size: int = 152064
-    max_position_embeddings: int = 32768
+    hidden_size: Count = 3584
+    intermediate_size: Count = 18944
+    num_hidden_layers: Count = 28
+    num_attention_heads: Count = 28
+    num_key_value_heads: Count = 4
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 1e6
+    vocab_size: Count = 152064
+    max_position_embeddings: Count = 32768
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> LLMConfig:
+        e, h, k = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if e % (2 * h) or h % k:  # RoPE turns pairs of a head's values
+            raise ValueError(f"got {h} heads over {k} for hidden_size {e}, expected an even width a head, and heads shared evenly")
+        return self
 
     @property
     def head_dim(self) -> int:
@@ -39,14 +49,23 @@ class LLMConfig(_Shape):
 class ViTConfig(_Shape):
     """`vit_config.json`: a SigLIP shape. The file counts one layer more than BAGEL uses."""
 
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    image_size: int = 980
-    patch_size: int = 14
-    layer_norm_eps: float = 1e-6
+    hidden_size: Count = 1152
+    intermediate_size: Count = 4304
+    num_hidden_layers: Count = 27
+    num_attention_heads: Count = 16
+    num_channels: Count = 3
+    image_size: Count = 980
+    patch_size: Count = 14
+    layer_norm_eps: Positive = 1e-6
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> ViTConfig:
+        if self.hidden_size % self.num_attention_heads or self.patch_size > self.image_size:
+            raise ValueError(
+                f"got {self.num_attention_heads} heads for hidden_size {self.hidden_size} and patches of {self.patch_size} in pictures of "
+                f"{self.image_size}, expected heads that divide it and patches that fit"
+            )
+        return self
 
     @property
     def layers_used(self) -> int:
@@ -60,40 +79,49 @@ class ViTConfig(_Shape):
 class VaeConfig(_Shape):
     """`vae_config.json` (optional): the FLUX autoencoder. The reference hard-codes these defaults."""
 
-    resolution: int = 256
-    in_channels: int = 3
-    downsample: int = 8
-    ch: int = 128
-    out_ch: int = 3
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 16
-    scale_factor: float = 0.3611
-    shift_factor: float = 0.1159
-    norm_groups: int = 32  # ours: smaller than 32 for the embedded model's narrow layers
+    resolution: Count = 256
+    in_channels: Count = 3
+    downsample: Count = 8
+    ch: Count = 128
+    out_ch: Count = 3
+    ch_mult: tuple[Count, ...] = Field(default=(1, 2, 4, 4), min_length=1)
+    num_res_blocks: Count = 2
+    z_channels: Count = 16
+    scale_factor: Positive = 0.3611
+    shift_factor: Finite = 0.1159
+    norm_groups: Count = 32  # ours: smaller than 32 for the embedded model's narrow layers
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> VaeConfig:
+        if any(self.ch * wider % self.norm_groups for wider in self.ch_mult) or self.downsample != 2 ** (len(self.ch_mult) - 1):
+            raise ValueError(
+                f"got norm_groups {self.norm_groups}, ch {self.ch}, ch_mult {list(self.ch_mult)} and downsample {self.downsample}, "
+                "expected groups that divide every width, and a halving for each width after the first"
+            )
+        return self
 
 
 class ImageSizes(_Shape):
     """Resize limits of one image pathway, pixels (see data.transforms)."""
 
-    max_size: int
-    min_size: int
-    stride: int
-    max_pixels: int = 14 * 14 * 9 * 1024
+    max_size: Count
+    min_size: Count
+    stride: Count
+    max_pixels: Count = 14 * 14 * 9 * 1024
 
 
 class BagelOptions(_Shape):
     """`bagel_config.json` (optional): what the reference passes in code."""
 
-    latent_patch_size: int = 2
-    max_latent_size: int = 64
-    vit_max_num_patch_per_side: int = 70
+    latent_patch_size: Count = 2
+    max_latent_size: Count = 64
+    vit_max_num_patch_per_side: Count = 70
     interpolate_pos: bool = False
-    timestep_shift: float = 1.0
+    timestep_shift: Positive = 1.0
     vae_transform: ImageSizes = ImageSizes(max_size=1024, min_size=512, stride=16)
     vit_transform: ImageSizes = ImageSizes(max_size=980, min_size=224, stride=14)
-    default_size: tuple[int, int] = (1024, 1024)  # (height, width) of a picture when none is asked for
-    text_to_image_interval: tuple[float, float] | None = (
+    default_size: tuple[Count, Count] = (1024, 1024)  # (height, width) of a picture when none is asked for
+    text_to_image_interval: tuple[Finite, Finite] | None = (
         None  # times at which guidance acts on pictures from text; None: the program's usual
     )
 
@@ -151,6 +179,8 @@ def _read(path: Path, kind: type[T], optional: bool = False) -> T:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); replace the file") from error
     except ValidationError as error:
-        first = error.errors()[0]
+        first: Any = error.errors()[0]
+        if first["type"] == "value_error":  # a rule over several keys: the message names them
+            raise InputError(f"{path}: {first['ctx']['error']}; correct the file") from error
         where = ".".join(str(part) for part in first["loc"]) or "file"
         raise InputError(f"{path}: {where}: {first['msg']}, got {first['input']!r}; correct the file") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder, read_json
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.weights import load_tensors, save_tensors
@@ -31,6 +32,8 @@ PEFT_PREFIX = "base_model.model."
 _HEADS = ("vae2llm", "llm2vae", "time_embedder.mlp.0", "time_embedder.mlp.2")
 _GENERATION = re.compile(r"_moe_gen(\.|$)")
 _FORMAT = 1
+_LARGEST = 10_000  # of evaluations, shift and scales: beyond it a file is damaged
+_MISSING = "a student folder has sampler.json, guidance.safetensors and its adapter"
 # Kinds of sampler.json that no student has: written by hyperbagel.export.
 OTHER_KINDS = {
     "merged": "a model with a student merged into it (give it as --model)",
@@ -164,11 +167,12 @@ def load_student(folder: Path, base: Bagel) -> Student:
 
     Raises InputError for a folder that is no student, is damaged, or belongs to another base.
     """
-    about = _read_json(folder / "sampler.json")
+    about = read_json(folder / "sampler.json", _MISSING)
     if about.get("kind") in OTHER_KINDS:
         raise InputError(f"{folder}: got {OTHER_KINDS[about['kind']]}, expected a student folder")
     if about.get("format") != _FORMAT or about.get("kind") not in ("lora", "full"):
-        raise InputError(f"{folder}/sampler.json: got format {about.get('format')!r}, expected {_FORMAT}; export the student again")
+        got = f"format {about.get('format')!r} and kind {about.get('kind')!r}"
+        raise InputError(f"{folder}/sampler.json: got {got}, expected {_FORMAT} and lora or full; export the student again")
     if about.get("base") != (mine := fingerprint(base)):
         named = f" ({about['base_name']})" if about.get("base_name") else ""
         raise InputError(
@@ -177,10 +181,14 @@ def load_student(folder: Path, base: Bagel) -> Student:
         )
     sampler = _sampler(about, folder)
     if about["kind"] == "lora":
-        config = _read_json(folder / "adapter_config.json")
+        config = read_json(folder / "adapter_config.json", _MISSING)
         rank, alpha = config.get("r"), config.get("lora_alpha")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-            raise InputError(f"{folder}/adapter_config.json: got r {rank!r} and lora_alpha {alpha!r}, expected numbers; restore the file")
+        widest = base.config.llm.intermediate_size
+        if not (isinstance(rank, int) and 1 <= rank <= widest and is_number(alpha) and float(alpha or 0) > 0):
+            raise InputError(
+                f"{folder}/adapter_config.json: got r {rank!r} and lora_alpha {alpha!r}, expected 1 to {widest} and a positive number; "
+                "restore the file"
+            )
         adapter = make_adapter(base, "lora", rank=rank, alpha=alpha, heads=about.get("heads", False))
         tensors = {n.removeprefix(PEFT_PREFIX): t for n, t in load_tensors(folder / "adapter_model.safetensors").items()}
     else:
@@ -212,7 +220,7 @@ def carry_student(folder: Path, old: Bagel, new: Bagel) -> Student:
 
 def read_sampler(folder: Path) -> Sampler:
     """How a student is to be sampled, without loading it. Raises InputError."""
-    return _sampler(_read_json(folder / "sampler.json"), folder)
+    return _sampler(read_json(folder / "sampler.json", _MISSING), folder)
 
 
 def peft_config(layers: Sequence[str], whole: Sequence[str], rank: int, alpha: float, base_name: str) -> dict[str, Any]:
@@ -238,20 +246,8 @@ def read_merged_sampler(folder: Path) -> Sampler | None:
     path = folder / "sampler.json"
     if not path.exists():
         return None
-    about = _read_json(path)
+    about = read_json(path)
     return _sampler(about, folder) if about.get("kind") == "merged" else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; a student folder has sampler.json, guidance.safetensors and its adapter") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: got a file that cannot be read as JSON ({error}), expected a student's; restore it") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: got a {type(found).__name__}, expected a JSON object; restore it")
-    return found
 
 
 def _sampler(about: Mapping[str, Any], folder: Path) -> Sampler:
@@ -259,14 +255,22 @@ def _sampler(about: Mapping[str, Any], folder: Path) -> Sampler:
     for field in fields(Sampler):
         if field.name not in about:
             raise InputError(f"{folder}/sampler.json: {field.name} is missing; export the student again")
-        value = about[field.name]
+        value, usual = about[field.name], field.default
+        if isinstance(usual, str):
+            fits, want = isinstance(value, str), "a text"
+        elif isinstance(usual, tuple):
+            fits, want = isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[0] <= value[1], "[low, high]"
+        else:
+            kind = int if field.name == "nfe" else (int, float)
+            fits, want = isinstance(value, kind) and is_number(value) and 0 <= value <= _LARGEST, f"a number of at most {_LARGEST}"
+        if not fits or (field.name in ("nfe", "shift") and value <= 0):
+            raise InputError(f"{folder}/sampler.json: got {field.name} {value!r}, expected {want}; restore it")
         values[field.name] = tuple(value) if isinstance(value, list) else value
-    sampler = Sampler(**values)
-    if not isinstance(sampler.nfe, int) or sampler.nfe < 1 or not isinstance(sampler.shift, int | float) or sampler.shift <= 0:
-        raise InputError(
-            f"{folder}/sampler.json: got nfe {sampler.nfe!r} and shift {sampler.shift!r}, expected positive numbers; restore it"
-        )
-    return sampler
+    return Sampler(**values)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_path, atomic_write_text
+from hyperbagel.core.files import atomic_path, atomic_write_text, read_json
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.vae import AutoEncoder
@@ -180,7 +180,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         parts: dict[str, nn.Module] = {"ema": Bagel(config), "ae": AutoEncoder(config.vae)}
     report: dict[str, Any] = {"folder": str(folder), "config": config.model_dump(mode="json"), "weights": {}}
     if sampler.exists():
-        report["sampler"] = _read_sampler(sampler)  # a student merged into the model
+        report["sampler"] = read_json(sampler)  # a student merged into the model
     for stem, module in parts.items():
         source = TensorFolder(folder, stem)
         source.check({name: tuple(p.shape) for name, p in module.named_parameters()})
@@ -194,16 +194,9 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     return report
 
 
-def _read_sampler(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); restore the file") from error
-
-
 def _inspect_student(folder: Path) -> dict[str, Any]:
     """Sampler, base and sizes of a student (model.student); whether it fits a base is checked when it is loaded."""
-    report: dict[str, Any] = {"folder": str(folder), "student": _read_sampler(folder / "sampler.json"), "weights": {}}
+    report: dict[str, Any] = {"folder": str(folder), "student": read_json(folder / "sampler.json"), "weights": {}}
     for stem in ("adapter_model", "moe_gen", "guidance"):
         if (folder / f"{stem}.safetensors").exists():
             source = TensorFolder(folder, stem)
@@ -227,7 +220,7 @@ def _open(path: Path, device: str) -> safe_open:  # type: ignore[valid-type]
 
 def _index_files(index: Path) -> list[str]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted({name + "" for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})  # + "": texts alone
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index}: not a safetensors index ({error}); it needs a weight_map of tensor names to files") from error
     for name in names:

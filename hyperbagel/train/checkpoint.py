@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder, read_json
 from hyperbagel.train.distributed import World
 from hyperbagel.train.sharding import holds_shards, load_shards, save_shards, whole_tensors
 from hyperbagel.train.stage import Player, Stage
@@ -49,11 +49,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def best_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the highest score, or None."""
-    try:
-        path = folder / json.loads((folder / "best.json").read_text())["name"]
-    except FileNotFoundError:
+    if not (folder / "best.json").exists():
         return None
+    path = folder / str(read_best(folder)["name"])
     return path if path.is_dir() else None
+
+
+def read_best(folder: Path) -> dict[str, Any]:
+    """best.json of a checkpoints folder: name, score, metric. Raises InputError for a damaged one."""
+    found = read_json(folder / "best.json")
+    if not {"name", "score"} <= found.keys() or not isinstance(found["score"], int | float):
+        raise InputError(f"{folder / 'best.json'}: got no name with a score, expected both, remove the file and go on")
+    return found
 
 
 def averaged_tensors(path: Path, player: str) -> dict[str, Tensor]:
@@ -209,7 +216,7 @@ def best_score(folder: Path) -> float:
     """The score of the best checkpoint, or minus infinity."""
     if best_checkpoint(folder) is None:
         return float("-inf")
-    return json.loads((folder / "best.json").read_text())["score"]
+    return float(read_best(folder)["score"])
 
 
 def _prune(folder: Path, keep: int) -> None:

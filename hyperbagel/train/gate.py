@@ -6,14 +6,13 @@ checkpoint. So the verdict is read from the run folder alone, and two runs of on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import read_metrics
-from hyperbagel.train.checkpoint import best_checkpoint, best_score
+from hyperbagel.train.checkpoint import best_checkpoint, best_score, read_best
 
 SCORE_LOSS = 0.03  # ours: most of `score` that a gain in reward may cost; more is the reward being exploited
 
@@ -47,7 +46,7 @@ def judge(run: Path) -> Verdict:
         raise InputError(
             f"{run}: got no finished run with a best checkpoint, expected export/ and checkpoints/best.json; train it to its end"
         )
-    measure = json.loads((run / "checkpoints" / "best.json").read_text()).get("metric")
+    measure = str(read_best(run / "checkpoints").get("metric"))
     held_out = [line for line in read_metrics(run / "metrics.jsonl") if any(key.startswith("held_out/") for key in line)]
     if not held_out or held_out[0]["step"] != 0 or f"held_out/{measure}" not in held_out[0]:
         raise InputError(f"{run}: got no measure of the student before the first step, expected one; set held_out in the recipe")

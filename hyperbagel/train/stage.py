@@ -28,7 +28,7 @@ from hyperbagel.train.optim import OptimConfig, make_optimizer, optimised
 class TrainRecipe(Config):
     """What every stage's recipe has; a stage adds its own keys."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=1, ge=1)  # of PyTorch on a CPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"

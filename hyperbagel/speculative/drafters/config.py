@@ -67,6 +67,8 @@ class DrafterConfig(Config):
             "vocab_size": llm.vocab_size,
             "target_layers": llm.num_hidden_layers,
         }
+        if fixed := sorted(own.keys() & values.keys()):
+            raise InputError(f"drafter: got {fixed[0]}, which is the target's, expected a drafter's own settings, leave it out")
         return check_config(cls, {**values, **default, **own}, "drafter")
 
     def check_target(self, llm: LLMConfig, name: str = "drafter") -> None:

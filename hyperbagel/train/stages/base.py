@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from hyperbagel.core.config import Config
+from hyperbagel.core.config import Config, refuse_unknown
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.mixture import DataConfig, PhaseConfig
 from hyperbagel.data.packing import Encode
@@ -47,11 +47,8 @@ class Shape(Config):
     @field_validator("llm", "vit", "options", mode="before")
     @classmethod
     def _known(cls, value: Any, info: Any) -> Any:
-        known = cls.model_fields[info.field_name].annotation
-        unknown = sorted(set(value) - set(known.model_fields)) if isinstance(value, dict) and known is not None else []
-        if unknown:
-            raise ValueError(f"unknown keys {', '.join(unknown)}")
-        return value
+        known: Any = cls.model_fields[info.field_name].annotation
+        return value if known is None else refuse_unknown(known, value)
 
 
 class Recipe(TrainRecipe):
@@ -93,6 +90,9 @@ class BaseStage(Stage):
             self._take_eye(recipe.vit)
         if recipe.shrink != 1:
             shrink_writes(self.model, recipe.shrink)
+        names = [name for name, _ in self.model.named_parameters()]
+        if strange := [prefix for prefix in recipe.frozen if not any(name.startswith(prefix) for name in names)]:
+            raise InputError(f"frozen: got {strange[0]!r}, which begins no parameter's name, expected one such as vit_model, correct it")
         for name, parameter in self.model.named_parameters():
             if name.startswith(recipe.frozen) or (recipe.freeze_understanding and not generates(name)):
                 parameter.requires_grad_(False)

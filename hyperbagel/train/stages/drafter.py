@@ -11,13 +11,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from hyperbagel.core.config import Config
+from hyperbagel.core.config import Config, check_weights
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_text
 from hyperbagel.data.loader import read_group
@@ -48,11 +48,21 @@ class GateFailed(RuntimeError):
     """The engine accepts other than training promised: training and serving differ."""
 
 
+Temperature = Annotated[float, Field(ge=0, le=100)]
+
+
 class PromptConfig(Config):
     """Contexts: sources as in any stage (answers in them are only places to answer), drawn by weight."""
 
     sources: dict[str, SourceConfig]
     weights: dict[str, float] = Field(default_factory=dict)  # empty: equal
+
+    @model_validator(mode="after")
+    def _can_draw(self) -> PromptConfig:
+        if not self.sources:
+            raise ValueError("got no sources, expected at least one")
+        check_weights(self.weights or None, self.sources, "sources")
+        return self
 
     def share(self) -> tuple[list[str], list[float]]:
         names = list(self.sources)
@@ -71,7 +81,7 @@ class Recipe(TrainRecipe):
     pool: int = Field(default=64, ge=1)  # contexts answered together
     contexts: int = Field(default=16, ge=1)  # of a batch
     passes: int = Field(default=2, ge=1)  # times a pool is used
-    temperatures: tuple[float, ...] = (0.0, 1.0)  # of the target's answers, in turns
+    temperatures: tuple[Temperature, ...] = Field(default=(0.0, 1.0), min_length=1)  # of the target's answers, in turns
     max_tokens: int = Field(default=160, ge=2)
     steps: int = Field(default=5, ge=1)  # of training-time test
     anchors: int = Field(default=12, ge=1)  # block: blocks of an answer

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from hyperbagel.core.config import refuse_unknown
 from hyperbagel.core.files import atomic_write_text, make_folder
 from hyperbagel.data.transforms import grid_positions, patchify
 from hyperbagel.model.config import ViTConfig
@@ -46,6 +48,11 @@ class Recipe(TrainRecipe):
     crowded: float = Field(default=0.5, ge=0, le=1)  # share of scenes with four things
     held_out: int = Field(default=256, ge=1)  # pictures measured
     optim: OptimConfig = OptimConfig(kind="muon", lr=0.02, ema_decay=0.998)
+
+    @field_validator("vit", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        return refuse_unknown(ViTConfig, value)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Recipe:

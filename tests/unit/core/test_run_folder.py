@@ -6,7 +6,10 @@ import io
 import json
 from pathlib import Path
 
+import pytest
+
 from hyperbagel.core.config import Config
+from hyperbagel.core.errors import InputError
 from hyperbagel.core.progress import ProgressReport, format_seconds
 from hyperbagel.core.run import RunFolder, read_metrics
 
@@ -23,6 +26,18 @@ def test_provenance_tells_every_launch(tmp_path: Path) -> None:
     assert len(launches) == 2
     assert launches[0]["seed"] == 7 and launches[0]["settings"] == {"rate": 0.5} and "torch" in launches[0]["versions"]
     assert (tmp_path / "run" / "config.yaml").read_text() == "rate: 0.5\n"
+
+
+def test_damaged_records_are_named(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", Settings(), seed=7) as run:
+        run.log(1, {"loss": 1.0})
+    run.metrics_path.write_text("{nothing\n")
+    with pytest.raises(InputError, match="got a damaged line"):
+        read_metrics(run.metrics_path)
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "run" / "provenance.json").write_text(content)
+        with pytest.raises(InputError, match="restore"):
+            RunFolder(tmp_path / "run", Settings(), seed=7, resume=True)
 
 
 def test_metrics_lines_and_rewind(tmp_path: Path) -> None:

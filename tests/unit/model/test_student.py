@@ -178,7 +178,18 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing"):
         load_student(tmp_path / "nothing", base)
     about = json.loads((folder / "sampler.json").read_text())
-    for change, message in (({"nfe": 0}, "nfe 0"), ({"format": 9}, "format 9"), ({"shift": "x"}, "shift 'x'")):
+    for change, message in (
+        ({"nfe": 0}, "nfe 0"),
+        ({"nfe": 10**30}, "at most"),
+        ({"format": 9}, "format 9"),
+        ({"kind": "zzz"}, "kind 'zzz'"),
+        ({"shift": "x"}, "shift 'x'"),
+        ({"text_scale": "a"}, "text_scale 'a'"),
+        ({"edit_text_scale": None}, "edit_text_scale None"),
+        ({"text_range": [1]}, "low, high"),
+        ({"image_range": None}, "image_range None"),
+        ({"image_range": [2, 1]}, "low, high"),
+    ):
         (folder / "sampler.json").write_text(json.dumps(about | change))
         with pytest.raises(InputError, match=message):
             load_student(folder, base)
@@ -190,6 +201,10 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
         load_student(folder, base)
     (folder / "sampler.json").write_text(json.dumps(about))
     config = json.loads((folder / "adapter_config.json").read_text())
+    for change in ({"r": 10**9}, {"r": "4"}, {"lora_alpha": float("nan")}, {"lora_alpha": 0}, {"lora_alpha": None}):
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match="restore the file"):
+            load_student(folder, base)
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
     with pytest.raises(InputError, match="do not fit"):
         load_student(folder, base)

@@ -121,7 +121,30 @@ def test_broken_json(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", ["{", "[]", '{"weight_map": {"a": "../outside.safetensors"}}', '{"weight_map": {"a": "gone.safetensors"}}']
+    ("file", "key", "value"),
+    [
+        ("llm", "num_attention_heads", 0), ("llm", "num_attention_heads", 5), ("llm", "num_key_value_heads", 2), ("llm", "hidden_size", -1),
+        ("llm", "hidden_size", 10**12), ("llm", "rms_norm_eps", float("nan")), ("llm", "rope_theta", 0),
+        ("llm", "max_position_embeddings", -5), ("vit", "patch_size", 0), ("vit", "patch_size", 17), ("vit", "num_attention_heads", 5),
+        ("vae", "norm_groups", 3), ("vae", "ch_mult", []),
+        ("vae", "downsample", 4), ("vae", "scale_factor", 0), ("bagel", "default_size", [0, 64]), ("bagel", "latent_patch_size", 0),
+    ],
+)  # fmt: skip
+def test_shapes_that_cannot_be(folder: Path, file: str, key: str, value: object) -> None:
+    path = folder / f"{file}_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    refused(folder, path.name, "correct the file")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "[]",
+        '{"weight_map": {"a": 3, "b": "x"}}',
+        '{"weight_map": {"a": "../outside.safetensors"}}',
+        '{"weight_map": {"a": "gone.safetensors"}}',
+    ],
 )
 def test_broken_index(folder: Path, index: str) -> None:
     (folder / "ema.safetensors").unlink()

@@ -179,3 +179,20 @@ def test_clean_latents_and_pictures_to_draw(target: Path) -> None:
 def test_wrong_recipes(override: str, words: str, target: Path) -> None:
     with pytest.raises(InputError, match=words):
         stage(target, "eagle3", override).batch(0, Draws.at(0))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.weights={zzz: 1}", "unknown sources 'zzz'"), ("data.sources={}", "no sources"), ("temperatures=[]", "at least 1 item"),
+        ("temperatures=[-1]", "greater than or equal to 0"), ("temperatures=[.nan]", "nan"),
+    ],
+)  # fmt: skip
+def test_wrong_recipes(target: Path, setting: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load_config(Recipe, RECIPES[0], [*SMALL, f"target={target}", setting])
+
+
+def test_the_targets_own_shape_is_no_setting(target: Path) -> None:
+    with pytest.raises(InputError, match="got hidden_size, which is the target's"):
+        build(load_config(Recipe, RECIPES[0], [*SMALL, f"target={target}", "shape={hidden_size: 3}"]), torch.device("cpu"))

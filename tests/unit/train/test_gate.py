@@ -70,6 +70,11 @@ def test_runs_that_say_nothing_are_refused(tmp_path: Path) -> None:
         judge(finished(tmp_path / "a", {100: -0.2}))
     with pytest.raises(InputError, match="expected one measure"):
         choose([finished(tmp_path / "b", {0: 0, 1: 1}), finished(tmp_path / "c", {0: 0, 1: 1}, "reward")])
+    for i, content in enumerate(("{", "[]", "{}", '{"name": "step-00000001", "score": "high"}')):
+        run = finished(tmp_path / f"damaged-{i}", {0: 0, 1: 1})
+        (run / "checkpoints" / "best.json").write_text(content)
+        with pytest.raises(InputError, match="restore it|go on"):
+            judge(run)
 
 
 def test_alarms() -> None:

@@ -156,6 +156,21 @@ def test_held_out_figures(vae: Path) -> None:
 def test_wrong_recipes(vae: Path) -> None:
     with pytest.raises(InputError, match="hiden_size"):
         recipe(vae, "shape.llm.hiden_size=3")
+    with pytest.raises(InputError, match="did you mean 'hidden_size'"):
+        recipe(vae, "shape.vit.hidden_sise=3")
+    for setting, words in (("seed=-1", "seed"), ("shift=.inf", "shift: got inf"), ("optim.lr=.inf", "optim.lr: got inf")):
+        with pytest.raises(InputError, match=words):
+            recipe(vae, setting)
+    for weights, words in (
+        ("{tersee: 1}", "tersee"),
+        ("{terse: 0}", "a sum above"),
+        ("{terse: -1}", "none below 0"),
+        ("{terse: .nan}", "nan"),
+    ):
+        with pytest.raises(InputError, match=words):
+            recipe(vae, f"data.sources.t2i.styles={weights}")
+    with pytest.raises(InputError, match="frozen: got 'zzz'"):
+        stage(vae, "frozen=[zzz]")
     with pytest.raises(InputError, match="vae: got no folder"):
         build(load_config(Recipe, RECIPES / "toybox" / "base.yaml", SMALL), torch.device("cpu"))
     with pytest.raises(InputError, match="'drawing'"):

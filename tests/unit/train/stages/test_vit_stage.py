@@ -79,3 +79,5 @@ def test_a_base_refuses_an_encoder_of_another_shape(tmp_path: Path) -> None:
 def test_a_grid_that_does_not_fit_the_targets_is_refused() -> None:
     with pytest.raises(InputError, match="patches a side"):
         load_config(Recipe, None, [*SMALL, "resolution=96"])
+    with pytest.raises(InputError, match="unknown key 'hiden_size', did you mean 'hidden_size'"):
+        load_config(Recipe, None, [*SMALL, "vit.hiden_size=64"])
