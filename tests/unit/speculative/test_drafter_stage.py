@@ -188,7 +188,7 @@ def test_wrong_recipes(override: str, words: str, target: Path) -> None:
         ("temperatures=[-1]", "greater than or equal to 0"), ("temperatures=[.nan]", "nan"),
     ],
 )  # fmt: skip
-def test_wrong_recipes(target: Path, setting: str, words: str) -> None:
+def test_recipes_that_draw_nothing(target: Path, setting: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         load_config(Recipe, RECIPES[0], [*SMALL, f"target={target}", setting])
 
