@@ -31,9 +31,10 @@ def install(
     student: Annotated[Path, typer.Argument(help="A student's folder (RUN/export).")],
     model: Annotated[str, typer.Option(help="The model that it was distilled from: its folder, or toybox.")],
     name: Annotated[str | None, typer.Option(help="What --student calls it.", show_default="its number of evaluations")] = None,
+    nfe: Annotated[int | None, typer.Option(help="Evaluations it is sampled with from now on.", show_default="as it was made")] = None,
 ) -> None:
     """Put a student beside its model, in bfloat16: MODEL/students/NAME, where --student NAME finds it."""
     from hyperbagel.pipeline import model_folder
     from hyperbagel.train.folder import install_student
 
-    print(install_student(student, model_folder(model), name))
+    print(install_student(student, model_folder(model), name, nfe))

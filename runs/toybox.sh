@@ -74,7 +74,7 @@ one=$(passed "$out/adp/export" adp)                                # whatever it
 stage refl refl refl model="$base" init="$one" teacher="$six" reward="$out/reward/export"           # 5
 one=$(passed "$one" refl)
 
-hyperbagel install "$six" --model "$base" --name 6
+hyperbagel install "$six" --model "$base" --name 6 --nfe 6
 hyperbagel install "$one" --model "$base" --name 1
 
 # -- drafters
@@ -97,7 +97,7 @@ if [ "${INSTALL:-0}" = 1 ]; then
     for file in "$base"/*.*; do
         cp "$file" "$assets/$(basename "$file")"
     done
-    hyperbagel install "$six" --model "$assets" --name 6
+    hyperbagel install "$six" --model "$assets" --name 6 --nfe 6
     hyperbagel install "$one" --model "$assets" --name 1
     NO_TABLES=1 SHIP="${SHIP:-block}" bash runs/drafters.sh "$assets" "$out/drafters"
 fi

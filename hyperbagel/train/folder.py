@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, make_folder
+from hyperbagel.generate.types import MAX_STEPS
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import VaeConfig, ViTConfig
 from hyperbagel.model.siglip import SiglipVisionModel
@@ -65,15 +67,20 @@ def save_model(folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Path, dt
                 shutil.copyfile(tokenizer / name, temporary / name)
 
 
-def install_student(student: Path, model: Path, name: str | None = None) -> Path:
+def install_student(student: Path, model: Path, name: str | None = None, nfe: int | None = None) -> Path:
     """Copies a student to MODEL/students/NAME in bfloat16 (None: its number of evaluations); an older one of that name is replaced.
 
+    nfe: evaluations it is sampled with from now on, for a student that takes any number (stage cfg); None: as it was made.
     Returns its folder. Raises InputError for a folder that is no student, a student of another base, or a name that is no student's.
     """
     if name is not None and (not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "none"):
         raise InputError(f"got name {name!r}, expected letters, digits, '-', '_' and '.', not 'none', choose another one")
     base, _ = load_folder(model, torch.device("cpu"), torch.float32)
     loaded = load_student(student, base)
+    if nfe is not None:
+        if not 1 <= nfe <= MAX_STEPS:
+            raise InputError(f"got {nfe} evaluations, expected 1 to {MAX_STEPS}")
+        loaded.sampler = replace(loaded.sampler, nfe=nfe)
     target = model / "students" / (name or str(loaded.sampler.nfe))
     if target.exists() and not (target / "sampler.json").is_file():
         raise InputError(f"{target}: got something that is no student there, expected nothing or a student to replace, choose another name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.init import fresh_bagel
-from hyperbagel.model.student import Sampler, Student, make_adapter, save_student
+from hyperbagel.model.student import Sampler, Student, load_student, make_adapter, save_student
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, save_folder
 from hyperbagel.train.folder import install_student
@@ -48,6 +49,13 @@ def test_a_student_is_installed_by_its_evaluations_or_a_name(folder: Path, stude
     assert install_student(student, folder, "edit-2.1") == folder / "students" / "edit-2.1"
     install_student(student, folder, "6")  # an older one is replaced
     assert {p.name for p in (folder / "students").iterdir()} == {"6", "edit-2.1"}
+
+
+def test_a_student_is_installed_with_other_evaluations(folder: Path, student: Path) -> None:
+    assert install_student(student, folder, nfe=4) == folder / "students" / "4"
+    assert load_student(folder / "students" / "4", load_folder(folder)[0]).sampler == replace(Sampler(nfe=6), nfe=4)
+    with pytest.raises(InputError, match="got 0 evaluations"):
+        install_student(student, folder, nfe=0)
 
 
 @pytest.mark.parametrize("name", [".", "..", "../../m", "a/b", "none", "", "-x"])
