@@ -32,6 +32,7 @@ class Recipe(DistillRecipe):
     reflow_steps: int = Field(default=24, ge=1)
     on_policy: float = Field(default=0.0, ge=0, le=1)  # guided: share of batches whose x_t the student itself has reached
     on_policy_steps: int = Field(default=6, ge=2)  # at most, from noise to there
+    time_shift: float | None = Field(default=None, gt=0)  # of the times that are trained; None: `shift`, that of sampling
     scale_draws: int = Field(default=1, ge=1)  # guided: pairs of scales for each x_t, whose targets come of the same teacher evaluations
 
 
@@ -64,7 +65,7 @@ class CfgStage(DistillStage):
         super().__init__(recipe, device)
         self.target, self.reflow_steps = recipe.target, recipe.reflow_steps
         self.on_policy, self.on_policy_steps = recipe.on_policy, recipe.on_policy_steps
-        self.scale_draws = recipe.scale_draws
+        self.scale_draws, self.time_shift = recipe.scale_draws, recipe.time_shift or recipe.shift
         self.teacher = self.frozen(recipe.teacher) if recipe.teacher else None
         self.best_metric = "learned" if recipe.target == "guided" else "match"
         self.ways = [self._way(m) for m in self.measured] if recipe.target == "guided" else []
@@ -98,7 +99,7 @@ class CfgStage(DistillStage):
     def prepare(self, step: int, rng: Draws) -> Prepared:
         conditions = self.conditions(rng)
         scales, e = self.scales(conditions, rng), self.noise(conditions, rng)
-        t = shift_time(self.uniform(rng, len(conditions)), self.recipe.shift)
+        t = shift_time(self.uniform(rng, len(conditions)), self.time_shift)
         if self.target == "guided":
             if rng.python.random() < self.on_policy:
                 x_t = self.reached(conditions, scales, e, t, rng.python.randint(2, self.on_policy_steps))

@@ -119,6 +119,14 @@ def test_samples_that_cannot_be_distilled(base: Path) -> None:
         stage._conditions("t2i", samples, Draws.at(0))
 
 
+@torch.no_grad()
+def test_trained_times_have_a_shift_of_their_own(base: Path) -> None:
+    """The same draws, as the sampler's shift of 3 has them and as they are: t = s u / (1 + (s - 1) u)."""
+    shifted, plain = (make(cfg, base, data=only("t2i"), shift=3.0, **more).prepare(0, Draws.at(0, 0)) for more in ({}, {"time_shift": 1.0}))
+    torch.testing.assert_close(shifted.t, 3 * plain.t / (1 + 2 * plain.t))
+    assert torch.equal(shifted.conditions.x0, plain.conditions.x0)
+
+
 @pytest.mark.parametrize("source", ["t2i", "edit"])
 @torch.no_grad()
 def test_several_scales_share_the_teachers_evaluations(base: Path, source: str) -> None:
