@@ -39,7 +39,7 @@ def test_export_of_an_unknown_name_offers_the_models_own(
 
 def test_install_knows_the_shipped_model_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(train_folder, "install_student", lambda student, model, name: given.append(model))
+    monkeypatch.setattr(train_folder, "install_student", lambda student, model, name, nfe: given.append(model))
     assert cli.main(["install", "run/export", "--model", "toybox"]) == 0
     assert given == [model_folder("toybox")]
 
