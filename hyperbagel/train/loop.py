@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -43,7 +44,9 @@ def pick_device(name: str) -> torch.device:
         raise InputError("device: got 'cuda', expected a CUDA device on this machine, use device=cpu or device=auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return (
+        torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    )  # a rank's own: weights go there
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
