@@ -50,7 +50,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 def serving(model: str) -> Iterator[tuple[str, int]]:
     """The server's address and its process."""
     command = [sys.executable, "-m", "hyperbagel.cli", "serve", "--model", model, "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # as the library's arm: PyTorch would take every core
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
