@@ -18,6 +18,7 @@ import torch
 from PIL.Image import Image, Resampling
 
 from hyperbagel.core.errors import InputError, Notice
+from hyperbagel.core.hardware import clock
 from hyperbagel.data.images import as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.data.transforms import to_tensor
@@ -148,19 +149,19 @@ class HyperBagel:
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[self.settings(request)].append(i)
-        results: dict[int, ImageResult] = {}
+        results, where = dict[int, ImageResult](), self.parts.model.device
         for settings, members in groups.items():
-            start = time.perf_counter()
+            start = clock(where)
             prepared = [self._prepare(requests[i], contexts, on_token, i) for i in members]
             grids = [self.grid(requests[i]) for i in members]
             noises = [draw_noise(self.parts, grid, ready.generator) for grid, ready in zip(grids, prepared)]
             kept = [self._kept(requests[i], grid) for i, grid in zip(members, grids)]
-            middle = time.perf_counter()
+            middle = clock(where)
             student = self.students.get(settings.student).network if settings.student else None
             latents, nfe = denoise([ready.session for ready in prepared], grids, noises, settings, on_step, student=student, kept=kept)
-            late = time.perf_counter()
+            late = clock(where)
             images = [self._masked(requests[i], decode_latents(self.parts, x, grid)) for i, x, grid in zip(members, latents, grids)]
-            timings = {"prefill": middle - start, "denoise": late - middle, "decode": time.perf_counter() - late}
+            timings = {"prefill": middle - start, "denoise": late - middle, "decode": clock(where) - late}
             for i, image, ready in zip(members, images, prepared, strict=True):
                 request = requests[i]
                 used = {"model": self.name, "prompt": request.prompt, "seed": request.seed, "think": request.think, **asdict(settings)}
@@ -188,16 +189,16 @@ class HyperBagel:
         groups: dict[tuple[int, float, str], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[request.max_tokens, request.temperature, self._drafter_name(request)].append(i)
-        results: dict[int, TextResult] = {}
+        results, where = dict[int, TextResult](), self.parts.model.device
         for (max_tokens, temperature, name), members in groups.items():
-            start = time.perf_counter()
+            start = clock(where)
             drafter = self._drafter(name)
             sessions = [self._context(requests[i], drafter) for i in members]
             generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
-            middle = time.perf_counter()
+            middle = clock(where)
             if drafter is not None:
                 drafter.prepare(sessions[0], len(sessions), temperature)  # measures costs, once a batch size
-            ready = time.perf_counter()
+            ready = clock(where)
 
             def report(row: int, token: int, members: list[int] = members) -> None:
                 if on_token is not None:
@@ -206,7 +207,7 @@ class HyperBagel:
             decoded = decode(
                 sessions, max_tokens=max_tokens, temperature=temperature, generators=generators, on_token=report, drafter=drafter
             )
-            timings = {"prefill": middle - start, "decode": time.perf_counter() - ready}
+            timings = {"prefill": middle - start, "decode": clock(where) - ready}
             if ready - middle > 0.01:
                 timings["measure"] = ready - middle
             for i, session, out in zip(members, sessions, decoded, strict=True):

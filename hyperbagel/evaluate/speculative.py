@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from PIL import Image
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import make_folder
+from hyperbagel.core.hardware import clock
 from hyperbagel.evaluate.records import Record, run_items
 from hyperbagel.evaluate.report import write_report
 from hyperbagel.evaluate.speculative_report import print_tables, summarise
@@ -238,9 +238,7 @@ class _Bench:
         return {**asdict(cell), "rows": rows, "answers": len(prompts)}
 
     def _clock(self) -> float:
-        if self.model.parts.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return clock(self.model.parts.model.device)
 
 
 def _picture(scene: Any) -> Image.Image:

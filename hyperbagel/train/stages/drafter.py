@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -112,7 +114,7 @@ class DrafterStage(Stage):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.parts = Parts.load(recipe.target, device, torch.float32)
+        self.parts = Parts.load(recipe.target, device, target_dtype(recipe.precision, device))
         self.target = self.parts.model.requires_grad_(False)
         config = DrafterConfig.for_target(recipe.kind, self.target.config.llm, **recipe.shape)
         self.module = make_module(config).to(device)
@@ -207,7 +209,7 @@ class DrafterStage(Stage):
     def evaluate(self, step: int) -> dict[str, float]:
         """Each split: simulated tau of a greedy chain, acceptance by depth, tau of a tree (from the engine: it cannot be simulated)."""
         found: dict[str, float] = {}
-        with self.players["drafter"].averaged():
+        with self.served():
             for name, pairs in self.measured.items():
                 stats = self.simulated(pairs)
                 found[f"{name}_tau"] = stats.tau
@@ -216,6 +218,18 @@ class DrafterStage(Stage):
                     tree = make_drafter(self.module, self.target, depth=self.recipe.depth, nodes=self.recipe.tree_nodes)
                     found[f"{name}_tree_tau"] = self.engine(pairs, tree).tau
         return found
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """The averaged drafter stands in the module's place, in the target's type, as an engine loads it."""
+        trained = self.module
+        with self.players["drafter"].averaged(), torch.no_grad():
+            try:
+                if self.target.dtype != torch.float32:
+                    self.module = deepcopy(trained).to(self.target.dtype)
+                yield
+            finally:
+                self.module = trained
 
     def simulated(self, pairs: Sequence[tuple[Session, Decoded]]) -> Stats:
         """Rounds of a greedy chain, told from teacher-forced logits."""
@@ -252,6 +266,7 @@ class DrafterStage(Stage):
             save_drafter(out / "export", self.module, dtype)
             if isinstance(self.module, Eagle3):
                 export_eagle3(out / "export-eagle3", self.module, self.target.config.llm, dtype)
+        with self.served():
             gate: dict[str, Any] = {}
             for name, pairs in self.measured.items():
                 told = self.simulated(pairs)
@@ -266,6 +281,11 @@ class DrafterStage(Stage):
                 f"{out / 'gate.json'}: on {name!r} got tau {gate[name]['engine_tau']:.3f} from the engine, expected the simulated "
                 f"{gate[name]['simulated_tau']:.3f} within {GATE:.0%}; the weights are written, but training and serving differ"
             )
+
+
+def target_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the target answers in: what it is served in, bf16 on a GPU and fp32 on a CPU, unless the recipe says it."""
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda") else torch.float32
 
 
 def pooled(rows: Sequence[Stats]) -> Stats:

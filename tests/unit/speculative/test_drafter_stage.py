@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,28 @@ def test_recipes_that_draw_nothing(target: Path, setting: str, words: str) -> No
 def test_the_targets_own_shape_is_no_setting(target: Path) -> None:
     with pytest.raises(InputError, match="got hidden_size, which is the target's"):
         build(load_config(Recipe, RECIPES[0], [*SMALL, f"target={target}", "shape={hidden_size: 3}"]), torch.device("cpu"))
+
+
+def test_the_7b_recipe_is_valid() -> None:
+    recipe = load_config(Recipe, ROOT / "recipes" / "7b" / "drafter_hyper_bagel.yaml")
+    assert recipe.precision == "bf16" and recipe.held_out and recipe.data.sources["chat"].kind == "chat"
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "hyper_bagel", "block"])
+def test_a_bf16_target_teaches_an_fp32_drafter(kind: str, target: Path, tmp_path: Path) -> None:
+    """What a GPU trains on: the target in the type it is served in, the drafter's own weights in fp32, measured as an engine loads it."""
+    at_work = stage(target, kind, "precision=bf16")
+    assert at_work.target.dtype == torch.bfloat16 and {p.dtype for p in at_work.module.parameters()} == {torch.float32}
+    trained = at_work.module
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = at_work.batch(0, Draws.at(0, 0))
+        loss, _ = at_work.loss("drafter", batch, 0)
+    loss.backward()
+    assert torch.isfinite(loss) and any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.parameters())
+    figures = at_work.evaluate(0)
+    assert all(np.isfinite(value) for value in figures.values()) and at_work.module is trained
+    with suppress(GateFailed):  # untrained, on three prompts: bf16's near ties are more than 2 %
+        at_work.finish(tmp_path)
+    told = json.loads((tmp_path / "gate.json").read_text())
+    assert all(split["engine_tau"] >= 1 for split in told.values())
+    assert load_module(tmp_path / "export", at_work.target).config == trained.config

@@ -371,3 +371,14 @@ def test_shipped_recipes_are_valid(name: str, size: str) -> None:
     weights = recipe.data.mixture[0].weights
     assert weights["t2i"] == weights["edit"] > 0  # T2I : edit = 1 : 1
     assert set(DATA["sources"]) <= set(recipe.data.sources)
+    assert recipe.held_out is not None and set(DATA["sources"]) <= set(recipe.held_out.sources)  # the best checkpoint and the gate need it
+
+
+def test_held_out_groups_of_one_sample_are_enough(base: Path) -> None:
+    """Pictures of a real data set differ in size, so the 7B recipes measure them one by one."""
+    alone = {"sources": {name: source | {"samples": 1} for name, source in HELD_OUT["sources"].items()}, "mixture": HELD_OUT["mixture"]}
+    stage = make(cfg, base, held_out=alone, held_out_groups=2, teacher_steps=2)
+    with torch.no_grad():
+        figures = stage.evaluate(0)
+    assert {len(m.conditions) for m in stage.measured} == {1}
+    assert {"learned", "score", "match", "spread", "diversity", "size"} <= set(figures) and all(np.isfinite(v) for v in figures.values())
