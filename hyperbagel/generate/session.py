@@ -30,6 +30,11 @@ from hyperbagel.nn.kv_cache import KVCache
 _SHARED_FORWARD = 512
 
 
+def image_transform(sizes: ImageSizes) -> ImageTransform:
+    """A model's resize rule."""
+    return ImageTransform(sizes.max_size, sizes.min_size, sizes.stride, sizes.max_pixels)
+
+
 @dataclass(frozen=True)
 class Parts:
     """Everything a session works with; shared by all sessions, never changed by them."""
@@ -43,10 +48,6 @@ class Parts:
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Parts:
         """Reads a folder in BAGEL's layout. Raises InputError if it is not one."""
-
-        def transform(sizes: ImageSizes) -> ImageTransform:
-            return ImageTransform(sizes.max_size, sizes.min_size, sizes.stride, sizes.max_pixels)
-
         model, vae = load_folder(folder, device, dtype, attention)
         options, tokenizer, known = model.config.options, Tokenizer.from_folder(folder), model.config.llm.vocab_size
         if tokenizer.largest_id >= known:
@@ -54,7 +55,7 @@ class Parts:
                 f"{folder}: got a tokenizer with ids up to {tokenizer.largest_id}, expected below {known} (vocab_size in llm_config.json), "
                 "take the tokenizer that belongs to these weights"
             )
-        return cls(model, vae, tokenizer, transform(options.vae_transform), transform(options.vit_transform))
+        return cls(model, vae, tokenizer, image_transform(options.vae_transform), image_transform(options.vit_transform))
 
 
 @dataclass

@@ -6,7 +6,6 @@ Shape legend: B rows, R entries of an answer, K drafted depths, V vocabulary.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hyperbagel.speculative.types import Stats
@@ -34,8 +33,3 @@ def simulate(accepted: Tensor, counts: Tensor) -> list[Stats]:
             i += got
         out.append(stats)
     return out
-
-
-def overlap(p: Tensor, q: Tensor) -> Tensor:
-    """Acceptance probability of a draft drawn from q when sampling from p: sum of min(p, q), [..., V] -> [...]."""
-    return torch.minimum(p, q).sum(-1)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.toybox.heldout import held_out, heldout_kinds, kinds_added, triple_held
+from hyperbagel.toybox.heldout import held_out, heldout_kinds, kinds_added
 from hyperbagel.toybox.vocabulary import (
     BACKGROUNDS,
     CELL_NAMES,
@@ -240,8 +240,3 @@ def sample_scene(
         tone = rng.choice(TONES[1:]) if look >= 1 - variety else "normal"
         return Scene(background or rng.choice(list(BACKGROUNDS)), tuple(things), style, tone)
     raise InputError(f"got wishes that exclude each other (n {n}, split {split}, kind {kind}, specs {list(specs)}); drop one of them")
-
-
-def relation_held(a: Thing, relation: str, b: Thing) -> bool:
-    """Whether naming this relation of these two would name a held-out triple."""
-    return a.noun != b.noun and triple_held(a.noun, relation, b.noun)

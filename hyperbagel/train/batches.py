@@ -14,8 +14,8 @@ from hyperbagel.data.mixture import DataConfig, build_loader
 from hyperbagel.data.packing import Encode, PackSpec, pack, stream_lengths
 from hyperbagel.data.plan import Sample, apply_dropout
 from hyperbagel.data.tokenizer import Tokenizer
-from hyperbagel.data.transforms import ImageTransform
-from hyperbagel.model.config import BagelConfig, ImageSizes
+from hyperbagel.generate.session import image_transform
+from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.train.distributed import World
 from hyperbagel.train.stage import Draws
@@ -39,11 +39,6 @@ def pack_spec(config: BagelConfig, tokenizer: Tokenizer) -> PackSpec:
         latent_values=config.latent_channels,
         interpolate=options.interpolate_pos,
     )
-
-
-def transform(sizes: ImageSizes) -> ImageTransform:
-    """A model's resize rule."""
-    return ImageTransform(sizes.max_size, sizes.min_size, sizes.stride, sizes.max_pixels)
 
 
 def posterior_encoder(vae: AutoEncoder, generator: torch.Generator, device: torch.device, chunk: int = 64) -> Encode:
@@ -93,8 +88,8 @@ class Batches:
         self.loader = build_loader(
             data,
             tokenizer,
-            transform(options.vae_transform),
-            transform(options.vit_transform),
+            image_transform(options.vae_transform),
+            image_transform(options.vit_transform),
             seed=seed,
             rank=(world or World()).rank,
             world=(world or World()).size,

@@ -21,12 +21,13 @@ from hyperbagel.data.mixture import DataConfig, PhaseConfig, build_loader
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import Velocity, euler, euler_steps
+from hyperbagel.generate.session import image_transform
 from hyperbagel.generate.types import PAPER_EDIT, PAPER_TEXT_TO_IMAGE, Denoising
 from hyperbagel.model.student import Sampler, Student, StudentNetwork, carry_student, fingerprint, load_student, make_adapter, save_student
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.model.weights import load_folder
 from hyperbagel.train.alarms import alarms
-from hyperbagel.train.batches import pack_spec, posterior_encoder, transform
+from hyperbagel.train.batches import pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
 from hyperbagel.train.discriminator import vit_features
@@ -35,10 +36,9 @@ from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.cfg import draw_scales
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.sheet import write_sheet
-from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
 
 log = logging.getLogger(__name__)
-_HELD_OUT_SEED = 1_000_003  # conditions that are measured, whatever the recipe's seed
 
 
 class DistillRecipe(TrainRecipe):
@@ -145,7 +145,7 @@ class DistillStage(Stage):
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Any:
         sizes, world = self.base.config.options, world or World()
-        transforms = transform(sizes.vae_transform), transform(sizes.vit_transform)
+        transforms = image_transform(sizes.vae_transform), image_transform(sizes.vit_transform)
         return build_loader(data, self.tokenizer, *transforms, seed=seed, rank=world.rank, world=world.size)
 
     def amp(self) -> AbstractContextManager[Any]:
@@ -229,9 +229,9 @@ class DistillStage(Stage):
         times = time_grid(self.recipe.teacher_steps, PAPER_TEXT_TO_IMAGE.shift)
         for name in data.sources:  # each source the same number of groups, whatever the mixture
             alone = data.model_copy(update={"sources": {name: data.sources[name]}, "mixture": [PhaseConfig(weights={name: 1.0})]})
-            loader = self._loader(alone, _HELD_OUT_SEED)
+            loader = self._loader(alone, HELD_OUT_SEED)
             for i in range(self.recipe.held_out_groups):
-                rng, group = Draws.at(_HELD_OUT_SEED, i), loader.next_group()
+                rng, group = Draws.at(HELD_OUT_SEED, i), loader.next_group()
                 conditions = self._conditions(group.source, group.samples, rng)
                 noises = torch.stack([self.noise(conditions, rng) for _ in range(2)])
                 run = self.guided_teacher(conditions, self.usual_scales(conditions))

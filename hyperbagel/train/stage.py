@@ -24,6 +24,8 @@ from hyperbagel.core.config import Config
 from hyperbagel.train.ema import Ema
 from hyperbagel.train.optim import OptimConfig, make_optimizer, optimised
 
+HELD_OUT_SEED = 1_000_003  # of what is measured, whatever a recipe's seed
+
 
 class TrainRecipe(Config):
     """What every stage's recipe has; a stage adds its own keys."""

@@ -80,7 +80,6 @@ HOMES: dict[str, tuple[str, ...]] = {
     "fastapi": ("serve/",),
     "uvicorn": ("serve/",),
     "ray": ("serve/replicas.py",),
-    "gradio": ("serve/",),
     # pictures have many owners; the maths (nn, flow, model) and the command line see tensors and paths only
     "PIL": ("toybox/", "data/", "generate/", "pipeline.py", "evaluate/", "demo.py", "chat.py", "serve/", "train/previews.py"),
 }

@@ -17,24 +17,23 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.mixture import DataConfig, PhaseConfig
 from hyperbagel.data.packing import Encode
 from hyperbagel.data.tokenizer import Tokenizer
-from hyperbagel.generate.session import Parts
+from hyperbagel.generate.session import Parts, image_transform
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel, shrink_writes
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import generates
 from hyperbagel.train.alignment import Aligner, Alignment
-from hyperbagel.train.batches import Batches, NamedBatch, transform
+from hyperbagel.train.batches import Batches, NamedBatch
 from hyperbagel.train.compiled import compile_layers, uncompiled
 from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.folder import load_model, load_vae, load_vit, save_model
 from hyperbagel.train.losses.flow import flow_by_time, mixed_objective
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.previews import write_previews
-from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
 
 _ENDS = ("language_model.lm_head", "vae2llm", "llm2vae", "time_embedder", "connector", "vit_model.vision_model.embeddings")
-_HELD_OUT_SEED = 1_000_003  # batches that are measured, whatever the recipe's seed
 
 
 class Shape(Config):
@@ -106,12 +105,12 @@ class BaseStage(Stage):
         if recipe.compile:
             compile_layers(self.model.language_model.model.layers)
         sizes = self.model.config.options
-        self.parts = Parts(self.model, self.vae, tokenizer, transform(sizes.vae_transform), transform(sizes.vit_transform))
+        self.parts = Parts(self.model, self.vae, tokenizer, image_transform(sizes.vae_transform), image_transform(sizes.vit_transform))
         self.batches = self._batches(recipe.data, recipe.seed, join_world(device), self.aligner.see if self.aligner else None)
         self.measured: list[NamedBatch] = []
         for data in _single_sources(recipe.held_out):
-            batches = self._batches(data, _HELD_OUT_SEED)
-            self.measured += [batches.next(Draws.at(_HELD_OUT_SEED, i)) for i in range(recipe.held_out_batches)]
+            batches = self._batches(data, HELD_OUT_SEED)
+            self.measured += [batches.next(Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_batches)]
             batches.close()
 
     def _batches(self, data: DataConfig, seed: int, world: World | None = None, see: Encode | None = None) -> Batches:
@@ -174,7 +173,7 @@ class BaseStage(Stage):
     def sample(self, step: int, out: Path) -> None:
         """A sheet of the averaged model's pictures, edits and answers."""
         with self.players["model"].averaged(), uncompiled():
-            write_previews(out / f"step-{step:08d}.png", self.parts, _HELD_OUT_SEED)
+            write_previews(out / f"step-{step:08d}.png", self.parts, HELD_OUT_SEED)
 
     def state(self) -> dict[str, Any]:
         return self.batches.state()

@@ -39,9 +39,8 @@ from hyperbagel.speculative.simulate import simulate
 from hyperbagel.speculative.types import Drafter, Speculated, Stats
 from hyperbagel.train.losses.drafter import block_loss, unrolled_loss
 from hyperbagel.train.optim import OptimConfig
-from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
 
-_HELD_OUT_SEED = 1_000_003
 _POOL = 7  # key of the pools' generators
 GATE = 0.02  # engine's tau and the simulated one may differ by this share
 
@@ -154,8 +153,8 @@ class DrafterStage(Stage):
 
     def _prompts(self, data: PromptConfig) -> list[tuple[Session, Decoded]]:
         """Held-out contexts with the target's greedy answers."""
-        rng = random.Random(_HELD_OUT_SEED)
-        sources = _sources(data, self.parts, _HELD_OUT_SEED)
+        rng = random.Random(HELD_OUT_SEED)
+        sources = _sources(data, self.parts, HELD_OUT_SEED)
         return self._answer(self._contexts(data, sources, 0, self.recipe.held_out_prompts, rng), 0.0, rng)
 
     def batch(self, step: int, rng: Draws) -> DraftBatch:

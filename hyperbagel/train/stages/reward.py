@@ -18,9 +18,10 @@ from hyperbagel.data.mixture import DataConfig, build_loader
 from hyperbagel.data.plan import VaeImage
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import to_tensor
+from hyperbagel.generate.session import image_transform
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
-from hyperbagel.train.batches import pack_spec, posterior_encoder, transform
+from hyperbagel.train.batches import pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import split_sample
 from hyperbagel.train.distill import seeded
@@ -28,9 +29,7 @@ from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.refl import preference_loss
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.rewards import RewardHead, save_reward, understand
-from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
-
-_HELD_OUT_SEED = 1_000_003
+from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
 
 
 class Recipe(TrainRecipe):
@@ -69,13 +68,13 @@ class RewardStage(Stage):
         self.measured: list[Pairs] = []
         self.measures_start = recipe.held_out is not None
         if recipe.held_out is not None:
-            loader = self._loader(recipe.held_out, _HELD_OUT_SEED)
-            self.measured = [self._pairs(loader, Draws.at(_HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]
+            loader = self._loader(recipe.held_out, HELD_OUT_SEED)
+            self.measured = [self._pairs(loader, Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]
             loader.close()
 
     def _loader(self, data: DataConfig, seed: int) -> Any:
         sizes = self.base.config.options
-        return build_loader(data, self.tokenizer, transform(sizes.vae_transform), transform(sizes.vit_transform), seed=seed)
+        return build_loader(data, self.tokenizer, image_transform(sizes.vae_transform), image_transform(sizes.vit_transform), seed=seed)
 
     def batch(self, step: int, rng: Draws) -> Pairs:
         return self._pairs(self.loader, rng)

@@ -26,9 +26,7 @@ from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import sample_scenes
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.sheet import to_uint8, write_sheet
-from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
-
-_HELD_OUT_SEED = 1_000_003  # pictures that are measured, whatever the recipe's seed
+from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
 
 
 class Architecture(Config):
@@ -151,7 +149,7 @@ class VaeStage(Stage):
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
         self.players = {"vae": Player.of(self.model, recipe.optim, ("encoder.conv_in", "decoder.conv_out"))}
-        pictures = draw_pictures(_HELD_OUT_SEED, recipe.held_out, recipe.resolution, recipe.variety, split="heldout")
+        pictures = draw_pictures(HELD_OUT_SEED, recipe.held_out, recipe.resolution, recipe.variety, split="heldout")
         self.held_out = to_signed(pictures).to(device)
         self.pool = ProcessPoolExecutor(recipe.workers, mp_context=multiprocessing.get_context("spawn")) if recipe.workers else None
         self.ahead: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
@@ -209,7 +207,7 @@ class VaeStage(Stage):
 
     def _reconstruct(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded pictures and raw latents, sampled as in use, with the averaged weights."""
-        generator = torch.Generator().manual_seed(_HELD_OUT_SEED)
+        generator = torch.Generator().manual_seed(HELD_OUT_SEED)
         shown, latents = [], []
         with self.players["vae"].averaged():
             for part in pictures.split(32):
@@ -234,7 +232,7 @@ class VaeStage(Stage):
         """export/ae.safetensors and vae_config.json, scale and shift measured so that latents have mean 0 and deviation 1."""
         r, config = self.recipe, self.model.config
         if not r.freeze_encoder:  # else the latents are the old ones, and so are scale and shift
-            pictures = draw_pictures(_HELD_OUT_SEED + 1, 512, r.resolution, r.variety)
+            pictures = draw_pictures(HELD_OUT_SEED + 1, 512, r.resolution, r.variety)
             _, latents = self._reconstruct(to_signed(pictures).to(self.device))
             config = config.model_copy(update={"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()})
         folder = make_folder(out / "export")

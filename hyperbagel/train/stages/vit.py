@@ -31,9 +31,7 @@ from hyperbagel.toybox.scene import Scene, sample_scenes
 from hyperbagel.train.distill import seeded
 from hyperbagel.train.folder import load_vit
 from hyperbagel.train.optim import OptimConfig
-from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
-
-_HELD_OUT_SEED = 1_000_003
+from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
 
 
 class Recipe(TrainRecipe):
@@ -101,7 +99,7 @@ class VitStage(Stage):
         self.eye = Eye(vit, GRID // side).to(device)
         self.positions = grid_positions(side, side, recipe.per_side).to(device)
         self.players = {"vit": Player.of(self.eye, recipe.optim, ("vit_model.vision_model.embeddings", "thing", "picture"))}
-        self.measured = self._scenes(random.Random(_HELD_OUT_SEED), recipe.held_out)
+        self.measured = self._scenes(random.Random(HELD_OUT_SEED), recipe.held_out)
 
     def _scenes(self, rng: random.Random, count: int) -> list[Scene]:
         return list(sample_scenes(rng, count, crowded=self.recipe.crowded, variety=self.recipe.variety))
