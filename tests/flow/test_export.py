@@ -22,7 +22,6 @@ from hyperbagel.speculative.drafters.export import import_eagle3
 from hyperbagel.speculative.drafters.folder import make_module, save_drafter
 
 SCALES = {"text_scale": 3.0, "image_scale": 1.5}
-LEVELS = 3  # of 255: three steps of a random student make that of fp32's last digits, more or less by where the memory lies
 SAMPLER = Sampler(nfe=3, shift=2.5, stage="test")
 
 
@@ -33,6 +32,7 @@ def students(folder: Path, heads: bool = True) -> dict[str, Student]:
     kinds: tuple[Kind, ...] = ("lora", "full")
     for seed, kind in enumerate(kinds):
         generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # the adapter and the embedders draw from it: else each run has another student
         student = Student.fresh(base, make_adapter(base, kind, rank=4, alpha=6, heads=heads), SAMPLER)
         with torch.no_grad():
             for p in student.parameters():
@@ -61,9 +61,9 @@ def test_a_merged_folder_without_guidance_draws_what_base_and_student_draw(name:
     stock = HyperBagel.from_pretrained(out, device="cpu")
     [expected] = both.generate("a red car", seed=1, student=name, **SCALES)
     for result in (merged.generate("a red car", seed=1)[0], stock.generate("a red car", seed=1, **plain)[0]):
-        assert np.abs(pixels(result.image) - pixels(expected.image)).max() <= LEVELS and result.nfe == 3
+        assert np.abs(pixels(result.image) - pixels(expected.image)).max() <= 1 and result.nfe == 3
     [other] = both.generate("a red car", seed=1, student=name, text_scale=4.5, image_scale=1.0)
-    assert np.abs(pixels(other.image) - pixels(expected.image)).max() > 2 * LEVELS, "the scales matter, so the test can fail"
+    assert np.abs(pixels(other.image) - pixels(expected.image)).max() > 1, "the scales matter, so the test can fail"
     assert both.ask("what is it?", max_tokens=8).text == stock.ask("what is it?", max_tokens=8).text
     assert stock.settings.__self__ is stock and stock.sampler is None and merged.sampler is not None
 
@@ -89,8 +89,8 @@ def test_the_sampler_is_bound_to_merged_weights(made: Any, folder: Path, tmp_pat
 
 def test_edits_differ_because_the_source_is_read_by_the_merged_weights(made: Any, folder: Path, tmp_path: Path) -> None:
     done = export_student("full", tmp_path / "merged", model=str(folder), **SCALES)
-    (drawn, little, most), (edit, mean, _) = verify(done, "full", model=str(folder))
-    assert (drawn, edit) == ("text to image", "edit") and most <= LEVELS and little < 0.5 < 1 < mean
+    (drawn, _, most), (edit, mean, _) = verify(done, "full", model=str(folder))
+    assert (drawn, edit) == ("text to image", "edit") and most <= 1 < mean
 
 
 def rebuilt(folder: Path, out: Path) -> dict[str, torch.Tensor]:
