@@ -45,6 +45,11 @@ class ProgressReport:
         if self._bar is not None:
             self._bar.stop()
 
+    @property
+    def due(self) -> bool:
+        """Whether an `update` now would be seen: on a terminal ten times a second, elsewhere every `every` seconds."""
+        return self._clock() - self._last >= (0.1 if self._bar is not None else self._every)
+
     def update(self, share: float, text: str = "") -> None:
         """`share` of the job is done, in [0, 1]."""
         if self._first is None:
@@ -52,10 +57,12 @@ class ProgressReport:
         passed = self._clock() - self._began
         done = share - self._first
         left = f"{format_seconds(passed * (1 - share) / done)} left" if done > 0 else "time left unknown"
+        if not self.due:
+            return
+        self._last = self._clock()
         if self._bar is not None:
             self._bar.update(self._task, completed=share, text=f"{left}  {text}")
-        elif self._clock() - self._last >= self._every:
-            self._last = self._clock()
+        else:
             self.line(f"{100 * share:5.1f} %  {format_seconds(passed)} passed, {left}  {text}")
 
     def line(self, text: str) -> None:

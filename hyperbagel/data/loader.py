@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -47,6 +47,10 @@ class Group:
     source: str
     samples: list[Sample]
     broken: list[str]  # what was skipped on the way, one line each
+    made: Any = None  # what the loader's `prepare` made of the samples, in their place
+
+
+Prepare = Callable[[str, list[Sample], int], Any]  # (source, samples, number of the group) -> Group.made
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ def draw_source(phases: Sequence[Phase], seed: int, n: int) -> str:
     return names[int(rng.choice(len(names), p=weights / weights.sum()))]
 
 
-def read_group(source: Source, name: str, first: int, size: int, rank: int, world: int) -> Group:
+def read_group(
+    source: Source, name: str, first: int, size: int, rank: int, world: int, number: int = 0, prepare: Prepare | None = None
+) -> Group:
     """Samples first, first + 1, ... of this rank's shard. The row after a broken one takes its place.
 
     Raises:
@@ -88,19 +94,22 @@ def read_group(source: Source, name: str, first: int, size: int, rank: int, worl
                 f"source {name!r}: got {limit} broken rows one after the other (last: {broken[-1]}), "
                 "expected rows that can be read, check the files"
             )
+    if prepare is not None:
+        return Group(name, [], broken, prepare(name, samples, number))
     return Group(name, samples, broken)
 
 
-_SOURCES: Mapping[str, Source] = {}  # of a worker process, set once when it starts
+_SOURCES: Mapping[str, Source] = {}  # of a worker process, set once when it starts, as is
+_PREPARE: Prepare | None = None
 
 
-def _start_process(sources: Mapping[str, Source]) -> None:
-    global _SOURCES
-    _SOURCES = sources
+def _start_process(sources: Mapping[str, Source], prepare: Prepare | None) -> None:
+    global _SOURCES, _PREPARE
+    _SOURCES, _PREPARE = sources, prepare
 
 
 def _read_in_process(name: str, *where: int) -> Group:
-    return read_group(_SOURCES[name], name, *where)
+    return read_group(_SOURCES[name], name, *where, prepare=_PREPARE)
 
 
 class Loader:
@@ -113,6 +122,7 @@ class Loader:
         workers: 0 reads in the caller's thread; else that many groups are read at once and `2 * workers` are kept ready.
         kind: "process" for sources that are busy in Python (rendering), "thread" for files.
         rank, world: this process's shard. All ranks draw the same source at the same group.
+        prepare: what becomes of a group where it is read, so that workers do it; a pure function, picklable for processes.
     Raises:
         InputError: a weight or phase that makes no sense.
     """
@@ -128,8 +138,10 @@ class Loader:
         world: int = 1,
         workers: int = 0,
         kind: Literal["thread", "process"] = "thread",
+        prepare: Prepare | None = None,
     ) -> None:
         _check(sources, phases)
+        self.prepare = prepare
         self.sources, self.phases, self.group = dict(sources), list(phases), dict(group)
         self.seed, self.rank, self.world, self.workers = seed, rank, world, workers
         self.broken: Counter[str] = Counter()  # rows skipped so far, by source
@@ -137,7 +149,7 @@ class Loader:
         if workers and kind == "thread":
             self.pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
         elif workers:  # spawn: a fork would copy the locks of the caller's threads
-            self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (self.sources,))
+            self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (self.sources, prepare))
         self._go_to(0, {})
 
     def _go_to(self, n: int, next_index: Mapping[str, int]) -> None:
@@ -147,7 +159,7 @@ class Loader:
 
     def _ask(self) -> tuple[str, tuple[Any, ...]]:
         name = draw_source(self.phases, self.seed, self.asked)
-        where = (name, self.asked_index[name], self.group[name], self.rank, self.world)
+        where = (name, self.asked_index[name], self.group[name], self.rank, self.world, self.asked)
         self.asked += 1
         self.asked_index[name] += self.group[name]
         return name, where
@@ -156,12 +168,12 @@ class Loader:
         """The next group; blocks until it is read. Raises what its source raised."""
         if self.pool is None:
             name, where = self._ask()
-            group = read_group(self.sources[name], *where)
+            group = read_group(self.sources[name], *where, prepare=self.prepare)
         else:
             while len(self.ready) < 2 * self.workers:
                 name, where = self._ask()
                 if isinstance(self.pool, ThreadPoolExecutor):
-                    future = self.pool.submit(read_group, self.sources[name], *where)
+                    future = self.pool.submit(read_group, self.sources[name], *where, prepare=self.prepare)
                 else:
                     future = self.pool.submit(_read_in_process, *where)
                 self.ready.append((name, future))

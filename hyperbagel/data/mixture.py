@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from hyperbagel.core.config import Config, check_weights
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.loader import Loader, Phase, Source
+from hyperbagel.data.loader import Loader, Phase, Prepare, Source
 from hyperbagel.data.plan import Dropout
 from hyperbagel.data.sources import ChatSource, EditSource, Reading, T2ISource
 from hyperbagel.data.tokenizer import Tokenizer
@@ -102,9 +102,17 @@ def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: Ima
 
 
 def build_loader(
-    config: DataConfig, tokenizer: Tokenizer, vae: ImageTransform, vit: ImageTransform, *, seed: int, rank: int = 0, world: int = 1
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    vae: ImageTransform,
+    vit: ImageTransform,
+    *,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    prepare: Prepare | None = None,
 ) -> Loader:
-    """The loader of a recipe's data."""
+    """The loader of a recipe's data. prepare: see Loader."""
     return Loader(
         {name: build_source(name, source, tokenizer, vae, vit, seed) for name, source in config.sources.items()},
         [Phase(p.until, p.weights) for p in config.mixture],
@@ -114,4 +122,5 @@ def build_loader(
         world=world,
         workers=config.workers,
         kind=config.worker_kind,
+        prepare=prepare,
     )

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from hyperbagel.core.types import PackedBatch
 from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage
 from hyperbagel.data.transforms import grid_positions, patchify, to_tensor
 
+Whole = NDArray[np.int64]
 Encode = Callable[[Tensor], Tensor]  # pixels [n, 3, H, W] in [-1, 1] -> latents [n, z, H/8, W/8], scaled and shifted
 Rows = Literal["one", "packed"]
 UND, GEN = 0, 1
@@ -92,20 +94,20 @@ class _Cells:
         self.start.append(start)
         self.length.append(length)
 
-    def slots(self, width: int) -> Tensor:
+    def slots(self, width: int) -> Whole:
         """Flat slots in a stream of `width` a row, [sum of lengths]."""
         base = np.asarray(self.row, np.int64) * width + np.asarray(self.start, np.int64)
-        return torch.from_numpy(_ramp(base, np.asarray(self.length, np.int64)))
+        return _ramp(base, np.asarray(self.length, np.int64))
 
 
-def _ramp(start: NDArray[np.int64], length: NDArray[np.int64]) -> NDArray[np.int64]:
+def _ramp(start: Whole, length: Whole) -> Whole:
     """start[i], start[i] + 1, ... length[i] numbers of each, concatenated."""
     ends = np.cumsum(length)
     within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - length, length)
     return np.repeat(start, length) + within
 
 
-class _Layout:
+class _Drawing:
     """Collects runs (stretches of one kind of token), splits and cells while plans are read; `fields` expands them to tokens at once."""
 
     def __init__(self, spec: PackSpec) -> None:
@@ -169,16 +171,16 @@ class _Layout:
         longest = max((n for (_, s), n in self.filled.items() if s == stream), default=0)
         return -(-longest // pad_to) * pad_to
 
-    def fields(self, rows: int, su: int, sg: int) -> dict[str, Tensor]:
+    def fields(self, rows: int, su: int, sg: int) -> dict[str, NDArray[Any]]:
         """The [B, S] fields of the batch; a row is [understanding | generation]."""
         row, stream, start, length, order, position, step, sample, split, full, noise = np.asarray(self.runs, np.int64).T
         slots = _ramp(row * (su + sg) + stream * su + start, length)
         within = _ramp(np.zeros_like(length), length)
 
-        def cast(values: NDArray[np.int64], padding: int = 0) -> Tensor:
+        def cast(values: Whole, padding: int = 0) -> Whole:
             out = np.full(rows * (su + sg), padding, np.int64)
             out[slots] = values
-            return torch.from_numpy(out.reshape(rows, su + sg))
+            return out.reshape(rows, su + sg)
 
         each = [np.repeat(values, length) for values in (position, step, sample, split, order, full, noise)]
         return {
@@ -186,8 +188,8 @@ class _Layout:
             "sample_id": cast(each[2], padding=-1),
             "split_id": cast(each[3], padding=-1),
             "order": cast(each[4] + within),
-            "is_full": cast(each[5]).bool(),
-            "is_noise": cast(each[6]).bool(),
+            "is_full": cast(each[5]).astype(bool),
+            "is_noise": cast(each[6]).astype(bool),
         }
 
 
@@ -211,6 +213,113 @@ def assign_rows(lengths: Sequence[tuple[int, int]], layout: Rows, row_tokens: in
     return [used.index(row) for row in rows]
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """uint8 pictures of a batch, each distinct one once, those of one size together; and which of them each item shows."""
+
+    stacks: list[NDArray[np.uint8]]  # [n, H, W, 3], one a size
+    shown: list[tuple[int, int]]  # (stack, row in it) of each item in order
+
+    @classmethod
+    def of(cls, items: Sequence[VitImage | VaeImage]) -> Pictures:
+        by_shape: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}
+        places: dict[int, tuple[tuple[int, ...], int]] = {}
+        for item in items:
+            alike = by_shape.setdefault(item.pixels.shape, [])
+            if id(item.pixels) not in places:
+                places[id(item.pixels)] = (item.pixels.shape, len(alike))
+                alike.append(item.pixels)
+        number = {shape: i for i, shape in enumerate(by_shape)}
+        shown = [(number[shape], row) for shape, row in (places[id(item.pixels)] for item in items)]
+        return cls([np.stack(alike) for alike in by_shape.values()], shown)
+
+    def tokens(self, read: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+        """read: pixels [n, 3, H, W] in [-1, 1] on `device` to tokens [n, N, C]. Returns those of all items, [sum of N, C]."""
+        made = [read(to_tensor(torch.from_numpy(stack).to(device))) for stack in self.stacks]
+        if len(made) == 1:
+            return made[0][torch.tensor([row for _, row in self.shown], device=made[0].device)].flatten(0, 1)
+        return torch.cat([made[stack][row] for stack, row in self.shown])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All of a batch that needs neither a model nor a draw, in NumPy: quick to make in one process and to send to another."""
+
+    su: int
+    sg: int
+    arrays: dict[str, NDArray[Any]]  # fields of PackedBatch
+    vit_lens: list[int]
+    vit: Pictures
+    vae: Pictures
+    vae_tokens: list[int]  # of each VAE picture
+    noisy: list[bool]  # whether it is denoised
+
+
+def lay_out(samples: Sequence[Sample], spec: PackSpec, *, rows: Rows = "one", row_tokens: int = 0, pad_to: int = 1) -> Layout:
+    """Where everything stands. Arguments and errors: see `pack`."""
+    row_of = assign_rows([stream_lengths(s, spec) for s in samples], rows, row_tokens)
+    drawn = _Drawing(spec)
+    for number, (row, sample) in enumerate(zip(row_of, samples, strict=True)):
+        drawn.add_sample(row, number, sample)
+    if not drawn.runs:
+        raise InputError("pack: got samples of which nothing is left, expected at least one token, lower the dropout or check the data")
+    su, sg = drawn.width(UND, pad_to), drawn.width(GEN, pad_to)
+    noisy = [item.loss for item in drawn.vae_items]
+    answers = np.asarray(drawn.ce.length, np.int64)
+    arrays = {
+        "text_ids": np.asarray(drawn.text_ids, np.int64),
+        "text_slots": drawn.text.slots(su),
+        "vit_positions": _positions(drawn.vit_items, spec),
+        "vit_slots": drawn.vit.slots(su),
+        "latent_positions": _positions(drawn.vae_items, spec),
+        "latent_slots": drawn.latent.slots(sg),
+        **drawn.fields(max(row_of) + 1, su, sg),
+        "ce_slots": drawn.ce.slots(su),
+        "ce_labels": np.asarray(drawn.labels, np.int64),
+        # an answer of n tokens weighs n * n^-1/2: long answers count more, but less than by their length
+        "ce_weights": np.repeat(answers**-0.5, answers).astype(np.float32),
+        "mse_index": np.repeat(np.asarray(noisy, bool), np.asarray(drawn.latent.length, np.int64)).nonzero()[0],
+    }
+    pictures = Pictures.of(drawn.vit_items), Pictures.of(drawn.vae_items)
+    return Layout(su, sg, arrays, drawn.vit.length, *pictures, drawn.latent.length, noisy)
+
+
+def fill(
+    layout: Layout,
+    spec: PackSpec,
+    *,
+    encode: Encode,
+    generator: torch.Generator,
+    shift: float = 1.0,
+    see: Encode | None = None,
+    device: torch.device | str = "cpu",
+) -> PackedBatch:
+    """The batch of a layout, on `device`: pictures are encoded there, and timesteps (first) and noise drawn where `generator` is."""
+    device = torch.device(device)
+    noisy = torch.tensor(layout.noisy, dtype=torch.bool, device=generator.device)
+    timesteps = draw_timesteps(len(noisy), generator, shift) * noisy  # 0 for a clean latent
+    latents, features = torch.empty(0, spec.latent_values, device=device), None
+    if layout.noisy:
+        latents = layout.vae.tokens(lambda x: patchify(encode(x).float(), spec.latent_patch), device).to(device)
+        if see is not None:
+            features = layout.vae.tokens(lambda x: patchify(see(x).float(), spec.latent_patch), device).to(device)
+    patches = torch.empty(0, 3 * spec.vit_patch**2, device=device)
+    if layout.vit_lens:
+        patches = layout.vit.tokens(lambda x: patchify(x, spec.vit_patch), device)
+    tokens = torch.tensor(layout.vae_tokens, dtype=torch.long, device=generator.device)
+    return PackedBatch(
+        su=layout.su,
+        sg=layout.sg,
+        vit_patches=patches,
+        vit_lens=layout.vit_lens,
+        latents=latents,
+        noise=torch.randn(latents.shape, generator=generator, device=generator.device).to(device),
+        timesteps=timesteps.repeat_interleave(tokens).to(device),
+        features=features,
+        **{name: torch.from_numpy(values).to(device) for name, values in layout.arrays.items()},
+    )
+
+
 def pack(
     samples: Sequence[Sample],
     spec: PackSpec,
@@ -222,76 +331,37 @@ def pack(
     row_tokens: int = 0,
     pad_to: int = 1,
     see: Encode | None = None,
+    device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """Lays out samples (after `apply_dropout`) and draws noise and timesteps.
+    """Lays out samples (after `apply_dropout`) and draws noise and timesteps: `lay_out`, then `fill`.
 
     Args:
         encode: the frozen VAE; pictures of one size are encoded together, a picture used several times in the batch only once.
-        generator: CPU generator of timesteps (first) and noise.
+        generator: of timesteps (first) and noise.
         shift: of the timesteps, t = sigmoid(randn), then t = s t / (1 + (s - 1) t).
         row_tokens: average length of a packed row.
         pad_to: both streams' lengths become multiples of it.
         see: pixels [n, 3, H, W] to features [n, V, H / 8, W / 8] of a frozen vision encoder, for `PackedBatch.features`.
+        device: of the batch, and of the pixels that `encode` and `see` are given.
     Raises:
         InputError: a picture does not fit the spec, or nothing is left of all samples.
     """
-    row_of = assign_rows([stream_lengths(s, spec) for s in samples], rows, row_tokens)
-    layout = _Layout(spec)
-    for number, (row, sample) in enumerate(zip(row_of, samples, strict=True)):
-        layout.add_sample(row, number, sample)
-    if not layout.runs:
-        raise InputError("pack: got samples of which nothing is left, expected at least one token, lower the dropout or check the data")
-    su, sg = layout.width(UND, pad_to), layout.width(GEN, pad_to)
-    noisy = torch.tensor([item.loss for item in layout.vae_items], dtype=torch.bool)
-    tokens = torch.tensor(layout.latent.length, dtype=torch.long)
-    timesteps = draw_timesteps(len(noisy), generator, shift) * noisy  # 0 for a clean latent
-    latents = _encode(layout.vae_items, spec, encode)
-    answers = np.asarray(layout.ce.length, np.int64)
-    patches = [patchify(to_tensor(item.pixels), spec.vit_patch) for item in layout.vit_items]
-    return PackedBatch(
-        su=su,
-        sg=sg,
-        text_ids=torch.tensor(layout.text_ids, dtype=torch.long),
-        text_slots=layout.text.slots(su),
-        vit_patches=torch.cat(patches) if patches else torch.empty(0, 3 * spec.vit_patch**2),
-        vit_positions=_positions(layout.vit_items, spec),
-        vit_slots=layout.vit.slots(su),
-        vit_lens=layout.vit.length,
-        latents=latents,
-        noise=torch.randn(latents.shape, generator=generator),
-        timesteps=timesteps.repeat_interleave(tokens),
-        latent_positions=_positions(layout.vae_items, spec),
-        latent_slots=layout.latent.slots(sg),
-        **layout.fields(max(row_of) + 1, su, sg),
-        ce_slots=layout.ce.slots(su),
-        ce_labels=torch.tensor(layout.labels, dtype=torch.long),
-        # an answer of n tokens weighs n * n^-1/2: long answers count more, but less than by their length
-        ce_weights=torch.from_numpy(np.repeat(answers**-0.5, answers).astype(np.float32)),
-        mse_index=noisy.repeat_interleave(tokens).nonzero().flatten(),
-        features=_encode(layout.vae_items, spec, see) if see is not None and layout.vae_items else None,
-    )
+    layout = lay_out(samples, spec, rows=rows, row_tokens=row_tokens, pad_to=pad_to)
+    return fill(layout, spec, encode=encode, generator=generator, shift=shift, see=see, device=device)
 
 
 def draw_timesteps(n: int, generator: torch.Generator, shift: float) -> Tensor:
     """t of n pictures in (0, 1): the sigmoid of a normal draw, then shifted towards noise (shift > 1)."""
-    t = torch.randn(n, generator=generator).sigmoid()
+    t = torch.randn(n, generator=generator, device=generator.device).sigmoid()
     return shift * t / (1 + (shift - 1) * t)
 
 
-def _positions(items: Sequence[VitImage | VaeImage], spec: PackSpec) -> Tensor:
+def _positions(items: Sequence[VitImage | VaeImage], spec: PackSpec) -> Whole:
     sides = (spec.latent_per_side if isinstance(item, VaeImage) else spec.vit_per_side for item in items)
-    parts = [grid_positions(*grid(item, spec), side, spec.interpolate) for item, side in zip(items, sides, strict=True)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+    parts = [_grid_positions(*grid(item, spec), side, spec.interpolate) for item, side in zip(items, sides, strict=True)]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def _encode(items: Sequence[VaeImage], spec: PackSpec, encode: Encode) -> Tensor:
-    """Latent (or feature) tokens [Ng, C] of all pictures, in (p, q, c) order; each distinct picture is encoded once."""
-    pictures = {id(item.pixels): item.pixels for item in items}
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for key, pixels in pictures.items():
-        by_shape.setdefault(pixels.shape, []).append(key)
-    tokens: dict[int, Tensor] = {}
-    for keys in by_shape.values():
-        latents = encode(to_tensor(np.stack([pictures[k] for k in keys])))
-        tokens.update(zip(keys, patchify(latents.float(), spec.latent_patch).cpu(), strict=True))
-    return torch.cat([tokens[id(item.pixels)] for item in items]) if items else torch.empty(0, spec.latent_values)
+@lru_cache(maxsize=256)
+def _grid_positions(h: int, w: int, side: int, interpolate: bool) -> Whole:
+    return grid_positions(h, w, side, interpolate).numpy()

@@ -65,9 +65,10 @@ class ImageTransform:
         return to_tensor(self.pixels(image, pictures))
 
 
-def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
-    """uint8 [..., H, W, 3] to float [..., 3, H, W]: (x / 255 - 0.5) / 0.5."""
-    x = torch.tensor(pixels).movedim(-1, -3).float()
+def to_tensor(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 [..., H, W, 3] to float [..., 3, H, W]: (x / 255 - 0.5) / 0.5. A tensor stays on its device."""
+    x = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels)
+    x = x.movedim(-1, -3).to(torch.float32, copy=True)
     return x.div_(255).sub_(0.5).div_(0.5)
 
 

@@ -33,10 +33,41 @@ def guide(
     """
     if text_scale <= 1 or v_text is None:
         return v
+    return _guided(v, v_text, v_image if image_scale > 1 else None, text_scale, image_scale, renorm, renorm_min)
+
+
+def guide_each(
+    v: Tensor,
+    v_text: Tensor,
+    v_image: Tensor | None,
+    text_scale: Tensor,
+    image_scale: Tensor,
+    guided: Tensor,
+    renorm: Renorm = "global",
+    renorm_min: float = 0.0,
+) -> Tensor:
+    """`guide` with scales [B] of each sample's own; v where `guided` [B] is False. The same rule, without a call a sample."""
+    s_t, s_i = text_scale[:, None, None], image_scale[:, None, None]
+    u = _guided(v, v_text, None, s_t, s_i, renorm, renorm_min)
+    if v_image is not None:
+        u = torch.where(s_i > 1, _guided(v, v_text, v_image, s_t, s_i, renorm, renorm_min), u)
+    return torch.where(guided[:, None, None] & (s_t > 1), u, v)
+
+
+def _guided(
+    v: Tensor,
+    v_text: Tensor,
+    v_image: Tensor | None,
+    text_scale: float | Tensor,
+    image_scale: float | Tensor,
+    renorm: Renorm,
+    renorm_min: float,
+) -> Tensor:
+    """Both guidances on; without `v_image` the text's alone. Scales: numbers, or [B, 1, 1]."""
     u = v_text + text_scale * (v - v_text)
     if renorm == "text_channel":
         u = u * _ratio(v, u, (-1,), renorm_min)
-    if image_scale > 1 and v_image is not None:
+    if v_image is not None:
         u = v_image + image_scale * (u - v_image)
     if renorm == "channel":
         u = u * _ratio(v, u, (-1,), renorm_min)

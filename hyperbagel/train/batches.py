@@ -11,7 +11,7 @@ from torch import Tensor
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.types import PackedBatch
 from hyperbagel.data.mixture import DataConfig, build_loader
-from hyperbagel.data.packing import Encode, PackSpec, pack, stream_lengths
+from hyperbagel.data.packing import Encode, Layout, PackSpec, fill, lay_out, stream_lengths
 from hyperbagel.data.plan import Sample, apply_dropout
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.generate.session import image_transform
@@ -41,16 +41,19 @@ def pack_spec(config: BagelConfig, tokenizer: Tokenizer) -> PackSpec:
     )
 
 
-def posterior_encoder(vae: AutoEncoder, generator: torch.Generator, device: torch.device, chunk: int = 64) -> Encode:
-    """Pixels [n, 3, H, W] to latents, sampled from the posterior with noise of `generator` (CPU); no gradient, fp32."""
+def posterior_encoder(vae: AutoEncoder, generator: torch.Generator, device: torch.device, chunk: int | None = None) -> Encode:
+    """Pixels [n, 3, H, W] to latents, sampled from the posterior with noise of `generator`; no gradient, fp32. chunk: pixels that are
+    encoded at once, in pictures of 64 x 64; None: 64 on a CPU, whose caches they fill, 1024 on a GPU."""
+    fitting = chunk or (64 if device.type == "cpu" else 1024)
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
         n, _, h, w = pixels.shape
         side = vae.config.downsample
-        eps = torch.randn(n, vae.config.z_channels, h // side, w // side, generator=generator)
+        eps = torch.randn(n, vae.config.z_channels, h // side, w // side, generator=generator, device=generator.device).to(device)
+        at_once = max(1, fitting * 64 * 64 // (h * w))
         with torch.autocast(device.type, enabled=False):
-            parts = [vae.encode(x.to(device), e.to(device)) for x, e in zip(pixels.split(chunk), eps.split(chunk), strict=True)]
+            parts = [vae.encode(x.to(device), e) for x, e in zip(pixels.split(at_once), eps.split(at_once), strict=True)]
         return torch.cat(parts)
 
     return encode
@@ -64,8 +67,46 @@ class NamedBatch:
     packed: PackedBatch
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a group after dropout and the length limit. If a batch is one group, its layout in place of the samples."""
+
+    samples: list[Sample]
+    tokens: int
+    skipped: int
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True)
+class KeepGroup:
+    """Makes `Kept` where a group is read: with workers, in all of them at once. A pure function of the group's number."""
+
+    data: DataConfig
+    spec: PackSpec
+    seed: int
+    rank: int
+
+    def __call__(self, source: str, samples: list[Sample], number: int) -> Kept:
+        dropout, rng = self.data.dropout.build(), Draws.at(self.seed, number, self.rank).python
+        kept: list[Sample] = []
+        tokens = 0
+        for sample in samples:
+            left = apply_dropout(sample, dropout, rng)
+            length = sum(stream_lengths(left, self.spec))
+            if 0 < length <= (self.data.sample_tokens or length):
+                kept.append(left)
+                tokens += length
+        skipped = len(samples) - len(kept)
+        if not kept or self.data.batch_tokens:
+            return Kept(kept, tokens, skipped)
+        return Kept([], tokens, skipped, self.laid_out(kept))
+
+    def laid_out(self, samples: list[Sample]) -> Layout:
+        return lay_out(samples, self.spec, rows=self.data.rows, row_tokens=self.data.row_tokens, pad_to=self.data.pad_to)
+
+
 class Batches:
-    """Endless batches; the position is in `state`, all randomness in the `Draws` of each call."""
+    """Endless batches; the position is in `state`, all randomness in the `Draws` of each call and in the numbers of the groups."""
 
     def __init__(
         self,
@@ -82,8 +123,8 @@ class Batches:
     ) -> None:
         self.see = see  # see data.packing.pack
         self.data, self.vae, self.device, self.shift = data, vae, device, shift
-        self.spec = pack_spec(model, tokenizer)
-        self.dropout = data.dropout.build()
+        self.spec, world = pack_spec(model, tokenizer), world or World()
+        self.keep = KeepGroup(data, self.spec, seed, world.rank)
         options = model.options
         self.loader = build_loader(
             data,
@@ -91,8 +132,9 @@ class Batches:
             image_transform(options.vae_transform),
             image_transform(options.vit_transform),
             seed=seed,
-            rank=(world or World()).rank,
-            world=(world or World()).size,
+            rank=world.rank,
+            world=world.size,
+            prepare=self.keep,
         )
         self.too_long = 0  # samples left out by `sample_tokens`
 
@@ -100,36 +142,32 @@ class Batches:
         """The next batch on the device. Raises InputError if no sample fits the limits."""
         samples: list[Sample] = []
         names: set[str] = set()
+        layout: Layout | None = None
         tokens = skipped = 0
-        while not samples or tokens < self.data.batch_tokens:
+        while layout is None and (not samples or tokens < self.data.batch_tokens):
             group = self.loader.next_group()
-            for sample in group.samples:
-                kept = apply_dropout(sample, self.dropout, rng.python)
-                length = sum(stream_lengths(kept, self.spec))
-                if 0 < length <= (self.data.sample_tokens or length):
-                    samples.append(kept)
-                    names.add(group.source)
-                    tokens += length
-                else:
-                    skipped += 1
+            kept: Kept = group.made
+            samples, layout = [*samples, *kept.samples], kept.layout
+            tokens, skipped = tokens + kept.tokens, skipped + kept.skipped
+            if kept.tokens:
+                names.add(group.source)
             if skipped > MAX_SKIPPED:
                 raise InputError(
                     f"batch: got {skipped} samples longer than {self.data.sample_tokens} tokens, expected shorter ones, "
                     "raise data.sample_tokens or shrink the pictures"
                 )
         self.too_long += skipped
-        packed = pack(
-            samples,
+        generator = rng.on(self.device)
+        packed = fill(
+            layout or self.keep.laid_out(samples),
             self.spec,
-            encode=posterior_encoder(self.vae, rng.torch, self.device),
-            generator=rng.torch,
+            encode=posterior_encoder(self.vae, generator, self.device),
+            generator=generator,
             shift=self.shift,
-            rows=self.data.rows,
-            row_tokens=self.data.row_tokens,
-            pad_to=self.data.pad_to,
             see=self.see,
+            device=self.device,
         )
-        return NamedBatch(names.pop() if len(names) == 1 else "mixed", packed.to(self.device))
+        return NamedBatch(names.pop() if len(names) == 1 else "mixed", packed)
 
     def state(self) -> dict[str, Any]:
         return {"loader": self.loader.state_dict(), "too_long": self.too_long}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,7 +132,7 @@ def prefill(model: Bagel, samples: Sequence[Sample], spec: PackSpec, encode: Enc
         empty = torch.zeros(len(samples), llm.num_key_value_heads, 0, llm.head_dim, device=model.device, dtype=model.dtype)
         nothing = torch.zeros(len(samples), 0, dtype=torch.bool, device=model.device)
         return Context([empty] * llm.num_hidden_layers, [empty] * llm.num_hidden_layers, nothing, position), nothing.long()
-    batch = pack([samples[i] for i in rows], spec, encode=encode, generator=generator).to(model.device)
+    batch = pack([samples[i] for i in rows], spec, encode=encode, generator=generator, device=model.device)
     cache, slots = model.new_cache(len(rows)), batch.positions.shape[1]
     cache.reserve(slots)
     plan = Plan(slice(0, slots), slots, dense_mask(batch), causal=False)
@@ -162,7 +163,7 @@ def make_conditions(
     Raises InputError for samples without a picture to draw, or of different sizes or kinds in one group.
     """
     parts = [split_sample(sample) for sample in samples]
-    pixels = torch.stack([to_tensor(target.pixels) for _, target, _ in parts]) if _one_shape(parts) else None
+    pixels = to_tensor(torch.from_numpy(np.stack([target.pixels for _, target, _ in parts]))) if _one_shape(parts) else None
     edits = {any(isinstance(item, VaeImage | VitImage) for item in before) for before, _, _ in parts}
     if pixels is None or len(edits) != 1:
         raise InputError(
@@ -253,6 +254,6 @@ def teacher_velocity(model: Bagel, conditions: Conditions, scales: Scales, x: Te
     contexts = [conditions.full, *conditions.branches_dropped]
     times = len(scales.text) // len(x)
     v, v_text, *v_image = (velocity(model, one, conditions, x, t).repeat_interleave(times, dim=0) for one in contexts)
-    on = torch.tensor([guidance_on(float(one), settings.interval) for one in t]).repeat_interleave(times)
+    on = torch.tensor([guidance_on(one, settings.interval) for one in t.tolist()], device=x.device).repeat_interleave(times)
     # without pictures both contexts are one
     return guided_target(v, v_text, v_image[0] if v_image else v, scales.text, scales.image, on, settings.renorm, settings.renorm_min)

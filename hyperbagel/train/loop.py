@@ -114,7 +114,8 @@ class _Loop:
                 self.step += 1
                 if not self.works:
                     continue
-                report.update(max(self.share(True), self.share(False)), _show(self.step, values))
+                if report.due:  # reading the numbers waits for the device
+                    report.update(max(self.share(True), self.share(False)), _show(self.step, values))
                 if self.step % r.log_every == 0 and self.world.leads:
                     now = self.clock()
                     rate = (self.step - logged_at[1]) / max(1e-9, now - logged_at[0])
@@ -165,17 +166,20 @@ class _Loop:
         set_lr(player.optimizer, lr)
         player.optimizer.zero_grad(set_to_none=True)
         logged: dict[str, Any] = {}
+        losses = []
         for micro in range(r.accumulate):
             batch = self.stage.batch(self.step, Draws.at(r.seed, self.step, self.world.rank * r.accumulate + micro))
             with self.autocast():
                 loss, metrics = self.stage.loss(name, batch, self.step)
-            self.check(loss, f"the loss of player {name!r}", metrics)
+            losses.append((loss.detach(), metrics))
             (loss / r.accumulate).backward()
             for key, value in {"loss": self.world.mean(loss), **metrics}.items():
                 logged[key] = logged.get(key, 0.0) + (value.detach() if isinstance(value, Tensor) else value) / r.accumulate
         self.world.average_gradients(list(player.parameters.values()))
         clip = clip_gradients if self.stage.sharded else torch.nn.utils.clip_grad_norm_
         norm = clip(list(player.parameters.values()), player.optim.clip)
+        for loss, metrics in losses:  # only now: reading a number waits for the device
+            self.check(loss, f"the loss of player {name!r}", metrics)
         self.check(norm, f"the gradient norm of player {name!r}", logged)
         player.optimizer.step()
         if player.ema is not None:

@@ -76,41 +76,45 @@ class Muon(Optimizer):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             moving = [p for p in group["params"] if p.grad is not None]
-            if group["muon"]:
-                self._muon(moving, group)
-            else:
-                for p in moving:
-                    self._adam(p, p.grad, group)
+            for split in (False, True):  # batched operations take whole parameters or split ones (train.sharding), not both
+                if some := [p for p in moving if is_sharded(p) == split]:
+                    (self._muon if group["muon"] else self._adam)(some, group)
 
     def _muon(self, moving: list[nn.Parameter], group: dict) -> None:
         mu = group["momentum"]
-        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
         for p in moving:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            grad = p.grad
-            assert grad is not None
-            state["momentum"].lerp_(grad, 1 - mu)
-            direction = grad.lerp(state["momentum"], mu).flatten(1)  # Nesterov
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        grads: list[Tensor] = [p.grad for p in moving]  # type: ignore[misc]
+        momenta = [self.state[p]["momentum"] for p in moving]
+        torch._foreach_lerp_(momenta, grads, 1 - mu)
+        by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
+        for p, nesterov in zip(moving, torch._foreach_lerp(grads, momenta, mu), strict=True):
+            direction = nesterov.flatten(1)
             by_shape.setdefault(tuple(direction.shape), []).append((p, direction))
         for (rows, columns), found in by_shape.items():  # matrices of one shape together: few large products in place of many small ones
             stacked = torch.stack([direction for _, direction in found])
             if fast_bf16(stacked.device):  # the iteration forgives rounding
                 stacked = stacked.bfloat16()
             step = orthogonalise_shared(stacked).float() * max(1.0, rows / columns) ** 0.5
-            for (p, _), one in zip(found, step, strict=True):
-                # Every update has the same size, so without decay weights grow as long as it trains: layer 0 then drowns what it was given,
-                # and each later layer adds next to nothing. With it singular values stay below 1 / weight_decay.
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(one.view_as(p), alpha=-group["lr"])
+            matrices = [p for p, _ in found]
+            # Every update has the same size, so without decay weights grow as long as it trains: layer 0 then drowns what it was given,
+            # and each later layer adds next to nothing. With it singular values stay below 1 / weight_decay.
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, [one.view_as(p) for p, one in zip(matrices, step, strict=True)], alpha=-group["lr"])
 
-    def _adam(self, p: nn.Parameter, grad: Tensor, group: dict) -> None:
-        state, (b1, b2) = self.state[p], group["betas"]
-        if not state:
-            state.update(updates=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-        state["updates"] += 1
-        n = state["updates"]
-        state["mean"].lerp_(grad, 1 - b1)
-        state["square"].lerp_(grad.square(), 1 - b2)
-        root = (state["square"] / (1 - b2**n)).sqrt_().add_(group["eps"])
-        p.addcdiv_(state["mean"], root, value=-group["lr"] * group["ratio"] / (1 - b1**n))
+    def _adam(self, moving: list[nn.Parameter], group: dict) -> None:
+        b1, b2 = group["betas"]
+        for p in moving:
+            if not self.state[p]:
+                self.state[p].update(updates=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+            self.state[p]["updates"] += 1
+        states = [self.state[p] for p in moving]
+        grads: list[Tensor] = [p.grad for p in moving]  # type: ignore[misc]
+        means, squares = [s["mean"] for s in states], [s["square"] for s in states]
+        torch._foreach_lerp_(means, grads, 1 - b1)
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - b2)
+        roots = torch._foreach_div(squares, [1 - b2 ** s["updates"] for s in states])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_addcdiv_(moving, means, roots, [-group["lr"] * group["ratio"] / (1 - b1 ** s["updates"]) for s in states])

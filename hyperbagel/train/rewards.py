@@ -53,7 +53,7 @@ def understand(base: Bagel, spec: PackSpec, pixels: Tensor, samples: Sequence[Sa
         before, _, prompt = split_sample(sample)
         plans.append([*(item for item in before if isinstance(item, VitImage)), VitImage(blank), before[prompt]])
     nothing = torch.Generator().manual_seed(0)  # pack draws noise for latents; here are none
-    batch = pack(plans, spec, encode=_no_latents, generator=nothing).to(base.device)
+    batch = pack(plans, spec, encode=_no_latents, generator=nothing, device=base.device)
     own = [item.pixels is blank for plan in plans for item in plan if isinstance(item, VitImage)]
     place = torch.tensor(own, device=base.device).repeat_interleave(torch.tensor(batch.vit_lens, device=base.device)).nonzero().flatten()
     batch.vit_patches = batch.vit_patches.index_copy(0, place, patches.to(batch.vit_patches.dtype))

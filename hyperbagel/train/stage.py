@@ -62,6 +62,14 @@ class Draws:
         generator.manual_seed(words[2] >> 1)
         return cls(random.Random(words[0]), np.random.default_rng(words[1]), generator)
 
+    def on(self, device: torch.device) -> torch.Generator:
+        """`torch` itself on a CPU; elsewhere a generator there, begun from its seed: millions of normal draws are slow on a CPU."""
+        if device.type == "cpu":
+            return self.torch
+        generator = torch.Generator(device)
+        generator.manual_seed(self.torch.initial_seed())
+        return generator
+
 
 @dataclass
 class Player:
