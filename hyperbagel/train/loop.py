@@ -133,10 +133,10 @@ class _Loop:
                     saved_at = self.clock()
             if self.works:
                 report.line("done: " + _show(self.step, self.evaluate()))
-                self.sample()
                 self.save()
                 with torch.no_grad():
                     self.stage.finish(self.run.path)
+                self.sample()  # last: a sheet that cannot be drawn must not cost the run
         self.world.wait()
         metrics = self.evaluated[1]
         return TrainResult(self.step, self.seconds, metrics)

@@ -78,7 +78,10 @@ class CfgStage(DistillStage):
             states = torch.stack([m.noises[0], *(x for _, x in euler_steps(m.noises[0], run, times))])[:-1]
             target = torch.stack([run(x, float(t)) for x, t in zip(states, times[:-1], strict=True)])
             unguided = torch.stack(
-                [velocity(self.base, m.conditions.full, m.conditions, x, t.repeat(len(x))) for x, t in zip(states, times[:-1], strict=True)]
+                [
+                    velocity(self.base, m.conditions.full, m.conditions, x, t.to(x.device).repeat(len(x)))
+                    for x, t in zip(states, times[:-1], strict=True)
+                ]
             )
         return Guided(m, times[:-1], states, target, (unguided - target).square().mean(dim=(1, 2, 3)))
 

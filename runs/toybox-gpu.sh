@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The embedded model's base goes on, and its students are made anew, on one GPU in ten minutes: what the shipped weights came from.
+#
+#   runs/toybox-gpu.sh [BASE] [FOLDER]
+#
+# BASE (default the shipped model) is what training goes on from, FOLDER (default work/gpu) gets one run folder a stage. Seconds of each stage:
+#   SECONDS_BASE=300 SECONDS_CFG=90 SECONDS_TSCD=45 SECONDS_ADP=60
+# EXTRA="key=value ..." is put behind the settings of every stage; SIZE=1 divides every batch, for a walk-through elsewhere.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+base=${1:-hyperbagel/assets/toybox}
+out=${2:-work/gpu}
+size=${SIZE:-1}
+python=${PYTHON:-.venv/bin/python}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
+
+# train FOLDER NAME RECIPE SECONDS [KEY=VALUE]...: a stage with an export is not touched again.
+train() {
+    local folder=$out/$1 name=$2 recipe=$3 seconds=$4
+    shift 4
+    [ -d "$folder/export" ] && return
+    local resume=()
+    [ -d "$folder/checkpoints" ] && resume=(--resume)
+    # shellcheck disable=SC2086
+    "$python" -m hyperbagel.cli train "$name" --recipe "recipes/toybox/$recipe.yaml" max_seconds="$seconds" "$@" ${EXTRA:-} \
+        --out "$folder" "${resume[@]}"
+}
+
+[ -d "$out/eye" ] || "$python" -m runs.eye "$base" "$out/eye"
+train base base base-gpu "${SECONDS_BASE:-300}" init="$base" align.vit="$out/eye"
+
+model=$out/base/export
+rows=("model=$model" data.workers=12 data.worker_kind=process data.sources.t2i.samples=$((384 / size)) data.sources.edit.samples=$((192 / size))
+    sample_every=1000000 log_every=50)
+train cfg cfg cfg "${SECONDS_CFG:-90}" "${rows[@]}" nfe=6 evaluate_every=200 time_shift=2 optim.lr=0.01
+train tscd tscd tscd "${SECONDS_TSCD:-45}" "${rows[@]}" evaluate_every=100 init="$out/cfg/export"
+best=$("$python" -m hyperbagel.cli gate "$out/tscd" --else "$out/cfg/export")
+train adp adp adp "${SECONDS_ADP:-60}" "${rows[@]}" evaluate_every=100 init="$best" pixel_samples=$((256 / size))
