@@ -71,7 +71,7 @@ def draw_source(phases: Sequence[Phase], seed: int, n: int) -> str:
 
 
 def read_group(
-    source: Source, name: str, first: int, size: int, rank: int, world: int, number: int = 0, prepare: Prepare | None = None
+    source: Source, name: str, first: int, size: int, rank: int, world: int, number: int = 0, *, prepare: Prepare | None = None
 ) -> Group:
     """Samples first, first + 1, ... of this rank's shard. The row after a broken one takes its place.
 

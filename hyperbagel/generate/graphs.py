@@ -7,7 +7,9 @@ Shape legend: B rows, V vocabulary, N latent tokens, C values of a latent token,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -18,6 +20,20 @@ from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache, Plan
 
 GRANULE = 512  # capacities are multiples of it: few graphs, little attention over empty slots
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's garbage is collected before the block and left alone in it. A graph that nobody uses any more lives in a cycle (its function
+    is a method of its owner), and if it happens to be freed while another is recorded, that recording fails (seen on an H200)."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class Captured:
@@ -47,7 +63,7 @@ class Captured:
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             # Records, computes nothing. What other threads of a server do on the device meanwhile is none of its business.
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with no_collection(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.out = self.function()
             self.graph = graph
         self.graph.replay()

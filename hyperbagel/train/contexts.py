@@ -8,6 +8,7 @@ Shape legend: B samples, K slots of the context, N latent tokens, C values of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -111,7 +112,7 @@ def split_sample(sample: Sample) -> tuple[Sample, VaeImage, int]:
 
 def _tokens(items: Sample, spec: PackSpec) -> int:
     """Tokens of items in reading order."""
-    return sum(2 + (len(item.ids) if isinstance(item, Text) else int(torch.tensor(grid(item, spec)).prod())) for item in items)
+    return sum(2 + (len(item.ids) if isinstance(item, Text) else math.prod(grid(item, spec))) for item in items)
 
 
 def _position(items: Sample) -> int:

@@ -80,6 +80,8 @@ class _Loop:
     def __init__(self, stage: Stage, recipe: TrainRecipe, run: RunFolder, clock: Callable[[], float], world: World) -> None:
         self.stage, self.recipe, self.run, self.clock, self.world = stage, recipe, run, clock, world
         self.device = pick_device(recipe.device)
+        if self.device.type == "cuda":  # cuDNN's attention plans every new shape anew, a tenth of a second, and rows of text are always new
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = pick_precision(recipe.precision, self.device)
         self.step = 0
         self.before = 0.0  # seconds trained by earlier launches

@@ -97,7 +97,7 @@ class Muon(Optimizer):
             if fast_bf16(stacked.device):  # the iteration forgives rounding
                 stacked = stacked.bfloat16()
             step = orthogonalise_shared(stacked).float() * max(1.0, rows / columns) ** 0.5
-            matrices = [p for p, _ in found]
+            matrices: list[Tensor] = [p for p, _ in found]
             # Every update has the same size, so without decay weights grow as long as it trains: layer 0 then drowns what it was given,
             # and each later layer adds next to nothing. With it singular values stay below 1 / weight_decay.
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
@@ -117,4 +117,5 @@ class Muon(Optimizer):
         roots = torch._foreach_div(squares, [1 - b2 ** s["updates"] for s in states])
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, group["eps"])
-        torch._foreach_addcdiv_(moving, means, roots, [-group["lr"] * group["ratio"] / (1 - b1 ** s["updates"]) for s in states])
+        steps = [-group["lr"] * group["ratio"] / (1 - b1 ** s["updates"]) for s in states]
+        torch._foreach_addcdiv_(list[Tensor](moving), means, roots, steps)

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch import device as Device
 from torch.optim import Optimizer
 
 from hyperbagel.core.config import Config
@@ -62,11 +63,11 @@ class Draws:
         generator.manual_seed(words[2] >> 1)
         return cls(random.Random(words[0]), np.random.default_rng(words[1]), generator)
 
-    def on(self, device: torch.device) -> torch.Generator:
+    def on(self, device: Device) -> Generator:
         """`torch` itself on a CPU; elsewhere a generator there, begun from its seed: millions of normal draws are slow on a CPU."""
         if device.type == "cpu":
             return self.torch
-        generator = torch.Generator(device)
+        generator = Generator(device)
         generator.manual_seed(self.torch.initial_seed())
         return generator
 

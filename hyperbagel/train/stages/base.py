@@ -158,7 +158,7 @@ class BaseStage(Stage):
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out losses of each source with the averaged weights; the flow's also by quarters of t (0: clean, 3: noise)."""
         found: dict[str, list[float]] = {}
-        with self.players["model"].averaged():
+        with self.players["model"].averaged(), uncompiled():
             for batch in self.measured:
                 out = self.model.forward_train(batch.packed)
                 _, parts = mixed_objective(out.mse, out.ce, batch.packed.ce_weights)

@@ -58,6 +58,24 @@ def test_workers_change_nothing(options: dict[str, object]) -> None:
         loader.close()
 
 
+def tell(source: str, samples: list[Sample], number: int) -> tuple[str, int, int]:
+    return source, len(samples), number
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": 3}, {"workers": 1, "kind": "process"}])
+def test_what_becomes_of_a_group_where_it_is_read(options: dict[str, object]) -> None:
+    """`prepare` is given the group's number, also after resuming, and what it makes takes the samples' place."""
+    loader = make(prepare=tell, **options)
+    try:
+        groups = [loader.next_group() for _ in range(30)]
+        assert [g.made for g in groups] == [(g.source, {"a": 2, "b": 3}[g.source], n) for n, g in enumerate(groups)]
+        assert not any(g.samples for g in groups)
+        loader.load_state_dict(loader.state_dict())
+        assert loader.next_group().made[2] == 30
+    finally:
+        loader.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_is_exact(workers: int) -> None:
     whole = take(make(), 50)

@@ -1,7 +1,9 @@
 """Properties of plans and packing that hold for any sample; the reference's own sequences are in tests/golden."""
 
+import pickle
 import random
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.types import PackedBatch
-from hyperbagel.data.packing import PackSpec, assign_rows, draw_timesteps, pack, stream_lengths
+from hyperbagel.data.packing import PackSpec, assign_rows, draw_timesteps, fill, lay_out, pack, stream_lengths
 from hyperbagel.data.plan import Dropout, Sample, Text, VaeImage, VitImage, apply_dropout, picture_items
 from hyperbagel.nn.masks import dense_mask
 
@@ -32,6 +34,10 @@ def packed(samples: Sequence[Sample], seed: int = 0, **options: object) -> Packe
 
 def t2i(n: int, copies: int = 1) -> Sample:
     return [Text(list(range(10, 10 + n)), enable_cfg=True), *picture_items(picture(n), None, loss=True, copies=copies, context=False)]
+
+
+def edit(source: np.ndarray, target: np.ndarray) -> Sample:
+    return [*picture_items(source, source, loss=False, context=True), Text([10, 11], enable_cfg=True), VaeImage(target, loss=True)]
 
 
 def test_two_turns_of_editing() -> None:
@@ -145,3 +151,15 @@ def test_a_shared_picture_is_encoded_once() -> None:
 
     pack([t2i(3, copies=4), t2i(5, copies=2)], SPEC, encode=counting, generator=torch.Generator())
     assert seen == [2]
+
+
+def test_a_layout_survives_another_process() -> None:
+    """Laid out, pickled and filled elsewhere: the batch that `pack` makes, each distinct picture sent once."""
+    mixed = [t2i(3, copies=4), t2i(5), edit(picture(7), picture(8)), edit(picture(9, side=16), picture(10))]
+    whole = packed(mixed, seed=3, pad_to=4)
+    layout = pickle.loads(pickle.dumps(lay_out(mixed, SPEC, pad_to=4)))
+    assert sum(len(stack) for stack in layout.vae.stacks) == 6 and len(layout.vae.stacks) == 2  # two sizes
+    again = fill(layout, SPEC, encode=encode, generator=torch.Generator().manual_seed(3))
+    for field in fields(PackedBatch):
+        a, b = getattr(whole, field.name), getattr(again, field.name)
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, field.name

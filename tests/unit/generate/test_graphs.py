@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.generate.decode import decode
-from hyperbagel.generate.graphs import GRANULE, Captured, GraphRunner, GraphVelocity, StaticStep
+from hyperbagel.generate.graphs import GRANULE, Captured, GraphRunner, GraphVelocity, StaticStep, no_collection
 from hyperbagel.generate.image import GuidedVelocity, denoise
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.types import Denoising
@@ -130,6 +132,23 @@ def test_a_third_call_is_a_replay() -> None:
     captured = Captured(count, x.device)
     outs = [captured() for _ in range(5)]
     assert [float(out) for out in outs] == [2, 4, 6, 8, 10] and len(calls) == 2
+
+
+def test_nothing_is_collected_while_a_graph_is_recorded() -> None:
+    """What lies in a cycle goes before the block, or after it."""
+
+    class Loop:
+        def __init__(self) -> None:
+            self.me = self
+
+    before = weakref.ref(Loop())
+    assert gc.isenabled()
+    with no_collection():
+        assert before() is None
+        within = weakref.ref(Loop())
+        [[] for _ in range(100_000)]  # many times what starts a collection
+        assert within() is not None and not gc.isenabled()
+    assert gc.isenabled()
 
 
 @torch.inference_mode()
