@@ -123,7 +123,7 @@ class Chat:
         try:
             generator = torch.Generator().manual_seed(self.seed)
             options: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature, "generators": [generator]}
-            [result] = decode([session], **options, on_token=on_token, drafter=self.drafter)
+            [result] = decode([session], **options, on_token=on_token, drafter=self.drafter, runner=self.model.runner)
         except Stopped:
             pass
         self.out(text.finish() + "\n")

@@ -51,6 +51,7 @@ Think = Annotated[bool, typer.Option("--think", help="Let the model write its pl
 Student = Annotated[str | None, typer.Option(help="Distilled model that draws: 6, 1 (evaluations), a folder, or none.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.")]
+Graphs = Annotated[bool, typer.Option("--graphs", help="Decode text as CUDA graphs: on a GPU far faster where nothing drafts.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -70,12 +71,12 @@ def _seed(seed: int | None) -> int:
     return checks.check_seed(seed)
 
 
-def _load(since: float, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, dict[str, float]]:
+def _load(since: float, model: str | None, device: str | None, dtype: str | None, graphs: bool = False) -> tuple[Any, dict[str, float]]:
     """The model, and the seconds that a user waited: since the command began (mostly importing torch), and for loading."""
     from hyperbagel.pipeline import HyperBagel
 
     began = time.perf_counter() - since
-    pipeline = HyperBagel.from_pretrained(**_given(model=model, device=device, dtype=dtype))
+    pipeline = HyperBagel.from_pretrained(**_given(model=model, device=device, dtype=dtype, graphs=graphs or None))
     return pipeline, {"start": began, "load": pipeline.load_seconds}
 
 
@@ -203,6 +204,7 @@ def ask(
     drafter: Annotated[str | None, typer.Option(help="Who drafts ahead: auto, lookup, a name, a folder, none. Only speed changes.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    graphs: Graphs = False,
     json: Json = False,
 ) -> None:
     """Answer a question, about pictures or without any."""
@@ -212,7 +214,7 @@ def ask(
     checks.check_at_least("--temperature", temperature, 0.0)
     images = checks.read_pictures(pictures)
     first = _seed(seed) if temperature else checks.check_seed(seed or 0)  # at temperature 0 nothing is drawn
-    pipeline, spent = _load(since, model, device, dtype)
+    pipeline, spent = _load(since, model, device, dtype, graphs)
     result = pipeline.ask(
         question, images, seed=first, think=think, **_given(max_tokens=max_tokens, temperature=temperature, drafter=drafter)
     )

@@ -22,6 +22,7 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What requests call the model.", show_default="its folder's name")] = None,
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda, cuda:1 ...; several times for several devices.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Decode text as CUDA graphs: on a GPU far faster where nothing drafts.")] = False,
     replicas: Annotated[
         int | None, typer.Option(help="Servers behind this one address, on Ray Serve (extra 'scale').", show_default="one, without Ray")
     ] = None,
@@ -40,7 +41,9 @@ def serve(
     from hyperbagel.serve.run import bind, run
     from hyperbagel.serve.schemas import Limits
 
-    given: dict[str, Any] = {key: value for key, value in {"model": model, "dtype": dtype}.items() if value is not None}
+    given: dict[str, Any] = {
+        key: value for key, value in {"model": model, "dtype": dtype, "graphs": graphs or None}.items() if value is not None
+    }
     limits = Limits() if queue is None else Limits(waiting=queue)
     if replicas is not None:
         from hyperbagel.serve.replicas import Settings, run_replicas

@@ -20,10 +20,11 @@ from PIL.Image import Image, Resampling
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.hardware import clock
 from hyperbagel.data.images import as_picture
-from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
+from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.generate.contexts import Contexts
 from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.mask import Kept, check_mask, edited_tokens, lay_over
 from hyperbagel.generate.session import Parts, Session, encode_latents
@@ -51,12 +52,14 @@ class HyperBagel:
         students: Path | None = None,
         drafters: Path | None = None,
         sampler: Sampler | None = None,
+        graphs: bool = False,
     ) -> None:
         """students, drafters: folders of what came with the model; a student's own folder is named by its evaluations. sampler: of a model
-        that has a student merged into it."""
+        that has a student merged into it. graphs: see from_pretrained."""
         self.parts, self.name, self.load_seconds = parts, name, load_seconds
         self.students, self.sampler = Students(parts.model, students), sampler
         self.drafters = Drafters(parts, drafters)
+        self.runner = GraphRunner(parts.model) if graphs else None
 
     @classmethod
     def from_pretrained(
@@ -66,6 +69,7 @@ class HyperBagel:
         device: str | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         attention: Literal["sdpa", "reference", "flash"] = "sdpa",
+        graphs: bool = False,
     ) -> HyperBagel:
         """Loads "toybox" (ships with the package) or a folder in BAGEL's layout.
 
@@ -73,6 +77,8 @@ class HyperBagel:
             device: "cpu", "cuda", ...; default: a GPU if there is one.
             dtype: of the weights and the computation; default: float32 on a CPU, bfloat16 on a GPU. The autoencoder is always float32.
             attention: "sdpa" everywhere; "flash" uses flash-attn, if installed, where no mask is needed; "reference" is slow and plain.
+            graphs: text that no drafter drafts is decoded in steps of fixed shapes, on a GPU replayed as CUDA graphs: there launching
+                the kernels of one token takes longer than running them. On a CPU slower.
         Raises:
             InputError: the folder, device or dtype cannot be used.
         """
@@ -85,7 +91,7 @@ class HyperBagel:
         check_backend(attention, where, DTYPES[kind])
         parts = Parts.load(folder, where, DTYPES[kind], attention)
         sampler = read_merged_sampler(folder)
-        return cls(parts, str(model), time.perf_counter() - start, folder / "students", folder / "drafters", sampler)
+        return cls(parts, str(model), time.perf_counter() - start, folder / "students", folder / "drafters", sampler, graphs)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -204,9 +210,8 @@ class HyperBagel:
                 if on_token is not None:
                     on_token(members[row], token)
 
-            decoded = decode(
-                sessions, max_tokens=max_tokens, temperature=temperature, generators=generators, on_token=report, drafter=drafter
-            )
+            how: dict[str, Any] = {"temperature": temperature, "generators": generators, "on_token": report}
+            decoded = decode(sessions, max_tokens=max_tokens, **how, drafter=drafter, runner=self.runner)
             timings = {"prefill": middle - start, "decode": clock(where) - ready}
             if ready - middle > 0.01:
                 timings["measure"] = ready - middle
@@ -297,7 +302,7 @@ class HyperBagel:
                 if on_token is not None:
                     on_token(row, token)
 
-            out = plain_decode([session], max_tokens=request.max_think_tokens, on_token=report)[0]
+            out = plain_decode([session], max_tokens=request.max_think_tokens, on_token=report, runner=self.runner)[0]
             thinking = self.parts.tokenizer.decode(out.ids)
             # The reference reads the string back in as a new text; guidance never drops it.
             session.add_text(thinking, guided=False)
@@ -364,14 +369,6 @@ def first_picture(request: ImageRequest) -> Image:
         if isinstance(item, Image):
             return item
     raise InputError("got a mask without a picture, expected the picture to edit as well; leave the mask out to draw")
-
-
-def split_thinking(text: str, think: bool) -> tuple[str | None, str]:
-    """("...", answer) of "<think> ... </think> answer"; (None, text) if there is no such part."""
-    if not think or "</think>" not in text:
-        return None, text.strip()
-    thought, _, answer = text.partition("</think>")
-    return thought.replace("<think>", "").strip(), answer.strip()
 
 
 def _check_seed(seed: int) -> None:

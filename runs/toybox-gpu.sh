@@ -21,9 +21,7 @@ train() {
     [ -d "$folder/export" ] && return
     local resume=()
     [ -d "$folder/checkpoints" ] && resume=(--resume)
-    # shellcheck disable=SC2086
-    "$python" -m hyperbagel.cli train "$name" --recipe "recipes/toybox/$recipe.yaml" max_seconds="$seconds" "$@" ${EXTRA:-} \
-        --out "$folder" "${resume[@]}"
+    "$python" -m hyperbagel.cli train "$name" --recipe "recipes/toybox/$recipe.yaml" max_seconds="$seconds" "$@" --out "$folder" "${resume[@]}"
 }
 
 [ -d "$out/eye" ] || "$python" -m runs.eye "$base" "$out/eye"

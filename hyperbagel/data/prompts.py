@@ -1,4 +1,6 @@
-"""System prompts of think mode, BAGEL's words (a space before each newline)."""
+"""System prompts of think mode, BAGEL's words (a space before each newline), and what comes back."""
+
+from __future__ import annotations
 
 THINK_DRAW = (
     "You should first think about the planning process in the mind and then generate the image. \n"
@@ -8,3 +10,11 @@ THINK_ANSWER = (
     "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
     "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> answer here"
 )
+
+
+def split_thinking(text: str, think: bool) -> tuple[str | None, str]:
+    """("...", answer) of "<think> ... </think> answer"; (None, text) if there is no such part."""
+    if not think or "</think>" not in text:
+        return None, text.strip()
+    thought, _, answer = text.partition("</think>")
+    return thought.replace("<think>", "").strip(), answer.strip()

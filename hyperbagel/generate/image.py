@@ -180,7 +180,7 @@ def denoise(
     kept: Sequence[Kept | None] = (),
 ) -> tuple[list[Tensor], int]:
     """Euler from noise to latents for a batch of sessions of any sizes. `graphs`: steps as CUDA graphs (generate.graphs).
-    `student`: denoises in the model's place. in_turn: one forward a guidance branch; None: where that is faster, on a GPU with large pictures.
+    `student`: denoises in the model's place. in_turn: one forward a guidance branch; None: where that is faster, see FILLS_A_GPU.
     `kept`: what each picture keeps of its source (generate.mask).
 
     Returns latents, [h_b * w_b, C] each, and the number of velocity evaluations per picture.

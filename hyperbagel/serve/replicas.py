@@ -30,6 +30,7 @@ class Settings:
     model: str = "toybox"
     device: str | None = None
     dtype: str | None = None
+    graphs: bool = False
     api_key: str | None = None
     name: str | None = None
     limits: Limits = field(default_factory=Limits)
@@ -42,7 +43,7 @@ class Replica:
         self.settings = settings
         # Ray shows each replica its own GPU alone, whatever its number on the machine
         device = "cuda" if (settings.device or "").startswith("cuda") else settings.device
-        self.model = HyperBagel.from_pretrained(settings.model, device=device, dtype=settings.dtype)  # type: ignore[arg-type]
+        self.model = HyperBagel.from_pretrained(settings.model, device=device, dtype=settings.dtype, graphs=settings.graphs)  # type: ignore[arg-type]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         s = self.settings

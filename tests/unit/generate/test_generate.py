@@ -13,11 +13,12 @@ from small_world import small_parts
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.images import to_rgb
+from hyperbagel.data.prompts import split_thinking
 from hyperbagel.generate.decode import decode
 from hyperbagel.generate.image import GuidedVelocity
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, AskRequest, ImageRequest
-from hyperbagel.pipeline import HyperBagel, split_thinking
+from hyperbagel.pipeline import HyperBagel
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +264,15 @@ def test_a_temperature_of_nearly_zero_takes_the_likeliest_token(model: HyperBage
 def test_an_answer_longer_than_the_context_is_told_how_long_it_may_be(model: HyperBagel, drafter: str) -> None:
     with pytest.raises(InputError, match=r"got max_tokens 99999 behind .* expected at most (\d+) .* lower max_tokens"):
         model.ask("what is this", max_tokens=99999, drafter=drafter)
+
+
+def test_fixed_shapes_change_no_answer() -> None:
+    """`graphs=True` on a CPU: the steps that a GPU replays, run as they are; unlike lengths together, and a plan before a picture."""
+    parts = small_parts()
+    plain, fixed = HyperBagel(parts, "small"), HyperBagel(parts, "small", graphs=True)
+    asked = [AskRequest("what is it", max_tokens=9), AskRequest("a longer question than the other one", max_tokens=9)]
+    assert [r.text for r in fixed.ask_batch(asked)] == [r.text for r in plain.ask_batch(asked)]
+    assert fixed.runner is not None and fixed.runner.steps and plain.runner is None
+    planned = ImageRequest("a fish", steps=2, think=True, max_think_tokens=5)
+    [a], [b] = fixed.generate_batch([planned]), plain.generate_batch([planned])
+    assert a.thinking == b.thinking and a.image.tobytes() == b.image.tobytes()
