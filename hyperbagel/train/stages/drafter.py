@@ -32,7 +32,7 @@ from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.export import export_eagle3
-from hyperbagel.speculative.drafters.folder import make_drafter, make_module, save_drafter, write_acceptance
+from hyperbagel.speculative.drafters.folder import load_module, make_drafter, make_module, save_drafter, write_acceptance
 from hyperbagel.speculative.drafters.lesson import make_lesson
 from hyperbagel.speculative.drafters.regenerate import context_of
 from hyperbagel.speculative.simulate import simulate
@@ -74,6 +74,9 @@ class Recipe(TrainRecipe):
     """Settings of the stage "drafter"."""
 
     target: Path  # a folder in BAGEL's layout
+    init: Path | None = (
+        None  # a drafter to go on from, of the same kind and shape, say of this target before it was trained on; None: a new one
+    )
     kind: Kind = "hyper-bagel"
     shape: dict[str, Any] = Field(default_factory=dict)  # a kind's own settings: layers, zero_init, block, rank, draft_vocab
     data: PromptConfig
@@ -118,6 +121,8 @@ class DrafterStage(Stage):
         config = DrafterConfig.for_target(recipe.kind, self.target.config.llm, **recipe.shape)
         self.module = make_module(config).to(device)
         self.module.init_from(self.target, torch.Generator().manual_seed(recipe.seed))
+        if recipe.init is not None:
+            self._go_on_from(recipe.init, config)
         self.taps = tuple(sorted({0, *self.module.layers_read}))
         self.players = {"drafter": Player.of(self.module, recipe.optim)}
         self.sources = _sources(recipe.data, self.parts, recipe.seed)
@@ -125,8 +130,17 @@ class DrafterStage(Stage):
         self.asked: tuple[int, list[Session]] | None = None  # contexts of the pools at hand
         self.pool: tuple[int, list[Lesson]] | None = None
         self.measured = {name: self._prompts(data) for name, data in recipe.held_out.items()}
-        if isinstance(self.module, Eagle3) and config.draft_vocab is not None:
+        if isinstance(self.module, Eagle3) and config.draft_vocab is not None and recipe.init is None:
             self._choose_vocabulary(self.module, config.draft_vocab)
+
+    def _go_on_from(self, folder: Path, config: DrafterConfig) -> None:
+        """Take the weights of a trained drafter. Raises InputError if it is not of the recipe's kind and shape."""
+        given = load_module(folder, self.target)
+        if given.config != config:
+            own = config.model_dump()
+            other = [f"{k} {v}, expected {own.get(k)}" for k, v in given.config.model_dump().items() if v != own.get(k)]
+            raise InputError(f"init={folder}: got a drafter with {'; '.join(other)}; set kind and shape as it was made")
+        self.module.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in given.state_dict().items()})
 
     # -- data ------------------------------------------------------------------------------------------------------------------
 

@@ -125,6 +125,18 @@ def test_resume_is_bit_for_bit(target: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_a_run_goes_on_from_a_trained_drafter(path: Path, target: Path, tmp_path: Path) -> None:
+    run_training("drafter", path, [f"target={target}", *SMALL, "max_steps=2"], tmp_path / "run")
+    first = tmp_path / "run" / "export"
+    stage = build(load_config(Recipe, path, [f"target={target}", f"init={first}", *SMALL]), torch.device("cpu"))
+    for name, x in load_tensors(first / "drafter.safetensors").items():
+        assert torch.equal(stage.module.state_dict()[name], x), name
+    other = "block" if stage.recipe.kind != "block" else "eagle3"
+    with pytest.raises(InputError, match="set kind and shape as it was made"):
+        build(load_config(Recipe, path, [f"target={target}", f"init={first}", f"kind={other}", "shape={}", *SMALL]), torch.device("cpu"))
+
+
 def test_a_smaller_draft_vocabulary_is_the_answers_own(target: Path) -> None:
     s = stage(target, "eagle3", "shape={draft_vocab: 50}")
     module = s.module
