@@ -1,6 +1,7 @@
 """Guidance distillation (Hyper-Bagel 3.2.1): one evaluation with the scales as inputs, in place of two or three.
 
 `target: reflow` makes the same student from the teacher's ODE pairs instead: the reflow baseline, and the real model of DMDO's `reflowed`.
+`target: segments` goes on for the sampler's own steps: each learns where several of the teacher's lead.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from hyperbagel.train.stage import Draws
 class Recipe(DistillRecipe):
     """Settings of the stage "cfg"."""
 
-    target: Literal["guided", "reflow"] = "guided"
+    target: Literal["guided", "reflow", "segments"] = "guided"
     teacher: Path | None = None  # reflow: a guidance-distilled student whose ODE makes the pairs; None: the guided base
     reflow_steps: int = Field(default=24, ge=1)
     on_policy: float = Field(default=0.0, ge=0, le=1)  # guided: share of batches whose x_t the student itself has reached
     on_policy_steps: int = Field(default=6, ge=2)  # at most, from noise to there
     time_shift: float | None = Field(default=None, gt=0)  # of the times that are trained; None: `shift`, that of sampling
+    substeps: int = Field(default=4, ge=1)  # segments: of the teacher, for each step of the student's sampler
     scale_draws: int = Field(default=1, ge=1)  # guided: pairs of scales for each x_t, whose targets come of the same teacher evaluations
 
 
@@ -64,7 +66,7 @@ class CfgStage(DistillStage):
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
         self.target, self.reflow_steps = recipe.target, recipe.reflow_steps
-        self.on_policy, self.on_policy_steps = recipe.on_policy, recipe.on_policy_steps
+        self.on_policy, self.on_policy_steps, self.substeps = recipe.on_policy, recipe.on_policy_steps, recipe.substeps
         self.scale_draws, self.time_shift = recipe.scale_draws, recipe.time_shift or recipe.shift
         self.teacher = self.frozen(recipe.teacher) if recipe.teacher else None
         self.best_metric = "learned" if recipe.target == "guided" else "match"
@@ -102,6 +104,8 @@ class CfgStage(DistillStage):
     def prepare(self, step: int, rng: Draws) -> Prepared:
         conditions = self.conditions(rng)
         scales, e = self.scales(conditions, rng), self.noise(conditions, rng)
+        if self.target == "segments":
+            return self.segments(conditions, scales, e, on_policy=rng.python.random() < self.on_policy)
         t = shift_time(self.uniform(rng, len(conditions)), self.time_shift)
         if self.target == "guided":
             if rng.python.random() < self.on_policy:
@@ -123,6 +127,27 @@ class CfgStage(DistillStage):
         every = Scales(*(torch.stack([getattr(one, name) for one in drawn], dim=1).flatten() for name in ("text", "image")))
         target = teacher_velocity(self.base, conditions, every, x_t, t, self.settings(conditions))
         return Prepared(conditions.repeat(k), every, x_t.repeat_interleave(k, dim=0), t.repeat_interleave(k), target)
+
+    def segments(self, conditions: Conditions, scales: Scales, e: Tensor, *, on_policy: bool) -> Prepared:
+        """Every step of the sampler at once, [nfe B, N, C]: from where the student itself stands (`on_policy`), or from between noise and
+        data, to where the guided teacher comes in `substeps` Euler steps. The target is the mean velocity on that way.
+
+        ours (progressive distillation, Salimans & Ho 2022, on the student's own states): what six steps lose is then in the target too.
+        """
+        r, n = self.recipe, len(conditions)
+        grid = time_grid(r.nfe, r.shift).to(e.device)
+        if on_policy:
+            states = self.roll_out(self.network, conditions, scales, e, grid)[:-1]
+        else:
+            states = [interpolate(conditions.x0, e, t) for t in grid[:-1]]
+        every = conditions.repeat(r.nfe)
+        guidance = Scales(*(one.repeat_interleave(r.nfe) for one in (scales.text, scales.image)))
+        x, t, end = torch.stack(states, dim=1).flatten(0, 1), grid[:-1].repeat(n), grid[1:].repeat(n)
+        share = torch.linspace(0, 1, self.substeps + 1, device=e.device)[:, None]
+        y, times = x, shift_time(torch.lerp(unshift_time(t, r.shift), unshift_time(end, r.shift), share), r.shift)
+        for now, then in pairwise(times):
+            y = jump(y, teacher_velocity(self.base, every, guidance, y, now, self.settings(conditions)), now, then)
+        return Prepared(every, guidance, x, t, (x - y) / (t - end)[:, None, None])
 
     def reached(self, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor, steps: int) -> Tensor:
         """Where the student as it is comes to at times t [B] in `steps` Euler steps from noise x [B, N, C] at 1.
