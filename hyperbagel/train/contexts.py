@@ -20,14 +20,13 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.packing import Encode, PackSpec, grid, pack
 from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage
 from hyperbagel.data.transforms import grid_positions, patchify, to_tensor
-from hyperbagel.flow.guidance import guidance_on
+from hyperbagel.flow.guidance import guidance_on, guide_each
 from hyperbagel.generate.types import Denoising
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import StudentNetwork
 from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.nn.masks import dense_mask
-from hyperbagel.train.losses.cfg import guided_target
 
 
 @dataclass
@@ -257,4 +256,4 @@ def teacher_velocity(model: Bagel, conditions: Conditions, scales: Scales, x: Te
     v, v_text, *v_image = (velocity(model, one, conditions, x, t).repeat_interleave(times, dim=0) for one in contexts)
     on = torch.tensor([guidance_on(one, settings.interval) for one in t.tolist()], device=x.device).repeat_interleave(times)
     # without pictures both contexts are one
-    return guided_target(v, v_text, v_image[0] if v_image else v, scales.text, scales.image, on, settings.renorm, settings.renorm_min)
+    return guide_each(v, v_text, v_image[0] if v_image else v, scales.text, scales.image, on, settings.renorm, settings.renorm_min)

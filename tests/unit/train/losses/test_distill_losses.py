@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperbagel.flow.guidance import RENORMS, guide
+from hyperbagel.flow.guidance import RENORMS, guide, guide_each
 from hyperbagel.flow.schedule import shift_time
 from hyperbagel.train.losses.adversarial import accuracy, approximate_r1, hinge_discriminator, hinge_generator
-from hyperbagel.train.losses.cfg import cfg_loss, draw_scales, guided_target
+from hyperbagel.train.losses.cfg import cfg_loss, draw_scales
 from hyperbagel.train.losses.dmd import COUPLINGS, Coupling, contraction, couple, dmd_gradient, dmd_loss, fake_loss, renoise_factors
 from hyperbagel.train.losses.refl import balanced_weight, preference_loss, refl_loss, with_gradient
 from hyperbagel.train.losses.tscd import jump, pseudo_huber, segment_times
@@ -35,7 +35,7 @@ def test_guided_target_equals_the_sampler_sample_by_sample(renorm) -> None:
     v, v_text, v_image = (draw(B, N, C, seed=i) for i in range(3))
     text, image = torch.tensor([1.0, 2, 5, 3, 4]), torch.tensor([2.0, 1, 2.5, 1.5, 2])
     on = torch.tensor([True, True, True, True, False])
-    target = guided_target(v, v_text, v_image, text, image, on, renorm)
+    target = guide_each(v, v_text, v_image, text, image, on, renorm)
     for i in range(4):
         one = slice(i, i + 1)
         assert torch.equal(target[one], guide(v[one], v_text[one], v_image[one], text[i].item(), image[i].item(), renorm))
