@@ -75,7 +75,7 @@ def install_student(student: Path, model: Path, name: str | None = None, nfe: in
     """
     if name is not None and (not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "none"):
         raise InputError(f"got name {name!r}, expected letters, digits, '-', '_' and '.', not 'none', choose another one")
-    base, _ = load_folder(model, torch.device("cpu"), torch.float32)
+    base, _ = load_folder(model, torch.device("cpu"), torch.bfloat16)  # what is written is bf16, and so, mostly, is what is read: no copy
     loaded = load_student(student, base)
     if nfe is not None:
         if not 1 <= nfe <= MAX_STEPS:
