@@ -106,7 +106,7 @@ def test_spoiling_does_what_its_name_says() -> None:
 
 def test_the_shipped_detector_keeps_its_promise(shipped: Detector) -> None:
     """A small draw of the table that is printed beside every score; bounds allow for the draw."""
-    table = detector_table(shipped, t2i_eval_prompts(120, 5), n=150, redrawn=40, seed=7)
+    table = detector_table(shipped, t2i_eval_prompts(120, 5), n=150, redrawn=150, seed=7)  # of 40, three fail by chance one time in thirty
     for condition, row in table.items():
         assert row["wrong prompts"] <= 0.005, condition
         for word in ("found", "noun", "colour", "size", "background", "style", "tone", "right prompts"):
