@@ -13,16 +13,15 @@ def fast_bf16(device: torch.device) -> bool:
 
     The processor's flags do not tell: with AVX512-bf16 one machine multiplied bf16 three times as fast as fp32, another half as fast.
     """
-    return device.type == "cuda" or (_has_bf16() and _cpu_multiplies_bf16_faster())
-
-
-def _has_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        return True
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has and _cpu_multiplies_bf16_faster()
 
 
 @cache
 def _cpu_multiplies_bf16_faster(side: int = 512, runs: int = 5) -> bool:
-    """Measured once a process, in 20 ms: the fastest run of each, and a clear lead, so that every process decides alike."""
+    """Measured once a process: the fastest run of each, and a clear lead, so that every process decides alike."""
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(side, side, dtype=dtype)

@@ -57,12 +57,12 @@ class ProgressReport:
         passed = self._clock() - self._began
         done = share - self._first
         left = f"{format_seconds(passed * (1 - share) / done)} left" if done > 0 else "time left unknown"
-        if not self.due:
-            return
-        self._last = self._clock()
+        due = self.due
+        if due:
+            self._last = self._clock()
         if self._bar is not None:
-            self._bar.update(self._task, completed=share, text=f"{left}  {text}")
-        else:
+            self._bar.update(self._task, completed=share, text=f"{left}  {text}")  # rich draws no more often than it must
+        elif due:
             self.line(f"{100 * share:5.1f} %  {format_seconds(passed)} passed, {left}  {text}")
 
     def line(self, text: str) -> None:

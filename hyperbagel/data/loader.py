@@ -99,8 +99,8 @@ def read_group(
     return Group(name, samples, broken)
 
 
-_SOURCES: Mapping[str, Source] = {}  # of a worker process, set once when it starts, as is
-_PREPARE: Prepare | None = None
+_SOURCES: Mapping[str, Source] = {}  # of a worker process, set once when it starts
+_PREPARE: Prepare | None = None  # likewise
 
 
 def _start_process(sources: Mapping[str, Source], prepare: Prepare | None) -> None:

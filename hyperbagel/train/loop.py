@@ -50,7 +50,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 where the hardware multiplies it: CUDA, and CPUs with AVX512-bf16 or AMX. Elsewhere bf16 is slower than fp32."""
+    """ "auto" is bf16 on CUDA and on CPUs where it is measured to be faster than fp32."""
     if name == "auto":
         name = "bf16" if fast_bf16(device) else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32

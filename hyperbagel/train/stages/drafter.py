@@ -74,9 +74,7 @@ class Recipe(TrainRecipe):
     """Settings of the stage "drafter"."""
 
     target: Path  # a folder in BAGEL's layout
-    init: Path | None = (
-        None  # a drafter to go on from, of the same kind and shape, say of this target before it was trained on; None: a new one
-    )
+    init: Path | None = None  # a drafter to go on from, of the same kind and shape; None: a new one
     kind: Kind = "hyper-bagel"
     shape: dict[str, Any] = Field(default_factory=dict)  # a kind's own settings: layers, zero_init, block, rank, draft_vocab
     data: PromptConfig
