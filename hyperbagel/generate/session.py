@@ -23,6 +23,7 @@ from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.nn.layers import store_by_columns
 
 # Tokens of blocks that are run together. Fewer cost what a forward costs whatever is in it; more are worth attention without a mask.
 # In fp32 alone: in bf16 the reference's own division of the work stays nearest to its numbers (golden edits of two pictures, AMX: 2.2 %
@@ -49,6 +50,7 @@ class Parts:
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Parts:
         """Reads a folder in BAGEL's layout. Raises InputError if it is not one."""
         model, vae = load_folder(folder, device, dtype, attention)
+        store_by_columns(model)
         options, tokenizer, known = model.config.options, Tokenizer.from_folder(folder), model.config.llm.vocab_size
         if tokenizer.largest_id >= known:
             raise InputError(

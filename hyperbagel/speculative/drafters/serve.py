@@ -5,9 +5,11 @@ Shape legend: B rows, n new slots of a round (padded), T tapped layers, E hidden
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,6 +190,9 @@ class BlockProposer(_Proposer):
         out = self.module.block(root, seen.position[:, None], Served(self.cache, plan))
         depth = min(self.depth, limit)
         logits = self.module.lm_head(out[:, :depth])
+        if len(root) == 1 and self.temperature == 0 and self.links is not None and _plain_numbers(logits):
+            chain = self._greedy_row(logits[0], int(seen.root[0]))
+            return Draft(torch.tensor([chain], dtype=torch.long))
         previous, trust, ended = seen.root, torch.ones_like(seen.root, dtype=torch.float32), torch.zeros_like(seen.root, dtype=torch.bool)
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
@@ -205,3 +210,25 @@ class BlockProposer(_Proposer):
             if root.device.type == "cpu" and (ended := ended | (previous == self.im_end)).all():  # nothing follows
                 break
         return _drafts(tokens, qs, root)
+
+    def _greedy_row(self, logits: Tensor, root: int) -> list[int]:
+        """The greedy tokens after `root`, logits [K, V]: as the loop above, for one request on a CPU, where ten calls of PyTorch a token
+        take longer than their arithmetic (2.4 to 2.1 ms a draft of ten)."""
+        assert self.links is not None
+        links, tokens, previous, chance = self.links.numpy(), [], root, 1.0
+        for row in logits.numpy():
+            mine = row + links[previous]
+            previous = int(mine.argmax())
+            top, mine[previous] = mine[previous], -np.inf
+            chance *= 1 / (1 + math.exp(mine.max() - top))  # `confidence`
+            if chance < self.threshold:
+                break
+            tokens.append(previous)
+            if previous == self.im_end:
+                break
+        return tokens
+
+
+def _plain_numbers(x: Tensor) -> bool:
+    """Whether NumPy can read it as it lies."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
