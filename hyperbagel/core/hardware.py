@@ -15,13 +15,23 @@ def fast_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return True
+    if _agreed:
+        return _agreed[0]
     has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return has and _cpu_multiplies_bf16_faster()
 
 
+_agreed: list[bool] = []
+
+
+def agree_on_bf16(fast: bool) -> None:
+    """From here on this is the answer for the CPU: processes that train together must choose alike, and each would measure for itself."""
+    _agreed[:] = [fast]
+
+
 @cache
 def _cpu_multiplies_bf16_faster(side: int = 512, runs: int = 5) -> bool:
-    """Measured once a process: the fastest run of each, and a clear lead, so that every process decides alike."""
+    """Measured once a process: the fastest run of each, and a clear lead, so that chance seldom decides."""
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(side, side, dtype=dtype)

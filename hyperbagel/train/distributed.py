@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.hardware import agree_on_bf16, fast_bf16
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -123,6 +124,8 @@ def join_world(device: torch.device) -> World:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cpu":
+            agree_on_bf16(bool(world.agree(fast_bf16(device))[0]))
     return world
 
 

@@ -42,6 +42,19 @@ leave_world()
 """
 
 
+CHOICE = """
+import os
+import torch
+from hyperbagel.core import hardware
+from hyperbagel.train.distributed import join_world, leave_world
+torch.cpu._is_avx512_bf16_supported = lambda: True
+hardware._cpu_multiplies_bf16_faster = lambda: os.environ["RANK"] == "0"  # two measurements that disagree
+join_world(torch.device("cpu"))
+assert hardware.fast_bf16(torch.device("cpu"))
+leave_world()
+"""
+
+
 def run_two(script: str, folder: Path, port: int) -> None:
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + os.getpid() % 20000)}
     ranks = [
@@ -49,6 +62,10 @@ def run_two(script: str, folder: Path, port: int) -> None:
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+
+
+def test_rank_0_chooses_the_precision_for_all(tmp_path: Path) -> None:
+    run_two(CHOICE, tmp_path, 42000)
 
 
 def test_matrices_are_shared_out_and_every_process_gets_all(tmp_path: Path) -> None:
