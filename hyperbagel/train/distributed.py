@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+# Before any group is made: its functions take the group of that moment as their default and would hold it to the end of the process, with
+# threads that may then ask for an interpreter that is no longer there (abort, in one of ten ends of a training on two processes).
+import torch.distributed.nn
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError

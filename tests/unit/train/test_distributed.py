@@ -17,6 +17,7 @@ from hyperbagel.train.muon import orthogonalise
 
 WORKER = """
 import sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
 from tiny_stage import TinyStage, run
@@ -26,6 +27,8 @@ stage = TinyStage()
 stage.even.eval()  # no dropout: each process has its own generator
 run(sys.argv[1], 9, stage=stage, world=world)
 leave_world()
+tasks = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]  # none on other systems
+assert not any("gloo" in task for task in tasks), tasks  # threads left over can abort the process as it ends
 """
 
 
