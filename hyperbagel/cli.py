@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,24 @@ from hyperbagel import cli_checks as checks
 from hyperbagel.cli_chat import chat
 from hyperbagel.cli_eval import app as eval_app
 from hyperbagel.cli_export import export
+from hyperbagel.cli_options import (
+    Device,
+    Dtype,
+    Graphs,
+    ImageScale,
+    Interval,
+    MaxTokens,
+    Model,
+    Plan,
+    Renorm,
+    Size,
+    Steps,
+    Student,
+    Temperature,
+    TextScale,
+    given,
+    note,
+)  # fmt: skip
 from hyperbagel.cli_serve import serve
 from hyperbagel.cli_students import gate, install
 from hyperbagel.core.errors import InputError, Notice
@@ -34,40 +52,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Renorm = Literal["global", "channel", "text_channel"]
 Output = Annotated[Path, typer.Option("-o", "--output", help="Picture to write (.png). With -n above 1: name-0.png, name-1.png ...")]
-Model = Annotated[str | None, typer.Option(help="Model folder, or 'toybox' for the embedded model.", show_default="toybox")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the noise and of sampling; 0 is a seed too.", show_default="drawn and printed")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-TextScale = Annotated[float | None, typer.Option(help="Guidance towards the text; 1 is none.")]
-ImageScale = Annotated[float | None, typer.Option(help="Guidance towards the source picture; 1 is none.")]
-Interval = Annotated[tuple[float, float] | None, typer.Option(metavar="LO HI", help="Times t in [0, 1] between which guidance acts.")]
-RenormKind = Annotated[Renorm | None, typer.Option(help="How the guided velocity gets back its length.")]
 RenormMin = Annotated[float | None, typer.Option(help="Lowest factor of that renormalisation, 0 to 1.")]
 Shift = Annotated[float | None, typer.Option(help="Timestep shift; above 1 spends more steps on noisy times.")]
-Size = Annotated[str | None, typer.Option(metavar="WxH", help="Picture size, both multiples of 16.", show_default="the model's own")]
 Count = Annotated[int, typer.Option("-n", help=f"Number of pictures, 1 to {checks.MAX_PICTURES}.")]
-Think = Annotated[bool, typer.Option("--think", help="Let the model write its plan first.")]
-Student = Annotated[str | None, typer.Option(help="Distilled model that draws: 6, 1 (evaluations), a folder, or none.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.")]
-Graphs = Annotated[bool, typer.Option("--graphs", help="Decode text as CUDA graphs: on a GPU far faster where nothing drafts.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Only what the user set: every default lives in the pipeline, none here."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _seed(seed: int | None) -> int:
     if seed is None:
         seed = checks.draw_seed()
-        _note(f"seed {seed} (drawn; repeat with --seed {seed})")
+        note(f"seed {seed} (drawn; repeat with --seed {seed})")
     return checks.check_seed(seed)
 
 
@@ -76,7 +72,7 @@ def _load(since: float, model: str | None, device: str | None, dtype: str | None
     from hyperbagel.pipeline import HyperBagel
 
     began = time.perf_counter() - since
-    pipeline = HyperBagel.from_pretrained(**_given(model=model, device=device, dtype=dtype, graphs=graphs or None))
+    pipeline = HyperBagel.from_pretrained(**given(model=model, device=device, dtype=dtype, graphs=graphs or None))
     return pipeline, {"start": began, "load": pipeline.load_seconds}
 
 
@@ -94,7 +90,7 @@ def _draw(
     from hyperbagel.data.images import save_png
     from hyperbagel.generate.types import ImageRequest
 
-    settings = _given(**settings | {"size": checks.parse_size(settings["size"])})
+    settings = given(**settings | {"size": checks.parse_size(settings["size"])})
     images = checks.read_pictures(pictures)
     if "mask" in settings:
         settings["mask"] = checks.read_mask(settings["mask"])
@@ -112,13 +108,13 @@ def _draw(
         rows.append(row | {"settings": result.settings, "thinking": result.thinking})
         if not json:
             if result.thinking:
-                _note(f"plan: {result.thinking}")
+                note(f"plan: {result.thinking}")
             print(path)
-            _note(f"{'x'.join(map(str, result.image.size))}, seed {result.seed}, {result.nfe} NFE")
+            note(f"{'x'.join(map(str, result.image.size))}, seed {result.seed}, {result.nfe} NFE")
     if json:
         print(jsonlib.dumps({"seconds": spent, "pictures": rows}, indent=2))
     else:
-        _note(checks.seconds(spent))
+        note(checks.seconds(spent))
 
 
 @app.command()
@@ -130,12 +126,12 @@ def generate(
     steps: Steps = None,
     text_scale: TextScale = None,
     interval: Interval = None,
-    renorm: RenormKind = None,
+    renorm: Renorm = None,
     renorm_min: RenormMin = None,
     shift: Shift = None,
     size: Size = None,
     n: Count = 1,
-    think: Think = False,
+    think: Plan = False,
     student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -159,13 +155,13 @@ def edit(
     text_scale: TextScale = None,
     image_scale: ImageScale = None,
     interval: Interval = None,
-    renorm: RenormKind = None,
+    renorm: Renorm = None,
     renorm_min: RenormMin = None,
     shift: Shift = None,
     size: Size = None,
     n: Count = 1,
     mask: Annotated[Path | None, typer.Option(help="Where to edit: a picture's transparent parts, or its white ones.")] = None,
-    think: Think = False,
+    think: Plan = False,
     student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -197,10 +193,10 @@ def edit(
 def ask(
     inputs: Annotated[list[str], typer.Argument(metavar="[IMAGE...] QUESTION", help="Pictures, if any, then the question.")],
     model: Model = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
     seed: Seed = None,
-    think: Think = False,
+    think: Plan = False,
     drafter: Annotated[str | None, typer.Option(help="Who drafts ahead: auto, lookup, a name, a folder, none. Only speed changes.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -216,7 +212,7 @@ def ask(
     first = _seed(seed) if temperature else checks.check_seed(seed or 0)  # at temperature 0 nothing is drawn
     pipeline, spent = _load(since, model, device, dtype, graphs)
     result = pipeline.ask(
-        question, images, seed=first, think=think, **_given(max_tokens=max_tokens, temperature=temperature, drafter=drafter)
+        question, images, seed=first, think=think, **given(max_tokens=max_tokens, temperature=temperature, drafter=drafter)
     )
     spent |= result.timings
     if json:
@@ -225,12 +221,12 @@ def ask(
         print(jsonlib.dumps(row | {"finish_reason": result.finish_reason, "seconds": spent}, indent=2))
         return
     if result.thinking:
-        _note(f"thinking: {result.thinking}")
+        note(f"thinking: {result.thinking}")
     print(result.text)
     if result.finish_reason == "length":
-        _note("cut off; a larger --max-tokens gives more")
+        note("cut off; a larger --max-tokens gives more")
     rate = result.tokens / max(result.timings["decode"], 1e-9)
-    _note(
+    note(
         f"{checks.seconds(spent)}, {result.prompt_tokens} tokens in, {result.tokens} out, {rate:.1f} tok/s"
         + (f", tau {result.tau:.2f}" if result.tau else "")
     )
@@ -285,7 +281,7 @@ def demo(
     from hyperbagel.demo import build_demo
 
     pipeline, _ = _load(time.perf_counter(), model, device, dtype)
-    print(build_demo(pipeline, make_folder(out), seed=seed, note=_note))  # made only now: a mistyped model leaves no empty folder
+    print(build_demo(pipeline, make_folder(out), seed=seed, note=note))  # made only now: a mistyped model leaves no empty folder
 
 
 app.command()(serve)
@@ -318,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
 
             def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
                 """Ours as a line of our own; others, which are for programmers, as Python shows them."""
-                _note(f"warning: {message}") if issubclass(category, Notice) else python_form(message, category, *where, **more)
+                note(f"warning: {message}") if issubclass(category, Notice) else python_form(message, category, *where, **more)
 
             warnings.showwarning = show
             code = app(args=argv, prog_name="hyperbagel", standalone_mode=False)
@@ -327,21 +323,21 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument, a bare `hyperbagel`
             message, wrong = str(error.format_message()), type(error).__name__ != "NoArgsIsHelpError"
-            _note(f"error: {' '.join(message.split())}" if wrong else message)
+            note(f"error: {' '.join(message.split())}" if wrong else message)
             return 2
         if isinstance(error, InputError | OSError):
             from hyperbagel.core.files import plain_error
 
-            _note(f"error: {' '.join((plain_error(error) if isinstance(error, OSError) else str(error)).split())}")
+            note(f"error: {' '.join((plain_error(error) if isinstance(error, OSError) else str(error)).split())}")
             return 2
         if isinstance(error, FloatingPointError):  # a training that diverged: it says itself what to do
-            _note(f"error: {' '.join(str(error).split())}")
+            note(f"error: {' '.join(str(error).split())}")
             return 1
         text = " ".join(str(error).split())
-        _note(f"internal error: {type(error).__name__}: {text}; set HYPERBAGEL_DEBUG=1 for the traceback")
+        note(f"internal error: {type(error).__name__}: {text}; set HYPERBAGEL_DEBUG=1 for the traceback")
         return 1
     if code == 130:
-        _note("interrupted")
+        note("interrupted")
     return code if isinstance(code, int) else 0
 
 

@@ -9,12 +9,10 @@ import typer
 from typer.core import TyperGroup
 
 from hyperbagel import cli_checks as checks
+from hyperbagel.cli_options import Device, Dtype, ImageScale, Interval, Model, Plan, Size, Steps, Student, TextScale, given
 from hyperbagel.core.errors import InputError
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for scores and for what resumes a stopped run.")]
-Model = Annotated[str | None, typer.Option(help="Model folder, or 'toybox' for the embedded model.", show_default="toybox")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.")]
 Split = Annotated[Literal["train", "heldout"] | None, typer.Option(help="Combinations seen in training, or kept from it.")]
 NT2I = Annotated[int | None, typer.Option("--n-t2i", help="Pictures to draw.")]
 NEdits = Annotated[int | None, typer.Option("--n-edits", help="Edits to make.")]
@@ -32,10 +30,6 @@ class Suites(TyperGroup):
 app = typer.Typer(cls=Suites, no_args_is_help=True, help="Measure drawing, editing and understanding; students against their teacher.")
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _counts(**counts: int | None) -> None:
     for name, count in counts.items():
         checks.check_at_least(f"--{name.replace('_', '-')}", count, 0)
@@ -44,7 +38,7 @@ def _counts(**counts: int | None) -> None:
 def _load(model: str | None, device: str | None, dtype: str | None) -> Any:
     from hyperbagel.pipeline import HyperBagel
 
-    return HyperBagel.from_pretrained(**_given(model=model, device=device, dtype=dtype))
+    return HyperBagel.from_pretrained(**given(model=model, device=device, dtype=dtype))
 
 
 @app.command()
@@ -62,7 +56,7 @@ def toybox(
     _counts(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions)
     from hyperbagel.evaluate.toybox import run_toybox_eval
 
-    run_toybox_eval(_load(model, device, dtype), out=out, **_given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions, split=split))
+    run_toybox_eval(_load(model, device, dtype), out=out, **given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions, split=split))
 
 
 @app.command()
@@ -96,11 +90,11 @@ def distillation(
 
     wanted = None if rows is None else [name.strip() for name in rows.split(",") if name.strip()]
     choose(wanted)
-    given = parse_students(student or ())
+    folders = parse_students(student or ())
     pipeline = _load(model, device, dtype)
     shipped = {name: pipeline.students.folder / name for name in ("6", "1") if name in pipeline.students.names()}
-    counts = _given(n_t2i=n_t2i, n_edits=n_edits, n_diversity=n_diversity, n_clock=n_clock, n_steer=n_steer, split=split, batch=batch)
-    run_distillation_eval(pipeline, shipped | given, out=out, rows=wanted, seed=seed, **counts)
+    counts = given(n_t2i=n_t2i, n_edits=n_edits, n_diversity=n_diversity, n_clock=n_clock, n_steer=n_steer, split=split, batch=batch)
+    run_distillation_eval(pipeline, shipped | folders, out=out, rows=wanted, seed=seed, **counts)
 
 
 @app.command()
@@ -130,16 +124,11 @@ def speculative(
     from hyperbagel.evaluate.speculative import QUICK, Plan, run_speculative_eval
 
     torch.set_num_threads(threads)
-    plan = replace(QUICK if quick else Plan(), **_given(prompts=prompts, repeats=repeats), speed=not acceptance)
+    plan = replace(QUICK if quick else Plan(), **given(prompts=prompts, repeats=repeats), speed=not acceptance)
     run_speculative_eval(_load(model, device, dtype), folders, out=out, plan=plan)
 
 
 Prompts = Annotated[Path, typer.Option(help="The suite's prompts, JSON lines.")]
-Student = Annotated[str | None, typer.Option(help="Distilled model that draws: 6, 1 (evaluations), a folder, or none.")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-TextScale = Annotated[float | None, typer.Option(help="Guidance towards the text; 1 is none.")]
-Interval = Annotated[tuple[float, float] | None, typer.Option(metavar="LO HI", help="Times t in [0, 1] between which guidance acts.")]
-Size = Annotated[str | None, typer.Option(metavar="WxH", help="Picture size, both multiples of 16.", show_default="the model's own")]
 Batch = Annotated[int, typer.Option(help="Pictures made together.")]
 Seed = Annotated[int, typer.Option(help="Which noise.")]
 
@@ -158,7 +147,7 @@ def _pictures(
         import torch
 
         device = mine if torch.cuda.is_available() else None
-    return _load(model, device, dtype), _given(**settings)
+    return _load(model, device, dtype), given(**settings)
 
 
 @app.command()
@@ -173,7 +162,7 @@ def geneval(
     text_scale: TextScale = None,
     interval: Interval = None,
     size: Size = None,
-    think: Annotated[bool, typer.Option("--think", help="Let the model write its plan first.")] = False,
+    think: Plan = False,
     batch: Batch = 4,
     device: Device = None,
     dtype: Dtype = None,
@@ -197,9 +186,9 @@ def gedit(
     seed: Seed = 0,
     steps: Steps = None,
     text_scale: TextScale = None,
-    image_scale: Annotated[float | None, typer.Option(help="Guidance towards the source picture; 1 is none.")] = None,
+    image_scale: ImageScale = None,
     interval: Interval = None,
-    think: Annotated[bool, typer.Option("--think", help="Let the model write its plan first.")] = False,
+    think: Plan = False,
     batch: Batch = 4,
     device: Device = None,
     dtype: Dtype = None,

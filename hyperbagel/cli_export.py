@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from hyperbagel.cli_options import note
 
 if TYPE_CHECKING:
     from hyperbagel.export import Exported
@@ -38,7 +39,7 @@ def student(
     _tell(done)
     if verify:
         for what, mean, largest in exports.verify(done, name, model=model):
-            _note(f"{what}: base and student against the merged model: pixels differ by {mean:.3f} of 255 on average, at most {largest}")
+            note(f"{what}: base and student against the merged model: pixels differ by {mean:.3f} of 255 on average, at most {largest}")
 
 
 @export.command()
@@ -72,12 +73,8 @@ def eagle3(
     print(export_drafter(name, out, model=model, dtype=dtype))
 
 
-def _note(text: Any) -> None:
-    print(text, file=sys.stderr)
-
-
 def _tell(done: Exported) -> None:
     print(done.folder)
-    _note(f"guidance folded in: text {done.text_scale:g}, image {done.image_scale:g}")
+    note(f"guidance folded in: text {done.text_scale:g}, image {done.image_scale:g}")
     for line in done.notes:
-        _note(line)
+        note(line)

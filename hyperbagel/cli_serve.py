@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hyperbagel import cli_checks as checks
+from hyperbagel.cli_options import Dtype, Graphs, Model, given, note
 from hyperbagel.core.errors import InputError
 
 
 def serve(
-    model: Annotated[str | None, typer.Option(help="Model folder, or 'toybox' for the embedded model.", show_default="toybox")] = None,
+    model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8000,
     api_key: Annotated[
@@ -21,8 +22,8 @@ def serve(
     queue: Annotated[int | None, typer.Option(help="Pictures and answers that may wait.", show_default="64")] = None,
     name: Annotated[str | None, typer.Option(help="What requests call the model.", show_default="its folder's name")] = None,
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda, cuda:1 ...; several times for several devices.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
-    graphs: Annotated[bool, typer.Option("--graphs", help="Decode text as CUDA graphs: on a GPU far faster where nothing drafts.")] = False,
+    dtype: Dtype = None,
+    graphs: Graphs = False,
     replicas: Annotated[
         int | None, typer.Option(help="Servers behind this one address, on Ray Serve (extra 'scale').", show_default="one, without Ray")
     ] = None,
@@ -35,24 +36,22 @@ def serve(
     if not 0 <= port < 2**16:
         raise InputError(f"got --port {port}, expected 0 to 65535, choose another")
     if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
-        print("warning: no --api-key: whoever reaches this address may use the model", file=sys.stderr)
+        note("warning: no --api-key: whoever reaches this address may use the model")
     from hyperbagel.pipeline import HyperBagel
     from hyperbagel.serve.app import create_app
     from hyperbagel.serve.run import bind, run
     from hyperbagel.serve.schemas import Limits
 
-    given: dict[str, Any] = {
-        key: value for key, value in {"model": model, "dtype": dtype, "graphs": graphs or None}.items() if value is not None
-    }
+    loaded = given(model=model, dtype=dtype, graphs=graphs or None)
     limits = Limits() if queue is None else Limits(waiting=queue)
     if replicas is not None:
         from hyperbagel.serve.replicas import Settings, run_replicas
 
-        settings = Settings(**given, device=device[0] if device else None, api_key=api_key, name=name, limits=limits)
+        settings = Settings(**loaded, device=device[0] if device else None, api_key=api_key, name=name, limits=limits)
         run_replicas(settings, replicas, host, port, lambda address: _tell(f"{replicas} x {settings.model}", address))
         return
     with bind(host, port) as listener:  # first: a taken port must not cost the loading of a model
-        models = [HyperBagel.from_pretrained(**given, device=one) for one in device or (None,)]
+        models = [HyperBagel.from_pretrained(**loaded, device=one) for one in device or (None,)]
         app = create_app(models, api_key=api_key, name=name, limits=limits)
         run(app, listener, host, lambda address: _tell(models[0].name, address))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hyperbagel.cli_options import note
 
 
 def gate(
@@ -18,7 +19,7 @@ def gate(
 
     best, verdicts = choose(runs)
     for verdict in verdicts:
-        print(verdict, file=sys.stderr)
+        note(verdict)
     if best is not None:
         print(best.run / "export")
     elif otherwise is not None:

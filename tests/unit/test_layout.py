@@ -38,17 +38,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"core", "data", "toybox", "pipeline"},
     "serve": {"core", "data", "flow", "pipeline"},
     "cli_checks": {"core", "data"},
+    "cli_options": set(),
     "export": BELOW_PIPELINE | {"pipeline"},
     "folders": {"core", "model", "speculative", "train"},
     "chat": {"core", "data", "generate", "speculative", "pipeline"},
-    "cli_serve": {"core", "pipeline", "serve", "cli_checks"},
-    "cli_export": {"core", "export", "cli_checks"},
-    "cli_chat": {"core", "pipeline", "chat", "cli_checks"},
-    "cli_students": {"core", "pipeline", "train"},
-    "cli_eval": {"core", "pipeline", "evaluate", "cli_checks"},
+    "cli_serve": {"core", "pipeline", "serve", "cli_checks", "cli_options"},
+    "cli_export": {"core", "export", "cli_options"},
+    "cli_chat": {"core", "pipeline", "chat", "cli_checks", "cli_options"},
+    "cli_students": {"core", "pipeline", "train", "cli_options"},
+    "cli_eval": {"core", "pipeline", "evaluate", "cli_checks", "cli_options"},
     "cli": BELOW_PIPELINE
     | {"pipeline", "train", "evaluate", "demo", "serve", "export", "chat", "folders"}
-    | {"cli_checks", "cli_serve", "cli_eval", "cli_export", "cli_chat", "cli_students"},
+    | {"cli_checks", "cli_options", "cli_serve", "cli_eval", "cli_export", "cli_chat", "cli_students"},
 }
 # Single files that may reach further than their part, each for one reason.
 EXTRA_IMPORTS: dict[str, set[str]] = {
@@ -76,7 +77,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "tensorboard": ("core/run.py",),
     "torch.utils.tensorboard": ("core/run.py",),
     "yaml": ("core/config.py",),
-    "typer": ("cli.py", "cli_chat.py", "cli_eval.py", "cli_export.py", "cli_serve.py", "cli_students.py"),
+    "typer": ("cli.py", "cli_chat.py", "cli_eval.py", "cli_export.py", "cli_options.py", "cli_serve.py", "cli_students.py"),
     "fastapi": ("serve/",),
     "uvicorn": ("serve/",),
     "ray": ("serve/replicas.py",),
