@@ -175,16 +175,20 @@ def edit_note(image_scale: float) -> str:
 
 def verify(exported: Exported, student: Path | str, *, model: str = "toybox") -> Iterator[tuple[str, float, int]]:
     """Draws with base and student, and with what was exported as an ordinary model without guidance: (what, mean, largest difference of a
-    pixel value, 0 to 255). The edit is of the picture drawn first."""
-    both, merged = HyperBagel.from_pretrained(model, device="cpu"), HyperBagel.from_pretrained(exported.folder, device="cpu")
-    scales: dict[str, Any] = {"text_scale": exported.text_scale, "image_scale": exported.image_scale}
-    prompt, seed = "a red circle to the left of a blue square", 0
-    [first] = both.generate(prompt, seed=seed, student=str(student), **scales)
-    [again] = merged.generate(prompt, seed=seed)
-    yield "text to image", *_difference(first.image, again.image)
-    [edited] = both.edit(first.image, "make the circle green", seed=seed, student=str(student), **scales)
-    [other] = merged.edit(first.image, "make the circle green", seed=seed)
-    yield "edit", *_difference(edited.image, other.image)
+    pixel value, 0 to 255). The edit is of the picture drawn first. On a GPU if there is one; the two models are in memory one after the
+    other."""
+    own: dict[str, Any] = {"text_scale": exported.text_scale, "image_scale": exported.image_scale, "student": str(student)}
+    prompt, change, source = "a red circle to the left of a blue square", "make the circle green", None
+    drawn = []
+    for folder, settings in ((model, own), (exported.folder, {})):
+        loaded = HyperBagel.from_pretrained(folder)
+        [picture] = loaded.generate(prompt, seed=0, **settings)
+        source = source or picture.image
+        [edited] = loaded.edit(source, change, seed=0, **settings)
+        drawn.append((picture.image, edited.image))
+        del loaded
+    for what, before, after in zip(("text to image", "edit"), *drawn, strict=True):
+        yield what, *_difference(before, after)
 
 
 def _difference(a: Any, b: Any) -> tuple[float, int]:

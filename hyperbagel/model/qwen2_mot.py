@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hyperbagel.model.config import LLMConfig
 from hyperbagel.nn.attention import attend
@@ -107,6 +108,7 @@ class Qwen2MoT(nn.Module):
     def __init__(self, cfg: LLMConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.config, self.attention = cfg, attention
+        self.recompute = False  # training: keep only each layer's input and run the layer again for its gradient
         self.embed_tokens = embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm, self.norm_moe_gen = (RMSNorm(cfg.hidden_size, cfg.rms_norm_eps) for _ in range(2))
@@ -133,7 +135,10 @@ class Qwen2MoT(nn.Module):
             tapped.tap_positions(plan, positions)
             tapped.tap(0, plan, x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, sight, i)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, sight, i, use_reentrant=False, preserve_rng_state=False)  # nothing in a layer is drawn
+            else:
+                x = layer(x, sight, i)
             if taps is not None:
                 taps.append(x)
             if tapped is not None and plan is not None:

@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
@@ -234,23 +235,31 @@ class Engine:
         return unit.job.over
 
     def _run(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> None:
+        failed = self._try(model, units, contexts)
+        if failed is None:
+            return
+        # Behind the handler: what an error still refers to, the frames of the batch with its caches and latents, would be in the way of
+        # what is tried next if the memory had run out.
+        if len(units) > 1 and not any(unit.job.told for unit in units):
+            for unit in units:  # one bad request must not take its neighbours down
+                self._run(model, [unit], contexts)
+            return
+        for unit in units:
+            self._count(unit, "failed")
+            unit.job.fail(failed)
+
+    def _try(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Exception | None:
+        """Runs them; the error, without its frames, if they failed."""
         try:
             results = self._results(model, units, contexts)
         except Stop:
             for unit in units:
                 self._count(unit, "cancelled")
-            return
+            return None
         except Exception as error:
-            if len(units) > 1 and not any(unit.job.told for unit in units):
-                for unit in units:  # one bad request must not take its neighbours down
-                    self._run(model, [unit], contexts)
-                return
             if not isinstance(error, InputError):
-                logger.exception("a batch of %d failed", len(units))
-            for unit in units:
-                self._count(unit, "failed")
-                unit.job.fail(error)
-            return
+                logger.error("a batch of %d failed\n%s", len(units), traceback.format_exc())  # as text: a kept record would keep the frames
+            return without_frames(error)
         self.metrics.observe("hyperbagel_batch_size", len(units))
         for stage, seconds in results[0].timings.items():
             self.metrics.observe("hyperbagel_stage_seconds", seconds, stage=stage)
@@ -261,6 +270,7 @@ class Engine:
             else:
                 self.metrics.add("hyperbagel_evaluations_total", result.nfe)
             unit.job.tell(Done(unit.index, result))
+        return None
 
     def _results(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Sequence[ImageResult | TextResult]:
         return self._ask(model, units) if isinstance(units[0].request, AskRequest) else self._draw(model, units, contexts)
@@ -326,3 +336,14 @@ def _stop_if_alone(units: Sequence[Unit]) -> None:
     """A batch goes on for as long as anyone waits for one of its rows."""
     if all(unit.job.over for unit in units):
         raise Stop
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error and those behind it, without the frames they came from: frames hold tensors."""
+    chain: BaseException | None = error
+    seen: set[int] = set()
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
+    return error

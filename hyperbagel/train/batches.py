@@ -128,8 +128,8 @@ class Batches:
     ) -> None:
         self.see = see  # see data.packing.pack
         self.data, self.vae, self.device, self.shift = data, vae, device, shift
-        self.spec, world = pack_spec(model, tokenizer), world or World()
-        self.keep = KeepGroup(data, self.spec, seed, world.rank)
+        self.spec, self.world = pack_spec(model, tokenizer), world or World()
+        self.keep = KeepGroup(data, self.spec, seed, self.world.rank)
         options = model.options
         self.loader = build_loader(
             data,
@@ -137,8 +137,8 @@ class Batches:
             image_transform(options.vae_transform),
             image_transform(options.vit_transform),
             seed=seed,
-            rank=world.rank,
-            world=world.size,
+            rank=self.world.rank,
+            world=self.world.size,
             prepare=self.keep,
         )
         self.too_long = 0  # samples left out by `sample_tokens`
@@ -149,13 +149,20 @@ class Batches:
         names: set[str] = set()
         layout: Layout | None = None
         tokens = skipped = 0
-        while layout is None and (not samples or tokens < self.data.batch_tokens):
+        enough = False
+        while not enough:
             group = self.loader.next_group()
             kept: Kept = group.made
-            samples, layout = [*samples, *kept.samples], kept.layout
-            tokens, skipped = tokens + kept.tokens, skipped + kept.skipped
-            if kept.tokens:
-                names.add(group.source)
+            skipped += kept.skipped
+            if layout is None:  # a whole batch that only waits for the other ranks' takes nothing more
+                samples, layout, tokens = [*samples, *kept.samples], kept.layout, tokens + kept.tokens
+                if kept.tokens:
+                    names.add(group.source)
+            some = layout is not None or bool(samples)
+            full = layout is not None or tokens >= self.data.batch_tokens
+            # All ranks stop at the same group, when the first is full and each has something: positions are then one number everywhere,
+            # as a checkpoint needs it.
+            enough = self.world.all(some) and not self.world.all(not full)
             if skipped > MAX_SKIPPED:
                 raise InputError(
                     f"batch: got {skipped} samples longer than {self.data.sample_tokens} tokens, expected shorter ones, "

@@ -50,6 +50,7 @@ class DistillRecipe(TrainRecipe):
     kind: Literal["lora", "full"] = "full"  # of a fresh student
     rank: int = Field(default=64, ge=1)
     alpha: float | None = Field(default=None, gt=0)  # None: alpha = rank
+    recompute: bool = False  # keep one tensor a layer and run layers again for their gradients: more time, far less memory
     heads: bool = True  # also train vae2llm, llm2vae and the timestep embedder
     nfe: int = Field(default=6, ge=1)  # steps the student is sampled with
     shift: float = Field(default=3.0, gt=0)  # 3.2.1: at least 3.0 was necessary; of training times and of the sampler
@@ -91,6 +92,7 @@ class DistillStage(Stage):
         self.recipe, self.device = recipe, device
         self.dtype = pick_precision(recipe.precision, device)
         self.base, self.vae = load_folder(recipe.model, device, self.dtype)
+        self.base.language_model.model.recompute = recipe.recompute  # before anything is attached: views of it take it over
         tokenizer = Tokenizer.from_folder(recipe.model)
         self.world, self.mark = join_world(device), fingerprint(self.base)  # before anything is split over ranks
         self.frozen_modules: list[nn.Module] = [self.base]

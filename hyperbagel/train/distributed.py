@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,10 @@ from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.hardware import agree_on_bf16, fast_bf16
+
+# How long a rank waits for another. Where weights are whole, rank 0 alone evaluates, draws sheets and writes, and at 7B that may take more
+# than NCCL's ten minutes; a rank that died ends the others through torchrun, not through this.
+PATIENCE = timedelta(hours=6)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -127,7 +132,7 @@ def join_world(device: torch.device) -> World:
     if world.size > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         if device.type == "cpu":
             agree_on_bf16(bool(world.agree(fast_bf16(device))[0]))
     return world

@@ -88,6 +88,7 @@ class _Loop:
         self.began = clock()
         self.seconds = 0.0  # trained so far; rank 0's, so that all ranks decide alike
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self.drawn = -1  # step of the last sheet
 
     def share(self, by_time: bool) -> float:
         """Progress in [0, 1]: by time (needs max_seconds) or by steps."""
@@ -212,6 +213,10 @@ class _Loop:
         return self.evaluated[1]
 
     def sample(self) -> None:
+        """The sheet of the present step, drawn once."""
+        if self.drawn == self.step:
+            return
+        self.drawn = self.step
         with torch.no_grad(), self.autocast():
             self.stage.sample(self.step, self.run.folder("samples"))
 

@@ -68,6 +68,7 @@ class Recipe(TrainRecipe):
     ce_weight: float = Field(default=1.0, ge=0)
     align: Alignment | None = None
     shrink: float = Field(default=1.0, gt=0)  # what the understanding layers write is divided by it at the start, see model.init
+    recompute: bool = False  # keep one tensor a layer and run layers again for their gradients: more time, far less memory
     compile: bool = False  # decoder layers through inductor: twice as fast on a CPU with bf16 units, a minute to begin with
     export_dtype: str = Field(default="bfloat16", pattern="^(bfloat16|float32)$")
     optim: OptimConfig = OptimConfig(lr=1e-3, ema_decay=0.999)
@@ -102,6 +103,7 @@ class BaseStage(Stage):
         else:
             both = nn.ModuleDict({"model": self.model, "projector": self.aligner.projector})
             self.players = {"model": Player.of(both, recipe.optim, (*(f"model.{end}" for end in _ENDS), "projector"))}
+        self.model.language_model.model.recompute = recipe.recompute
         if recipe.compile:
             compile_layers(self.model.language_model.model.layers)
         sizes = self.model.config.options

@@ -24,6 +24,8 @@ from hyperbagel.train.losses.cfg import cfg_loss
 from hyperbagel.train.losses.tscd import jump
 from hyperbagel.train.stage import Draws
 
+_TOGETHER = 11  # key of the generators that all ranks share
+
 
 class Recipe(DistillRecipe):
     """Settings of the stage "cfg"."""
@@ -104,12 +106,15 @@ class CfgStage(DistillStage):
     def prepare(self, step: int, rng: Draws) -> Prepared:
         conditions = self.conditions(rng)
         scales, e = self.scales(conditions, rng), self.noise(conditions, rng)
+        # the same on all ranks: how often the student runs must not differ where its layers are split over them
+        together = Draws.at(self.recipe.seed, _TOGETHER, step).python
+        on_policy = together.random() < self.on_policy
         if self.target == "segments":
-            return self.segments(conditions, scales, e, on_policy=rng.python.random() < self.on_policy)
+            return self.segments(conditions, scales, e, on_policy=on_policy)
         t = shift_time(self.uniform(rng, len(conditions)), self.time_shift)
         if self.target == "guided":
-            if rng.python.random() < self.on_policy:
-                x_t = self.reached(conditions, scales, e, t, rng.python.randint(2, self.on_policy_steps))
+            if on_policy:
+                x_t = self.reached(conditions, scales, e, t, together.randint(2, self.on_policy_steps))
             else:
                 x_t = interpolate(conditions.x0, e, t[:, None, None])
             return self.guided(conditions, scales, x_t, t, rng)

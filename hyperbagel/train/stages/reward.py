@@ -25,6 +25,7 @@ from hyperbagel.train.batches import pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import split_sample
 from hyperbagel.train.distill import seeded
+from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.refl import preference_loss
 from hyperbagel.train.optim import OptimConfig
@@ -64,7 +65,7 @@ class RewardStage(Stage):
         self.spec = pack_spec(self.base.config, self.tokenizer)
         self.head = RewardHead(self.base.config.llm.hidden_size).to(device)
         self.players = {"reward": Player.of(self.head, recipe.optim)}
-        self.loader = self._loader(recipe.data, recipe.seed)
+        self.loader = self._loader(recipe.data, recipe.seed, join_world(device))
         self.measured: list[Pairs] = []
         self.measures_start = recipe.held_out is not None
         if recipe.held_out is not None:
@@ -72,9 +73,10 @@ class RewardStage(Stage):
             self.measured = [self._pairs(loader, Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]
             loader.close()
 
-    def _loader(self, data: DataConfig, seed: int) -> Any:
-        sizes = self.base.config.options
-        return build_loader(data, self.tokenizer, image_transform(sizes.vae_transform), image_transform(sizes.vit_transform), seed=seed)
+    def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Any:
+        sizes, world = self.base.config.options, world or World()
+        transforms = image_transform(sizes.vae_transform), image_transform(sizes.vit_transform)
+        return build_loader(data, self.tokenizer, *transforms, seed=seed, rank=world.rank, world=world.size)
 
     def batch(self, step: int, rng: Draws) -> Pairs:
         return self._pairs(self.loader, rng)

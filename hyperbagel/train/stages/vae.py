@@ -24,6 +24,7 @@ from hyperbagel.model.vae import AttnBlock, AutoEncoder, Resample, ResBlock
 from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import sample_scenes
+from hyperbagel.train.distributed import join_world
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.sheet import to_uint8, write_sheet
 from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
@@ -135,7 +136,7 @@ class VaeStage(Stage):
     best_metric = "psnr"
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.rank = recipe, device, join_world(device).rank
         a = recipe.architecture
         config = VaeConfig(resolution=recipe.resolution, scale_factor=1.0, shift_factor=0.0, **a.model_dump())
         with torch.random.fork_rng(devices=[]):
@@ -182,8 +183,9 @@ class VaeStage(Stage):
         if self.pool is None:
             return draw_pictures(seed, r.batch_size, r.resolution, r.variety, r.crowded)
         wanted = [seed]
+        own = range(self.rank * r.accumulate, (self.rank + 1) * r.accumulate)  # this rank's micro-batches of a step: see train.loop
         for future_step in range(step + 1, step + 1 + 2 * r.workers):
-            wanted.append(Draws.at(r.seed, future_step, 0).python.getrandbits(62))
+            wanted += [Draws.at(r.seed, future_step, micro).python.getrandbits(62) for micro in own]
         for key in wanted:
             if key not in self.ahead:
                 self.ahead[key] = self.pool.submit(draw_pictures, key, r.batch_size, r.resolution, r.variety, r.crowded)

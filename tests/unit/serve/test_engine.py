@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,47 @@ def test_one_bad_request_does_not_take_its_neighbours_down(model: Model) -> None
         assert engine.metrics.get("hyperbagel_results_total", kind="image", outcome="failed") == 2
 
     run(main)
+
+
+def test_what_failed_is_out_of_memory_before_it_is_tried_again(model: Model) -> None:
+    """A batch that ran out of memory must not keep its tensors while its requests are tried one by one."""
+    left: list[bool] = []
+
+    class Latents:
+        pass
+
+    kept: list[weakref.ref[Latents]] = []
+    original = model.generate_batch
+
+    def generate_batch(requests: Sequence[ImageRequest], *args: Any, **more: Any) -> list[ImageResult]:
+        if len(requests) == 1:
+            left.extend(ref() is not None for ref in kept)
+            return original(requests, *args, **more)
+        latents = Latents()
+        kept.append(weakref.ref(latents))
+        try:
+            raise RuntimeError("out of memory")
+        except RuntimeError as error:
+            raise RuntimeError("the batch failed") from error
+
+    model.generate_batch = generate_batch  # type: ignore[method-assign]
+
+    async def main() -> None:
+        engine = engine_of(model)
+        model.hold.clear()
+        [first, *others] = jobs("first", "one", "two")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        for job in others:
+            engine.submit(job)
+        model.hold.set()
+        for job in others:
+            [event] = await ends(job)
+            assert isinstance(event, Done)
+        engine.close()
+
+    run(main)
+    assert left == [False, False]
 
 
 def test_cancelled_work_ends_at_the_next_step_and_never_starts(model: Model) -> None:

@@ -21,8 +21,9 @@ from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, load_tensors, save_folder
 from hyperbagel.speculative.drafters.export import import_eagle3
-from hyperbagel.speculative.drafters.folder import load_module
+from hyperbagel.speculative.drafters.folder import load_module, make_drafter
 from hyperbagel.speculative.drafters.regenerate import context_of
+from hyperbagel.train.distributed import World
 from hyperbagel.train.launch import run_training
 from hyperbagel.train.stage import Draws
 from hyperbagel.train.stages.drafter import DrafterStage, GateFailed, Recipe, build
@@ -83,6 +84,25 @@ def test_batches_are_functions_of_the_step(target: Path) -> None:
         inside = lesson.valid(1)[:, :-1]
         assert bool(own[inside].all()) == greedy
     assert torch.equal(whole[0].lesson.tokens, whole[2].lesson.tokens) and not torch.equal(whole[0].anchors, whole[2].anchors)
+
+
+def test_ranks_draw_other_contexts_and_rank_0_measures(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = []
+    for rank in range(2):
+        monkeypatch.setattr("hyperbagel.train.stages.drafter.join_world", lambda device, rank=rank: World(rank, 2))
+        one = stage(target, "eagle3")
+        tokens.append(one.batch(0, Draws.at(1, 0)).lesson.features)
+        assert bool(one.measured) == (rank == 0)
+    assert tokens[0].shape != tokens[1].shape or not torch.equal(*tokens)
+
+
+def test_held_out_prompts_are_measured_a_few_at_a_time(target: Path) -> None:
+    """As many at once as training has contexts, which is what fits into memory; the figures are the same."""
+    together, apart = stage(target, "block", "contexts=4"), stage(target, "block", "contexts=1")
+    for name, pairs in together.measured.items():
+        assert together.simulated(pairs) == apart.simulated(apart.measured[name])
+        drafter = make_drafter(together.module, together.target, depth=3)
+        assert together.engine(pairs, drafter) == apart.engine(pairs, drafter)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])

@@ -15,6 +15,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.model.config import VaeConfig
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_tensors
+from hyperbagel.train.distributed import World
 from hyperbagel.train.launch import run_training
 from hyperbagel.train.sheet import encode_png, to_uint8
 from hyperbagel.train.stage import Draws
@@ -52,6 +53,18 @@ def test_workers_draw_what_the_process_itself_would() -> None:
                 assert torch.equal(mine, theirs)
     finally:
         helped.close()
+
+
+def test_workers_draw_ahead_for_their_own_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperbagel.train.stages.vae.join_world", lambda device: World(1, 2))
+    stage = build(load_config(Recipe, None, [*SMALL, "workers=1", "accumulate=2"]), torch.device("cpu"))
+    try:
+        for step in range(4):
+            for micro in (2, 3):  # of rank 1
+                stage.batch(step, Draws.at(0, step, micro))
+                assert len(stage.ahead) <= 5  # two steps of two, and the second of this one
+    finally:
+        stage.close()
 
 
 def test_a_sleeping_block_computes_what_it_did_at_the_start() -> None:

@@ -72,13 +72,13 @@ def losses(run: Path) -> list[tuple[int, str, float]]:
 
 
 def test_two_processes_equal_one(base: Path, tmp_path: Path) -> None:
-    guided = recipe_of(tmp_path / "cfg.yaml", base, kind="full", max_steps=4)
+    guided = recipe_of(tmp_path / "cfg.yaml", base, kind="full", max_steps=4, on_policy=0.5)
     teacher = tmp_path / "alone-cfg" / "export"
     matched = recipe_of(tmp_path / "dmdo.yaml", base, init=str(teacher), teacher=str(teacher), max_steps=4, fake_optim=OPTIM | {"lr": 1e-2})
     alone = ["accumulate=2"]
     run_training("cfg", guided, alone, tmp_path / "alone-cfg")
     run_training("dmdo", matched, alone, tmp_path / "alone-dmdo")
-    shard = ["shard=true"]
+    shard = ["shard=true", "recompute=true"]
     together([
         ("cfg", str(guided), [*shard, "max_steps=2"], str(tmp_path / "cfg"), False),
         ("cfg", str(guided), shard, str(tmp_path / "cfg"), True),  # resumed from shards
