@@ -45,8 +45,9 @@ passed() {
 mkdir -p "$out"
 base=$out/draw-more/export
 stage vae vae vae                                                  # 22 minutes: pictures <-> latents
+stage vae-decoder vae vae-decoder init="$out/vae/export" max_seconds=2600   # 43: its decoder alone, further; latents stay as they are
 stage vit vit vit                                                  # 15: what stands where in a picture
-stage base base base vae="$out/vae/export" vit="$out/vit/export"   # 70: captions, edits and questions in one model
+stage base base base vae="$out/vae-decoder/export" vit="$out/vit/export"   # 70: captions, edits and questions in one model
 stage more base base-more init="$out/base/export" vit="$out/vit/export" align.vit="$out/vit/export"   # 60: the same, longer, with its eye's help
 stage draw base base-draw init="$out/more/export" align.vit="$out/vit/export"   # 60: drawing alone; answers stay as they are
 stage draw-more base base-draw init="$out/draw/export" align.vit="$out/vit/export" seed=11 max_seconds=3300   # 55: the same again, on new samples
