@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,23 @@ ASSETS = Path(hyperbagel.__file__).parent / "assets" / "toybox"
 @pytest.fixture(scope="module")
 def model() -> HyperBagel:
     return HyperBagel.from_pretrained("toybox", device="cpu")
+
+
+def test_the_first_answer_does_not_wait_for_the_compiler() -> None:
+    """PyTorch's own initialisation of a table on the meta device imports its compiler: a second, of which nothing is used."""
+    script = """
+import sys
+import numpy as np
+from PIL import Image
+from hyperbagel.pipeline import HyperBagel
+model = HyperBagel.from_pretrained("toybox", device="cpu")
+picture = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
+model.ask("What is this?", [picture], max_tokens=4, drafter="block")
+model.generate("a car", student="1")
+print(*(name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "", done.stdout
 
 
 def test_it_is_a_whole_folder_within_its_limits() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.nn.layers import RMSNorm
+from hyperbagel.nn.layers import RMSNorm, embedding
 from hyperbagel.speculative.drafters.autoregressive import Embed, Lesson
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.layers import Layer, Memory, Sight, Unrolled
@@ -33,7 +33,7 @@ class BlockDrafter(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(e, config.eps)
         self.lm_head = nn.Linear(e, config.vocab_size, bias=False)
-        self.markov_in = nn.Embedding(config.vocab_size, config.rank)
+        self.markov_in = embedding(config.vocab_size, config.rank)
         self.markov_out = nn.Linear(config.rank, config.vocab_size, bias=False)
         self.confidence = nn.Linear(e + config.rank, 1)
 
