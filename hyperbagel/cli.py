@@ -38,7 +38,7 @@ from hyperbagel.cli_options import (
     TextScale,
     given,
     note,
-)  # fmt: skip
+)
 from hyperbagel.cli_serve import serve
 from hyperbagel.cli_students import gate, install
 from hyperbagel.core.errors import InputError, Notice

@@ -31,16 +31,14 @@ def agree_on_bf16(fast: bool) -> None:
 
 @cache
 def _cpu_multiplies_bf16_faster(side: int = 512, runs: int = 5) -> bool:
-    """Measured once a process: the fastest run of each, and a clear lead, so that chance seldom decides."""
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(side, side, dtype=dtype)
-        times = []
-        for _ in range(runs + 1):  # the first one warms up
+    """Measured once a process: the fastest run of each, in turns so that other work on the machine meets both, and a clear lead."""
+    sides = {dtype: torch.ones(side, side, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    best = dict.fromkeys(sides, float("inf"))
+    for _ in range(runs + 1):  # the first one warms up
+        for dtype, x in sides.items():
             start = time.perf_counter()
             x @ x
-            times.append(time.perf_counter() - start)
-        best[dtype] = min(times[1:])
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
     return best[torch.bfloat16] < 0.7 * best[torch.float32]
 
 

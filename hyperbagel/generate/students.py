@@ -37,7 +37,7 @@ class Students:
         if name not in self.ready:
             student = load_student(self._find(name), self.base).to(self.base.dtype).requires_grad_(False)
             network = student.network(self.base, merged=True)
-            store_by_columns(network.model)
+            store_by_columns(network.model)  # copies; merged weights lie as the base's already
             self.ready[name] = Ready(network, student.sampler)
         return self.ready[name]
 

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.types import PackedBatch
+from hyperbagel.data.loader import Loader, Prepare
 from hyperbagel.data.mixture import DataConfig, build_loader
 from hyperbagel.data.packing import Encode, Layout, PackSpec, fill, lay_out, stream_lengths
 from hyperbagel.data.plan import Sample, apply_dropout
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.generate.session import image_transform
-from hyperbagel.model.config import BagelConfig
+from hyperbagel.model.config import BagelConfig, BagelOptions
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.train.distributed import World
 from hyperbagel.train.stage import Draws
@@ -110,6 +111,20 @@ class KeepGroup:
         return lay_out(samples, self.spec, rows=self.data.rows, row_tokens=self.data.row_tokens, pad_to=self.data.pad_to)
 
 
+def open_loader(
+    data: DataConfig,
+    options: BagelOptions,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    world: World | None = None,
+    prepare: Prepare | None = None,
+) -> Loader:
+    """The loader of a recipe's data with a model's own resize rules; with `world`, of this rank's part. prepare: see Loader."""
+    world, transforms = world or World(), map(image_transform, (options.vae_transform, options.vit_transform))
+    return build_loader(data, tokenizer, *transforms, seed=seed, rank=world.rank, world=world.size, prepare=prepare)
+
+
 class Batches:
     """Endless batches; the position is in `state`, all randomness in the `Draws` of each call and in the numbers of the groups."""
 
@@ -130,17 +145,7 @@ class Batches:
         self.data, self.vae, self.device, self.shift = data, vae, device, shift
         self.spec, self.world = pack_spec(model, tokenizer), world or World()
         self.keep = KeepGroup(data, self.spec, seed, self.world.rank)
-        options = model.options
-        self.loader = build_loader(
-            data,
-            tokenizer,
-            image_transform(options.vae_transform),
-            image_transform(options.vit_transform),
-            seed=seed,
-            rank=self.world.rank,
-            world=self.world.size,
-            prepare=self.keep,
-        )
+        self.loader = open_loader(data, model.options, tokenizer, seed=seed, world=self.world, prepare=self.keep)
         self.too_long = 0  # samples left out by `sample_tokens`
 
     def next(self, rng: Draws) -> NamedBatch:

@@ -17,17 +17,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.mixture import DataConfig, PhaseConfig, build_loader
+from hyperbagel.data.mixture import DataConfig, PhaseConfig
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import Velocity, euler, euler_steps
-from hyperbagel.generate.session import image_transform
 from hyperbagel.generate.types import PAPER_EDIT, PAPER_TEXT_TO_IMAGE, Denoising
 from hyperbagel.model.student import Sampler, Student, StudentNetwork, carry_student, fingerprint, load_student, make_adapter, save_student
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.model.weights import load_folder
 from hyperbagel.train.alarms import alarms
-from hyperbagel.train.batches import pack_spec, posterior_encoder
+from hyperbagel.train.batches import open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
 from hyperbagel.train.discriminator import vit_features
@@ -146,9 +145,7 @@ class DistillStage(Stage):
         return Sampler(nfe=r.nfe, shift=r.shift, text_range=r.text_range, image_range=r.image_range, stage=stage, **kinds)
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Any:
-        sizes, world = self.base.config.options, world or World()
-        transforms = image_transform(sizes.vae_transform), image_transform(sizes.vit_transform)
-        return build_loader(data, self.tokenizer, *transforms, seed=seed, rank=world.rank, world=world.size)
+        return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world)
 
     def amp(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)

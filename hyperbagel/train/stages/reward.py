@@ -14,14 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hyperbagel.data.mixture import DataConfig, build_loader
+from hyperbagel.data.mixture import DataConfig
 from hyperbagel.data.plan import VaeImage
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import to_tensor
-from hyperbagel.generate.session import image_transform
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
-from hyperbagel.train.batches import pack_spec, posterior_encoder
+from hyperbagel.train.batches import open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import split_sample
 from hyperbagel.train.distill import seeded
@@ -74,9 +73,7 @@ class RewardStage(Stage):
             loader.close()
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Any:
-        sizes, world = self.base.config.options, world or World()
-        transforms = image_transform(sizes.vae_transform), image_transform(sizes.vit_transform)
-        return build_loader(data, self.tokenizer, *transforms, seed=seed, rank=world.rank, world=world.size)
+        return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world)
 
     def batch(self, step: int, rng: Draws) -> Pairs:
         return self._pairs(self.loader, rng)

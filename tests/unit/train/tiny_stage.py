@@ -70,6 +70,7 @@ def run(
     stage = stage or TinyStage()
     values = {
         "device": "cpu",
+        "precision": "fp32",  # runs are compared number by number: not what each process measures to be faster
         "max_steps": steps,
         "log_every": 1,
         "evaluate_every": 7,
