@@ -32,6 +32,7 @@ class SourceConfig(Config):
     turns: int = Field(default=1, ge=1)  # questions about one picture in one sequence
     split: Literal["train", "heldout"] = "train"
     kinds: dict[str, float] | None = None  # weights of the kinds of questions; None: the language's own
+    near_misses: bool = False  # t2i and edit: each sample also has a picture that almost fits, for stage reward
     # files
     path: Path | None = None
     images: Path | None = None  # where a chat's picture paths start; None: the folder of its jsonl
@@ -92,6 +93,7 @@ def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: Ima
             turns=config.turns,
             split=config.split,
             kinds=config.kinds,
+            near_misses=config.near_misses,
         )
     if config.path is None:
         raise InputError(f"source {name!r}: got no path, expected files of kind {config.kind!r}, add path to the recipe")

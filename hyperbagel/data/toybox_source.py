@@ -15,6 +15,7 @@ from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage, picture_items
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.toybox.language import KINDS, questions_about, sample_edit, sample_question, sample_t2i
+from hyperbagel.toybox.near_misses import near_miss_of_caption, near_miss_of_edit
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene
 
@@ -34,6 +35,7 @@ class ToyboxSource:
         turns: questions about one picture in one sequence, each seeing those before: the picture is encoded once for all.
         split: "train", or "heldout" for what training never shows.
         kinds: weights of the kinds of questions; None means the language's own. Who learns from answers wants the long ones.
+        near_misses: behind the picture to draw stands one that almost fits, for stage reward: it learns that the first is better.
     """
 
     task: Task
@@ -46,10 +48,13 @@ class ToyboxSource:
     turns: int = 1
     split: str = "train"
     kinds: Mapping[str, float] | None = None
+    near_misses: bool = False
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise InputError(f"toybox task: got {self.task!r}, expected one of {', '.join(TASKS)}; use one of these")
+        if self.near_misses and self.task == "question":
+            raise InputError("toybox near_misses: got task 'question', expected t2i or edit, which draw a picture; leave near_misses out")
         if unknown := set(self.kinds or ()) - set(KINDS):
             raise InputError(f"toybox question kinds: got {min(unknown)!r}, expected some of {', '.join(KINDS)}; use these")
 
@@ -81,14 +86,19 @@ class ToyboxSource:
     def _t2i(self, rng: random.Random, think: bool) -> Sample:
         drawn = sample_t2i(rng, split=self.split, style=self.styles)
         system, prompt = self._planned(drawn.prompt, drawn.think if think else "")
-        return [*system, *prompt, *picture_items(self._picture(drawn.scene), None, loss=True, copies=self.noise_copies, context=False)]
+        target = picture_items(self._picture(drawn.scene), None, loss=True, copies=self.noise_copies, context=False)
+        return [*system, *prompt, *target, *(self._near_miss(near_miss_of_caption(rng, drawn)) if self.near_misses else [])]
+
+    def _near_miss(self, scene: Scene) -> Sample:
+        return [VaeImage(self._picture(scene), loss=True)]
 
     def _edit(self, rng: random.Random, think: bool) -> Sample:
         drawn = sample_edit(rng, split=self.split)
         system, prompt = self._planned(drawn.instruction, drawn.think if think else "")
         source = self._picture(drawn.source)
         target = [VaeImage(self._picture(drawn.target), loss=True)] * self.noise_copies
-        return [*system, *picture_items(source, source, loss=False, context=True), *prompt, *target]
+        context = picture_items(source, source, loss=False, context=True)
+        return [*system, *context, *prompt, *target, *(self._near_miss(near_miss_of_edit(rng, drawn)) if self.near_misses else [])]
 
     def _question(self, rng: random.Random, think: bool) -> Sample:
         kind = None if self.kinds is None else rng.choices(list(self.kinds), list(self.kinds.values()))[0]

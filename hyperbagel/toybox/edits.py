@@ -219,6 +219,12 @@ def _compound(rng: random.Random, scene: Scene, text_split: str) -> Edit | None:
     return two[0], f"{one[1]} and {two[1]}"
 
 
+def change(rng: random.Random, scene: Scene, group: str) -> Scene | None:
+    """The scene after a random edit of one of GROUPS, "resize" or "swap"; None if it has none to offer. It may show what is held out."""
+    made = _SIMPLE[group](rng, scene, "train")
+    return made[0] if made else None
+
+
 def _source(rng: random.Random, group: str, split: str, kind: str | None) -> Scene:
     n = (
         4

@@ -1,7 +1,8 @@
 """Trains a reward for stage refl on preference pairs: a small head over the base's frozen understanding branch.
 
-ours (the paper takes HPSv3 as it is). The better picture of a pair is the true one; the worse one is another sample's, the unchanged source
-of an edit, or the true one damaged in latent space. No detector has a say, so the reward cannot be tuned to the score that is reported.
+ours (the paper takes HPSv3 as it is). The better picture of a pair is the true one. The worse one is the sample's second picture to draw,
+if it has one (people's second choice, or the embedded world's `near_misses`), another sample's, the unchanged source of an edit, or the
+true one with noise in its latent. No detector has a say, so the reward cannot be tuned to the score that is reported.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from hyperbagel.data.mixture import DataConfig
-from hyperbagel.data.plan import VaeImage
+from hyperbagel.data.plan import Sample, VaeImage
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.model.vae import AutoEncoder
@@ -40,6 +43,7 @@ class Recipe(TrainRecipe):
     held_out: DataConfig | None = None
     held_out_groups: int = Field(default=4, ge=1)
     noise: float = Field(default=0.5, gt=0)  # largest share of noise in a damaged latent
+    second: float = Field(default=0.6, ge=0, le=1)  # of samples with a second picture to draw: share where that is the worse one
     optim: OptimConfig = OptimConfig(lr=1e-3, warmup_steps=20, schedule="cosine")
 
 
@@ -87,8 +91,11 @@ class RewardStage(Stage):
         damaged = damage(better, self.vae, self.recipe.noise, rng, self.device)
         worse = damaged.clone()
         for i, given in enumerate(sources):
-            kind = rng.python.random()
-            if given and kind < 0.5 and given[-1].pixels.shape == parts[i][1].pixels.shape:
+            kind, target = rng.python.random(), parts[i][1].pixels
+            second = second_picture(group.samples[i], target)
+            if second is not None and rng.python.random() < self.recipe.second:
+                worse[i] = to_tensor(second).to(self.device)
+            elif given and kind < 0.5 and given[-1].pixels.shape == target.shape:
                 worse[i] = to_tensor(given[-1].pixels).to(self.device)  # the edit was not made
             elif kind < 0.75 and len(parts) > 1:
                 worse[i] = better[(i + 1) % len(parts)]  # a good picture of something else
@@ -122,6 +129,12 @@ class RewardStage(Stage):
 
     def close(self) -> None:
         self.loader.close()
+
+
+def second_picture(sample: Sample, first: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """The last picture to draw of a sample, if it is another than the first and of its size."""
+    last = [item.pixels for item in sample if isinstance(item, VaeImage) and item.loss][-1]
+    return last if last is not first and last.shape == first.shape else None
 
 
 def damage(pixels: Tensor, vae: AutoEncoder, most: float, rng: Draws, device: torch.device) -> Tensor:

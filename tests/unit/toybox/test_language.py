@@ -9,6 +9,7 @@ import pytest
 from hyperbagel.core.errors import InputError
 from hyperbagel.toybox import heldout
 from hyperbagel.toybox.language import EXTRA_GROUPS, GROUPS, KINDS, STYLES, sample_edit, sample_question, sample_t2i
+from hyperbagel.toybox.near_misses import near_miss_of_caption, near_miss_of_edit
 from hyperbagel.toybox.scene import Scene, Thing, holds
 from hyperbagel.toybox.vocabulary import CELL_NAMES, COLOURS, NOUNS, SIZES
 
@@ -259,3 +260,34 @@ def test_held_out_sentences_are_never_drawn_in_training() -> None:
     openings = {s: Counter(sample_edit(random.Random(i), split=s, group="remove", kind=k).instruction.split()[0] for i in range(200))
                 for s, k in (("train", None), ("heldout", "template"))}  # fmt: skip
     assert len(openings["train"]) == 5 and not set(openings["train"]) & set(openings["heldout"])
+
+
+def test_near_misses_make_captions_false() -> None:
+    rng, categories = random.Random(8), Counter()
+    for _ in range(1500):
+        sample = sample_t2i(rng)
+        scene = near_miss_of_caption(rng, sample)
+        scene.check()
+        categories[sample.category] += 1
+        if sample.category == "position":  # the same two things, every relation turned round
+            (a, b), (c, d) = sample.scene.things, scene.things
+            assert (a.noun, a.colour, b.noun, b.colour) == (c.noun, c.colour, d.noun, d.colour)
+            assert [r for r in RELATION if holds(a, r, b)] == [r for r in RELATION if holds(d, r, c)] != []
+        elif sample.category == "dense":
+            assert scene != sample.scene
+        else:
+            assert not names_exactly(sample.prompt, scene), (sample, scene)
+            assert abs(len(scene.things) - len(sample.scene.things)) <= 1 and scene.background == sample.scene.background
+            assert {t.cell for t in scene.things} & {t.cell for t in sample.scene.things}
+    assert set(categories) == {"single", "two", "counting", "colors", "position", "attribute", "many", "dense"}
+
+
+def test_near_misses_of_edits_are_other_pictures() -> None:
+    rng, also = random.Random(9), 0
+    for _ in range(600):
+        edit = sample_edit(rng)
+        scene = near_miss_of_edit(rng, edit)
+        scene.check()
+        assert scene not in (edit.source, edit.target)
+        also += len(set(scene.things) & set(edit.target.things)) >= len(edit.target.things) - 1
+    assert also > 300  # most are nearly right

@@ -1,0 +1,78 @@
+"""Pictures that almost fit their words: what a reward has to tell from the right one.
+
+Everything in them is well drawn and all but one thing is as asked, so neither sharpness nor the right words alone give them away.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from hyperbagel.toybox.edits import GROUPS, change
+from hyperbagel.toybox.samples import EditSample, T2ISample
+from hyperbagel.toybox.scene import Scene
+
+Falsifier = Callable[[random.Random, Scene], Scene | None]
+
+
+def _more(rng: random.Random, scene: Scene) -> Scene | None:
+    """One of the things a second time."""
+    free = [c for c in range(9) if all(t.cell != c for t in scene.things)]
+    again = replace(rng.choice(scene.things), cell=rng.choice(free), dx=0.0, dy=0.0)
+    return replace(scene, things=(*scene.things, again)) if len(scene.things) < 4 else None
+
+
+def _mirror(rng: random.Random, scene: Scene) -> Scene:
+    """Left and right, above and below exchanged: every relation between things turns round."""
+    return replace(scene, things=tuple(replace(t, cell=8 - t.cell, dx=-t.dx, dy=-t.dy) for t in scene.things))
+
+
+def _exchange(rng: random.Random, scene: Scene) -> Scene | None:
+    """Two things with each other's colour."""
+    a, b = rng.sample(scene.things, 2)
+    if a.colour == b.colour or a.noun == b.noun:
+        return None
+    colours = {a: b.colour, b: a.colour}
+    return replace(scene, things=tuple(replace(t, colour=colours.get(t, t.colour)) for t in scene.things))
+
+
+# What makes a caption of each category false: it names all things and so their number, colours and places only where it is about them.
+_REPLACE, _REMOVE, _RECOLOUR = (partial(change, group=group) for group in ("replace", "remove", "recolour"))
+_FALSIFIERS: dict[str, tuple[Falsifier, ...]] = {
+    "single": (_REPLACE, _more),
+    "two": (_REPLACE, _REMOVE, _more),
+    "counting": (_REPLACE, _REMOVE, _more),
+    "colors": (_RECOLOUR, _REPLACE),
+    "position": (_mirror,),
+    "attribute": (_RECOLOUR, _exchange, _REPLACE),
+    "many": (_RECOLOUR, _REPLACE, _REMOVE, _more),
+    "dense": (_RECOLOUR, _REPLACE, _REMOVE, _more, _mirror),
+}
+
+
+def near_miss_of_caption(rng: random.Random, sample: T2ISample) -> Scene:
+    """A scene like the sample's that its caption is not true of."""
+    while True:
+        falsify = rng.choice(_FALSIFIERS[sample.category])
+        scene = falsify(rng, sample.scene)
+        if scene is not None and (falsify is _mirror or inventory(scene) != inventory(sample.scene)):
+            return scene
+
+
+def near_miss_of_edit(rng: random.Random, sample: EditSample) -> Scene:
+    """Another edit of the source, of the same group where that can be, or the right one and a change besides that nobody asked for."""
+    while True:
+        group = rng.choice(GROUPS)
+        if rng.random() < 0.5:
+            scene = change(rng, sample.target, group)
+        else:
+            scene = change(rng, sample.source, sample.group if sample.group in GROUPS else group)
+        if scene is not None and scene not in (sample.target, sample.source):
+            return scene
+
+
+def inventory(scene: Scene) -> list[tuple[str, str]]:
+    """Nouns and colours of what is there, in order: scenes that differ in it never fit one caption that names both."""
+    return sorted((t.noun, t.colour) for t in scene.things)
