@@ -86,10 +86,12 @@ class AdpStage(DistillStage):
         self.teacher, self.teacher_sampler = teacher.network(self.base), teacher.sampler
         latent = LatentDiscriminator(self.base, teacher, recipe.latent_heads)
         self.judges = Judges(latent, PixelDiscriminator(self.base, recipe.pixel_heads)).to(device)
+        judging = (("latent", recipe.latent_weight, self.in_latents), ("pixel", recipe.pixel_weight, self.in_pixels))
+        self.judging = [one for one in judging if one[1] > 0]
         self.players["discriminator"] = Player.of(self.judges, recipe.discriminator_optim)
 
     def turn(self, step: int) -> str:
-        return ("discriminator", "student")[step % 2]
+        return ("discriminator", "student")[step % 2] if self.judging else "student"
 
     def prepare(self, step: int, rng: Draws) -> Prepared:
         conditions = self.conditions(rng)
@@ -117,10 +119,9 @@ class AdpStage(DistillStage):
     def judged(self, batch: Prepared, x0_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's loss on its prediction, and metrics."""
         r, name = self.own, batch.conditions.source
-        latent, pixel = hinge_generator(self.in_latents(batch, x0_hat)), hinge_generator(self.in_pixels(batch, x0_hat))
-        held = pseudo_huber(x0_hat, batch.x_0, r.huber_c)
-        loss = r.latent_weight * latent + r.pixel_weight * pixel + r.huber_weight * held
-        values = {"latent": latent, "pixel": pixel, "huber": held}
+        values = {where: hinge_generator(judge(batch, x0_hat)) for where, _, judge in self.judging}
+        values["huber"] = pseudo_huber(x0_hat, batch.x_0, r.huber_c)
+        loss = r.huber_weight * values["huber"] + sum(weight * values[where] for where, weight, _ in self.judging)
         return loss, {f"{name}_{key}": value.detach() for key, value in values.items()}
 
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,7 +132,7 @@ class AdpStage(DistillStage):
             fake = self.predict(batch)
         total = torch.zeros((), device=fake.device)
         metrics: dict[str, Tensor] = {}
-        for where, weight, judge in (("latent", r.latent_weight, self.in_latents), ("pixel", r.pixel_weight, self.in_pixels)):
+        for where, weight, judge in self.judging:
             real_scores, fake_scores = judge(batch, batch.x_0), judge(batch, fake)
             hinge = hinge_discriminator(real_scores, fake_scores)
             metrics |= {f"{name}_{where}_hinge": hinge.detach(), f"{name}_{where}_accuracy": accuracy(real_scores, fake_scores).detach()}

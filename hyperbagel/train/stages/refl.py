@@ -1,4 +1,7 @@
-"""Reward feedback on the one-step student (Hyper-Bagel 3.2.5), with the adversarial loss of stage adp kept on."""
+"""Reward feedback on the one-step student (Hyper-Bagel 3.2.5), with the adversarial loss of stage adp kept on.
+
+ours: the same for a student of several steps, with the gradient through its sampler (`gradient_steps`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.flow.schedule import time_grid
+from hyperbagel.flow.solvers import euler
 from hyperbagel.train.distill import seeded
 from hyperbagel.train.losses.refl import balanced_weight, refl_loss, with_gradient
 from hyperbagel.train.rewards import Reward, foreign_reward, load_reward
@@ -23,6 +28,8 @@ class Recipe(adp.Recipe):
     reward_entry: str | None = None  # "module:function" of a reward model of your own (HPSv3 and the like)
     ceiling: float = 6.0  # 3.2.5, for HPSv3; set it to where your reward's best pictures lie
     reward_samples: int = Field(default=0, ge=0)  # pictures of a batch that are decoded and rewarded; 0: all
+    gradient_steps: int = Field(default=0, ge=0)  # ours (DRaFT-K, Clark et al. 2024): last steps of the student's sampler with gradient;
+    # 0: one prediction from x_t, which is the whole sampler of a 1-NFE student (the paper's)
     reward_cap: float = Field(default=0.3, gt=0)  # ours: longest the reward's gradient may be beside the adversarial one
 
 
@@ -45,6 +52,18 @@ class ReflStage(AdpStage):
             raise InputError("reward: got no folder, expected one that stage reward made, set reward=RUN/export or reward_entry")
         return load_reward(recipe.reward, self.base, self.spec)
 
+    def predict(self, batch: Prepared) -> Tensor:
+        """x0_hat [B, N, C]: as in adp, or the end of the student's sampler from x_T."""
+        k = self.feedback.gradient_steps
+        if not k:
+            return super().predict(batch)
+        run = self.as_velocity(self.network, batch.conditions, batch.scales)
+        times = time_grid(self.feedback.nfe, self.feedback.shift)
+        split = max(0, self.feedback.nfe - k)
+        with torch.no_grad():
+            x = euler(batch.x_T, run, times[: split + 1])
+        return euler(x, run, times[split:])
+
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if player != "student":
             return super().loss(player, batch, step)
@@ -56,7 +75,8 @@ class ReflStage(AdpStage):
         score = self.reward(self.decode(x0[rows], batch.conditions), batch.conditions.samples[rows])
         feedback = refl_loss(score, r.ceiling)
         adversarial, reward = (torch.autograd.grad(term, x0)[0] for term in (loss, feedback))
-        weight = balanced_weight(adversarial, reward, r.reward_cap)
+        # without judges only the pair holds the student, whose gradient is zero at first: nothing to be balanced against
+        weight = balanced_weight(adversarial, reward, r.reward_cap) if self.judging else torch.ones_like(loss)
         metrics |= {f"{name}_reward": score.detach().mean(), f"{name}_reward_weight": weight}
         return with_gradient(x0_hat, adversarial + weight * reward, (loss + weight * feedback).detach()), metrics
 

@@ -17,6 +17,10 @@ from hyperbagel import cli
 from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import RunFolder
+from hyperbagel.data.plan import VaeImage
+from hyperbagel.data.transforms import to_tensor
+from hyperbagel.flow.schedule import time_grid
+from hyperbagel.flow.solvers import euler
 from hyperbagel.model.student import load_student
 from hyperbagel.model.weights import load_folder, load_tensors
 from hyperbagel.pipeline import HyperBagel
@@ -240,6 +244,24 @@ def test_pairs_are_learnt(base: Path) -> None:
     assert loss.item() < 0.1 and next(iter(metrics.values())) == 1
 
 
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+def test_a_second_picture_is_the_worse_one(source: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = only(source)
+    data["sources"] = {source: data["sources"][source] | {"near_misses": True, "noise_copies": 2}}
+    stage: Any = make(reward, base, data=data, second=1.0)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(reward, "understand", lambda base, spec, pixels, samples: seen.append(pixels) or torch.zeros(len(pixels), 2))
+    groups: list[Any] = []
+    monkeypatch.setattr(stage.loader, "next_group", lambda take=stage.loader.next_group: groups.append(take()) or groups[-1])
+    stage.batch(0, Draws.at(0))
+    for i, sample in enumerate(groups[0].samples):
+        drawn = [item for item in sample if isinstance(item, VaeImage) and item.loss]
+        assert len(drawn) == 3 and drawn[0].pixels is drawn[1].pixels
+        for pixels, at in ((seen[0], 0), (seen[1], 2)):
+            torch.testing.assert_close(pixels[i], to_tensor(drawn[at].pixels))
+        assert reward.second_picture(sample[:-1], drawn[0].pixels) is None
+
+
 def test_feedback_equals_the_plain_sum_of_both_terms(base: Path, student: Path, head: Path) -> None:
     """The cheap way (one pass through each part) against backward of adversarial + weight * feedback."""
     assert [list(range(6))[adp.some(6, n)] for n in (0, 6, 3, 2, 4)] == [[0, 1, 2, 3, 4, 5]] * 2 + [[0, 2, 4], [0, 3], [0, 2, 4]]
@@ -258,6 +280,35 @@ def test_feedback_equals_the_plain_sum_of_both_terms(base: Path, student: Path, 
     for name, p in stage.student.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(fast[name], p.grad, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 9])
+def test_feedback_through_the_sampler(k: int, base: Path, student: Path, head: Path) -> None:
+    """The end of the sampler whatever k, and the gradient of its last k steps."""
+    alone = {"latent_weight": 0, "pixel_weight": 0, "nfe": 3, "gradient_steps": k}
+    stage: Any = stage_of("refl", base, student, head, data=only("t2i"), **alone)
+    batch = stage.batch(0, Draws.at(0))
+    x0_hat, times = stage.predict(batch), time_grid(3, stage.recipe.shift)
+    run = stage.as_velocity(stage.network, batch.conditions, batch.scales)
+    torch.testing.assert_close(x0_hat, euler(batch.x_T, run, times))
+    gate = torch.ones(3, requires_grad=True)  # what of each step's velocity the end depends on, through the student's weights
+    x = batch.x_T
+    for i in range(3):
+        with torch.set_grad_enabled(i >= 3 - k):
+            x = x - gate[i] * run(x, float(times[i])) * (times[i] - times[i + 1])
+    x.sum().backward()
+    assert gate.grad is not None and [bool(g) for g in gate.grad] == [i >= 3 - k for i in range(3)]
+    theirs = {n: p.grad.clone() for n, p in stage.student.named_parameters() if p.grad is not None}
+    stage.student.zero_grad()
+    x0_hat.sum().backward()
+    assert theirs
+    for name, p in stage.student.named_parameters():
+        if name in theirs:
+            torch.testing.assert_close(p.grad, theirs[name])
+    assert {stage.turn(step) for step in range(4)} == {"student"}
+    loss, metrics = stage.loss("student", batch, 0)
+    expected = stage.own.huber_weight * metrics["t2i_huber"] + torch.relu(6 - metrics["t2i_reward"])
+    assert set(metrics) == {"t2i_huber", "t2i_reward", "t2i_reward_weight"} and torch.allclose(loss, expected, rtol=1e-4)
 
 
 def test_a_reward_of_ones_own(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
