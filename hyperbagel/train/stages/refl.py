@@ -30,6 +30,7 @@ class Recipe(adp.Recipe):
     reward_samples: int = Field(default=0, ge=0)  # pictures of a batch that are decoded and rewarded; 0: all
     gradient_steps: int = Field(default=0, ge=0)  # ours (DRaFT-K, Clark et al. 2024): last steps of the student's sampler with gradient;
     # 0: one prediction from x_t, which is the whole sampler of a 1-NFE student (the paper's)
+    rewarded: list[str] | None = None  # sources whose pictures are rewarded; the others only hold the student; None: all
     reward_cap: float = Field(default=0.3, gt=0)  # ours: longest the reward's gradient may be beside the adversarial one
 
 
@@ -41,6 +42,8 @@ class ReflStage(AdpStage):
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         if recipe.teacher is None:
             raise InputError("teacher: got no folder, expected the 6-NFE student of stage dmdo, set teacher=RUN/export")
+        if unknown := sorted(set(recipe.rewarded or ()) - set(recipe.data.sources)):
+            raise InputError(f"rewarded: got {unknown[0]!r}, expected some of {', '.join(recipe.data.sources)}; name sources of data")
         super().__init__(recipe, device)
         self.feedback = recipe
         self.reward = self._reward(recipe)
@@ -65,9 +68,9 @@ class ReflStage(AdpStage):
         return euler(x, run, times[split:])
 
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if player != "student":
-            return super().loss(player, batch, step)
         r, name = self.feedback, batch.conditions.source
+        if player != "student" or (r.rewarded is not None and name not in r.rewarded):
+            return super().loss(player, batch, step)
         x0_hat = self.predict(batch)
         x0 = x0_hat.detach().requires_grad_()  # judges and reward are differentiated once, down to here; the student once, from here
         loss, metrics = self.judged(batch, x0)
@@ -87,6 +90,8 @@ class ReflStage(AdpStage):
         theirs: list[float] = []
         with self.players["student"].averaged():
             for m in self.measured:
+                if self.feedback.rewarded is not None and m.conditions.source not in self.feedback.rewarded:
+                    continue
                 for found, latents in ((own, self.pictures(m.conditions, m.noises)[0]), (theirs, m.teacher[0])):
                     found.append(self.reward(self.decode(latents, m.conditions), m.conditions.samples).mean().item())
         if own:

@@ -311,6 +311,14 @@ def test_feedback_through_the_sampler(k: int, base: Path, student: Path, head: P
     assert set(metrics) == {"t2i_huber", "t2i_reward", "t2i_reward_weight"} and torch.allclose(loss, expected, rtol=1e-4)
 
 
+def test_some_sources_only_hold_the_student(base: Path, student: Path, head: Path) -> None:
+    stage: Any = stage_of("refl", base, student, head, data=only("t2i"), rewarded=[])
+    _, metrics = stage.loss("student", stage.batch(1, Draws.at(0, 1)), 1)
+    assert set(metrics) == {"t2i_latent", "t2i_pixel", "t2i_huber"}
+    with pytest.raises(InputError, match="rewarded: got 'edits'"):
+        stage_of("refl", base, student, head, rewarded=["edits"])
+
+
 def test_a_reward_of_ones_own(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "my_reward.py").write_text(
         "def build(folder, device):\n    return lambda pixels, prompts: pixels.mean((1, 2, 3)) + sum(map(len, prompts))\n"
