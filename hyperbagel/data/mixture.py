@@ -33,6 +33,7 @@ class SourceConfig(Config):
     split: Literal["train", "heldout"] = "train"
     kinds: dict[str, float] | None = None  # weights of the kinds of questions; None: the language's own
     near_misses: bool = False  # t2i and edit: each sample also has a picture that almost fits, for stage reward
+    checks: int = Field(default=0, ge=0)  # t2i and edit: questions about the picture, with answers, for stage refl
     # files
     path: Path | None = None
     images: Path | None = None  # where a chat's picture paths start; None: the folder of its jsonl
@@ -94,6 +95,7 @@ def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: Ima
             split=config.split,
             kinds=config.kinds,
             near_misses=config.near_misses,
+            checks=config.checks,
         )
     if config.path is None:
         raise InputError(f"source {name!r}: got no path, expected files of kind {config.kind!r}, add path to the recipe")

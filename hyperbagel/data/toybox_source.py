@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage, picture_items
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.toybox.checks import Check, checks_of_caption, checks_of_edit
 from hyperbagel.toybox.language import KINDS, questions_about, sample_edit, sample_question, sample_t2i
 from hyperbagel.toybox.near_misses import near_miss_of_caption, near_miss_of_edit
 from hyperbagel.toybox.render import render
@@ -36,6 +37,7 @@ class ToyboxSource:
         split: "train", or "heldout" for what training never shows.
         kinds: weights of the kinds of questions; None means the language's own. Who learns from answers wants the long ones.
         near_misses: behind the picture to draw stands one that almost fits, for stage reward: it learns that the first is better.
+        checks: questions about the picture to draw, with their answers, stand behind it: for stage refl, which asks them.
     """
 
     task: Task
@@ -49,12 +51,13 @@ class ToyboxSource:
     split: str = "train"
     kinds: Mapping[str, float] | None = None
     near_misses: bool = False
+    checks: int = 0
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise InputError(f"toybox task: got {self.task!r}, expected one of {', '.join(TASKS)}; use one of these")
-        if self.near_misses and self.task == "question":
-            raise InputError("toybox near_misses: got task 'question', expected t2i or edit, which draw a picture; leave near_misses out")
+        if (self.near_misses or self.checks) and self.task == "question":
+            raise InputError("toybox near_misses and checks: got task 'question', expected t2i or edit, which draw; leave them out")
         if unknown := set(self.kinds or ()) - set(KINDS):
             raise InputError(f"toybox question kinds: got {min(unknown)!r}, expected some of {', '.join(KINDS)}; use these")
 
@@ -87,18 +90,22 @@ class ToyboxSource:
         drawn = sample_t2i(rng, split=self.split, style=self.styles)
         system, prompt = self._planned(drawn.prompt, drawn.think if think else "")
         target = picture_items(self._picture(drawn.scene), None, loss=True, copies=self.noise_copies, context=False)
-        return [*system, *prompt, *target, *(self._near_miss(near_miss_of_caption(rng, drawn)) if self.near_misses else [])]
+        if self.near_misses:
+            target.append(VaeImage(self._picture(near_miss_of_caption(rng, drawn)), loss=True))
+        return [*system, *prompt, *target, *self._asked(checks_of_caption(rng, drawn, self.checks))]
 
-    def _near_miss(self, scene: Scene) -> Sample:
-        return [VaeImage(self._picture(scene), loss=True)]
+    def _asked(self, turns: Iterable[Check]) -> Sample:
+        return [text for question, told in turns for text in (self._text(question), self._text(told, loss=True))]
 
     def _edit(self, rng: random.Random, think: bool) -> Sample:
         drawn = sample_edit(rng, split=self.split)
         system, prompt = self._planned(drawn.instruction, drawn.think if think else "")
         source = self._picture(drawn.source)
-        target = [VaeImage(self._picture(drawn.target), loss=True)] * self.noise_copies
+        target: Sample = [VaeImage(self._picture(drawn.target), loss=True)] * self.noise_copies
+        if self.near_misses:
+            target.append(VaeImage(self._picture(near_miss_of_edit(rng, drawn)), loss=True))
         context = picture_items(source, source, loss=False, context=True)
-        return [*system, *context, *prompt, *target, *(self._near_miss(near_miss_of_edit(rng, drawn)) if self.near_misses else [])]
+        return [*system, *context, *prompt, *target, *self._asked(checks_of_edit(rng, drawn, self.checks))]
 
     def _question(self, rng: random.Random, think: bool) -> Sample:
         kind = None if self.kinds is None else rng.choices(list(self.kinds), list(self.kinds.values()))[0]
@@ -108,5 +115,4 @@ class ToyboxSource:
         turns = [(drawn.question, answer)]
         if not think and self.split == "train":
             turns += [(more.question, more.answer) for more in questions_about(rng, drawn.scene, self.turns - 1)]
-        texts = [text for question, told in turns for text in (self._text(question), self._text(told, loss=True))]
-        return [*system, VitImage(self._picture(drawn.scene)), *texts]
+        return [*system, VitImage(self._picture(drawn.scene)), *self._asked(turns)]

@@ -32,7 +32,7 @@ _WEIGHTS = {
 KINDS: tuple[str, ...] = tuple(_WEIGHTS)
 EXISTENCE_MODES: tuple[str, ...] = ("random", "popular", "adversarial")
 
-_EXISTS = (
+EXISTS = (
     "is there {a} in the picture?",
     "does the picture show {a}?",
     "can you see {a}?",
@@ -43,7 +43,7 @@ _EXISTS = (
     "is {a} shown here?",
     "does this image contain {a}?",
 )
-_COUNT = (
+COUNT = (
     "how many {n} are there?",
     "how many {n} do you see?",
     "count the {n}.",
@@ -53,7 +53,7 @@ _COUNT = (
     "tell me how many {n} there are.",
     "give the number of {n}.",
 )
-_COLOUR = (
+COLOUR = (
     "what colour is {r}?",
     "which colour does {r} have?",
     "what is the colour of {r}?",
@@ -69,7 +69,7 @@ _GROUND = (
     "what is behind everything?",
     "name the background colour.",
 )
-_RELATION = (
+RELATION = (
     "is {r} {w} {s}?",
     "does {r} stand {w} {s}?",
     "would you find {r} {w} {s}?",
@@ -197,7 +197,7 @@ def existence(rng: random.Random, scene: Scene, text_split: str, *, present: boo
             return None
         wanted = rng.choice(pairs)
     matching = [t for t in scene.things if wanted in (t.noun, f"{t.colour} {t.noun}")]
-    return choose(rng, _EXISTS, text_split).format(a=article(wanted)), _yes(present), look_up(matching)
+    return choose(rng, EXISTS, text_split).format(a=article(wanted)), _yes(present), look_up(matching)
 
 
 def _existence(rng: random.Random, scene: Scene, text_split: str) -> Answered | None:
@@ -215,7 +215,7 @@ def count(rng: random.Random, scene: Scene, text_split: str) -> Answered:
         name, matching = f"{colour} things", [t for t in scene.things if t.colour == colour]
     else:
         name, matching = "things", list(scene.things)
-    return choose(rng, _COUNT, text_split).format(n=name), NUMBERS[len(matching)], look_up(matching)
+    return choose(rng, COUNT, text_split).format(n=name), NUMBERS[len(matching)], look_up(matching)
 
 
 def colour(rng: random.Random, scene: Scene, text_split: str) -> Answered:
@@ -224,7 +224,7 @@ def colour(rng: random.Random, scene: Scene, text_split: str) -> Answered:
         return choose(rng, _GROUND, text_split), scene.background, f"Behind the things all is {scene.background}."
     thing = rng.choice(scene.things)
     names = [r for r in references(scene, thing) if thing.colour not in r.split()]
-    return choose(rng, _COLOUR, text_split).format(r=rng.choice(names)), thing.colour, look_up([thing])
+    return choose(rng, COLOUR, text_split).format(r=rng.choice(names)), thing.colour, look_up([thing])
 
 
 def relation(rng: random.Random, scene: Scene, text_split: str, *, truth: bool | None = None) -> Answered | None:
@@ -240,7 +240,7 @@ def relation(rng: random.Random, scene: Scene, text_split: str, *, truth: bool |
     if not fitting:
         return None
     named = rng.choice(fitting)
-    question = choose(rng, _RELATION, text_split).format(r=first, s=second, w=choose(rng, RELATION_WORDS[named], text_split))
+    question = choose(rng, RELATION, text_split).format(r=first, s=second, w=choose(rng, RELATION_WORDS[named], text_split))
     return question, _yes(truth), look_up([a, b])
 
 

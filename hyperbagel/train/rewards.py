@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
-from hyperbagel.data.packing import PackSpec, pack
-from hyperbagel.data.plan import Sample, Text, VitImage
+from hyperbagel.data.packing import PackedBatch, PackSpec, pack
+from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.student import fingerprint
@@ -29,6 +29,9 @@ from hyperbagel.train.discriminator import vit_input
 
 # (pictures [B, 3, H, W] in [-1, 1], the samples they were drawn for) -> [B]; differentiable by the pictures
 Reward = Callable[[Tensor, Sequence[Sample]], Tensor]
+
+
+HERE = VitImage(np.zeros((0, 0, 3), np.uint8))  # the drawn picture's place in a plan
 
 
 class RewardHead(nn.Module):
@@ -45,18 +48,11 @@ class RewardHead(nn.Module):
 
 def understand(base: Bagel, spec: PackSpec, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
     """What the understanding branch makes of [input pictures | the picture | the prompt]: [B, 2 E]. Gradients pass to the pixels."""
-    patches, _, (h, w) = vit_input(base, pixels)
-    side = spec.vit_patch
-    blank = np.zeros((h * side, w * side, 3), np.uint8)  # holds the place of the drawn picture
     plans: list[Sample] = []
     for sample in samples:
         before, _, prompt = split_sample(sample)
-        plans.append([*(item for item in before if isinstance(item, VitImage)), VitImage(blank), before[prompt]])
-    nothing = torch.Generator().manual_seed(0)  # pack draws noise for latents; here are none
-    batch = pack(plans, spec, encode=_no_latents, generator=nothing, device=base.device)
-    own = [item.pixels is blank for plan in plans for item in plan if isinstance(item, VitImage)]
-    place = torch.tensor(own, device=base.device).repeat_interleave(torch.tensor(batch.vit_lens, device=base.device)).nonzero().flatten()
-    batch.vit_patches = batch.vit_patches.index_copy(0, place, patches.to(batch.vit_patches.dtype))
+        plans.append([*(item for item in before if isinstance(item, VitImage)), HERE, before[prompt]])
+    batch = pack_with(base, spec, pixels, plans)
     hidden = base.backbone(base.embed_packed(batch), batch.positions, mask=dense_mask(batch)).u
     assert hidden is not None
     found = []
@@ -67,6 +63,20 @@ def understand(base: Bagel, spec: PackSpec, pixels: Tensor, samples: Sequence[Sa
         end = int((batch.sample_id[row] >= 0).sum())  # rows are padded behind their last token, the prompt's
         found.append(torch.cat([hidden[row, end - 1], hidden[row, end - n : end].mean(0)]))
     return torch.stack(found)
+
+
+def pack_with(base: Bagel, spec: PackSpec, pixels: Tensor, plans: Sequence[Sample]) -> PackedBatch:
+    """A batch of plans, one a row, in which HERE stands for a drawn picture: pixels [B, 3, H, W], one a plan. Gradients pass to them."""
+    patches, _, (h, w) = vit_input(base, pixels)
+    side = spec.vit_patch
+    blank = VitImage(np.zeros((h * side, w * side, 3), np.uint8))  # holds its place
+    plans = [[blank if item is HERE else item for item in plan] for plan in plans]
+    nothing = torch.Generator().manual_seed(0)  # pack draws noise for latents; here are none
+    batch = pack(plans, spec, encode=_no_latents, generator=nothing, device=base.device)
+    own = [item is blank for plan in plans for item in plan if isinstance(item, VitImage)]
+    place = torch.tensor(own, device=base.device).repeat_interleave(torch.tensor(batch.vit_lens, device=base.device)).nonzero().flatten()
+    batch.vit_patches = batch.vit_patches.index_copy(0, place, patches.to(batch.vit_patches.dtype))
+    return batch
 
 
 def _no_latents(pixels: Tensor) -> Tensor:
@@ -81,6 +91,37 @@ class UnderstandingReward:
 
     def __call__(self, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
         return self.head(understand(self.base, self.spec, pixels, samples))
+
+
+class AnswerReward:
+    """r = mean log-probability of the right answers, when the base is asked about the picture. Nothing is trained.
+
+    ours (after VQAScore, Lin et al. 2024, and TIFA, Hu et al. 2023). A sample brings its questions and answers behind its picture, as pairs
+    of texts. Each is asked alone: an answer in sight would give others away. 0 is certainty.
+    """
+
+    def __init__(self, base: Bagel, spec: PackSpec) -> None:
+        self.base, self.spec = base, spec
+
+    def __call__(self, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
+        """[B]. Raises InputError for a sample without questions."""
+        asked = [(i, pair) for i, sample in enumerate(samples) for pair in checks_behind(sample)]
+        of = torch.tensor([i for i, _ in asked], device=pixels.device)
+        batch = pack_with(self.base, self.spec, pixels[of], [[HERE, question, answer] for _, (question, answer) in asked])
+        ce = self.base.forward_train(batch).ce  # [sum of answers' tokens and their ends]
+        answer = torch.tensor([len(told.ids) + 1 for _, (_, told) in asked], device=ce.device)
+        owner = of.repeat_interleave(answer)
+        questions = torch.bincount(of, minlength=len(samples))
+        return ce.new_zeros(len(samples)).index_add(0, owner, -ce) / questions
+
+
+def checks_behind(sample: Sample) -> list[tuple[Text, Text]]:
+    """(question, answer) pairs behind the picture to draw. Raises InputError if there are none."""
+    last = max(i for i, item in enumerate(sample) if isinstance(item, VaeImage) and item.loss)
+    texts = [item for item in sample[last + 1 :] if isinstance(item, Text)]
+    if not texts:
+        raise InputError("reward_kind answers: got a sample without questions behind its picture, set data.sources.NAME.checks to how many")
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def save_reward(folder: Path, head: RewardHead, base: Bagel, figures: dict[str, float]) -> None:

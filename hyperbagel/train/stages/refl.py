@@ -6,6 +6,7 @@ ours: the same for a student of several steps, with the gradient through its sam
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +17,7 @@ from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import euler
 from hyperbagel.train.distill import seeded
 from hyperbagel.train.losses.refl import balanced_weight, refl_loss, with_gradient
-from hyperbagel.train.rewards import Reward, foreign_reward, load_reward
+from hyperbagel.train.rewards import AnswerReward, Reward, foreign_reward, load_reward
 from hyperbagel.train.stages import adp
 from hyperbagel.train.stages.adp import AdpStage, Prepared, some
 
@@ -25,6 +26,7 @@ class Recipe(adp.Recipe):
     """Settings of the stage "refl". `init`: the 1-NFE student of stage adp; `teacher`: the 6-NFE student that makes the pairs."""
 
     reward: Path | None = None  # folder of stage reward, or what `reward_entry` reads
+    reward_kind: Literal["preferences", "answers"] = "preferences"  # answers (ours): the base is asked about the picture; needs no folder
     reward_entry: str | None = None  # "module:function" of a reward model of your own (HPSv3 and the like)
     ceiling: float = 6.0  # 3.2.5, for HPSv3; set it to where your reward's best pictures lie
     reward_samples: int = Field(default=0, ge=0)  # pictures of a batch that are decoded and rewarded; 0: all
@@ -51,8 +53,10 @@ class ReflStage(AdpStage):
     def _reward(self, recipe: Recipe) -> Reward:
         if recipe.reward_entry:
             return foreign_reward(recipe.reward_entry, recipe.reward, self.device, self.tokenizer)
+        if recipe.reward_kind == "answers":
+            return AnswerReward(self.base, self.spec)
         if recipe.reward is None:
-            raise InputError("reward: got no folder, expected one that stage reward made, set reward=RUN/export or reward_entry")
+            raise InputError("reward: got no folder, expected one of stage reward, set reward=RUN/export, reward_kind or reward_entry")
         return load_reward(recipe.reward, self.base, self.spec)
 
     def predict(self, batch: Prepared) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.toybox import heldout
+from hyperbagel.toybox.checks import checks_of_caption
 from hyperbagel.toybox.language import EXTRA_GROUPS, GROUPS, KINDS, STYLES, sample_edit, sample_question, sample_t2i
 from hyperbagel.toybox.near_misses import near_miss_of_caption, near_miss_of_edit
 from hyperbagel.toybox.scene import Scene, Thing, holds
@@ -291,3 +292,34 @@ def test_near_misses_of_edits_are_other_pictures() -> None:
         assert scene not in (edit.source, edit.target)
         also += len(set(scene.things) & set(edit.target.things)) >= len(edit.target.things) - 1
     assert also > 300  # most are nearly right
+
+
+def test_checks_of_captions_follow_from_the_words() -> None:
+    """Each is answered from the caption's own mentions, read as a text."""
+    rng, kinds = random.Random(10), Counter()
+    for _ in range(800):
+        sample = sample_t2i(rng, style={"terse": 1, "medium": 1})
+        named = mentions(sample.prompt)
+        checks = checks_of_caption(rng, sample, 99)
+        assert checks == checks_of_caption(random.Random(), sample, 0) + checks and len(checks) >= 3
+        for question, answer in checks:
+            asked = question.lower().rstrip("?.")
+            colours = [c for c in COLOURS if c in asked.split()]
+            nouns = [SINGULAR[w] for w in asked.split() if w in SINGULAR]
+            fitting = sum(n for (_, _, c, noun), n in named.items() if noun in nouns and c in (colours or [c]))
+            if answer in NUMBERS and answer not in ("a", "an"):
+                kinds["count"] += 1
+                assert NUMBERS[answer] == (fitting if nouns else sum(named.values())), (sample.prompt, question, answer)
+            elif answer in COLOURS:
+                kinds["colour"] += 1
+                assert [c for (_, _, c, noun) in named if noun == nouns[0]] == [answer], (sample.prompt, question, answer)
+            elif len(nouns) == 1:
+                kinds["existence"] += 1
+                assert answer == "yes" and fitting > 0, (sample.prompt, question)
+            else:
+                kinds["relation"] += 1
+                assert sample.category == "position"
+                a, b = (next(t for t in sample.scene.things if t.noun == noun) for noun in nouns)
+                relation = next(r for r, ways in RELATION.items() if any(f" {w} " in asked for w in ways))
+                assert holds(a, relation, b) == (answer == "yes"), (sample.prompt, question, answer)
+    assert set(kinds) == {"count", "colour", "existence", "relation"}

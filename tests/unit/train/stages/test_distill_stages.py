@@ -17,7 +17,8 @@ from hyperbagel import cli
 from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import RunFolder
-from hyperbagel.data.plan import VaeImage
+from hyperbagel.data.packing import pack
+from hyperbagel.data.plan import VaeImage, VitImage
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import euler
@@ -29,7 +30,7 @@ from hyperbagel.train.gate import judge
 from hyperbagel.train.loop import train
 from hyperbagel.train.losses.dmd import COUPLINGS
 from hyperbagel.train.losses.refl import refl_loss
-from hyperbagel.train.rewards import foreign_reward, load_reward
+from hyperbagel.train.rewards import AnswerReward, checks_behind, foreign_reward, load_reward
 from hyperbagel.train.stage import Draws, Stage
 from hyperbagel.train.stages import adp, cfg, dmdo, refl, reward, tscd
 
@@ -317,6 +318,50 @@ def test_some_sources_only_hold_the_student(base: Path, student: Path, head: Pat
     assert set(metrics) == {"t2i_latent", "t2i_pixel", "t2i_huber"}
     with pytest.raises(InputError, match="rewarded: got 'edits'"):
         stage_of("refl", base, student, head, rewarded=["edits"])
+
+
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+def test_the_base_is_asked_about_the_picture(source: str, base: Path) -> None:
+    """The reward against each question by itself, through the model's own understanding of uint8 pictures."""
+    data = only(source)
+    data["sources"] = {source: data["sources"][source] | {"checks": 3}}
+    stage: Any = make(cfg, base, data=data)
+    samples = stage.loader.next_group().samples
+    pictures = [next(item.pixels for item in sample if isinstance(item, VaeImage) and item.loss) for sample in samples]
+    reward_of = AnswerReward(stage.base, stage.spec)
+    pixels = torch.stack([to_tensor(p) for p in pictures]).requires_grad_()
+    found = reward_of(pixels, samples)
+    for i, sample in enumerate(samples):
+        told = []
+        for question, answer in checks_behind(sample):
+            nothing = torch.Generator().manual_seed(0)
+            alone = pack(
+                [[VitImage(pictures[i]), question, answer]], stage.spec, encode=lambda x: x, generator=nothing, device=stage.device
+            )
+            told.append(-stage.base.forward_train(alone).ce.sum())
+        assert 1 <= len(told) <= 3
+        torch.testing.assert_close(found[i], torch.stack(told).mean(), rtol=1e-4, atol=1e-4)
+    found[0].backward()
+    assert pixels.grad is not None and pixels.grad[0].abs().sum() > 0 and pixels.grad[1:].abs().max() == 0
+    with pytest.raises(InputError, match="checks"):
+        reward_of(pixels, [sample[: sample.index(checks_behind(sample)[0][0])] for sample in samples])
+
+
+def test_feedback_by_answers_learns(base: Path, student: Path, head: Path) -> None:
+    data = only("t2i")
+    data["sources"] = {"t2i": data["sources"]["t2i"] | {"checks": 2}}
+    keys: dict[str, Any] = {"latent_weight": 0, "pixel_weight": 0, "nfe": 2, "gradient_steps": 2, "huber_weight": 0.01, "ceiling": 0.0}
+    stage: Any = stage_of("refl", base, student, head, data=data, reward_kind="answers", **keys)
+    batch = stage.batch(0, Draws.at(0))
+    optimizer = torch.optim.AdamW(stage.student.parameters(), lr=3e-3)
+    rewards = []
+    for step in range(25):
+        loss, metrics = stage.loss("student", batch, step)
+        rewards.append(metrics["t2i_reward"].item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert rewards[-1] > rewards[0] + 0.02, rewards
 
 
 def test_a_reward_of_ones_own(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

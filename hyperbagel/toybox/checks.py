@@ -1,0 +1,43 @@
+"""Questions whose answers follow from the words alone: what a picture must answer if it is what was asked for."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from hyperbagel.toybox.phrases import NUMBERS, RELATION_WORDS, article, choose, plural
+from hyperbagel.toybox.questions import COLOUR, COUNT, EXISTS, RELATION, capital, questions_about
+from hyperbagel.toybox.samples import EditSample, T2ISample
+from hyperbagel.toybox.scene import RELATIONS, holds
+
+Check = tuple[str, str]  # (question, answer)
+_COLOURED = ("colors", "attribute", "many", "dense")  # categories whose captions name every colour
+
+
+def checks_of_caption(rng: random.Random, sample: T2ISample, n: int) -> list[Check]:
+    """At most n questions about what a caption names: how many of each noun and in all, colours and relations where it states them."""
+    things = sample.scene.things
+    numbers = Counter(t.noun for t in things)
+    alone = [t for t in things if numbers[t.noun] == 1]
+    found: list[tuple[tuple[str, ...], dict[str, str], str]] = [
+        (COUNT, {"n": plural(noun)}, NUMBERS[number]) for noun, number in numbers.items()
+    ]
+    found.append((COUNT, {"n": "things"}, NUMBERS[len(things)]))
+    if sample.category in _COLOURED:
+        found += [(COLOUR, {"r": f"the {t.noun}"}, t.colour) for t in alone]
+        found += [(EXISTS, {"a": article(f"{t.colour} {t.noun}")}, "yes") for t in things]
+    else:
+        found += [(EXISTS, {"a": article(noun)}, "yes") for noun in numbers]
+    if sample.category == "position":
+        a, b = things
+        for relation in RELATIONS:
+            if holds(a, relation, b):
+                words = {"r": f"the {a.noun}", "s": f"the {b.noun}", "w": choose(rng, RELATION_WORDS[relation], "train")}
+                found += [(RELATION, words, "yes"), (RELATION, words | {"r": words["s"], "s": words["r"]}, "no")]
+    rng.shuffle(found)
+    return [(capital(choose(rng, templates, "train").format(**words)), answer) for templates, words, answer in found[:n]]
+
+
+def checks_of_edit(rng: random.Random, sample: EditSample, n: int) -> list[Check]:
+    """n questions about the picture afterwards, all of which follows from the picture before and the instruction."""
+    return [(q.question, q.answer) for q in questions_about(rng, sample.target, n)]
