@@ -94,33 +94,45 @@ class UnderstandingReward:
 
 
 class AnswerReward:
-    """r = mean log-probability of the right answers, when the base is asked about the picture. Nothing is trained.
+    """r = mean log-probability of the right answers, when the base is asked about the picture. Nothing is trained; 0 is certainty.
 
-    ours (after VQAScore, Lin et al. 2024, and TIFA, Hu et al. 2023). A sample brings its questions and answers behind its picture, as pairs
-    of texts. Each is asked alone: an answer in sight would give others away. 0 is certainty.
+    ours (after VQAScore, Lin et al. 2024, and TIFA, Hu et al. 2023). A sample may bring questions and answers behind its picture, as pairs
+    of texts; each is asked alone, since an answer in sight would give others away. The others are asked `question` with their {prompt}
+    behind their input pictures and the drawn one, and `answer` is right.
     """
 
-    def __init__(self, base: Bagel, spec: PackSpec) -> None:
-        self.base, self.spec = base, spec
+    def __init__(self, base: Bagel, spec: PackSpec, tokenizer: Tokenizer, question: str | None = None, answer: str = "Yes") -> None:
+        self.base, self.spec, self.tokenizer, self.question, self.answer = base, spec, tokenizer, question, answer
 
     def __call__(self, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
-        """[B]. Raises InputError for a sample without questions."""
-        asked = [(i, pair) for i, sample in enumerate(samples) for pair in checks_behind(sample)]
+        """[B]. Raises InputError for a sample without questions if there is no general one."""
+        asked = [(i, plan) for i, sample in enumerate(samples) for plan in self._plans(sample)]
         of = torch.tensor([i for i, _ in asked], device=pixels.device)
-        batch = pack_with(self.base, self.spec, pixels[of], [[HERE, question, answer] for _, (question, answer) in asked])
+        batch = pack_with(self.base, self.spec, pixels[of], [plan for _, plan in asked])
         ce = self.base.forward_train(batch).ce  # [sum of answers' tokens and their ends]
-        answer = torch.tensor([len(told.ids) + 1 for _, (_, told) in asked], device=ce.device)
-        owner = of.repeat_interleave(answer)
+        lengths = torch.tensor([sum(len(x.ids) + 1 for x in plan if isinstance(x, Text) and x.loss) for _, plan in asked], device=ce.device)
         questions = torch.bincount(of, minlength=len(samples))
-        return ce.new_zeros(len(samples)).index_add(0, owner, -ce) / questions
+        return ce.new_zeros(len(samples)).index_add(0, of.repeat_interleave(lengths), -ce) / questions
+
+    def _plans(self, sample: Sample) -> list[Sample]:
+        """What is asked of one sample's picture."""
+        if checks := checks_behind(sample):
+            return [[HERE, question, answer] for question, answer in checks]
+        if self.question is None:
+            raise InputError(
+                "reward_kind answers: got a sample without questions behind its picture, set data.sources.NAME.checks to how many, "
+                "or question to one that fits all"
+            )
+        before, _, _ = split_sample(sample)
+        question = self.question.replace("{prompt}", prompt_text(sample, self.tokenizer))
+        texts = Text(self.tokenizer.encode(question)), Text(self.tokenizer.encode(self.answer), loss=True)
+        return [[*(item for item in before if isinstance(item, VitImage)), HERE, *texts]]
 
 
 def checks_behind(sample: Sample) -> list[tuple[Text, Text]]:
-    """(question, answer) pairs behind the picture to draw. Raises InputError if there are none."""
+    """(question, answer) pairs behind the picture to draw."""
     last = max(i for i, item in enumerate(sample) if isinstance(item, VaeImage) and item.loss)
     texts = [item for item in sample[last + 1 :] if isinstance(item, Text)]
-    if not texts:
-        raise InputError("reward_kind answers: got a sample without questions behind its picture, set data.sources.NAME.checks to how many")
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 

@@ -27,6 +27,8 @@ class Recipe(adp.Recipe):
 
     reward: Path | None = None  # folder of stage reward, or what `reward_entry` reads
     reward_kind: Literal["preferences", "answers"] = "preferences"  # answers (ours): the base is asked about the picture; needs no folder
+    question: str | None = None  # answers: asked of pictures that bring no questions; {prompt} stands for what was asked for
+    answer: str = "Yes"  # the right one to `question`
     reward_entry: str | None = None  # "module:function" of a reward model of your own (HPSv3 and the like)
     ceiling: float = 6.0  # 3.2.5, for HPSv3; set it to where your reward's best pictures lie
     reward_samples: int = Field(default=0, ge=0)  # pictures of a batch that are decoded and rewarded; 0: all
@@ -54,7 +56,7 @@ class ReflStage(AdpStage):
         if recipe.reward_entry:
             return foreign_reward(recipe.reward_entry, recipe.reward, self.device, self.tokenizer)
         if recipe.reward_kind == "answers":
-            return AnswerReward(self.base, self.spec)
+            return AnswerReward(self.base, self.spec, self.tokenizer, recipe.question, recipe.answer)
         if recipe.reward is None:
             raise InputError("reward: got no folder, expected one of stage reward, set reward=RUN/export, reward_kind or reward_entry")
         return load_reward(recipe.reward, self.base, self.spec)

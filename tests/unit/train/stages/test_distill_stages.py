@@ -18,7 +18,7 @@ from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import RunFolder
 from hyperbagel.data.packing import pack
-from hyperbagel.data.plan import VaeImage, VitImage
+from hyperbagel.data.plan import Text, VaeImage, VitImage
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import euler
@@ -30,7 +30,7 @@ from hyperbagel.train.gate import judge
 from hyperbagel.train.loop import train
 from hyperbagel.train.losses.dmd import COUPLINGS
 from hyperbagel.train.losses.refl import refl_loss
-from hyperbagel.train.rewards import AnswerReward, checks_behind, foreign_reward, load_reward
+from hyperbagel.train.rewards import AnswerReward, checks_behind, foreign_reward, load_reward, prompt_text
 from hyperbagel.train.stage import Draws, Stage
 from hyperbagel.train.stages import adp, cfg, dmdo, refl, reward, tscd
 
@@ -328,7 +328,7 @@ def test_the_base_is_asked_about_the_picture(source: str, base: Path) -> None:
     stage: Any = make(cfg, base, data=data)
     samples = stage.loader.next_group().samples
     pictures = [next(item.pixels for item in sample if isinstance(item, VaeImage) and item.loss) for sample in samples]
-    reward_of = AnswerReward(stage.base, stage.spec)
+    reward_of = AnswerReward(stage.base, stage.spec, stage.tokenizer)
     pixels = torch.stack([to_tensor(p) for p in pictures]).requires_grad_()
     found = reward_of(pixels, samples)
     for i, sample in enumerate(samples):
@@ -343,8 +343,17 @@ def test_the_base_is_asked_about_the_picture(source: str, base: Path) -> None:
         torch.testing.assert_close(found[i], torch.stack(told).mean(), rtol=1e-4, atol=1e-4)
     found[0].backward()
     assert pixels.grad is not None and pixels.grad[0].abs().sum() > 0 and pixels.grad[1:].abs().max() == 0
+    without = [sample[: sample.index(checks_behind(sample)[0][0])] for sample in samples]
     with pytest.raises(InputError, match="checks"):
-        reward_of(pixels, [sample[: sample.index(checks_behind(sample)[0][0])] for sample in samples])
+        reward_of(pixels, without)
+    general = AnswerReward(stage.base, stage.spec, stage.tokenizer, 'does this show "{prompt}"?', "yes")(pixels, without)
+    for i, sample in enumerate(without):
+        given = [item for item in sample if isinstance(item, VitImage)]
+        asked = Text(stage.tokenizer.encode(f'does this show "{prompt_text(sample, stage.tokenizer)}"?'))
+        plan = [*given, VitImage(pictures[i]), asked, Text(stage.tokenizer.encode("yes"), loss=True)]
+        alone = pack([plan], stage.spec, encode=lambda x: x, generator=torch.Generator().manual_seed(0), device=stage.device)
+        assert len(given) == (source == "edit")
+        torch.testing.assert_close(general[i], -stage.base.forward_train(alone).ce.sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_feedback_by_answers_learns(base: Path, student: Path, head: Path) -> None:
