@@ -75,6 +75,8 @@ class Branch:
 
 @dataclass
 class Session:
+    """One conversation: a cache of one row that texts, pictures and answers are appended to, and what guidance must leave out of it."""
+
     parts: Parts
     cache: KVCache
     position: int = 0

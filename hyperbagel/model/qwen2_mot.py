@@ -39,6 +39,8 @@ class Sight(NamedTuple):
 
 
 class SelfAttention(nn.Module):
+    """Each expert has projections and norms of its own; all tokens attend together. Streams [B, Su, E] and [B, Sg, E] -> the same."""
+
     def __init__(self, cfg: LLMConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
@@ -80,6 +82,8 @@ class SelfAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each token through its own expert. Streams [B, Su, E] and [B, Sg, E] -> the same."""
+
     def __init__(self, cfg: LLMConfig) -> None:
         super().__init__()
         e, eps = cfg.hidden_size, cfg.rms_norm_eps
@@ -105,6 +109,8 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2MoT(nn.Module):
+    """Qwen2 as a mixture of transformers: understanding tokens u [B, Su, E] and latent tokens g [B, Sg, E], one attention over both."""
+
     def __init__(self, cfg: LLMConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.config, self.attention = cfg, attention
