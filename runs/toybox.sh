@@ -53,7 +53,6 @@ stage draw base base-draw init="$out/more/export" align.vit="$out/vit/export"   
 stage draw-more base base-draw init="$out/draw/export" align.vit="$out/vit/export" seed=11 max_seconds=3300   # 55: the same again, on new samples
 
 # -- six evaluations
-stage reward reward reward model="$base"                           # 3: which of two pictures is better; for refl
 stage cfg cfg cfg model="$base"                                    # 40: guidance inside
 cfg=$out/cfg/export                                                # no gate: it is measured against the base without guidance
 hyperbagel gate "$out/cfg" --else "$cfg" > /dev/null
@@ -68,11 +67,13 @@ for coupling in ${COUPLINGS:-tdm independent paired reflowed}; do  # 6 each: fid
     runs+=("dmdo-$coupling")
 done
 six=$(passed "$six" "${runs[@]}")
+stage refl-six refl refl-six model="$base" init="$six" teacher="$six"   # 35: what was asked for, by the base's own answers about the pictures
+six=$(passed "$six" refl-six)
 
 # -- one evaluation
 stage adp adp adp model="$base" init="$six"                        # 30
 one=$(passed "$out/adp/export" adp)                                # whatever it says, only this one was made for one step
-stage refl refl refl model="$base" init="$one" teacher="$six" reward="$out/reward/export"           # 5
+stage refl refl refl model="$base" init="$one" teacher="$six"       # 5
 one=$(passed "$one" refl)
 
 hyperbagel install "$six" --model "$base" --name 6 --nfe 6
