@@ -9,10 +9,14 @@ import torch
 
 import hyperbagel
 from hyperbagel.core.config import check_config
+from hyperbagel.core.run import RunFolder
 from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.train.folder import save_model
+from hyperbagel.train.loop import train
+from hyperbagel.train.stage import Stage
+from hyperbagel.train.stages import adp, cfg, dmdo, refl, tscd
 
 TOKENIZER = Path(hyperbagel.__file__).parent / "assets" / "toybox"
 SIZES = ImageSizes(max_size=32, min_size=32, stride=8)
@@ -32,6 +36,7 @@ SOURCES = {
     "edit": {"task": "edit", "samples": 3, "resolution": 32},
 }
 DATA = {"sources": SOURCES, "mixture": [{"weights": {"t2i": 1, "edit": 1}}]}
+QUICK: dict[str, Any] = {"log_every": 1, "sample_every": 100, "teacher_steps": 2}
 HELD_OUT = {"sources": {"edit": SOURCES["edit"]}, "mixture": [{"weights": {"edit": 1}}]}
 
 
@@ -57,3 +62,25 @@ def settings(module: Any, base: Path, **keys: Any) -> Any:
 def make(module: Any, base: Path, **keys: Any) -> Any:
     """A stage."""
     return module.build(settings(module, base, **keys), torch.device("cpu"))
+
+
+def run(module: Any, base: Path, out: Path, *, resume: bool = False, **keys: Any) -> None:
+    """A whole run of a stage, from the recipe to the export."""
+    recipe = settings(module, base, **keys)
+    stage = module.build(recipe, torch.device("cpu"))
+    with RunFolder(out, recipe, seed=recipe.seed, resume=resume) as folder:
+        train(stage, recipe, folder, resume=resume)
+    stage.close()
+
+
+def stage_of(name: str, base: Path, student: Path, head: Path, **keys: Any) -> Stage:
+    """A stage of distillation by its name, with the folders that it asks for."""
+    extra: dict[str, dict[str, Any]] = {
+        "cfg": {},
+        "tscd": {"init": student},
+        "dmdo": {"init": student, "teacher": student, "nfe": 3},
+        "adp": {"init": student, "nfe": 1},
+        "refl": {"init": student, "teacher": student, "reward": head},
+    }
+    module = {"cfg": cfg, "tscd": tscd, "dmdo": dmdo, "adp": adp, "refl": refl}[name]
+    return make(module, base, **(extra[name] | keys))

@@ -1,0 +1,188 @@
+"""What a picture is worth: trained on pairs, asked of the base, a model of one's own; and how it is fed back to the student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_base import make, only, stage_of
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.packing import pack
+from hyperbagel.data.plan import Text, VaeImage, VitImage
+from hyperbagel.data.transforms import to_tensor
+from hyperbagel.flow.schedule import time_grid
+from hyperbagel.flow.solvers import euler
+from hyperbagel.train.losses.refl import refl_loss
+from hyperbagel.train.rewards import AnswerReward, checks_behind, foreign_reward, load_reward, prompt_text
+from hyperbagel.train.stage import Draws
+from hyperbagel.train.stages import adp, cfg, reward
+
+
+def test_a_reward_reads_picture_and_prompt(base: Path, head: Path) -> None:
+    stage: Any = make(cfg, base, data=only("edit"))
+    found = load_reward(head, stage.base, stage.spec)
+    samples = stage.loader.next_group().samples
+    pixels = torch.rand(3, 3, 32, 32).requires_grad_()
+    scores = found(pixels, samples)
+    scores[0].backward()
+    assert scores.shape == (3,) and pixels.grad is not None and pixels.grad[0].abs().sum() > 0
+    assert pixels.grad[1:].abs().max() == 0  # each picture has its own row
+    swapped = found(pixels, [samples[1], samples[0], samples[2]])
+    assert not torch.allclose(swapped[:2], scores[:2]) and torch.allclose(swapped[2], scores[2], atol=1e-5)
+    alone = found(pixels[1:2], samples[1:2])
+    torch.testing.assert_close(alone, scores[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_are_learnt(base: Path) -> None:
+    stage: Any = make(reward, base)
+    batch = stage.batch(0, Draws.at(0))
+    optimizer = torch.optim.AdamW(stage.head.parameters(), lr=1e-2)
+    for step in range(30):
+        loss, metrics = stage.loss("reward", batch, step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1 and next(iter(metrics.values())) == 1
+
+
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+def test_a_second_picture_is_the_worse_one(source: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = only(source)
+    data["sources"] = {source: data["sources"][source] | {"near_misses": True, "noise_copies": 2}}
+    stage: Any = make(reward, base, data=data, second=1.0)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(reward, "understand", lambda base, spec, pixels, samples: seen.append(pixels) or torch.zeros(len(pixels), 2))
+    groups: list[Any] = []
+    monkeypatch.setattr(stage.loader, "next_group", lambda take=stage.loader.next_group: groups.append(take()) or groups[-1])
+    stage.batch(0, Draws.at(0))
+    for i, sample in enumerate(groups[0].samples):
+        drawn = [item for item in sample if isinstance(item, VaeImage) and item.loss]
+        assert len(drawn) == 3 and drawn[0].pixels is drawn[1].pixels
+        for pixels, at in ((seen[0], 0), (seen[1], 2)):
+            torch.testing.assert_close(pixels[i], to_tensor(drawn[at].pixels))
+        assert reward.second_picture(sample[:-1], drawn[0].pixels) is None
+
+
+def test_feedback_equals_the_plain_sum_of_both_terms(base: Path, student: Path, head: Path) -> None:
+    """The cheap way (one pass through each part) against backward of adversarial + weight * feedback."""
+    assert [list(range(6))[adp.some(6, n)] for n in (0, 6, 3, 2, 4)] == [[0, 1, 2, 3, 4, 5]] * 2 + [[0, 2, 4], [0, 3], [0, 2, 4]]
+    stage: Any = stage_of("refl", base, student, head, data=only("edit"), pixel_samples=2)
+    batch = stage.batch(1, Draws.at(0, 1))
+    loss, metrics = stage.loss("student", batch, 1)
+    loss.backward()
+    fast = {n: p.grad.clone() for n, p in stage.student.named_parameters() if p.grad is not None}
+    stage.student.zero_grad()
+    x0_hat = stage.predict(batch)
+    adversarial, _ = stage.judged(batch, x0_hat)
+    feedback = refl_loss(stage.reward(stage.decode(x0_hat, batch.conditions), batch.conditions.samples))
+    slow = adversarial + metrics["edit_reward_weight"] * feedback
+    slow.backward()
+    assert 0 < metrics["edit_reward_weight"] <= 1 and torch.allclose(loss, slow, rtol=1e-5)
+    for name, p in stage.student.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(fast[name], p.grad, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 9])
+def test_feedback_through_the_sampler(k: int, base: Path, student: Path, head: Path) -> None:
+    """The end of the sampler whatever k, and the gradient of its last k steps."""
+    alone = {"latent_weight": 0, "pixel_weight": 0, "nfe": 3, "gradient_steps": k}
+    stage: Any = stage_of("refl", base, student, head, data=only("t2i"), **alone)
+    batch = stage.batch(0, Draws.at(0))
+    x0_hat, times = stage.predict(batch), time_grid(3, stage.recipe.shift)
+    run = stage.as_velocity(stage.network, batch.conditions, batch.scales)
+    torch.testing.assert_close(x0_hat, euler(batch.x_T, run, times))
+    gate = torch.ones(3, requires_grad=True)  # what of each step's velocity the end depends on, through the student's weights
+    x = batch.x_T
+    for i in range(3):
+        with torch.set_grad_enabled(i >= 3 - k):
+            x = x - gate[i] * run(x, float(times[i])) * (times[i] - times[i + 1])
+    x.sum().backward()
+    assert gate.grad is not None and [bool(g) for g in gate.grad] == [i >= 3 - k for i in range(3)]
+    theirs = {n: p.grad.clone() for n, p in stage.student.named_parameters() if p.grad is not None}
+    stage.student.zero_grad()
+    x0_hat.sum().backward()
+    assert theirs
+    for name, p in stage.student.named_parameters():
+        if name in theirs:
+            torch.testing.assert_close(p.grad, theirs[name])
+    assert {stage.turn(step) for step in range(4)} == {"student"}
+    loss, metrics = stage.loss("student", batch, 0)
+    expected = stage.own.huber_weight * metrics["t2i_huber"] + torch.relu(6 - metrics["t2i_reward"])
+    assert set(metrics) == {"t2i_huber", "t2i_reward", "t2i_reward_weight"} and torch.allclose(loss, expected, rtol=1e-4)
+
+
+def test_some_sources_only_hold_the_student(base: Path, student: Path, head: Path) -> None:
+    stage: Any = stage_of("refl", base, student, head, data=only("t2i"), rewarded=[])
+    _, metrics = stage.loss("student", stage.batch(1, Draws.at(0, 1)), 1)
+    assert set(metrics) == {"t2i_latent", "t2i_pixel", "t2i_huber"}
+    with pytest.raises(InputError, match="rewarded: got 'edits'"):
+        stage_of("refl", base, student, head, rewarded=["edits"])
+
+
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+def test_the_base_is_asked_about_the_picture(source: str, base: Path) -> None:
+    """The reward against each question by itself, through the model's own understanding of uint8 pictures."""
+    data = only(source)
+    data["sources"] = {source: data["sources"][source] | {"checks": 3}}
+    stage: Any = make(cfg, base, data=data)
+    samples = stage.loader.next_group().samples
+    pictures = [next(item.pixels for item in sample if isinstance(item, VaeImage) and item.loss) for sample in samples]
+    reward_of = AnswerReward(stage.base, stage.spec, stage.tokenizer)
+    pixels = torch.stack([to_tensor(p) for p in pictures]).requires_grad_()
+    found = reward_of(pixels, samples)
+    for i, sample in enumerate(samples):
+        told = []
+        for question, answer in checks_behind(sample):
+            nothing = torch.Generator().manual_seed(0)
+            alone = pack(
+                [[VitImage(pictures[i]), question, answer]], stage.spec, encode=lambda x: x, generator=nothing, device=stage.device
+            )
+            told.append(-stage.base.forward_train(alone).ce.sum())
+        assert 1 <= len(told) <= 3
+        torch.testing.assert_close(found[i], torch.stack(told).mean(), rtol=1e-4, atol=1e-4)
+    found[0].backward()
+    assert pixels.grad is not None and pixels.grad[0].abs().sum() > 0 and pixels.grad[1:].abs().max() == 0
+    without = [sample[: sample.index(checks_behind(sample)[0][0])] for sample in samples]
+    with pytest.raises(InputError, match="checks"):
+        reward_of(pixels, without)
+    general = AnswerReward(stage.base, stage.spec, stage.tokenizer, 'does this show "{prompt}"?', "yes")(pixels, without)
+    for i, sample in enumerate(without):
+        given = [item for item in sample if isinstance(item, VitImage)]
+        asked = Text(stage.tokenizer.encode(f'does this show "{prompt_text(sample, stage.tokenizer)}"?'))
+        plan = [*given, VitImage(pictures[i]), asked, Text(stage.tokenizer.encode("yes"), loss=True)]
+        alone = pack([plan], stage.spec, encode=lambda x: x, generator=torch.Generator().manual_seed(0), device=stage.device)
+        assert len(given) == (source == "edit")
+        torch.testing.assert_close(general[i], -stage.base.forward_train(alone).ce.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_feedback_by_answers_learns(base: Path, student: Path, head: Path) -> None:
+    data = only("t2i")
+    data["sources"] = {"t2i": data["sources"]["t2i"] | {"checks": 2}}
+    keys: dict[str, Any] = {"latent_weight": 0, "pixel_weight": 0, "nfe": 2, "gradient_steps": 2, "huber_weight": 0.01, "ceiling": 0.0}
+    stage: Any = stage_of("refl", base, student, head, data=data, reward_kind="answers", **keys)
+    batch = stage.batch(0, Draws.at(0))
+    optimizer = torch.optim.AdamW(stage.student.parameters(), lr=3e-3)
+    rewards = []
+    for step in range(25):
+        loss, metrics = stage.loss("student", batch, step)
+        rewards.append(metrics["t2i_reward"].item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert rewards[-1] > rewards[0] + 0.02, rewards
+
+
+def test_a_reward_of_ones_own(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "my_reward.py").write_text(
+        "def build(folder, device):\n    return lambda pixels, prompts: pixels.mean((1, 2, 3)) + sum(map(len, prompts))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stage: Any = make(cfg, base, data=only("t2i"))
+    found = foreign_reward("my_reward:build", None, torch.device("cpu"), stage.tokenizer)
+    assert found(torch.zeros(3, 3, 8, 8), stage.loader.next_group().samples).min() > 3
+    with pytest.raises(InputError, match="reward_entry"):
+        foreign_reward("no_such_module:build", None, torch.device("cpu"), stage.tokenizer)
