@@ -45,7 +45,7 @@ passed() {
 mkdir -p "$out"
 base=$out/draw-more/export
 stage vae vae vae                                                  # 22 minutes: pictures <-> latents
-stage vae-decoder vae vae-decoder init="$out/vae/export" max_seconds=6000   # 100: its decoder alone, further; latents stay as they are (2,600 s: 31.5 dB, these 33)
+stage vae-decoder vae vae-decoder init="$out/vae/export" max_seconds=6000   # 100: its decoder alone, further (what ships had 6,490 s in four rounds)
 stage vit vit vit                                                  # 15: what stands where in a picture
 stage base base base vae="$out/vae-decoder/export" vit="$out/vit/export"   # 70: captions, edits and questions in one model
 stage more base base-more init="$out/base/export" vit="$out/vit/export" align.vit="$out/vit/export"   # 60: the same, longer, with its eye's help

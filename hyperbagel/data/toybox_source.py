@@ -92,7 +92,7 @@ class ToyboxSource:
         target = picture_items(self._picture(drawn.scene), None, loss=True, copies=self.noise_copies, context=False)
         if self.near_misses:
             target.append(VaeImage(self._picture(near_miss_of_caption(rng, drawn)), loss=True))
-        return [*system, *prompt, *target, *self._asked(checks_of_caption(rng, drawn, self.checks))]
+        return [*system, *prompt, *target, *self._asked(checks_of_caption(rng, drawn, self.checks) if self.checks else [])]
 
     def _asked(self, turns: Iterable[Check]) -> Sample:
         return [text for question, told in turns for text in (self._text(question), self._text(told, loss=True))]

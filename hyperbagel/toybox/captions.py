@@ -28,6 +28,7 @@ from hyperbagel.toybox.vocabulary import COLOURS, NOUNS, RELATIONS
 
 CATEGORIES: tuple[str, ...] = ("single", "two", "counting", "colors", "position", "attribute")  # GenEval's six
 STYLES: tuple[str, ...] = ("terse", "medium", "full")
+COLOURED: tuple[str, ...] = ("colors", "attribute", "many")  # categories whose captions name every colour, however short
 STYLE_WEIGHTS: dict[str, float] = {"terse": 0.6, "medium": 0.25, "full": 0.15}
 _CATEGORY_WEIGHTS = {"single": 10, "two": 12, "counting": 18, "colors": 12, "position": 18, "attribute": 18, "many": 12}
 HELDOUT_CATEGORIES = {"colour": ("colors", "attribute"), "pair": ("two", "attribute"), "relation": ("position",), "count": ("counting",)}
@@ -117,7 +118,7 @@ def short_caption(rng: random.Random, scene: Scene, category: str, style: str, t
     things = list(scene.things)
     medium = style == "medium"
     size = medium and rng.random() < 0.4
-    colour = category in ("colors", "attribute", "many") or (medium and category != "counting" and rng.random() < 0.4)
+    colour = category in COLOURED or (medium and category != "counting" and rng.random() < 0.4)
     relation: Relation | None = None
     if category == "position":
         a, b = rng.sample(things, 2)

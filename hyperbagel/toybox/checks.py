@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+from hyperbagel.toybox.captions import COLOURED
 from hyperbagel.toybox.phrases import NUMBERS, RELATION_WORDS, article, choose, plural
 from hyperbagel.toybox.questions import COLOUR, COUNT, EXISTS, RELATION, capital, questions_about
 from hyperbagel.toybox.samples import EditSample, T2ISample
 from hyperbagel.toybox.scene import RELATIONS, holds
 
 Check = tuple[str, str]  # (question, answer)
-_COLOURED = ("colors", "attribute", "many", "dense")  # categories whose captions name every colour
 
 
 def checks_of_caption(rng: random.Random, sample: T2ISample, n: int) -> list[Check]:
@@ -23,7 +23,7 @@ def checks_of_caption(rng: random.Random, sample: T2ISample, n: int) -> list[Che
         (COUNT, {"n": plural(noun)}, NUMBERS[number]) for noun, number in numbers.items()
     ]
     found.append((COUNT, {"n": "things"}, NUMBERS[len(things)]))
-    if sample.category in _COLOURED:
+    if sample.category in (*COLOURED, "dense"):
         found += [(COLOUR, {"r": f"the {t.noun}"}, t.colour) for t in alone]
         found += [(EXISTS, {"a": article(f"{t.colour} {t.noun}")}, "yes") for t in things]
     else:

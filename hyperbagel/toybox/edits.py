@@ -102,7 +102,8 @@ def _pick(rng: random.Random, scene: Scene) -> tuple[Thing, str]:
     return thing, rng.choice(references(scene, thing))
 
 
-def _free(scene: Scene) -> list[int]:
+def free_cells(scene: Scene) -> list[int]:
+    """Cells where nothing stands."""
     return [c for c in range(9) if all(t.cell != c for t in scene.things)]
 
 
@@ -132,14 +133,14 @@ def _remove(rng: random.Random, scene: Scene, text_split: str) -> Edit | None:
 def _add(rng: random.Random, scene: Scene, text_split: str) -> Edit | None:
     if len(scene.things) > 3:
         return None
-    new = Thing(rng.choice(NOUNS), rng.choice(list(COLOURS)), rng.choice(SIZES), rng.choice(_free(scene)))
+    new = Thing(rng.choice(NOUNS), rng.choice(list(COLOURS)), rng.choice(SIZES), rng.choice(free_cells(scene)))
     text = choose(rng, _ADD, text_split).format(a=article(words(new, size=True)), p=place(new.cell))
     return replace(scene, things=(*scene.things, new)), text
 
 
 def _move(rng: random.Random, scene: Scene, text_split: str) -> Edit | None:
     thing, name = _pick(rng, scene)
-    moved = replace(thing, cell=rng.choice(_free(scene)))
+    moved = replace(thing, cell=rng.choice(free_cells(scene)))
     where = place(moved.cell)
     return _with(scene, thing, moved), choose(rng, _MOVE, text_split).format(r=name, p=where, d=where.split(" the ")[1])
 

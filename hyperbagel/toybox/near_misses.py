@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from hyperbagel.toybox.edits import GROUPS, change
+from hyperbagel.toybox.edits import GROUPS, change, free_cells
 from hyperbagel.toybox.samples import EditSample, T2ISample
 from hyperbagel.toybox.scene import Scene
 
@@ -19,9 +19,10 @@ Falsifier = Callable[[random.Random, Scene], Scene | None]
 
 def _more(rng: random.Random, scene: Scene) -> Scene | None:
     """One of the things a second time."""
-    free = [c for c in range(9) if all(t.cell != c for t in scene.things)]
-    again = replace(rng.choice(scene.things), cell=rng.choice(free), dx=0.0, dy=0.0)
-    return replace(scene, things=(*scene.things, again)) if len(scene.things) < 4 else None
+    if len(scene.things) > 3:
+        return None
+    again = replace(rng.choice(scene.things), cell=rng.choice(free_cells(scene)), dx=0.0, dy=0.0)
+    return replace(scene, things=(*scene.things, again))
 
 
 def _mirror(rng: random.Random, scene: Scene) -> Scene:

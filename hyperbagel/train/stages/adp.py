@@ -84,11 +84,12 @@ class AdpStage(DistillStage):
         folder = required(recipe.teacher or recipe.init, "init", "the 6-NFE student of stage dmdo")
         teacher = self.freeze(self.load(folder))
         self.teacher, self.teacher_sampler = teacher.network(self.base), teacher.sampler
-        latent = LatentDiscriminator(self.base, teacher, recipe.latent_heads)
-        self.judges = Judges(latent, PixelDiscriminator(self.base, recipe.pixel_heads)).to(device)
         judging = (("latent", recipe.latent_weight, self.in_latents), ("pixel", recipe.pixel_weight, self.in_pixels))
         self.judging = [one for one in judging if one[1] > 0]
-        self.players["discriminator"] = Player.of(self.judges, recipe.discriminator_optim)
+        if self.judging:
+            latent = LatentDiscriminator(self.base, teacher, recipe.latent_heads)
+            self.judges = Judges(latent, PixelDiscriminator(self.base, recipe.pixel_heads)).to(device)
+            self.players["discriminator"] = Player.of(self.judges, recipe.discriminator_optim)
 
     def turn(self, step: int) -> str:
         return ("discriminator", "student")[step % 2] if self.judging else "student"

@@ -61,6 +61,9 @@ class ReflStage(AdpStage):
             raise InputError("reward: got no folder, expected one of stage reward, set reward=RUN/export, reward_kind or reward_entry")
         return load_reward(recipe.reward, self.base, self.spec)
 
+    def is_rewarded(self, source: str) -> bool:
+        return self.feedback.rewarded is None or source in self.feedback.rewarded
+
     def predict(self, batch: Prepared) -> Tensor:
         """x0_hat [B, N, C]: as in adp, or the end of the student's sampler from x_T."""
         k = self.feedback.gradient_steps
@@ -75,7 +78,7 @@ class ReflStage(AdpStage):
 
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         r, name = self.feedback, batch.conditions.source
-        if player != "student" or (r.rewarded is not None and name not in r.rewarded):
+        if player != "student" or not self.is_rewarded(name):
             return super().loss(player, batch, step)
         x0_hat = self.predict(batch)
         x0 = x0_hat.detach().requires_grad_()  # judges and reward are differentiated once, down to here; the student once, from here
@@ -96,7 +99,7 @@ class ReflStage(AdpStage):
         theirs: list[float] = []
         with self.players["student"].averaged():
             for m in self.measured:
-                if self.feedback.rewarded is not None and m.conditions.source not in self.feedback.rewarded:
+                if not self.is_rewarded(m.conditions.source):
                     continue
                 for found, latents in ((own, self.pictures(m.conditions, m.noises)[0]), (theirs, m.teacher[0])):
                     found.append(self.reward(self.decode(latents, m.conditions), m.conditions.samples).mean().item())
