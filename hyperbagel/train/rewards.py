@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,8 @@ class AnswerReward:
     """r = mean log-probability of the right answers, when the base is asked about the picture. Nothing is trained; 0 is certainty.
 
     ours (after VQAScore, Lin et al. 2024, and TIFA, Hu et al. 2023). A sample may bring questions and answers behind its picture, as pairs
-    of texts; each is asked alone, since an answer in sight would give others away. The others are asked `question` with their {prompt}
-    behind their input pictures and the drawn one, and `answer` is right.
+    of texts; none sees another, since an answer in sight would give others away, and all share one reading of the picture. The others are
+    asked `question` with their {prompt} behind their input pictures and the drawn one, and `answer` is right.
     """
 
     def __init__(self, base: Bagel, spec: PackSpec, tokenizer: Tokenizer, question: str | None = None, answer: str = "Yes") -> None:
@@ -106,18 +107,19 @@ class AnswerReward:
 
     def __call__(self, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
         """[B]. Raises InputError for a sample without questions if there is no general one."""
-        asked = [(i, plan) for i, sample in enumerate(samples) for plan in self._plans(sample)]
-        of = torch.tensor([i for i, _ in asked], device=pixels.device)
-        batch = pack_with(self.base, self.spec, pixels[of], [plan for _, plan in asked])
-        ce = self.base.forward_train(batch).ce  # [sum of answers' tokens and their ends]
-        lengths = torch.tensor([sum(len(x.ids) + 1 for x in plan if isinstance(x, Text) and x.loss) for _, plan in asked], device=ce.device)
-        questions = torch.bincount(of, minlength=len(samples))
-        return ce.new_zeros(len(samples)).index_add(0, of.repeat_interleave(lengths), -ce) / questions
+        plans = [self._plan(sample) for sample in samples]
+        batch = apart(pack_with(self.base, self.spec, pixels, plans), [sum(not isinstance(x, Text) for x in plan) for plan in plans])
+        mask = dense_mask(batch[0]) & batch[1]
+        ce = self.base.forward_train(batch[0], mask=mask).ce  # [sum of answers' tokens and their ends]
+        answers = [[len(x.ids) + 1 for x in plan if isinstance(x, Text) and x.loss] for plan in plans]
+        of = torch.arange(len(plans), device=ce.device).repeat_interleave(torch.tensor([sum(n) for n in answers], device=ce.device))
+        questions = torch.tensor([len(n) for n in answers], device=ce.device)
+        return ce.new_zeros(len(plans)).index_add(0, of, -ce) / questions
 
-    def _plans(self, sample: Sample) -> list[Sample]:
-        """What is asked of one sample's picture."""
+    def _plan(self, sample: Sample) -> Sample:
+        """The pictures of one sample, then what is asked of the drawn one: question, answer, question, answer, ..."""
         if checks := checks_behind(sample):
-            return [[HERE, question, answer] for question, answer in checks]
+            return [HERE, *(text for check in checks for text in check)]
         if self.question is None:
             raise InputError(
                 "reward_kind answers: got a sample without questions behind its picture, set data.sources.NAME.checks to how many, "
@@ -126,7 +128,25 @@ class AnswerReward:
         before, _, _ = split_sample(sample)
         question = self.question.replace("{prompt}", prompt_text(sample, self.tokenizer))
         texts = Text(self.tokenizer.encode(question)), Text(self.tokenizer.encode(self.answer), loss=True)
-        return [[*(item for item in before if isinstance(item, VitImage)), HERE, *texts]]
+        return [*(item for item in before if isinstance(item, VitImage)), HERE, *texts]
+
+
+def apart(batch: PackedBatch, pictures: Sequence[int]) -> tuple[PackedBatch, Tensor]:
+    """Makes turns that stand behind one another in a row alternatives of each other, all behind the same pictures.
+
+    pictures: how many splits each row begins with; a turn is two splits, a question and its answer. Returns the batch with positions that
+    begin anew with each turn, and a mask [B, 1, S, S] to be joined with the usual one: no turn sees another.
+    """
+    begin = torch.tensor(pictures, device=batch.split_id.device)[:, None]
+    turn = (batch.split_id - begin).div(2, rounding_mode="floor").clamp_min(-1)  # [B, S]; -1: pictures, padding
+    positions = batch.positions.clone()
+    first = positions.where(turn == 0, positions.max() + 1).amin(1)
+    for n in range(1, int(turn.max()) + 1):
+        mine = turn == n
+        start = positions.where(mine, positions.max() + 1).amin(1)
+        positions -= mine * (start - first)[:, None]
+    q, k = turn[:, None, :, None], turn[:, None, None, :]
+    return replace(batch, positions=positions), (k < 0) | (q == k)
 
 
 def checks_behind(sample: Sample) -> list[tuple[Text, Text]]:

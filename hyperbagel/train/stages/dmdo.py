@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from hyperbagel.flow.path import x0_from_velocity
 from hyperbagel.flow.schedule import shift_time, time_grid
-from hyperbagel.train.contexts import Conditions, Scales, student_velocity
+from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity
 from hyperbagel.train.distill import DistillRecipe, DistillStage, required, seeded
 from hyperbagel.train.losses.dmd import Coupled, Coupling, couple, dmd_gradient, dmd_loss, fake_loss
 from hyperbagel.train.optim import OptimConfig
@@ -27,6 +27,12 @@ class Recipe(DistillRecipe):
     """Settings of the stage "dmdo". `init`: the student of stage tscd."""
 
     teacher: Path | None = None  # the real model: the guidance-distilled student; for `reflowed` one made with target=reflow
+    real: Literal["teacher", "guided"] = "teacher"  # ours: `guided` takes the base with guidance (as DMD2, Yin et al. 2024),
+    # which knows what guidance distillation lost; `teacher` then only says where the fake model starts
+    guidance_share: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict
+    )  # guided, by source: how far the real model's scales go from 1 to the
+    # student's own, 1 unless named. A condition that leaves little open (an edit) is overshot by full guidance: contrast grows
     coupling: Coupling = "tdm"  # ours: `paired` is the paper's and contracts (losses.dmd.contraction)
     tdm_span: Literal["segment", "rest"] = "segment"  # tdm: tau up to the segment's start, or up to 1
     fake_steps: int = Field(default=1, ge=1)  # fake turns before each student turn
@@ -35,6 +41,16 @@ class Recipe(DistillRecipe):
     fake_optim: OptimConfig = OptimConfig(
         lr=8e-4, betas=(0.0, 0.95), warmup_steps=50, schedule="constant"
     )  # 3 to 5 times the student's rate
+
+    @model_validator(mode="after")
+    def _real(self) -> Recipe:
+        if self.real == "guided" and self.coupling == "reflowed":
+            raise ValueError("real=guided does not know the pairs that coupling=reflowed asks about; take another coupling or real=teacher")
+        if self.guidance_share and self.real != "guided":
+            raise ValueError("guidance_share is of real=guided; a student as the real model has its guidance inside")
+        if unknown := sorted(set(self.guidance_share) - set(self.data.sources)):
+            raise ValueError(f"guidance_share names {unknown[0]!r}, expected some of {', '.join(self.data.sources)}")
+        return self
 
 
 @dataclass
@@ -64,7 +80,7 @@ class DmdoStage(DistillStage):
         super().__init__(recipe, device)
         self.own = recipe
         teacher = required(recipe.teacher, "teacher", "the student of stage cfg (for coupling=reflowed: of stage cfg with target=reflow)")
-        self.real = self.frozen(teacher)
+        self.teacher = self.frozen(teacher) if recipe.real == "teacher" else None
         fake = self.load(teacher)  # starts as the real model
         self.fake = fake.network(self.base)
         self.players["fake"] = Player.of(fake, recipe.fake_optim)
@@ -118,6 +134,14 @@ class DmdoStage(DistillStage):
 
     # -- losses ----------------------------------------------------------------------------------------------------------------
 
+    def real(self, t: Trajectory, x: Tensor, tau: Tensor) -> Tensor:
+        """The real model's velocity [B, N, C] at times tau [B]."""
+        if self.teacher is None:
+            share = self.own.guidance_share.get(t.conditions.source, 1.0)
+            scales = Scales(*(1 + share * (one - 1) for one in (t.scales.text, t.scales.image)))
+            return teacher_velocity(self.base, t.conditions, scales, x, tau, self.settings(t.conditions))
+        return student_velocity(self.teacher, t.conditions, t.scales, x, tau)
+
     def coupled(self, batch: Prepared, x0: Tensor, x_s: Tensor) -> Coupled:
         s = torch.full_like(batch.tau, float(batch.trajectory.times[batch.segment + 1]))
         return couple(self.own.coupling, x0, batch.trajectory.states[0], x_s, s, batch.tau, batch.noise)
@@ -135,10 +159,8 @@ class DmdoStage(DistillStage):
         with torch.no_grad():
             x_tau = self.coupled(batch, x0_hat, x + (end - at) * v).x_tau
             tau = batch.tau[:, None, None]
-            real, fake = (
-                x0_from_velocity(x_tau, student_velocity(net, t.conditions, t.scales, x_tau, batch.tau), tau)
-                for net in (self.real, self.fake)
-            )
+            v_fake = student_velocity(self.fake, t.conditions, t.scales, x_tau, batch.tau)
+            real, fake = (x0_from_velocity(x_tau, v, tau) for v in (self.real(t, x_tau, batch.tau), v_fake))
             g = dmd_gradient(x0_hat, fake, real, self.own.normaliser_floor)
         loss = dmd_loss(x0_hat, g)
         gap = (fake - real).square().mean().sqrt()

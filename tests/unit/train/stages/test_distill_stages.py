@@ -19,6 +19,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.model.student import load_student
 from hyperbagel.model.weights import load_folder, load_tensors
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.train.contexts import Scales, velocity
 from hyperbagel.train.distill import compare, conditional_energy
 from hyperbagel.train.gate import judge
 from hyperbagel.train.losses.dmd import COUPLINGS
@@ -72,6 +73,27 @@ def test_dmd_is_silent_while_fake_equals_real(coupling: str, base: Path, student
     loss.backward()
     assert loss.item() == 0 and all(value == 0 for key, value in metrics.items() if key.endswith("gap"))
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in stage.players["student"].parameters.values())
+
+
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+def test_the_guided_base_as_the_real_model(source: str, base: Path, student: Path, head: Path) -> None:
+    """Against the base's guided prediction, written out for one row at a time; at share 0 that is the base alone."""
+    keys: dict[str, Any] = {"data": only(source), "real": "guided", "normaliser_floor": 1e6}  # so that the gradient is not normalised
+    full: Any = stage_of("dmdo", base, student, head, **keys)
+    batch = full.batch(0, Draws.at(0, 0))
+    t, x, tau = batch.trajectory, batch.trajectory.states[1], torch.tensor([0.5, 0.7, 0.9])  # inside the interval of guidance
+    alone = velocity(full.base, t.conditions.full, t.conditions, x, tau)
+    for share in (1.0, 0.3, 0.0):
+        stage: Any = stage_of("dmdo", base, student, head, guidance_share={source: share}, **keys)
+        found = stage.real(t, x, tau)
+        scales = Scales(1 + share * (t.scales.text - 1), 1 + share * (t.scales.image - 1))
+        run = stage.guided_teacher(t.conditions, scales)
+        for row in range(len(x)):
+            torch.testing.assert_close(found[row], run(x, float(tau[row]))[row])
+        assert torch.allclose(found, alone, atol=1e-5) == (share == 0)
+    loss, metrics = full.loss("student", batch, 1)
+    loss.backward()
+    assert metrics[f"{source}_gap"] > 0 and any(p.grad is not None and p.grad.abs().sum() > 0 for p in full.student.parameters())
 
 
 def test_the_student_turn_reuses_the_fake_turns_trajectories(base: Path, student: Path, head: Path) -> None:
@@ -241,6 +263,11 @@ def test_recipes_that_are_refused(base: Path, student: Path, tmp_path: Path) -> 
         make(cfg, write_base(tmp_path / "other", seed=1), init=student)
     with pytest.raises(InputError, match="coupling"):
         settings(dmdo, base, coupling="pared")
+    for wrong in ({"coupling": "reflowed"}, {"guidance_share": {"edits": 0.5}}, {"guidance_share": {"edit": 1.5}}):
+        with pytest.raises(InputError, match=r"real=guided|'edits'|less than or equal"):
+            settings(dmdo, base, real="guided", **wrong)
+    with pytest.raises(InputError, match="guidance inside"):
+        settings(dmdo, base, guidance_share={"edit": 0.5})
     question = {"sources": {"q": {"task": "question", "resolution": 32}}, "mixture": [{"weights": {"q": 1}}]}
     with pytest.raises(InputError, match="t2i and edit"):
         make(cfg, base, data=question).batch(0, Draws.at(0))
