@@ -34,6 +34,7 @@ from hyperbagel.train.distributed import World, is_sharded, join_world
 from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.cfg import draw_scales
 from hyperbagel.train.optim import OptimConfig
+from hyperbagel.train.rewards import AnswerReward
 from hyperbagel.train.sheet import write_sheet
 from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
 
@@ -58,6 +59,7 @@ class DistillRecipe(TrainRecipe):
     data: DataConfig
     held_out: DataConfig | None = None  # what is measured; its mixture is not used
     held_out_groups: int = Field(default=2, ge=1)  # of each held-out source
+    measure: Literal["score", "answers"] = "score"  # what the best checkpoint and the gate go by; answers: `evaluate`
     teacher_steps: int = Field(default=24, ge=1)  # of the held-out pictures that the student is compared with
     optim: OptimConfig = OptimConfig(lr=2e-4, warmup_steps=50, schedule="constant", ema_decay=0.99)
     export_dtype: str = Field(default="float32", pattern="^(bfloat16|float32)$")
@@ -103,6 +105,9 @@ class DistillStage(Stage):
         self.network = self.student.network(self.base)
         self.players = {"student": Player.of(self.student, recipe.optim)}
         self.loader = self._loader(recipe.data, recipe.seed, self.world)
+        self.answers = AnswerReward(self.base, self.spec, tokenizer) if recipe.measure == "answers" else None
+        if self.answers:
+            self.best_metric = "answers"
         self.measured: list[Measured] = []
         self.measures_start = recipe.held_out is not None  # what comes in is the first candidate for the best: see train.gate
         self.scores: list[float] = []  # of this process's evaluations
@@ -251,12 +256,19 @@ class DistillStage(Stage):
         return torch.stack([vit_features(self.base, self.decode(one, conditions), [depth])[0][0].float().flatten(1) for one in x])
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The averaged student beside the teacher, same conditions: `compare`, and `score`, minus the energy distance. Also by source."""
+        """The averaged student beside the teacher, same conditions: `compare`, and `score`, minus the energy distance. Also by source.
+
+        With `measure=answers` also how probable the base finds the right answers about the student's pictures (rewards.AnswerReward), since
+        `score` hardly sees whether a picture holds what was asked for. The geometric mean over a picture's questions, so from 0 to 1.
+        """
         found: dict[str, list[float]] = {}
         with self.players["student"].averaged():
             for m in self.measured:
                 made = self.pictures(m.conditions, m.noises)
                 figures = compare(made, m.teacher) | {"score": -conditional_energy(self.features(made, m.conditions), m.features)}
+                if self.answers:
+                    told = [self.answers(self.decode(x, m.conditions), m.conditions.samples).exp().mean().item() for x in made]
+                    figures["answers"] = sum(told) / len(told)
                 for name, value in figures.items():
                     for key in (name, f"{m.conditions.source}_{name}"):
                         found.setdefault(key, []).append(value)

@@ -71,7 +71,8 @@ class CfgStage(DistillStage):
         self.on_policy, self.on_policy_steps, self.substeps = recipe.on_policy, recipe.on_policy_steps, recipe.substeps
         self.scale_draws, self.time_shift = recipe.scale_draws, recipe.time_shift or recipe.shift
         self.teacher = self.frozen(recipe.teacher) if recipe.teacher else None
-        self.best_metric = "learned" if recipe.target == "guided" else "match"
+        if recipe.measure == "score":
+            self.best_metric = "learned" if recipe.target == "guided" else "match"
         self.ways = [self._way(m) for m in self.measured] if recipe.target == "guided" else []
 
     @torch.no_grad()

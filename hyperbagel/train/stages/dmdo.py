@@ -15,12 +15,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from hyperbagel.flow.path import x0_from_velocity
-from hyperbagel.flow.schedule import shift_time, time_grid
+from hyperbagel.flow.schedule import shift_time, time_grid, unshift_time
+from hyperbagel.flow.solvers import euler
+from hyperbagel.model.student import StudentNetwork
 from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity
 from hyperbagel.train.distill import DistillRecipe, DistillStage, required, seeded
 from hyperbagel.train.losses.dmd import Coupled, Coupling, couple, dmd_gradient, dmd_loss, fake_loss
+from hyperbagel.train.losses.tscd import pseudo_huber
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.stage import Draws, Player
+
+Share = Annotated[float, Field(ge=0, le=1)]
+HOLD_C = 0.03  # where the pseudo-Huber of held sources turns linear, as in tscd and adp
 
 
 class Recipe(DistillRecipe):
@@ -29,10 +35,13 @@ class Recipe(DistillRecipe):
     teacher: Path | None = None  # the real model: the guidance-distilled student; for `reflowed` one made with target=reflow
     real: Literal["teacher", "guided"] = "teacher"  # ours: `guided` takes the base with guidance (as DMD2, Yin et al. 2024),
     # which knows what guidance distillation lost; `teacher` then only says where the fake model starts
-    guidance_share: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
-        default_factory=dict
-    )  # guided, by source: how far the real model's scales go from 1 to the
-    # student's own, 1 unless named. A condition that leaves little open (an edit) is overshot by full guidance: contrast grows
+    # guided, by source: how far the real model's scales go from 1 to the student's own, 1 unless named. Full guidance overshoots where the
+    # condition leaves little open (edits): contrast grows
+    guidance_share: dict[str, Share] = Field(default_factory=dict)
+    held: list[str] = Field(default_factory=list)  # ours: sources that are not matched but held to `holder`, segment by segment
+    holder: Path | None = None  # the student that leads there, from each state of the trained one's own ODE; None: `init`
+    hold_steps: int = Field(default=1, ge=1)  # of the holder, for each segment: 6 lets a six-step student lead a one-step one
+    hold_weight: float = Field(default=1.0, gt=0)
     coupling: Coupling = "tdm"  # ours: `paired` is the paper's and contracts (losses.dmd.contraction)
     tdm_span: Literal["segment", "rest"] = "segment"  # tdm: tau up to the segment's start, or up to 1
     fake_steps: int = Field(default=1, ge=1)  # fake turns before each student turn
@@ -50,6 +59,8 @@ class Recipe(DistillRecipe):
             raise ValueError("guidance_share is of real=guided; a student as the real model has its guidance inside")
         if unknown := sorted(set(self.guidance_share) - set(self.data.sources)):
             raise ValueError(f"guidance_share names {unknown[0]!r}, expected some of {', '.join(self.data.sources)}")
+        if unknown := sorted(set(self.held) - set(self.data.sources)):
+            raise ValueError(f"held names {unknown[0]!r}, expected some of {', '.join(self.data.sources)}")
         return self
 
 
@@ -81,6 +92,7 @@ class DmdoStage(DistillStage):
         self.own = recipe
         teacher = required(recipe.teacher, "teacher", "the student of stage cfg (for coupling=reflowed: of stage cfg with target=reflow)")
         self.teacher = self.frozen(teacher) if recipe.real == "teacher" else None
+        self.holder = self.frozen(recipe.holder or required(recipe.init, "init", "the student of stage tscd")) if recipe.held else None
         fake = self.load(teacher)  # starts as the real model
         self.fake = fake.network(self.base)
         self.players["fake"] = Player.of(fake, recipe.fake_optim)
@@ -134,6 +146,12 @@ class DmdoStage(DistillStage):
 
     # -- losses ----------------------------------------------------------------------------------------------------------------
 
+    def lead(self, holder: StudentNetwork, t: Trajectory, segment: int) -> Tensor:
+        """Where the holder comes from a segment's start to its end [B, N, C]."""
+        start, end = (unshift_time(t.times[i], self.own.shift) for i in (segment, segment + 1))
+        times = shift_time(torch.lerp(start, end, torch.linspace(0, 1, self.own.hold_steps + 1)), self.own.shift)
+        return euler(t.states[segment], self.as_velocity(holder, t.conditions, t.scales), times)
+
     def real(self, t: Trajectory, x: Tensor, tau: Tensor) -> Tensor:
         """The real model's velocity [B, N, C] at times tau [B]."""
         if self.teacher is None:
@@ -155,6 +173,11 @@ class DmdoStage(DistillStage):
             return loss, {f"{name}_fake": loss.detach()}
         x, at, end = t.states[batch.segment], float(t.times[batch.segment]), float(t.times[batch.segment + 1])
         v = student_velocity(self.network, t.conditions, t.scales, x, torch.full_like(batch.tau, at))
+        if self.holder is not None and name in self.own.held:
+            with torch.no_grad():
+                y = self.lead(self.holder, t, batch.segment)
+            loss = self.own.hold_weight * pseudo_huber(x + (end - at) * v, y, HOLD_C)
+            return loss, {f"{name}_hold": loss.detach()}
         x0_hat = x0_from_velocity(x, v, at)
         with torch.no_grad():
             x_tau = self.coupled(batch, x0_hat, x + (end - at) * v).x_tau

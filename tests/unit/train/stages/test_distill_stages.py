@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,28 @@ def test_the_guided_base_as_the_real_model(source: str, base: Path, student: Pat
     loss, metrics = full.loss("student", batch, 1)
     loss.backward()
     assert metrics[f"{source}_gap"] > 0 and any(p.grad is not None and p.grad.abs().sum() > 0 for p in full.student.parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_held_sources_follow_their_holder(steps: int, base: Path, student: Path, head: Path) -> None:
+    """From each state of the student's own way to where the holder comes; silent while the two are one and take the same steps."""
+    stage: Any = stage_of("dmdo", base, student, head, data=only("edit"), held=["edit"], hold_steps=steps)
+    for segment in range(3):
+        batch = stage.batch(2 * segment, Draws.at(0, 2 * segment))
+        batch.segment, t = segment, batch.trajectory
+        y = t.states[segment]
+        u = torch.linspace(1 - segment / 3, 1 - (segment + 1) / 3, steps + 1)
+        for now, then in pairwise((3 * u / (1 + 2 * u)).tolist()):  # shift 3
+            y = y - (now - then) * stage.as_velocity(stage.holder, t.conditions, t.scales)(y, now)
+        torch.testing.assert_close(stage.lead(stage.holder, t, segment), y, rtol=1e-4, atol=1e-5)
+        loss, metrics = stage.loss("student", batch, 1)
+        loss.backward()
+        expected = ((t.states[segment + 1] - y).square().mean((1, 2)) + 0.03**2).sqrt().mean() - 0.03
+        torch.testing.assert_close(metrics["edit_hold"], expected, rtol=1e-2, atol=1e-6)
+        assert (loss.item() < 1e-9) == (steps == 1)
+    assert (max(p.grad.abs().max() for p in stage.student.parameters() if p.grad is not None) > 1e-5) == (steps == 3)
+    assert all(p.grad is None for p in stage.holder.model.parameters())
+    stage.loss("fake", stage.batch(0, Draws.at(0, 0)), 0)[0].backward()  # the fake model follows held sources too
 
 
 def test_the_student_turn_reuses_the_fake_turns_trajectories(base: Path, student: Path, head: Path) -> None:
@@ -263,7 +286,7 @@ def test_recipes_that_are_refused(base: Path, student: Path, tmp_path: Path) -> 
         make(cfg, write_base(tmp_path / "other", seed=1), init=student)
     with pytest.raises(InputError, match="coupling"):
         settings(dmdo, base, coupling="pared")
-    for wrong in ({"coupling": "reflowed"}, {"guidance_share": {"edits": 0.5}}, {"guidance_share": {"edit": 1.5}}):
+    for wrong in ({"coupling": "reflowed"}, {"guidance_share": {"edits": 0.5}}, {"guidance_share": {"edit": 1.5}}, {"held": ["edits"]}):
         with pytest.raises(InputError, match=r"real=guided|'edits'|less than or equal"):
             settings(dmdo, base, real="guided", **wrong)
     with pytest.raises(InputError, match="guidance inside"):

@@ -176,6 +176,25 @@ def test_feedback_by_answers_learns(base: Path, student: Path, head: Path) -> No
     assert rewards[-1] > rewards[0] + 0.02, rewards
 
 
+@pytest.mark.parametrize("name", ["cfg", "dmdo", "adp"])
+def test_answers_can_be_the_measure(name: str, base: Path, student: Path, head: Path) -> None:
+    """Of the best checkpoint and so of the gate; against the reward of each picture, from the student's sampler."""
+    held_out = only("t2i")
+    held_out["sources"] = {"t2i": held_out["sources"]["t2i"] | {"checks": 2}}
+    keys: dict[str, Any] = {"measure": "answers", "held_out_groups": 1, "teacher_steps": 1}
+    stage: Any = stage_of(name, base, student, head, held_out=held_out, **keys)
+    with torch.no_grad():
+        figures = stage.evaluate(0)
+        m = stage.measured[0]
+        reward_of = AnswerReward(stage.base, stage.spec, stage.tokenizer)
+        told = [reward_of(stage.decode(x, m.conditions), m.conditions.samples).exp() for x in stage.pictures(m.conditions, m.noises)]
+    assert stage.best_metric == "answers" and 0 < figures["answers"] <= 1
+    assert figures["answers"] == figures["t2i_answers"] == pytest.approx(torch.stack(told).mean().item(), rel=1e-5)
+    stage = stage_of(name, base, student, head, held_out=only("t2i"), **keys)
+    with pytest.raises(InputError, match="checks"), torch.no_grad():
+        stage.evaluate(0)
+
+
 def test_a_reward_of_ones_own(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "my_reward.py").write_text(
         "def build(folder, device):\n    return lambda pixels, prompts: pixels.mean((1, 2, 3)) + sum(map(len, prompts))\n"
