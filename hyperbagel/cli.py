@@ -40,7 +40,7 @@ from hyperbagel.cli_options import (
     note,
 )
 from hyperbagel.cli_serve import serve
-from hyperbagel.cli_students import gate, install
+from hyperbagel.cli_students import average, gate, install
 from hyperbagel.core.errors import InputError, Notice
 
 app = typer.Typer(
@@ -289,6 +289,7 @@ app.command()(chat)
 app.add_typer(export)
 app.command()(gate)
 app.command()(install)
+app.command()(average)
 app.add_typer(eval_app, name="eval")
 
 

@@ -39,3 +39,15 @@ def install(
     from hyperbagel.train.folder import install_student
 
     print(install_student(student, model_folder(model), name, nfe))
+
+
+def average(
+    students: Annotated[list[Path], typer.Argument(help="Students' folders, trained on from one another.")],
+    model: Annotated[str, typer.Option(help="The model that they were distilled from: its folder, or toybox.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for their mean.")],
+) -> None:
+    """Average students, tensor by tensor: what one run spoilt another one has not. Measure it beside them."""
+    from hyperbagel.pipeline import model_folder
+    from hyperbagel.train.folder import average_folders
+
+    print(average_folders(students, model_folder(model), out))

@@ -218,6 +218,32 @@ def carry_student(folder: Path, old: Bagel, new: Bagel) -> Student:
     return student
 
 
+def average_students(folders: Sequence[Path], base: Bagel) -> Student:
+    """The mean of students of one shape, tensor by tensor; sampler settings are the first one's.
+
+    For students that were trained on from one another: their errors are partly apart, their weights hardly (model soups, Wortsman et al.
+    2022). Of low-rank factors it is the mean of each factor, not of their product. Raises InputError for fewer than two, or unlike ones.
+    """
+    if len(folders) < 2:
+        raise InputError(f"got {len(folders)} student to average, expected two or more")
+    first, *others = (load_student(folder, base) for folder in folders)
+    for folder, other in zip(folders[1:], others, strict=True):
+        if _shape(other) != _shape(first):
+            raise InputError(
+                f"{folder}: got a student of another kind or rank than {folders[0]}, expected students trained on from one another"
+            )
+        if (theirs := other.sampler.nfe) != first.sampler.nfe:
+            raise InputError(f"{folder}: got a student of {theirs} evaluations, expected {first.sampler.nfe} as {folders[0]} has")
+    with torch.no_grad():
+        for name, own in first.state_dict().items():
+            own.copy_(torch.stack([student.state_dict()[name].float() for student in (first, *others)]).mean(0))
+    return first
+
+
+def _shape(student: Student) -> tuple[Any, ...]:
+    return student.adapter.alpha, {name: tensor.shape for name, tensor in student.state_dict().items()}
+
+
 def read_sampler(folder: Path) -> Sampler:
     """How a student is to be sampled, without loading it. Raises InputError."""
     return _sampler(read_json(folder / "sampler.json", _MISSING), folder)

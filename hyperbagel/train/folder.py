@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hyperbagel.generate.types import MAX_STEPS
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import VaeConfig, ViTConfig
 from hyperbagel.model.siglip import SiglipVisionModel
-from hyperbagel.model.student import load_student, save_student
+from hyperbagel.model.student import average_students, load_student, save_student
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import TensorFolder, fill, load_folder, save_folder
 
@@ -86,3 +87,12 @@ def install_student(student: Path, model: Path, name: str | None = None, nfe: in
         raise InputError(f"{target}: got something that is no student there, expected nothing or a student to replace, choose another name")
     save_student(target, loaded, base, base_name=model.name, dtype=torch.bfloat16)
     return target
+
+
+def average_folders(students: Sequence[Path], model: Path, out: Path) -> Path:
+    """Writes the mean of students of one model (`average_students`) to a new folder, fp32. Raises InputError."""
+    if out.exists():
+        raise InputError(f"{out}: exists already, expected a new folder, choose another one or remove it")
+    base, _ = load_folder(model, torch.device("cpu"), torch.bfloat16)
+    save_student(out, average_students(students, base), base, base_name=model.name)
+    return out

@@ -15,7 +15,17 @@ from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeCon
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.qwen2_mot import Streams
-from hyperbagel.model.student import Kind, Sampler, Student, carry_student, fingerprint, load_student, make_adapter, save_student
+from hyperbagel.model.student import (
+    Kind,
+    Sampler,
+    Student,
+    average_students,
+    carry_student,
+    fingerprint,
+    load_student,
+    make_adapter,
+    save_student,
+)
 from hyperbagel.model.weights import inspect_folder, load_tensors
 from hyperbagel.nn.lora import Adapter, attach
 
@@ -216,3 +226,28 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
 def test_a_model_without_the_named_layer_is_a_mistake() -> None:
     with pytest.raises(AttributeError):
         Adapter(tiny(), ["no.such.layer"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_of_students(kind: Kind, tmp_path: Path) -> None:
+    base, folders = tiny(), [tmp_path / name for name in "abc"]
+    for i, folder in enumerate(folders):
+        student = Student(make_adapter(base, kind, rank=2), GuidanceEmbedders(24), Sampler(nfe=6, shift=3.0 + i))
+        shake(student, seed=i)
+        save_student(folder, student, base)
+    mean = average_students(folders, base)
+    each = [load_student(folder, base).state_dict() for folder in folders]
+    for name, value in mean.state_dict().items():
+        torch.testing.assert_close(value, sum(one[name] for one in each) / 3)
+    assert mean.sampler == Sampler(nfe=6, shift=3.0)
+    alone = average_students([folders[0], folders[0]], base).state_dict()
+    assert all(torch.equal(value, each[0][name]) for name, value in alone.items())
+
+
+def test_unlike_students_have_no_mean(tmp_path: Path) -> None:
+    base = tiny()
+    for name, rank, nfe in (("a", 2, 6), ("rank", 3, 6), ("nfe", 2, 1)):
+        save_student(tmp_path / name, Student(make_adapter(base, "lora", rank=rank), GuidanceEmbedders(24), Sampler(nfe=nfe)), base)
+    for others, told in (([], "two or more"), (["rank"], "another kind or rank"), (["nfe"], "1 evaluations, expected 6")):
+        with pytest.raises(InputError, match=told):
+            average_students([tmp_path / name for name in ("a", *others)], base)

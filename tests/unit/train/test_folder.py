@@ -19,7 +19,7 @@ from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.student import Sampler, Student, load_student, make_adapter, save_student
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, save_folder
-from hyperbagel.train.folder import install_student
+from hyperbagel.train.folder import average_folders, install_student
 
 CONFIG = BagelConfig(
     llm=LLMConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=50),
@@ -56,6 +56,15 @@ def test_a_student_is_installed_with_other_evaluations(folder: Path, student: Pa
     assert load_student(folder / "students" / "4", load_folder(folder)[0]).sampler == replace(Sampler(nfe=6), nfe=4)
     with pytest.raises(InputError, match="got 0 evaluations"):
         install_student(student, folder, nfe=0)
+
+
+def test_the_mean_of_two_students_is_a_student(folder: Path, student: Path, tmp_path: Path) -> None:
+    made = average_folders([student, student], folder, tmp_path / "mean")
+    base = load_folder(folder)[0]
+    same, mean = (load_student(path, base).state_dict() for path in (student, made))
+    assert all(torch.equal(mean[name], value) for name, value in same.items())
+    with pytest.raises(InputError, match="exists already"):
+        average_folders([student, student], folder, made)
 
 
 @pytest.mark.parametrize("name", [".", "..", "../../m", "a/b", "none", "", "-x"])
