@@ -59,6 +59,8 @@ class Recipe(DistillRecipe):
             raise ValueError("guidance_share is of real=guided; a student as the real model has its guidance inside")
         if unknown := sorted(set(self.guidance_share) - set(self.data.sources)):
             raise ValueError(f"guidance_share names {unknown[0]!r}, expected some of {', '.join(self.data.sources)}")
+        if self.holder and not self.held:
+            raise ValueError("holder leads sources that are held, and held names none; set held or leave holder out")
         if unknown := sorted(set(self.held) - set(self.data.sources)):
             raise ValueError(f"held names {unknown[0]!r}, expected some of {', '.join(self.data.sources)}")
         return self

@@ -289,6 +289,8 @@ def test_recipes_that_are_refused(base: Path, student: Path, tmp_path: Path) -> 
     for wrong in ({"coupling": "reflowed"}, {"guidance_share": {"edits": 0.5}}, {"guidance_share": {"edit": 1.5}}, {"held": ["edits"]}):
         with pytest.raises(InputError, match=r"real=guided|'edits'|less than or equal"):
             settings(dmdo, base, real="guided", **wrong)
+    with pytest.raises(InputError, match="held names none"):
+        settings(dmdo, base, holder=student)
     with pytest.raises(InputError, match="guidance inside"):
         settings(dmdo, base, guidance_share={"edit": 0.5})
     question = {"sources": {"q": {"task": "question", "resolution": 32}}, "mixture": [{"weights": {"q": 1}}]}
