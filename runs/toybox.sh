@@ -59,7 +59,7 @@ hyperbagel gate "$out/cfg" --else "$cfg" > /dev/null
 stage reflow cfg cfg model="$base" init="$cfg" teacher="$cfg" target=reflow nfe=6 max_seconds=300   # 5: a baseline, and the real model of dmdo-reflowed
 stage tscd tscd tscd model="$base" init="$cfg"                     # 8: structure
 six=$(passed "$cfg" tscd)
-stage refl-six refl refl-six model="$base" init="$six" teacher="$six"   # 20: what was asked for, by the base's own answers about the pictures
+stage refl-six refl refl-six model="$base" init="$six" teacher="$six"   # 35: what was asked for, by the base's own answers about the pictures
 six=$(passed "$six" refl-six)
 runs=()
 for coupling in ${COUPLINGS:-tdm}; do                              # 60 each: fidelity, to the guided base itself
@@ -69,7 +69,7 @@ for coupling in ${COUPLINGS:-tdm}; do                              # 60 each: fi
     runs+=("dmdo-$coupling")
 done
 matched=$(passed "$six" "${runs[@]}")
-if [ "$matched" != "$six" ]; then                                  # the mean of the two is better than either (docs/distillation.md)
+if [ "$matched" != "$six" ]; then                                  # their mean did better on edits than either (docs/distillation.md)
     [ -d "$out/six" ] || hyperbagel average "$six" "$matched" --model "$base" --out "$out/six"
     six=$out/six
 fi

@@ -21,6 +21,12 @@ def time_grid(num_steps: int, shift: float) -> Tensor:
     return shift_time(torch.linspace(1, 0, num_steps + 1), shift)
 
 
+def times_between(start: Tensor, end: Tensor, num_steps: int, shift: float) -> Tensor:
+    """num_steps + 1 times from `start` to `end` [...], equal parts in unshifted time: [num_steps + 1, ...]."""
+    share = torch.linspace(0, 1, num_steps + 1, device=start.device).view(-1, *(1 for _ in start.shape))
+    return shift_time(torch.lerp(unshift_time(start, shift), unshift_time(end, shift), share), shift)
+
+
 def segment_bounds(segments: int) -> Tensor:
     """0 = b_0 < ... < b_k = 1, equal parts in unshifted time (TSCD, Hyper-Bagel 3.2.2)."""
     return torch.linspace(0, 1, segments + 1)

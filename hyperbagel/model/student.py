@@ -235,8 +235,9 @@ def average_students(folders: Sequence[Path], base: Bagel) -> Student:
         if (theirs := other.sampler.nfe) != first.sampler.nfe:
             raise InputError(f"{folder}: got a student of {theirs} evaluations, expected {first.sampler.nfe} as {folders[0]} has")
     with torch.no_grad():
-        for name, own in first.state_dict().items():
-            own.copy_(torch.stack([student.state_dict()[name].float() for student in (first, *others)]).mean(0))
+        states = [student.state_dict() for student in (first, *others)]
+        for name, own in states[0].items():
+            own.copy_(torch.stack([state[name].float() for state in states]).mean(0))
     return first
 
 

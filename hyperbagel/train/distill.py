@@ -6,7 +6,7 @@ Shape legend: B samples, N latent tokens, C values of a token.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,11 @@ class DistillRecipe(TrainRecipe):
         if self.text_range[1] <= 1:
             raise ValueError("text_range ends at 1, which asks for a teacher without guidance; end it above 1 (the paper: 5)")
         return self
+
+    def check_sources(self, key: str, names: Iterable[str]) -> None:
+        """Raises InputError if a key names a source that `data` has not."""
+        if unknown := sorted(set(names) - set(self.data.sources)):
+            raise InputError(f"{key}: got {unknown[0]!r}, expected some of {', '.join(self.data.sources)}; name sources of data")
 
 
 @contextmanager
@@ -241,7 +246,7 @@ class DistillStage(Stage):
                 run = self.guided_teacher(conditions, self.usual_scales(conditions))
                 with self.amp():
                     teacher = torch.stack([euler(x, run, times) for x in noises])
-                    self.measured.append(Measured(conditions, noises, teacher, self.features(teacher, conditions)))
+                    self.measured.append(Measured(conditions, noises, teacher, self.features(self.decoded(teacher, conditions))))
             loader.close()
 
     def pictures(self, conditions: Conditions, noises: Tensor) -> Tensor:
@@ -250,10 +255,14 @@ class DistillStage(Stage):
         run = self.as_velocity(self.network, conditions, self.usual_scales(conditions))
         return torch.stack([euler(x, run, time_grid(sampler.nfe, sampler.shift)) for x in noises])
 
-    def features(self, x: Tensor, conditions: Conditions) -> Tensor:
-        """What the base's own ViT sees in latents [2, B, N, C] once decoded: [2, B, values]."""
+    def decoded(self, x: Tensor, conditions: Conditions) -> list[Tensor]:
+        """Latents [2, B, N, C] to pictures [B, 3, H, W] of each noise."""
+        return [self.decode(one, conditions) for one in x]
+
+    def features(self, pictures: list[Tensor]) -> Tensor:
+        """What the base's own ViT sees in pictures [B, 3, H, W] of two noises: [2, B, values]."""
         depth = self.base.config.vit.layers_used - 1
-        return torch.stack([vit_features(self.base, self.decode(one, conditions), [depth])[0][0].float().flatten(1) for one in x])
+        return torch.stack([vit_features(self.base, one, [depth])[0][0].float().flatten(1) for one in pictures])
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The averaged student beside the teacher, same conditions: `compare`, and `score`, minus the energy distance. Also by source.
@@ -265,9 +274,10 @@ class DistillStage(Stage):
         with self.players["student"].averaged():
             for m in self.measured:
                 made = self.pictures(m.conditions, m.noises)
-                figures = compare(made, m.teacher) | {"score": -conditional_energy(self.features(made, m.conditions), m.features)}
+                seen = self.decoded(made, m.conditions)
+                figures = compare(made, m.teacher) | {"score": -conditional_energy(self.features(seen), m.features)}
                 if self.answers:
-                    told = [self.answers(self.decode(x, m.conditions), m.conditions.samples).exp().mean().item() for x in made]
+                    told = [self.answers(one, m.conditions.samples).exp().mean().item() for one in seen]
                     figures["answers"] = sum(told) / len(told)
                 for name, value in figures.items():
                     for key in (name, f"{m.conditions.source}_{name}"):

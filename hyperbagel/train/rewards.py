@@ -108,9 +108,9 @@ class AnswerReward:
     def __call__(self, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
         """[B]. Raises InputError for a sample without questions if there is no general one."""
         plans = [self._plan(sample) for sample in samples]
-        batch = apart(pack_with(self.base, self.spec, pixels, plans), [sum(not isinstance(x, Text) for x in plan) for plan in plans])
-        mask = dense_mask(batch[0]) & batch[1]
-        ce = self.base.forward_train(batch[0], mask=mask).ce  # [sum of answers' tokens and their ends]
+        pictures = [sum(not isinstance(x, Text) for x in plan) for plan in plans]
+        batch, together = apart(pack_with(self.base, self.spec, pixels, plans), pictures)
+        ce = self.base.forward_train(batch, mask=dense_mask(batch) & together).ce  # [sum of answers' tokens and their ends]
         answers = [[len(x.ids) + 1 for x in plan if isinstance(x, Text) and x.loss] for plan in plans]
         of = torch.arange(len(plans), device=ce.device).repeat_interleave(torch.tensor([sum(n) for n in answers], device=ce.device))
         questions = torch.tensor([len(n) for n in answers], device=ce.device)
@@ -122,8 +122,8 @@ class AnswerReward:
             return [HERE, *(text for check in checks for text in check)]
         if self.question is None:
             raise InputError(
-                "reward_kind answers: got a sample without questions behind its picture, set data.sources.NAME.checks to how many, "
-                "or question to one that fits all"
+                "answers: got a sample without questions behind its picture, expected some; set checks of the source to how many, "
+                "or (for a reward) question to one that fits all"
             )
         before, _, _ = split_sample(sample)
         question = self.question.replace("{prompt}", prompt_text(sample, self.tokenizer))

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hyperbagel.flow.path import interpolate
-from hyperbagel.flow.schedule import shift_time, time_grid, unshift_time
+from hyperbagel.flow.schedule import shift_time, time_grid, times_between
 from hyperbagel.flow.solvers import euler, euler_steps
 from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity, velocity
 from hyperbagel.train.distill import DistillRecipe, DistillStage, Measured, seeded
@@ -149,9 +149,8 @@ class CfgStage(DistillStage):
         every = conditions.repeat(r.nfe)
         guidance = Scales(*(one.repeat_interleave(r.nfe) for one in (scales.text, scales.image)))
         x, t, end = torch.stack(states, dim=1).flatten(0, 1), grid[:-1].repeat(n), grid[1:].repeat(n)
-        share = torch.linspace(0, 1, self.substeps + 1, device=e.device)[:, None]
-        y, times = x, shift_time(torch.lerp(unshift_time(t, r.shift), unshift_time(end, r.shift), share), r.shift)
-        for now, then in pairwise(times):
+        y = x
+        for now, then in pairwise(times_between(t, end, self.substeps, r.shift)):
             y = jump(y, teacher_velocity(self.base, every, guidance, y, now, self.settings(conditions)), now, then)
         return Prepared(every, guidance, x, t, (x - y) / (t - end)[:, None, None])
 
@@ -161,9 +160,7 @@ class CfgStage(DistillStage):
         ours (on-policy distillation; DAgger, Ross et al. 2011): guidance leads away from the path between noise and data, and what the
         student meets there it was never shown. Sampled with few steps it also meets its own errors.
         """
-        u = unshift_time(t, self.recipe.shift)
-        times = shift_time(1 - torch.linspace(0, 1, steps + 1, device=x.device)[:, None] * (1 - u), self.recipe.shift)  # [steps + 1, B]
-        for now, then in pairwise(times):
+        for now, then in pairwise(times_between(torch.ones_like(t), t, steps, self.recipe.shift)):
             x = jump(x, student_velocity(self.network, conditions, scales, x, now), now, then)
         return x
 

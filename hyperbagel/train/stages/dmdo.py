@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from hyperbagel.flow.path import x0_from_velocity
-from hyperbagel.flow.schedule import shift_time, time_grid, unshift_time
+from hyperbagel.flow.schedule import shift_time, time_grid, times_between
 from hyperbagel.flow.solvers import euler
 from hyperbagel.model.student import StudentNetwork
 from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity
@@ -57,12 +57,10 @@ class Recipe(DistillRecipe):
             raise ValueError("real=guided does not know the pairs that coupling=reflowed asks about; take another coupling or real=teacher")
         if self.guidance_share and self.real != "guided":
             raise ValueError("guidance_share is of real=guided; a student as the real model has its guidance inside")
-        if unknown := sorted(set(self.guidance_share) - set(self.data.sources)):
-            raise ValueError(f"guidance_share names {unknown[0]!r}, expected some of {', '.join(self.data.sources)}")
         if self.holder and not self.held:
             raise ValueError("holder leads sources that are held, and held names none; set held or leave holder out")
-        if unknown := sorted(set(self.held) - set(self.data.sources)):
-            raise ValueError(f"held names {unknown[0]!r}, expected some of {', '.join(self.data.sources)}")
+        self.check_sources("guidance_share", self.guidance_share)
+        self.check_sources("held", self.held)
         return self
 
 
@@ -150,8 +148,7 @@ class DmdoStage(DistillStage):
 
     def lead(self, holder: StudentNetwork, t: Trajectory, segment: int) -> Tensor:
         """Where the holder comes from a segment's start to its end [B, N, C]."""
-        start, end = (unshift_time(t.times[i], self.own.shift) for i in (segment, segment + 1))
-        times = shift_time(torch.lerp(start, end, torch.linspace(0, 1, self.own.hold_steps + 1)), self.own.shift)
+        times = times_between(t.times[segment], t.times[segment + 1], self.own.hold_steps, self.own.shift)
         return euler(t.states[segment], self.as_velocity(holder, t.conditions, t.scales), times)
 
     def real(self, t: Trajectory, x: Tensor, tau: Tensor) -> Tensor:

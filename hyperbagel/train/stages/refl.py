@@ -46,8 +46,7 @@ class ReflStage(AdpStage):
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         if recipe.teacher is None:
             raise InputError("teacher: got no folder, expected the 6-NFE student of stage dmdo, set teacher=RUN/export")
-        if unknown := sorted(set(recipe.rewarded or ()) - set(recipe.data.sources)):
-            raise InputError(f"rewarded: got {unknown[0]!r}, expected some of {', '.join(recipe.data.sources)}; name sources of data")
+        recipe.check_sources("rewarded", recipe.rewarded or ())
         super().__init__(recipe, device)
         self.feedback = recipe
         self.reward = self._reward(recipe)

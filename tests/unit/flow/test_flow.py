@@ -7,7 +7,7 @@ import torch
 
 from hyperbagel.flow import path
 from hyperbagel.flow.guidance import guidance_on, guide
-from hyperbagel.flow.schedule import segment_bounds, shift_time, time_grid, unshift_time
+from hyperbagel.flow.schedule import segment_bounds, shift_time, time_grid, times_between, unshift_time
 from hyperbagel.flow.solvers import euler
 
 
@@ -78,3 +78,11 @@ def test_renormalised_lengths() -> None:
     assert bool((norm(guide(v, v_t, v_i, 4.0, 2.0, "channel"), dim=-1) <= norm(v, dim=-1) + 1e-9).all())
     assert bool((norm(guide(v, v_t, v_i, 4.0, 2.0, "global"), dim=(1, 2)) <= norm(v, dim=(1, 2)) + 1e-9).all())
     assert bool((norm(guide(v, v_t, None, 4.0, 1.0, "text_channel"), dim=-1) <= norm(v, dim=-1) + 1e-9).all())
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_times_between_are_a_part_of_the_grid(shift: float) -> None:
+    grid = time_grid(6, shift)
+    torch.testing.assert_close(times_between(grid[0], grid[-1], 6, shift), grid)
+    rows = times_between(grid[:3], grid[2:5], 2, shift)  # two steps of the grid from each of three places
+    torch.testing.assert_close(rows, torch.stack([grid[:3], grid[1:4], grid[2:5]]))
