@@ -193,6 +193,11 @@ def make_conditions(
     return Conditions(source, is_edit, (h, w), where, x0, ends, whole, text_dropped.repeat(n), texts_alone, rows)
 
 
+def some(rows: int, wanted: int) -> slice:
+    """At most `wanted` of `rows`, evenly spread (0: all): copies of one sample stand side by side."""
+    return slice(None, None, -(-rows // wanted) if wanted else 1)
+
+
 def _copies(sample: Sample) -> int:
     """How often the first picture to draw stands there."""
     _, target, _ = split_sample(sample)

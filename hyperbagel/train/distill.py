@@ -56,6 +56,7 @@ class DistillRecipe(TrainRecipe):
     shift: float = Field(default=3.0, gt=0)  # 3.2.1: at least 3.0 was necessary; of training times and of the sampler
     text_range: tuple[float, float] = (1.0, 5.0)  # 3.2.1
     image_range: tuple[float, float] = (1.0, 2.5)  # 3.2.1; edits
+    usual_share: float = Field(default=0.0, ge=0, le=1)  # ours: share of rows at the sampler's default scales, those most used
     data: DataConfig
     held_out: DataConfig | None = None  # what is measured; its mixture is not used
     held_out_groups: int = Field(default=2, ge=1)  # of each held-out source
@@ -189,7 +190,11 @@ class DistillStage(Stage):
         r, n = self.recipe, len(conditions)
         text = draw_scales(self.uniform(rng, n), *r.text_range)
         image = draw_scales(self.uniform(rng, n), *r.image_range)
-        return Scales(text, image if conditions.is_edit else torch.ones_like(image))
+        drawn = Scales(text, image if conditions.is_edit else torch.ones_like(image))
+        if not r.usual_share:
+            return drawn
+        usual, own = self.uniform(rng, n) < r.usual_share, self.usual_scales(conditions)
+        return Scales(torch.where(usual, own.text, drawn.text), torch.where(usual, own.image, drawn.image))
 
     def usual_scales(self, conditions: Conditions) -> Scales:
         """The sampler's defaults."""

@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
@@ -25,11 +27,25 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.student import fingerprint
 from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.nn.masks import dense_mask
-from hyperbagel.train.contexts import split_sample
+from hyperbagel.train.contexts import some, split_sample
 from hyperbagel.train.discriminator import vit_input
+from hyperbagel.train.losses.refl import refl_loss
 
 # (pictures [B, 3, H, W] in [-1, 1], the samples they were drawn for) -> [B]; differentiable by the pictures
 Reward = Callable[[Tensor, Sequence[Sample]], Tensor]
+
+
+class RewardSettings(BaseModel):
+    """Recipe keys of stages that go by a reward: which one, and how many pictures it sees."""
+
+    reward: Path | None = None  # folder of stage reward, or what `reward_entry` reads
+    reward_kind: Literal["preferences", "answers"] = "preferences"  # answers (ours): the base is asked about the picture; needs no folder
+    question: str | None = None  # answers: asked of pictures that bring no questions; {prompt} stands for what was asked for
+    answer: str = "Yes"  # the right one to `question`
+    reward_entry: str | None = None  # "module:function" of a reward model of your own (HPSv3 and the like)
+    ceiling: float = 6.0  # 3.2.5, for HPSv3; set it to where your reward's best pictures lie
+    reward_samples: int = Field(default=0, ge=0)  # pictures of a batch that are decoded and rewarded; 0: all
+    reward_cap: float = Field(default=0.3, gt=0)  # ours: longest the reward's gradient may be beside the one that holds the student
 
 
 HERE = VitImage(np.zeros((0, 0, 3), np.uint8))  # the drawn picture's place in a plan
@@ -129,6 +145,27 @@ class AnswerReward:
         question = self.question.replace("{prompt}", prompt_text(sample, self.tokenizer))
         texts = Text(self.tokenizer.encode(question)), Text(self.tokenizer.encode(self.answer), loss=True)
         return [*(item for item in before if isinstance(item, VitImage)), HERE, *texts]
+
+
+def open_reward(settings: RewardSettings, base: Bagel, spec: PackSpec, tokenizer: Tokenizer) -> Reward:
+    """The reward that a recipe names. Raises InputError if it names none, or one that cannot be used."""
+    if settings.reward_entry:
+        return foreign_reward(settings.reward_entry, settings.reward, base.device, tokenizer)
+    if settings.reward_kind == "answers":
+        return AnswerReward(base, spec, tokenizer, settings.question, settings.answer)
+    if settings.reward is None:
+        raise InputError("reward: got no folder, expected one of stage reward, set reward=RUN/export, reward_kind or reward_entry")
+    return load_reward(settings.reward, base, spec)
+
+
+def feedback(
+    reward: Reward, settings: RewardSettings, decode: Callable[[Tensor], Tensor], x0: Tensor, samples: Sequence[Sample]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a reward says of latents x0 [B, N, C], a leaf that needs gradient: mean reward, `refl_loss`, and its gradient [B, N, C]."""
+    rows = some(len(x0), settings.reward_samples)
+    score = reward(decode(x0[rows]), samples[rows])
+    loss = refl_loss(score, settings.ceiling)
+    return score.detach().mean(), loss.detach(), torch.autograd.grad(loss, x0)[0]
 
 
 def apart(batch: PackedBatch, pictures: Sequence[int]) -> tuple[PackedBatch, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hyperbagel.flow.path import interpolate, x0_from_velocity
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import euler
-from hyperbagel.train.contexts import Conditions, Scales, student_velocity
+from hyperbagel.train.contexts import Conditions, Scales, some, student_velocity
 from hyperbagel.train.discriminator import LatentDiscriminator, PixelDiscriminator
 from hyperbagel.train.distill import DistillRecipe, DistillStage, required, seeded
 from hyperbagel.train.losses.adversarial import accuracy, approximate_r1, hinge_discriminator, hinge_generator
@@ -66,11 +66,6 @@ class Prepared:
 def cubic_time(u: Tensor) -> Tensor:
     """t = 1 - (1 - u)^3 for u in [0, 1): biased to noise, mean 3/4 (3.2.4, DMDX's)."""
     return 1 - (1 - u) ** 3
-
-
-def some(rows: int, wanted: int) -> slice:
-    """At most `wanted` of `rows`, evenly spread (0: all): copies of one sample stand side by side."""
-    return slice(None, None, -(-rows // wanted) if wanted else 1)
 
 
 class AdpStage(DistillStage):

@@ -21,15 +21,17 @@ from hyperbagel.model.student import StudentNetwork
 from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity
 from hyperbagel.train.distill import DistillRecipe, DistillStage, required, seeded
 from hyperbagel.train.losses.dmd import Coupled, Coupling, couple, dmd_gradient, dmd_loss, fake_loss
+from hyperbagel.train.losses.refl import balanced_weight, with_gradient
 from hyperbagel.train.losses.tscd import pseudo_huber
 from hyperbagel.train.optim import OptimConfig
+from hyperbagel.train.rewards import RewardSettings, feedback, open_reward
 from hyperbagel.train.stage import Draws, Player
 
 Share = Annotated[float, Field(ge=0, le=1)]
 HOLD_C = 0.03  # where the pseudo-Huber of held sources turns linear, as in tscd and adp
 
 
-class Recipe(DistillRecipe):
+class Recipe(DistillRecipe, RewardSettings):
     """Settings of the stage "dmdo". `init`: the student of stage tscd."""
 
     teacher: Path | None = None  # the real model: the guidance-distilled student; for `reflowed` one made with target=reflow
@@ -42,6 +44,7 @@ class Recipe(DistillRecipe):
     holder: Path | None = None  # the student that leads there, from each state of the trained one's own ODE; None: `init`
     hold_steps: int = Field(default=1, ge=1)  # of the holder, for each segment: 6 lets a six-step student lead a one-step one
     hold_weight: float = Field(default=1.0, gt=0)
+    rewarded: list[str] = Field(default_factory=list)  # ours: sources whose x0_hat a reward pulls as well, as in stage refl
     coupling: Coupling = "tdm"  # ours: `paired` is the paper's and contracts (losses.dmd.contraction)
     tdm_span: Literal["segment", "rest"] = "segment"  # tdm: tau up to the segment's start, or up to 1
     fake_steps: int = Field(default=1, ge=1)  # fake turns before each student turn
@@ -61,6 +64,9 @@ class Recipe(DistillRecipe):
             raise ValueError("holder leads sources that are held, and held names none; set held or leave holder out")
         self.check_sources("guidance_share", self.guidance_share)
         self.check_sources("held", self.held)
+        self.check_sources("rewarded", self.rewarded)
+        if both := sorted({*self.held} & {*self.rewarded}):
+            raise ValueError(f"rewarded names {both[0]!r}, which is held; a reward pulls sources that are matched, leave it out of one")
         return self
 
 
@@ -96,6 +102,7 @@ class DmdoStage(DistillStage):
         fake = self.load(teacher)  # starts as the real model
         self.fake = fake.network(self.base)
         self.players["fake"] = Player.of(fake, recipe.fake_optim)
+        self.reward = open_reward(recipe, self.base, self.spec, self.tokenizer) if recipe.rewarded else None
         self.kept: list[Trajectory] = []  # of the last fake step, one a micro-batch
         self.kept_from: dict[str, Any] | None = None  # that step, and the loader's position before it
 
@@ -186,7 +193,14 @@ class DmdoStage(DistillStage):
             g = dmd_gradient(x0_hat, fake, real, self.own.normaliser_floor)
         loss = dmd_loss(x0_hat, g)
         gap = (fake - real).square().mean().sqrt()
-        return loss, {f"{name}_dmd": loss.detach(), f"{name}_gap": gap, f"{name}_size": x0_hat.detach().square().mean().sqrt()}
+        metrics = {f"{name}_dmd": loss.detach(), f"{name}_gap": gap, f"{name}_size": x0_hat.detach().square().mean().sqrt()}
+        if self.reward is None or name not in self.own.rewarded:
+            return loss, metrics
+        x0, matching = x0_hat.detach().requires_grad_(), g / g.numel()  # the gradient of dmd_loss
+        score, lack, along = feedback(self.reward, self.own, lambda x: self.decode(x, t.conditions), x0, t.conditions.samples)
+        weight = balanced_weight(matching, along, self.own.reward_cap)
+        metrics |= {f"{name}_reward": score, f"{name}_reward_weight": weight}
+        return with_gradient(x0_hat, matching + weight * along, loss + weight * lack), metrics
 
 
 def build(recipe: Recipe, device: torch.device) -> DmdoStage:

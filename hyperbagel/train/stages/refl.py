@@ -5,9 +5,6 @@ ours: the same for a student of several steps, with the gradient through its sam
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -16,26 +13,18 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import euler
 from hyperbagel.train.distill import seeded
-from hyperbagel.train.losses.refl import balanced_weight, refl_loss, with_gradient
-from hyperbagel.train.rewards import AnswerReward, Reward, foreign_reward, load_reward
+from hyperbagel.train.losses.refl import balanced_weight, with_gradient
+from hyperbagel.train.rewards import RewardSettings, feedback, open_reward
 from hyperbagel.train.stages import adp
-from hyperbagel.train.stages.adp import AdpStage, Prepared, some
+from hyperbagel.train.stages.adp import AdpStage, Prepared
 
 
-class Recipe(adp.Recipe):
+class Recipe(adp.Recipe, RewardSettings):
     """Settings of the stage "refl". `init`: the 1-NFE student of stage adp; `teacher`: the 6-NFE student that makes the pairs."""
 
-    reward: Path | None = None  # folder of stage reward, or what `reward_entry` reads
-    reward_kind: Literal["preferences", "answers"] = "preferences"  # answers (ours): the base is asked about the picture; needs no folder
-    question: str | None = None  # answers: asked of pictures that bring no questions; {prompt} stands for what was asked for
-    answer: str = "Yes"  # the right one to `question`
-    reward_entry: str | None = None  # "module:function" of a reward model of your own (HPSv3 and the like)
-    ceiling: float = 6.0  # 3.2.5, for HPSv3; set it to where your reward's best pictures lie
-    reward_samples: int = Field(default=0, ge=0)  # pictures of a batch that are decoded and rewarded; 0: all
     gradient_steps: int = Field(default=0, ge=0)  # ours (DRaFT-K, Clark et al. 2024): last steps of the student's sampler with gradient;
     # 0: one prediction from x_t, which is the whole sampler of a 1-NFE student (the paper's)
     rewarded: list[str] | None = None  # sources whose pictures are rewarded; the others only hold the student; None: all
-    reward_cap: float = Field(default=0.3, gt=0)  # ours: longest the reward's gradient may be beside the adversarial one
 
 
 class ReflStage(AdpStage):
@@ -49,16 +38,7 @@ class ReflStage(AdpStage):
         recipe.check_sources("rewarded", recipe.rewarded or ())
         super().__init__(recipe, device)
         self.feedback = recipe
-        self.reward = self._reward(recipe)
-
-    def _reward(self, recipe: Recipe) -> Reward:
-        if recipe.reward_entry:
-            return foreign_reward(recipe.reward_entry, recipe.reward, self.device, self.tokenizer)
-        if recipe.reward_kind == "answers":
-            return AnswerReward(self.base, self.spec, self.tokenizer, recipe.question, recipe.answer)
-        if recipe.reward is None:
-            raise InputError("reward: got no folder, expected one of stage reward, set reward=RUN/export, reward_kind or reward_entry")
-        return load_reward(recipe.reward, self.base, self.spec)
+        self.reward = open_reward(recipe, self.base, self.spec, self.tokenizer)
 
     def is_rewarded(self, source: str) -> bool:
         return self.feedback.rewarded is None or source in self.feedback.rewarded
@@ -82,14 +62,12 @@ class ReflStage(AdpStage):
         x0_hat = self.predict(batch)
         x0 = x0_hat.detach().requires_grad_()  # judges and reward are differentiated once, down to here; the student once, from here
         loss, metrics = self.judged(batch, x0)
-        rows = some(len(x0), r.reward_samples)
-        score = self.reward(self.decode(x0[rows], batch.conditions), batch.conditions.samples[rows])
-        feedback = refl_loss(score, r.ceiling)
-        adversarial, reward = (torch.autograd.grad(term, x0)[0] for term in (loss, feedback))
+        adversarial = torch.autograd.grad(loss, x0)[0]
+        score, lack, reward = feedback(self.reward, r, lambda x: self.decode(x, batch.conditions), x0, batch.conditions.samples)
         # without judges only the pair holds the student, whose gradient is zero at first: nothing to be balanced against
         weight = balanced_weight(adversarial, reward, r.reward_cap) if self.judging else torch.ones_like(loss)
-        metrics |= {f"{name}_reward": score.detach().mean(), f"{name}_reward_weight": weight}
-        return with_gradient(x0_hat, adversarial + weight * reward, (loss + weight * feedback).detach()), metrics
+        metrics |= {f"{name}_reward": score, f"{name}_reward_weight": weight}
+        return with_gradient(x0_hat, adversarial + weight * reward, loss + weight * lack), metrics
 
     def evaluate(self, step: int) -> dict[str, float]:
         """As in adp, and the averaged student's held-out reward beside the teacher's pictures'."""

@@ -182,3 +182,18 @@ def test_where_the_student_arrives_is_its_own_euler_path(base: Path) -> None:
     between = prepared.x_t - (1 - prepared.t)[:, None, None] * prepared.conditions.x0
     noise = between / prepared.t[:, None, None]  # what x_t would be made of, were it on the data's path
     assert (noise.std() - 1).abs() > 0.02 and prepared.target.isfinite().all()
+
+
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+def test_some_rows_at_the_usual_scales(base: Path, source: str) -> None:
+    """Both scales of a row together; the other rows as they would have been drawn."""
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        stage: Any = make(cfg, base, usual_share=share, data=only(source))
+        conditions = stage._conditions(source, stage.loader.next_group().samples * 40, Draws.at(0))
+        found[share] = stage.scales(conditions, Draws.at(1))
+    usual = torch.stack(list(vars(stage.usual_scales(conditions)).values()))
+    drawn, half, whole = (torch.stack(list(vars(one).values())) for one in found.values())
+    assert torch.equal(whole, usual) and not (drawn == usual).all(0).any()
+    at_usual = (half == usual).all(0)
+    assert torch.equal(half, torch.where(at_usual, usual, drawn)) and 0.3 < at_usual.float().mean() < 0.7

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_base import make, only, stage_of
+from tiny_base import make, only, settings, stage_of
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.packing import pack
@@ -15,10 +15,11 @@ from hyperbagel.data.plan import Text, VaeImage, VitImage
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import euler
+from hyperbagel.train.contexts import student_velocity
 from hyperbagel.train.losses.refl import refl_loss
 from hyperbagel.train.rewards import AnswerReward, checks_behind, foreign_reward, load_reward, prompt_text
 from hyperbagel.train.stage import Draws
-from hyperbagel.train.stages import adp, cfg, reward
+from hyperbagel.train.stages import adp, cfg, dmdo, reward
 
 
 def test_a_reward_reads_picture_and_prompt(base: Path, head: Path) -> None:
@@ -174,6 +175,47 @@ def test_feedback_by_answers_learns(base: Path, student: Path, head: Path) -> No
         loss.backward()
         optimizer.step()
     assert rewards[-1] > rewards[0] + 0.02, rewards
+
+
+@pytest.mark.parametrize("cap", [0.5, 1e9])
+def test_a_reward_beside_distribution_matching(cap: float, base: Path, student: Path, head: Path) -> None:
+    """The student's gradient is that of matching plus the reward's, written out; the reward's is at most `cap` times as long at x0_hat."""
+    data = only("t2i")
+    data["sources"] = {"t2i": data["sources"]["t2i"] | {"checks": 2}}
+    keys: dict[str, Any] = {"nfe": 1, "rewarded": ["t2i"], "reward_kind": "answers", "ceiling": 0.0, "reward_cap": cap}
+    stage: Any = stage_of("dmdo", base, student, head, data=data, **keys)
+    with torch.no_grad():  # the fake model must leave the real one before there is anything to match
+        for parameter in stage.players["fake"].parameters.values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    batch = stage.batch(0, Draws.at(0))
+    own = list(stage.players["student"].parameters.values())
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        found = torch.autograd.grad(loss, own, allow_unused=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(own, found, strict=True)])
+
+    loss, metrics = stage.loss("student", batch, 0)
+    both = gradient(loss)
+    reward, stage.reward = stage.reward, None
+    alone, plain = stage.loss("student", batch, 0)
+    matching = gradient(alone)
+    assert "t2i_reward" not in plain
+    t, one = batch.trajectory, torch.ones(len(batch.tau))
+    x0 = t.states[0] - student_velocity(stage.network, t.conditions, t.scales, t.states[0], one)
+    lack = torch.relu(0.0 - reward(stage.decode(x0, t.conditions), t.conditions.samples)).mean()
+    weight = metrics["t2i_reward_weight"]
+    pulled = gradient(weight * lack)
+    assert pulled.norm() > 1e-3 * matching.norm() > 0
+    torch.testing.assert_close(both, matching + pulled, rtol=1e-3, atol=1e-5 * float(both.norm()))
+    torch.testing.assert_close(loss.detach(), (alone + weight * lack).detach())
+    assert (weight < 1) == (cap < 1)
+
+
+def test_a_held_source_is_not_rewarded(base: Path) -> None:
+    with pytest.raises(InputError, match="rewarded names 'edit', which is held"):
+        settings(dmdo, base, held=["edit"], rewarded=["edit"])
+    with pytest.raises(InputError, match="rewarded: got 'edits'"):
+        settings(dmdo, base, rewarded=["edits"])
 
 
 @pytest.mark.parametrize("name", ["cfg", "dmdo", "adp"])
