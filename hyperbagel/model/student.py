@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,7 +219,7 @@ def carry_student(folder: Path, old: Bagel, new: Bagel) -> Student:
 
 
 def average_students(folders: Sequence[Path], base: Bagel) -> Student:
-    """The mean of students of one shape, tensor by tensor; sampler settings are the first one's.
+    """The mean of students of one shape, tensor by tensor; sampler settings are the first one's, `stage` names all that made them.
 
     For students that were trained on from one another: their errors are partly apart, their weights hardly (model soups, Wortsman et al.
     2022). Of low-rank factors it is the mean of each factor, not of their product. Raises InputError for fewer than two, or unlike ones.
@@ -238,6 +238,8 @@ def average_students(folders: Sequence[Path], base: Bagel) -> Student:
         states = [student.state_dict() for student in (first, *others)]
         for name, own in states[0].items():
             own.copy_(torch.stack([state[name].float() for state in states]).mean(0))
+    made = dict.fromkeys(student.sampler.stage for student in (first, *others))
+    first.sampler = replace(first.sampler, stage=" + ".join(made))
     return first
 
 

@@ -72,6 +72,8 @@ class DistillRecipe(TrainRecipe):
                 raise ValueError(f"{name} is {low} to {high}, expected 1 <= low <= high")
         if self.text_range[1] <= 1:
             raise ValueError("text_range ends at 1, which asks for a teacher without guidance; end it above 1 (the paper: 5)")
+        if self.measure == "answers" and self.held_out is None:
+            raise ValueError("measure=answers asks about held-out pictures and there are none; set held_out, or leave measure at score")
         return self
 
     def check_sources(self, key: str, names: Iterable[str]) -> None:

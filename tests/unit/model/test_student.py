@@ -232,14 +232,16 @@ def test_a_model_without_the_named_layer_is_a_mistake() -> None:
 def test_the_mean_of_students(kind: Kind, tmp_path: Path) -> None:
     base, folders = tiny(), [tmp_path / name for name in "abc"]
     for i, folder in enumerate(folders):
-        student = Student(make_adapter(base, kind, rank=2), GuidanceEmbedders(24), Sampler(nfe=6, shift=3.0 + i))
+        student = Student(
+            make_adapter(base, kind, rank=2), GuidanceEmbedders(24), Sampler(nfe=6, shift=3.0 + i, stage=("refl", "dmdo", "refl")[i])
+        )
         shake(student, seed=i)
         save_student(folder, student, base)
     mean = average_students(folders, base)
     each = [load_student(folder, base).state_dict() for folder in folders]
     for name, value in mean.state_dict().items():
         torch.testing.assert_close(value, sum(one[name] for one in each) / 3)
-    assert mean.sampler == Sampler(nfe=6, shift=3.0)
+    assert mean.sampler == Sampler(nfe=6, shift=3.0, stage="refl + dmdo")
     alone = average_students([folders[0], folders[0]], base).state_dict()
     assert all(torch.equal(value, each[0][name]) for name, value in alone.items())
 

@@ -276,6 +276,8 @@ def test_a_student_is_installed_beside_its_model(base: Path, student: Path, tmp_
 def test_recipes_that_are_refused(base: Path, student: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="without guidance"):
         settings(cfg, base, text_range=[1.0, 1.0])
+    with pytest.raises(InputError, match="held-out pictures and there are none"):
+        settings(cfg, base, measure="answers")
     with pytest.raises(InputError, match="init: got no folder"):
         make(tscd, base)
     with pytest.raises(InputError, match="teacher: got no folder"):
