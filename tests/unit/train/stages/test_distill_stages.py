@@ -311,6 +311,13 @@ def test_shipped_recipes_are_valid(name: str, size: str) -> None:
     assert recipe.held_out is not None and set(DATA["sources"]) <= set(recipe.held_out.sources)  # the best checkpoint and the gate need it
 
 
+@pytest.mark.parametrize(("module", "recipe"), [(dmdo, "toybox/dmdo-one"), (dmdo, "7b/dmdo-one"), (refl, "toybox/refl-six")])
+def test_further_recipes_are_valid(module: Any, recipe: str) -> None:
+    found = load_config(module.Recipe, RECIPES / f"{recipe}.yaml")
+    assert found.held_out is not None and set(found.held_out.sources) == set(found.data.sources) == set(DATA["sources"])
+    assert set(found.held if module is dmdo else found.rewarded) < set(found.data.sources)
+
+
 def test_held_out_groups_of_one_sample_are_enough(base: Path) -> None:
     """Pictures of a real data set differ in size, so the 7B recipes measure them one by one."""
     alone = {"sources": {name: source | {"samples": 1} for name, source in HELD_OUT["sources"].items()}, "mixture": HELD_OUT["mixture"]}
