@@ -19,6 +19,7 @@ import torch
 from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import plain_error
 from hyperbagel.data.images import open_image, save_png
 from hyperbagel.data.prompts import THINK_ANSWER
 from hyperbagel.generate.session import Session
@@ -178,7 +179,7 @@ class Chat:
     def do_image(self, path: str) -> None:
         if not path and self.last is None:
             raise InputError("got /image alone and no picture so far, expected a path; write /image picture.png")
-        image = open_image(Path(path).expanduser()) if path else self.last
+        image = open_image(_path(path)) if path else self.last
         assert image is not None
         before = self.session.cache.lengths[0]
         self.session.add_image(image, latents=False)
@@ -199,7 +200,7 @@ class Chat:
             raise InputError("got no picture so far, expected one; make one with /draw PROMPT")
         if Path(path).suffix.lower() != ".png":
             raise InputError(f"got the name {path!r}, expected one that ends in .png; write /save picture.png")
-        save_png(self.last, Path(path).expanduser(), self.settings)
+        save_png(self.last, _path(path), self.settings)
         self.out(f"{path}\n")
 
     def do_new(self, _: str) -> None:
@@ -253,9 +254,17 @@ class Chat:
 
 
 def _number(word: str, name: str, low: int, high: int) -> int:
-    if not word.isdecimal() or not low <= int(word) <= high:
+    if not word.isdecimal() or len(word) > 20 or not low <= int(word) <= high:
         raise InputError(f"got /{name} {word}, expected a whole number from {low} to {high}")
     return int(word)
+
+
+def _path(text: str) -> Path:
+    """A path as a shell reads it. Raises InputError for the home of nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"got the path {text!r}, whose user has no home here, expected a path; write it out in full") from error
 
 
 @contextmanager
@@ -296,3 +305,5 @@ def run(chat: Chat, first: Sequence[str] = ()) -> None:
                     return
         except InputError as error:
             chat.note(f"error: {' '.join(str(error).split())}")
+        except OSError as error:  # a place that cannot be written must not end what was said
+            chat.note(f"error: {' '.join(plain_error(error).split())}")

@@ -25,6 +25,7 @@ _REASONS = {
     errno.EDQUOT: ("a full quota", "free some space or choose another disk"),
     errno.ENOENT: ("a folder that does not exist", "create the folder first"),
     errno.ENOTDIR: ("a path that runs through a file", "choose a path whose parents are folders"),
+    errno.ENAMETOOLONG: ("a name that is too long", "choose a shorter one"),
     errno.EISDIR: ("a folder where a file should go", "choose another name or remove the folder"),
 }
 

@@ -21,6 +21,9 @@ from hyperbagel.core.files import atomic_write_bytes
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by their first bytes; others need programs beside Pillow (EPS: Ghostscript)
 MAX_PIXELS = 100_000_000  # of a picture that is read; a decompression bomb claims more
 SETTINGS_KEY = "hyperbagel"
+# What Pillow warns of, sizes and odd metadata, is refused here or does no harm. Once, for good: a filter that is set and taken back around
+# each file is not safe among threads.
+warnings.filterwarnings("ignore", module=r"PIL\b")
 # what Pillow raises for files that are cut off or lie about themselves
 _FORMAT = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, TypeError, KeyError, OverflowError)
 _DAMAGED = (OSError, MemoryError, *_FORMAT)
@@ -65,17 +68,15 @@ def _open(source: Path | str | bytes, name: str | None, convert: Callable[[Image
     if not data:
         raise InputError(f"{label}: got an empty file, expected a picture, give another one")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our own limit below replaces Pillow's warning
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width < 1 or image.height < 1 or image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"{label}: got {image.width}x{image.height} pixels, expected 1x1 to {MAX_PIXELS // 10**6} megapixels, "
-                    "give a picture of another size"
-                )
-            image.seek(0)
-            image.load()
-            return convert(ImageOps.exif_transpose(image))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width < 1 or image.height < 1 or image.width * image.height > MAX_PIXELS:
+            raise InputError(
+                f"{label}: got {image.width}x{image.height} pixels, expected 1x1 to {MAX_PIXELS // 10**6} megapixels, "
+                "give a picture of another size"
+            )
+        image.seek(0)
+        image.load()
+        return convert(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise InputError(f"{label}: got a file that is no picture, expected PNG, JPEG, WebP or the like, give another one") from error
     except Image.DecompressionBombError as error:
@@ -135,7 +136,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
             image.load()
             text = image.info.get(SETTINGS_KEY)
         settings = json.loads(text) if text else None
-    except (*_DAMAGED, UnidentifiedImageError) as error:
+    except (*_DAMAGED, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: got no readable picture ({error}), expected a PNG written by this program, check the path") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path}: got a picture without settings, expected a PNG written by this program, give that one")

@@ -86,7 +86,7 @@ class Service:
         router.add_api_route("/version", self.version, methods=["GET"])
         router.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse)
         router.add_api_route("/v1/models", self.models, methods=["GET"])
-        router.add_api_route("/v1/models/{model}", self.one_model, methods=["GET"])
+        router.add_api_route("/v1/models/{model:path}", self.one_model, methods=["GET"])
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None, responses=streamed)
         router.add_api_route("/v1/images/generations", self.generations, methods=["POST"], response_model=None, responses=streamed)
         form: dict[str, Any] = {"openapi_extra": EDIT_FORM, "responses": streamed}

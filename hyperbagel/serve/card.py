@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 from typing import Any
 
 from PIL import Image
 
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.pipeline import HyperBagel, ImageRequest
 from hyperbagel.serve.schemas import Limits
 
@@ -14,19 +16,30 @@ from hyperbagel.serve.schemas import Limits
 def model_card(model: HyperBagel, name: str, created: int, limits: Limits) -> dict[str, Any]:
     """OpenAI's model object, and ours beside it. Sizes are pixels, [width, height]."""
     options, stride = model.parts.model.config.options, model.parts.model.config.latent_stride
-    students = model.students.names()
+    samplers = _samplers(model)
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "hyperbagel",
-        "students": students,
+        "students": list(samplers),
         "drafters": model.drafters.names(),
-        "samplers": {student: asdict(model.students.sampler(student)) for student in students},
+        "samplers": samplers,
         "usual": {"draw": _usual(model), "edit": _usual(model, Image.new("RGB", (1, 1)))},
         "size": {"usual": [*reversed(model.default_size)], "stride": stride, "largest": options.max_latent_size * stride},
         "limits": {"n": limits.n, "steps": limits.steps, "images": limits.images, "max_tokens": limits.max_tokens},
     }
+
+
+def _samplers(model: HyperBagel) -> dict[str, dict[str, Any]]:
+    """How the students are sampled that can be read: one damaged folder must not take the others away."""
+    found = {}
+    for name in model.students.names():
+        try:
+            found[name] = asdict(model.students.sampler(name))
+        except InputError as error:
+            warnings.warn(f"{error}; going on without student {name}", Notice, stacklevel=2)
+    return found
 
 
 def _usual(model: HyperBagel, *images: Image.Image) -> dict[str, Any]:

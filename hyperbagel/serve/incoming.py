@@ -7,7 +7,6 @@ import binascii
 import io
 import re
 import secrets
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,6 +43,7 @@ class Incoming:
         """A chat that is answered with pictures: the parts of the last message, in order. If it holds no picture, the last picture that
         the conversation holds comes first, so that "make it blue" edits what was drawn before."""
         self._model_name(body.model)
+        self._drafter(body.drafter)  # a picture needs none, but a wrong name is an error here too
         *earlier, last = self._turns(body)
         inputs = self._items(last)
         if not any(isinstance(item, Image.Image) for item in inputs):
@@ -96,11 +96,13 @@ class Incoming:
     def questions(self, body: ChatBody) -> list[AskRequest]:
         """A chat that is answered with text. The model takes all pictures first, then question, answer, ..., question."""
         self._model_name(body.model)
-        images = [item for message in body.messages for item in self._items(message) if isinstance(item, Image.Image)]
+        self._settings(body, body.size)
+        asked = self._turns(body)  # counts pictures before any is unpacked
+        images = [item for message in asked for item in self._items(message) if isinstance(item, Image.Image)]
         system = "\n".join(text for message in body.messages if message.role in ("system", "developer") if (text := _text(message)))
         turns: list[tuple[str, str]] = []
         question, answer = system, ""
-        for message in self._turns(body):
+        for message in asked:
             if message.role == "assistant":
                 answer = "\n".join(filter(None, (answer, _text(message))))
                 continue
@@ -113,9 +115,7 @@ class Incoming:
         tokens = body.max_completion_tokens or body.max_tokens
         if tokens is not None and tokens > self.limits.max_tokens:
             raise ApiError(400, f"got max_tokens {tokens}, expected at most {self.limits.max_tokens}", param="max_tokens")
-        known = self.model.drafters.names()  # of the model alone: a client must not have the server read folders
-        if body.drafter not in (None, *known):
-            raise ApiError(400, f"got drafter {body.drafter!r}, expected one of {', '.join(known)}", param="drafter")
+        self._drafter(body.drafter)
         given: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
         given |= {} if body.temperature is None else {"temperature": body.temperature}
         request = AskRequest(question, tuple(images), think=bool(body.think), turns=tuple(turns), drafter=body.drafter, **given)
@@ -126,8 +126,9 @@ class Incoming:
         turns = [message for message in body.messages if message.role in ("user", "assistant")]
         if not turns or turns[-1].role != "user":
             raise ApiError(400, "got a conversation that does not end with the user, expected a user's message last", param="messages")
-        pictures = sum(len(message.images or ()) for message in turns)
-        pictures += sum(part.type == "image_url" for m in turns for part in (m.content if isinstance(m.content, list) else []))
+        if any(_pictures(message) for message in body.messages if message not in turns):
+            raise ApiError(400, "got a picture in a system message, expected text alone; put it into a user's message", param="messages")
+        pictures = sum(map(_pictures, turns))
         if pictures > self.limits.images:
             raise ApiError(400, f"got {pictures} pictures, expected at most {self.limits.images}", param="messages")
         return turns
@@ -167,11 +168,12 @@ class Incoming:
         believed."""
         param = "mask" if name == "mask" else "image"
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # our own limit below replaces Pillow's warning
-                width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
+            width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
         except UnidentifiedImageError as error:
             raise ApiError(400, f"{name}: got a file that is no picture, expected PNG, JPEG, WebP or the like", param=param) from error
+        except Image.DecompressionBombError as error:
+            told = f"{name}: got far too many pixels, expected at most {self.limits.image_pixels}; make it smaller"
+            raise ApiError(400, told, param=param, code="image_too_large") from error
         except Exception as error:  # Pillow raises nearly anything for headers that lie
             raise ApiError(400, f"{name}: got a damaged picture, expected a whole file", param=param) from error
         if width * height > self.limits.image_pixels:
@@ -189,6 +191,11 @@ class Incoming:
             raise ApiError(400, f"got n {n}, expected at most {self.limits.n}", param="n")
         return n or 1
 
+    def _drafter(self, name: str | None) -> None:
+        known = self.model.drafters.names()  # of the model alone: a client must not have the server read folders
+        if name not in (None, *known):
+            raise ApiError(400, f"got drafter {name!r}, expected one of {', '.join(known)}", param="drafter")
+
     def _model_name(self, name: str | None) -> None:
         if name is not None and name not in self.names:
             told = f"got model {name!r}, expected {', '.join(self.names)}"
@@ -197,6 +204,12 @@ class Incoming:
 
 def _first_seed(knobs: Knobs) -> int:
     return secrets.randbits(31) if knobs.seed is None else knobs.seed
+
+
+def _pictures(message: Message) -> int:
+    """How many pictures a message holds; none is unpacked."""
+    parts = message.content if isinstance(message.content, list) else []
+    return len(message.images or ()) + sum(part.type == "image_url" for part in parts)
 
 
 def _text(message: Message) -> str:

@@ -258,4 +258,7 @@ class _Connection:
 def _same_origin(socket: WebSocket) -> bool:
     """Browsers let any site open a socket to any server, so a page of another one is turned away; programs send no origin."""
     origin = socket.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == socket.headers.get("host")
+    try:
+        return origin is None or urlsplit(origin).netloc == socket.headers.get("host")
+    except ValueError:  # no address at all
+        return False

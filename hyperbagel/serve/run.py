@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import socket
+import warnings
 from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.serve.app import DRAIN_SECONDS
 
 
@@ -48,6 +49,7 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 
 def run(app: FastAPI, listener: socket.socket, host: str, ready: Callable[[str], None]) -> None:
     """Serves at a place of `bind` until it is told to stop. `ready` is called with the address before the first request."""
+    warnings.filterwarnings("always", category=Notice)  # each is of one request; Python would show the first of them alone
     shown = f"[{host}]" if ":" in host else host
     ready(f"http://{shown}:{listener.getsockname()[1]}")
     make_server(app).run(sockets=[listener])

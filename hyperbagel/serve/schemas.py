@@ -187,5 +187,7 @@ class ChatBody(Knobs, Ignored):
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     logprobs: Literal[False] | None = None
+    stop: None = None  # what client libraries write where nothing was said
+    tools: None = None
     store: Any = Field(None, description="Ignored.")
     service_tier: Any = Field(None, description="Ignored.")

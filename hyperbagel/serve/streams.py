@@ -51,7 +51,8 @@ def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
     first: Any = max(error.errors(), key=lambda detail: len(detail["loc"]))
     kind, path = first["type"], list(first["loc"])
     if kind == "json_invalid":  # its place is a character, not a field
-        told = f"got JSON that cannot be read ({first['ctx']['error']}, character {path[-1]}), expected a whole JSON object"
+        place = f", character {path[-1]}" if path else ""  # a text that was read on its own, as Live's messages are, has none
+        told = f"got JSON that cannot be read ({first['ctx']['error']}{place}), expected a whole JSON object"
         return ApiError(400, told, code="invalid_value")
     if kind == "model_attributes_type" and path == ["body"]:
         what = "another content type" if isinstance(first["input"], bytes) else f"a JSON {type(first['input']).__name__}"

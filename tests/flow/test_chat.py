@@ -156,6 +156,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "nothing to show": ("/image", "/image picture.png"),
     "nothing to save": ("/save a.png", "make one"),
     "no file": ("/image nowhere.png", "check the path"),
+    "nobody's home": ("/image ~nobody-of-this-name/x.png", "no home here"),
+    "endless seed": ("/seed " + "9" * 5000, "whole number"),
     "no words": ("/draw", "empty prompt"),
     "seed": ("/seed -1", "whole number"),
     "temperature": ("/temperature hot", "number from 0"),
@@ -172,6 +174,16 @@ def test_what_cannot_be_done_changes_nothing(name: str, talk: Talk) -> None:
     with pytest.raises(InputError, match=words):
         talk.say(line)
     assert talk.session.cache.lengths == [0] and talk.text == ""
+
+
+def test_a_place_that_cannot_be_written_ends_nothing(talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["/draw a car", f"/save {'x' * 300}.png", "/save ~nobody-of-this-name/x.png", "/save no/such/x.png", "/seed 7", "/save out.png"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    module.run(talk)
+    errors = [note for note in talk.notes if note.startswith("error: ")]
+    assert len(errors) == 3 and "too long" in errors[0] and talk.seed == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
 def test_lines_from_a_pipe(model: HyperBagel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,6 +157,9 @@ def test_errors_are_told_and_the_line_goes_on(line: Any) -> None:
         header, _ = receive(line)
         assert header["type"] == "error" and told in header["error"]["message"], header
         assert set(header["error"]) == {"message", "type", "param", "code"}
+    for text in ("{", "", "7"):
+        line.send_text(text)
+        assert receive(line)[0]["error"]["code"] == "invalid_value", text
     line.send_bytes(b"x")
     assert "binary" in receive(line)[0]["error"]["message"]
     line.send_json(draw(5))
@@ -170,6 +173,7 @@ def test_errors_are_told_and_the_line_goes_on(line: Any) -> None:
         ({"type": "hello"}, {}, "invalid_api_key"),
         (draw(1), {}, None),
         ({"type": "hello", "key": KEY}, {"origin": "http://evil.example"}, None),
+        ({"type": "hello", "key": KEY}, {"origin": "http://[evil"}, None),
     ],
 )
 def test_strangers_are_turned_away(http: TestClient, first: dict[str, Any], headers: dict[str, str], code: str | None) -> None:

@@ -242,66 +242,6 @@ def test_models_health_version_metrics_and_schema(client: openai.OpenAI, app: An
         assert knobs <= set(fields["properties"])
 
 
-def draw(prompt: str = "x", **more: Any) -> Callable[[openai.OpenAI], Any]:
-    return lambda client: client.images.generate(prompt=prompt, **more)
-
-
-def edit(image: bytes, **more: Any) -> Callable[[openai.OpenAI], Any]:
-    return lambda client: client.images.edit(prompt="x", image=image, **more)
-
-
-def chat(content: Any = "x", role: str = "user", **more: Any) -> Callable[[openai.OpenAI], Any]:
-    return lambda client: client.chat.completions.create(model="tiny", messages=[{"role": role, "content": content}], **more)  # type: ignore
-
-
-URL_PART = [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/x"}}]
-BAD = openai.BadRequestError
-WRONG: dict[str, tuple[Callable[[openai.OpenAI], Any], type[openai.APIStatusError], str]] = {
-    "model": (draw(model="dall-e"), openai.NotFoundError, "tiny"),
-    "typo": (draw(extra_body={"text_scle": 2}), BAD, "text_scle"),
-    "size": (draw(size="50x50"), BAD, "48x48"),
-    "no size": (draw(size="big"), BAD, "WIDTHxHEIGHT"),
-    "empty": (draw(" "), BAD, "empty prompt"),
-    "n": (draw(n=99), BAD, "at most 10"),
-    "steps": (draw(extra_body={"steps": 10**6}), BAD, "at most 1000"),
-    "student": (draw(extra_body={"student": "/etc"}), BAD, "none"),
-    "drafter": (chat(extra_body={"drafter": "/etc"}), BAD, "lookup, auto, none"),
-    "interval": (draw(extra_body={"interval": [1, 0]}), BAD, "LO <= HI"),
-    "long prompt": (draw("a red car " * 9000), BAD, "shorten it"),
-    "long stream": (draw("a red car " * 9000, stream=True), BAD, "shorten it"),
-    "no picture": (edit(b"hello"), BAD, "no picture"),
-    "cut picture": (edit(png("red")[:60]), BAD, "damaged"),
-    "mask": (edit(png("red"), mask=png("white", 16)), BAD, "equal sizes"),
-    "empty mask": (edit(png("red"), mask=png("black")), BAD, "nothing change"),
-    "address": (chat(URL_PART), BAD, "data:"),
-    "no user": (chat(role="system"), BAD, "user"),
-    "tokens": (chat(max_tokens=10**6), BAD, "4096"),
-    "top_p": (chat(top_p=0.5), BAD, "top_p"),
-    "key": (lambda client: client.with_options(api_key="wrong").models.list(), openai.AuthenticationError, "API key"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_refused(name: str, client: openai.OpenAI) -> None:
-    call, kind, told = WRONG[name]
-    with pytest.raises(kind) as caught:
-        call(client)
-    assert told in str(caught.value) and isinstance(caught.value.body, dict)
-    assert set(caught.value.body) == {"message", "type", "param", "code"}, "OpenAI's form"
-    assert "Traceback" not in caught.value.response.text
-
-
-def test_a_body_and_a_picture_that_are_too_large(model: HyperBagel) -> None:
-    http = TestClient(create_app(model, limits=Limits(body_bytes=2000, image_pixels=100)))
-    long = http.post("/v1/images/generations", json={"prompt": "x" * 3000})
-    piecemeal = http.post("/v1/images/generations", content=iter([b"x" * 1500] * 2), headers={"content-type": "application/json"})
-    assert (long.status_code, piecemeal.status_code) == (413, 413) and long.json()["error"]["code"] == "body_too_large"
-    large = http.post("/v1/images/edits", data={"prompt": "x"}, files={"image": png("red")})
-    assert large.status_code == 400 and large.json()["error"]["code"] == "image_too_large"
-    assert http.get("/nowhere").json()["error"]["message"] == "Not Found"
-    assert http.get("/v1/chat/completions").status_code == 405
-
-
 # -- many clients, over a socket -----------------------------------------------------------------------------------------------------
 
 

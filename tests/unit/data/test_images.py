@@ -2,7 +2,9 @@
 
 import io
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +86,20 @@ def test_refusals_are_one_line(data: bytes, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         open_image(data, "cat.png")
     assert str(caught.value).startswith("cat.png: got") and "\n" not in str(caught.value)
+
+
+def test_reading_leaves_the_filters_of_warnings_alone() -> None:
+    """They are the process's: threads that set and take them back at once leave some behind."""
+    before, large = list(warnings.filters), encoded(Image.new("RGB", (900, 900)))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(open_image, [large] * 24))
+    assert warnings.filters == before
+
+
+def test_settings_of_a_bomb(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    with pytest.raises(InputError, match="no readable picture"):
+        read_settings(tmp_path / "bomb.png")
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""What the server refuses, and how: OpenAI's form of an error, before anything is done; and what it forgives."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from hyperbagel.core.errors import Notice
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.serve import incoming
+from hyperbagel.serve.app import create_app
+from hyperbagel.serve.schemas import Limits
+
+KEY = "sesame"
+
+
+@pytest.fixture(scope="module")
+def app(model: HyperBagel) -> Any:
+    return create_app(model, api_key=KEY)
+
+
+@pytest.fixture
+def http(app: Any) -> TestClient:
+    return TestClient(app, headers={"authorization": f"Bearer {KEY}"})
+
+
+@pytest.fixture(scope="module")
+def client(app: Any) -> Iterator[openai.OpenAI]:
+    """The official client, in process."""
+    with TestClient(app, base_url="http://testserver") as http:
+        yield openai.OpenAI(api_key=KEY, base_url="http://testserver/v1", http_client=http, max_retries=0)
+
+
+def png(colour: str, side: int = 32) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def draw(prompt: str = "x", **more: Any) -> Callable[[openai.OpenAI], Any]:
+    return lambda client: client.images.generate(prompt=prompt, **more)
+
+
+def edit(image: bytes, **more: Any) -> Callable[[openai.OpenAI], Any]:
+    return lambda client: client.images.edit(prompt="x", image=image, **more)
+
+
+def chat(content: Any = "x", role: str = "user", **more: Any) -> Callable[[openai.OpenAI], Any]:
+    return lambda client: client.chat.completions.create(model="tiny", messages=[{"role": role, "content": content}], **more)  # type: ignore
+
+
+URL_PART = [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/x"}}]
+BAD = openai.BadRequestError
+WRONG: dict[str, tuple[Callable[[openai.OpenAI], Any], type[openai.APIStatusError], str]] = {
+    "model": (draw(model="dall-e"), openai.NotFoundError, "tiny"),
+    "typo": (draw(extra_body={"text_scle": 2}), BAD, "text_scle"),
+    "size": (draw(size="50x50"), BAD, "48x48"),
+    "no size": (draw(size="big"), BAD, "WIDTHxHEIGHT"),
+    "empty": (draw(" "), BAD, "empty prompt"),
+    "n": (draw(n=99), BAD, "at most 10"),
+    "steps": (draw(extra_body={"steps": 10**6}), BAD, "at most 1000"),
+    "student": (draw(extra_body={"student": "/etc"}), BAD, "none"),
+    "drafter": (chat(extra_body={"drafter": "/etc"}), BAD, "lookup, auto, none"),
+    "interval": (draw(extra_body={"interval": [1, 0]}), BAD, "LO <= HI"),
+    "long prompt": (draw("a red car " * 9000), BAD, "shorten it"),
+    "long stream": (draw("a red car " * 9000, stream=True), BAD, "shorten it"),
+    "no picture": (edit(b"hello"), BAD, "no picture"),
+    "cut picture": (edit(png("red")[:60]), BAD, "damaged"),
+    "mask": (edit(png("red"), mask=png("white", 16)), BAD, "equal sizes"),
+    "empty mask": (edit(png("red"), mask=png("black")), BAD, "nothing change"),
+    "address": (chat(URL_PART), BAD, "data:"),
+    "no user": (chat(role="system"), BAD, "user"),
+    "system picture": (chat([{"type": "image_url", "image_url": {"url": "x"}}], role="system"), BAD, "user"),
+    "tokens": (chat(max_tokens=10**6), BAD, "4096"),
+    "stop": (chat(stop=["x"]), BAD, "stop"),
+    "student of text": (chat(extra_body={"student": "nobody"}), BAD, "none"),
+    "size of text": (chat(extra_body={"size": "big"}), BAD, "WIDTHxHEIGHT"),
+    "drafter of a picture": (chat(extra_body={"drafter": "nobody", "modalities": ["image"]}), BAD, "lookup, auto, none"),
+    "top_p": (chat(top_p=0.5), BAD, "top_p"),
+    "key": (lambda client: client.with_options(api_key="wrong").models.list(), openai.AuthenticationError, "API key"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_refused(name: str, client: openai.OpenAI) -> None:
+    call, kind, told = WRONG[name]
+    with pytest.raises(kind) as caught:
+        call(client)
+    assert told in str(caught.value) and isinstance(caught.value.body, dict)
+    assert set(caught.value.body) == {"message", "type", "param", "code"}, "OpenAI's form"
+    assert "Traceback" not in caught.value.response.text
+
+
+def test_pictures_are_counted_before_they_are_unpacked(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incoming, "open_image", lambda *_: pytest.fail("was unpacked"))
+    url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
+    pictures = [{"type": "image_url", "image_url": {"url": url}}]
+    asked = {"role": "user", "content": "x"}
+    for modalities in (["text"], ["text", "image"]):
+        for told, messages in (
+            ("at most 16", [{"role": "user", "content": pictures * 17}, asked]),
+            ("system message", [{"role": "system", "content": pictures}, asked]),
+        ):
+            answer = http.post("/v1/chat/completions", json={"messages": messages, "modalities": modalities})
+            assert answer.status_code == 400 and told in answer.json()["error"]["message"]
+
+
+def test_what_client_libraries_write_for_nothing_is_nothing(http: TestClient) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "stop": None, "tools": None}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_damaged_student_does_not_take_the_others_away(http: TestClient, model: HyperBagel) -> None:
+    assert model.students.folder is not None
+    bad = model.students.folder / "bad"
+    bad.mkdir()
+    try:
+        (bad / "sampler.json").write_text('{"nfe":')
+        with pytest.warns(Notice, match="going on without student bad"):
+            card = http.get("/v1/models").json()["data"][0]
+    finally:
+        shutil.rmtree(bad)
+    assert card["students"] == ["6"] and card["samplers"]["6"]["nfe"] == 6
+
+
+def test_a_name_with_a_slash(model: HyperBagel) -> None:
+    http = TestClient(create_app(model, name="org/toy"))
+    for path in ("org/toy", "org%2Ftoy"):
+        assert http.get(f"/v1/models/{path}").json()["id"] == "org/toy"
+
+
+def test_a_body_and_a_picture_that_are_too_large(model: HyperBagel) -> None:
+    http = TestClient(create_app(model, limits=Limits(body_bytes=2000, image_pixels=100)))
+    long = http.post("/v1/images/generations", json={"prompt": "x" * 3000})
+    piecemeal = http.post("/v1/images/generations", content=iter([b"x" * 1500] * 2), headers={"content-type": "application/json"})
+    assert (long.status_code, piecemeal.status_code) == (413, 413) and long.json()["error"]["code"] == "body_too_large"
+    large = http.post("/v1/images/edits", data={"prompt": "x"}, files={"image": png("red")})
+    assert large.status_code == 400 and large.json()["error"]["code"] == "image_too_large"
+    assert http.get("/nowhere").json()["error"]["message"] == "Not Found"
+    assert http.get("/v1/chat/completions").status_code == 405
