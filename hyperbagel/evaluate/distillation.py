@@ -17,9 +17,9 @@ from PIL import Image
 from hyperbagel.core.files import make_folder
 from hyperbagel.data.images import captioned_grid, open_image, save_png
 from hyperbagel.evaluate.distillation_report import print_table
-from hyperbagel.evaluate.records import Record, Worker, read_records, run_items
+from hyperbagel.evaluate.records import Record, Worker, digest, read_records, run_items
 from hyperbagel.evaluate.report import LOSSLESS, write_report
-from hyperbagel.evaluate.rows import TEACHER, Row, choose, digest, is_edit, request_for, settings_of
+from hyperbagel.evaluate.rows import TEACHER, Row, choose, is_edit, request_for, settings_of
 from hyperbagel.evaluate.statistics import paired_difference
 from hyperbagel.evaluate.steer import steer_worker, steering
 from hyperbagel.evaluate.summary import summarise_diversity, summarise_edits, summarise_t2i

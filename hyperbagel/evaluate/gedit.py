@@ -12,15 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import make_folder
 from hyperbagel.data.images import open_image, save_png
-from hyperbagel.evaluate.pictures import Job, Outcome, check_settings, make_pictures, place, read_lines
+from hyperbagel.evaluate.pictures import Job, Outcome, check_settings, depends_on, make_pictures, place, read_lines
 from hyperbagel.evaluate.records import item_seed
 from hyperbagel.generate.types import ImageRequest
 
 NEEDED = ("key", "task_type", "instruction", "instruction_language")
-_NAME = re.compile(r"[\w.-]+")  # these become folders and files
+_NAME = re.compile(r"\w[\w.-]*")  # these become folders and files; `..` would leave the folder
 
 
 def run_gedit(
@@ -42,7 +44,8 @@ def run_gedit(
     chosen = [row for row in rows if language in ("all", row["instruction_language"])]
     if not chosen:
         raise InputError(f"{prompts}: got no usable row of language {language!r}, expected some; the file has {_languages(rows)}")
-    check_settings(out, {"suite": "gedit", "model": model.name, "seed": seed, "rows": len(rows), **asked}, rank)
+    sample = ImageRequest("an edit", (Image.new("RGB", (16, 16)),), **asked)
+    check_settings(out, depends_on(model, sample, rows) | {"suite": "gedit", "seed": seed, **asked}, rank)
 
     def jobs() -> Iterator[Job]:
         for row in chosen:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperbagel.core.files import atomic_write_text, make_folder
-from hyperbagel.evaluate.pictures import Job, Outcome, check_settings, make_pictures, place, read_lines
+from hyperbagel.evaluate.pictures import Job, Outcome, check_settings, depends_on, make_pictures, place, read_lines
 from hyperbagel.evaluate.records import item_seed
 from hyperbagel.generate.types import ImageRequest
 
@@ -23,13 +23,14 @@ def run_geneval(
 ) -> Outcome:
     """Draws every prompt `n` times. prompts: JSON lines with "prompt" (and what the scorer wants: tag, include, exclude).
 
-    settings: fields of ImageRequest. Under torchrun each rank takes its share. Raises InputError for an unusable file, or a folder of
-    pictures that were made otherwise.
+    settings: fields of ImageRequest. Under torchrun each rank takes its share. Raises InputError for an unusable file, settings
+    that the model refuses, or a folder of pictures that were made otherwise.
     """
     rank, ranks, _ = place()
     asked = settings or {}
     rows, broken = read_lines(prompts, ["prompt"])
-    check_settings(out, {"suite": "geneval", "model": model.name, "n": n, "seed": seed, "rows": len(rows), **asked}, rank)
+    noted = depends_on(model, ImageRequest("a picture", **asked), rows) | {"suite": "geneval", "n": n, "seed": seed, **asked}
+    check_settings(out, noted, rank)
     if rank == 0:
         for row in rows:
             about = {key: value for key, value in row.items() if key != "_row"}

@@ -5,18 +5,21 @@ A job is one file. Files are written whole or not at all, so a file that is ther
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.files import atomic_write_text, make_folder
 from hyperbagel.core.progress import ProgressReport
 from hyperbagel.data.images import save_png
-from hyperbagel.generate.types import ImageRequest
+from hyperbagel.evaluate.toybox import weights_of
+from hyperbagel.generate.types import ImageRequest, ImageResult
 
 SHOWN = 5  # broken rows that are named one by one
 
@@ -41,12 +44,14 @@ class Outcome:
 def place() -> tuple[int, int, str | None]:
     """(rank, ranks, device) that torchrun's environment gives this process; the device is None where it says nothing."""
     try:
-        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, ranks, local = (int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     except ValueError as error:
         raise InputError(
-            f"got RANK and WORLD_SIZE that are no numbers ({error}), expected torchrun's; start without them or with it"
+            f"got RANK, WORLD_SIZE or LOCAL_RANK that is no number ({error}), expected torchrun's; start without them or with it"
         ) from error
-    return rank, ranks, f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ and ranks > 1 else None
+    if not 0 <= rank < ranks:
+        raise InputError(f"got RANK {rank} and WORLD_SIZE {ranks}, expected 0 <= RANK < WORLD_SIZE; start without them or with torchrun")
+    return rank, ranks, f"cuda:{local}" if "LOCAL_RANK" in os.environ and ranks > 1 else None
 
 
 def read_lines(path: Path, needed: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -55,7 +60,7 @@ def read_lines(path: Path, needed: Sequence[str]) -> tuple[list[dict[str, Any]],
     Raises InputError for a file that cannot be read or has no usable row.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # JSON may hold other line ends, such as U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: got a file that cannot be read ({error}), expected JSON, one object a line; check the path") from error
     rows: list[dict[str, Any]] = []
@@ -64,6 +69,10 @@ def read_lines(path: Path, needed: Sequence[str]) -> tuple[list[dict[str, Any]],
         try:
             row = json.loads(line)
             missing = [name for name in needed if not isinstance(row.get(name), str) or not row[name].strip()]
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair: no tokenizer and no file takes it
+            broken.append(f"{path} row {number + 1}: a text that is no Unicode ({error})")
+            continue
         except (ValueError, AttributeError) as error:
             broken.append(f"{path} row {number + 1}: no JSON object ({error})")
             continue
@@ -74,6 +83,18 @@ def read_lines(path: Path, needed: Sequence[str]) -> tuple[list[dict[str, Any]],
     if not rows:
         raise InputError(f"{path}: got {len(broken)} rows of which none can be used ({(broken or ['it is empty'])[0]}); check the file")
     return rows, broken
+
+
+def depends_on(model: Any, sample: ImageRequest, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What pictures of these rows depend on besides what was asked, for `check_settings`.
+
+    Raises InputError if the model refuses the settings of `sample`, so that they are not noted before.
+    """
+    model.settings(sample, warn=False)
+    if sample.size is not None:
+        model.grid(sample)
+    told = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+    return {"model": model.name, "rows": len(rows), "prompts": told} | weights_of(model, sample.student)
 
 
 def check_settings(out: Path, settings: dict[str, Any], rank: int) -> None:
@@ -89,9 +110,11 @@ def check_settings(out: Path, settings: dict[str, Any], rank: int) -> None:
 
 
 def make_pictures(model: Any, jobs: Iterable[Job], *, rank: int, ranks: int, batch: int, broken: Sequence[str] = ()) -> Outcome:
-    """Makes this rank's share of the jobs that are not done, `batch` at a time; a job whose source cannot be read is skipped and counted.
+    """Makes this rank's share of the jobs that are not done, `batch` at a time; a job whose source cannot be read, or that the model
+    refuses, is skipped and counted.
 
-    broken: rows that were no jobs to begin with. Raises InputError if not one job could be done.
+    broken: rows that were no jobs to begin with. Raises InputError if not one job could be done; of several ranks one only warns of it,
+    since an error would end the others.
     """
     own = list(jobs)[rank::ranks]
     outcome = Outcome(broken=list(broken))
@@ -102,8 +125,8 @@ def make_pictures(model: Any, jobs: Iterable[Job], *, rank: int, ranks: int, bat
                 try:
                     ready.append((job, job.request()))
                 except InputError as error:
-                    outcome.broken.append(f"{job.path.name}: {error}")
-            for (job, _), result in zip(ready, model.generate_batch([request for _, request in ready]), strict=True):
+                    outcome.broken.append(f"{_named(job)}: {error}")
+            for job, result in _drawn(model, ready, outcome.broken):
                 make_folder(job.path.parent)
                 save_png(result.image, job.path, result.settings)
                 outcome.made += 1
@@ -114,8 +137,27 @@ def make_pictures(model: Any, jobs: Iterable[Job], *, rank: int, ranks: int, bat
             progress.line(f"skipped {told}")
         progress.line(f"{outcome.made} made, {outcome.found} found, {len(outcome.broken)} broken rows skipped")
     if own and not outcome.made + outcome.found:
-        raise InputError(f"got {len(outcome.broken)} broken rows and no other (first: {outcome.broken[0]}), expected rows that can be used")
+        told = f"got {len(outcome.broken)} broken rows and no other (first: {outcome.broken[0]}), expected rows that can be used"
+        if ranks == 1:
+            raise InputError(told)
+        warnings.warn(f"rank {rank}: {told}", Notice, stacklevel=2)
     return outcome
+
+
+def _drawn(model: Any, ready: Sequence[tuple[Job, ImageRequest]], broken: list[str]) -> list[tuple[Job, ImageResult]]:
+    """Jobs and their pictures; those that the model refuses go to `broken`, and do not cost the others of their batch."""
+    try:
+        results = model.generate_batch([request for _, request in ready])
+    except InputError as error:
+        if len(ready) > 1:
+            return [pair for one in ready for pair in _drawn(model, [one], broken)]
+        broken.append(f"{_named(ready[0][0])}: {error}")
+        return []
+    return [(job, result) for (job, _), result in zip(ready, results, strict=True)]
+
+
+def _named(job: Job) -> str:
+    return "/".join(job.path.parts[-3:])
 
 
 def _chunks(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import readable_errors
 from hyperbagel.core.progress import ProgressReport
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nobody watches
+    fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]  # what is known of one scored item
 Worker = Callable[[list[Any], list[int]], list[Record]]  # (items, seeds) -> a record each
@@ -23,12 +30,13 @@ def run_items(
 ) -> list[Record]:
     """Records of all `items` (each with an `id`), in order; those already in the file are read, not made.
 
-    header: what the records depend on, the first line of the file. Raises InputError if the file has another one.
+    header: what the records depend on, the first line of the file. Raises InputError if the file has another one, or if another process
+    is writing it.
     """
-    done = open_records(path, header) if path is not None else {}
-    todo = [item for item in items if item.id not in done]
-    began = time.monotonic()
-    with ProgressReport(part) as progress:
+    with nullcontext() if path is None else _sole_writer(path), ProgressReport(part) as progress:
+        done = open_records(path, header) if path is not None else {}
+        todo = [item for item in items if item.id not in done]
+        began = time.monotonic()
         for start in range(0, len(todo), batch):
             chunk = todo[start : start + batch]
             records = work(chunk, [item_seed(seed, item.id) for item in chunk])
@@ -64,20 +72,73 @@ def open_records(path: Path, header: dict[str, Any]) -> dict[str, Record]:
     return {r["id"]: r for r in read_records(path)}
 
 
+@contextmanager
+def _sole_writer(path: Path) -> Iterator[None]:
+    """Keeps other processes from writing the same records meanwhile: both would make every item. Raises InputError if one does already."""
+    with readable_errors(path):
+        file = path.open("ab")
+    with file:
+        locked = False
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{path}: got a file that another process is writing, expected one of this process alone; "
+                    "wait for the other or give another folder"
+                ) from error
+            except OSError:  # some network file systems have no locks
+                pass
+        try:
+            yield
+        finally:
+            if locked:
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it with a child that was forked meanwhile
+
+
 def read_records(path: Path) -> list[Record]:
-    """Records of a file, header line left out; a last line that was cut short is ignored. No file: no records."""
+    """Records of a file, header line left out; a last line that was cut short is ignored. No file: no records.
+
+    Raises InputError for a damaged line before the last.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text("utf-8").splitlines(keepends=True)[1:]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_record(path, number, line) for number, line in enumerate(lines, 1) if number > 1]
+
+
+def _record(path: Path, number: int, line: bytes) -> Record:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        record, reason = None, str(error)
+    else:
+        reason = "no object with an id"
+    if not isinstance(record, dict) or "id" not in record:
+        raise InputError(f"{path} line {number}: got a damaged record ({reason}), expected JSON; remove it and its item is made again")
+    return record
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What the records of a file depend on; empty if there is no file."""
+    """What the records of a file depend on; empty if there is no file. Raises InputError for a damaged one."""
     if not path.is_file():
         return {}
-    with path.open(encoding="utf-8") as file:
-        return json.loads(file.readline() or "{}")
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        return json.loads(line.decode("utf-8") or "{}")
+    except ValueError as error:
+        raise InputError(f"{path} line 1: got a damaged header ({error}), expected JSON; evaluate again in another folder") from error
+
+
+def digest(folder: Path) -> str:
+    """Of the files of a student or a drafter: records of other weights are never taken for these."""
+    whole = hashlib.sha256()
+    with readable_errors(folder):
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):  # a download leaves folders beside them
+            whole.update(path.name.encode() + b"\0" + path.read_bytes())
+    return whole.hexdigest()[:16]
 
 
 def _append(path: Path, records: list[Record]) -> None:

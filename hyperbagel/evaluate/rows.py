@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import readable_errors
 from hyperbagel.evaluate.toybox import Settings, drawn
 from hyperbagel.generate.types import PAPER_EDIT, PAPER_TEXT_TO_IMAGE, Denoising, ImageRequest
 from hyperbagel.toybox.items import EditItem, T2IItem
@@ -84,15 +82,6 @@ def _asked(teacher: Denoising) -> dict[str, Any]:
     """A teacher's settings as a request says them."""
     names = ("text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift")
     return {name: getattr(teacher, name) for name in names} | {"steps": teacher.num_steps}
-
-
-def digest(folder: Path) -> str:
-    """Of a student's files: records of other weights are never taken for these."""
-    whole = hashlib.sha256()
-    with readable_errors(folder):
-        for path in sorted(folder.iterdir()):
-            whole.update(path.name.encode() + b"\0" + path.read_bytes())
-    return whole.hexdigest()[:16]
 
 
 def is_edit(item: T2IItem | EditItem) -> bool:

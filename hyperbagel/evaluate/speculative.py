@@ -24,9 +24,10 @@ from PIL import Image
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import make_folder
 from hyperbagel.core.hardware import clock
-from hyperbagel.evaluate.records import Record, run_items
+from hyperbagel.evaluate.records import Record, digest, run_items
 from hyperbagel.evaluate.report import write_report
 from hyperbagel.evaluate.speculative_report import print_tables, summarise
+from hyperbagel.evaluate.toybox import weights_of
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
@@ -37,7 +38,7 @@ from hyperbagel.toybox.language import sample_question
 from hyperbagel.toybox.render import render
 
 SPLITS = ("in_template", "held_out", "free_form")
-PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
+RESERVED = PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
 FREE_TOKENS = 40  # at least, of a free-form answer
 # requests in words that no template has
 FREE = (
@@ -101,8 +102,11 @@ def run_speculative_eval(
 ) -> dict[str, Any]:
     """Every drafter given and every one that came with the model. Writes cells.jsonl and report.json into `out`, prints the tables.
 
-    Raises InputError: a folder that is no drafter of this model, or records of another plan in `out`.
+    Raises InputError: a folder that is no drafter of this model, a name that another way of decoding has, or records of another plan or
+    other weights in `out`.
     """
+    if taken := [name for name in drafters if name in RESERVED]:
+        raise InputError(f"got a drafter named {taken[0]!r}, expected none of {', '.join(RESERVED)}, which are always measured; rename it")
     plan = plan or Plan()
     folder = make_folder(out)
     names = {name: name for name in model.drafters.shipped()} | {name: str(path) for name, path in drafters.items()}
@@ -110,7 +114,9 @@ def run_speculative_eval(
         model.drafters.get(name)  # a folder that cannot be used ends the run here
     work = _Bench(model, names, plan)
     cells = [Cell(s, t, b) for s in SPLITS for t in plan.temperatures for b in ((0, *plan.batches) if plan.speed else (0,))]
-    header = json.loads(json.dumps({"plan": asdict(plan), "drafters": names, "model": model.name, "machine": machine(model)}))
+    marks = {"base": weights_of(model)["base"], "weights": {name: digest(model.drafters.find(path)) for name, path in names.items()}}
+    about = {"plan": asdict(plan), "drafters": names, "model": model.name, "machine": machine(model)} | marks
+    header = json.loads(json.dumps(about))
     records = run_items("speculative", cells, work.cells, seed=plan.seed, batch=1, header=header, path=folder / "cells.jsonl")
     result = summarise(header, records)
     write_report(result, folder / "report.json")

@@ -20,10 +20,11 @@ from hyperbagel.core.files import make_folder
 from hyperbagel.evaluate import edits, questions, t2i
 from hyperbagel.evaluate.calibration import detector_table, read_all
 from hyperbagel.evaluate.diversity import DRAWS, pixel_diversity, scene_diversity
-from hyperbagel.evaluate.records import Record, Worker, run_items
+from hyperbagel.evaluate.records import Record, Worker, digest, run_items
 from hyperbagel.evaluate.report import print_report, write_report
 from hyperbagel.evaluate.summary import summarise_diversity, summarise_edits, summarise_questions, summarise_t2i
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, TextResult
+from hyperbagel.model.student import fingerprint
 from hyperbagel.model.weights import load_tensors
 from hyperbagel.toybox.detector import Detector
 from hyperbagel.toybox.items import edit_eval_items, question_eval_items, t2i_eval_prompts
@@ -36,6 +37,8 @@ DETECTOR = Path(__file__).parents[1] / "assets" / "toybox" / "detector.safetenso
 
 class Model(Protocol):
     """What is asked of a model; hyperbagel.pipeline.HyperBagel is one."""
+
+    parts: Any  # `parts.model` has the weights
 
     def generate_batch(self, requests: list[ImageRequest]) -> list[ImageResult]: ...
 
@@ -69,6 +72,15 @@ def resolve(settings: Settings, fill: Callable[[ImageRequest], Denoising] = Imag
     return json.loads(json.dumps(full))
 
 
+def weights_of(model: Any, *students: str | None) -> dict[str, Any]:
+    """Which weights the names of a model and of its students stand for, as records remember them."""
+    digests = {}
+    for name in students:
+        if name not in (None, "none"):
+            digests[name] = digest(model.students.folder / name if name in model.students.names() else Path(name))
+    return {"base": fingerprint(model.parts.model), "students": digests}
+
+
 def load_detector(path: Path = DETECTOR) -> Detector:
     """The shipped detector. Raises InputError if the file is missing or another network's."""
     return Detector.from_state(load_tensors(path))
@@ -93,16 +105,18 @@ def run_toybox_eval(
 
     n_diversity: prompts that are drawn four times to see how much the pictures differ; None: one for 40 of `n_t2i`.
     out: folder for t2i.jsonl, edits.jsonl, questions.jsonl and report.json; None keeps nothing. split: used if no `settings` are given.
-    calibrate: scenes in the detector's own table. show: print the tables. Raises InputError on records made with other settings.
+    calibrate: scenes in the detector's own table. show: print the tables. Raises InputError on records made with other settings
+    or other weights.
     """
     chosen = settings or Settings(split=split)
     detector = detector or load_detector()
     out = None if out is None else make_folder(out)
 
     resolved = resolve(chosen, model.settings)
+    weights = {} if out is None else weights_of(model, chosen.image.get("student"), chosen.edit.get("student"))
 
     def run(part: str, items: Sequence[Any], worker: Worker) -> list[Record]:
-        header = {"settings": resolved, "n": len(items)}
+        header = {"settings": resolved, "n": len(items)} | weights
         return run_items(part, items, worker, seed=chosen.seed, batch=batch, header=header, path=out and out / f"{part}.jsonl")
 
     result: dict[str, Any] = {"settings": resolved}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.images import read_settings
 from hyperbagel.evaluate.gedit import run_gedit
 from hyperbagel.evaluate.geneval import run_geneval
-from hyperbagel.generate.types import ImageRequest, ImageResult
+from hyperbagel.evaluate.pictures import place, read_lines
+from hyperbagel.generate.types import Denoising, ImageRequest, ImageResult
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -24,19 +27,44 @@ GENEVAL = [
 
 
 class Fake:
-    """Draws a field whose colour is its seed; dies before picture number `dies`."""
+    """Draws a field whose colour is its seed; dies before picture number `dies`, refuses a batch with a prompt over 60 letters.
+
+    students: where they are; a folder named "6" always is."""
 
     name = "fake"
 
-    def __init__(self, dies: int = 10**9) -> None:
+    def __init__(self, dies: int = 10**9, *, students: Path | None = None, weights: torch.nn.Module | None = None) -> None:
         self.seen: list[ImageRequest] = []
         self.dies = dies
+        self.parts = SimpleNamespace(model=weights or torch.nn.Identity())
+        self.students = SimpleNamespace(folder=students, names=lambda: sorted(p.name for p in students.iterdir()) if students else [])
+
+    def settings(self, request: ImageRequest, *, warn: bool = True) -> Denoising:
+        if request.student is not None and request.student not in self.students.names():
+            raise InputError(f"got student {request.student!r}, expected one of {self.students.names()}")
+        return request.denoising()
+
+    def grid(self, request: ImageRequest) -> tuple[int, int]:
+        if request.size != (16, 16):
+            raise InputError(f"got size {request.size}, expected (16, 16)")
+        return 1, 1
 
     def generate_batch(self, requests: list[ImageRequest]) -> list[ImageResult]:
+        if any(len(r.prompt) > 60 for r in requests):
+            raise InputError("got a prompt that is too long")
         self.seen += requests
         if len(self.seen) >= self.dies:
             raise KeyboardInterrupt
         return [ImageResult(Image.new("RGB", (16, 16), (r.seed % 256, 0, 0)), r.seed, 1, {}, None, {"seed": r.seed}) for r in requests]
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> Path:
+    """A folder of students with one in it."""
+    folder = tmp_path / "students"
+    (folder / "6").mkdir(parents=True)
+    (folder / "6" / "weights").write_bytes(b"one")
+    return folder
 
 
 def prompts(path: Path, rows: list[Any]) -> Path:
@@ -82,12 +110,91 @@ def test_a_stopped_run_goes_on_and_ranks_share_the_work(tmp_path: Path, monkeypa
     assert (tmp_path / "ranks" / "00002" / "metadata.jsonl").is_file()
 
 
-def test_pictures_made_otherwise_are_not_mixed(tmp_path: Path) -> None:
+def test_pictures_made_otherwise_are_not_mixed(tmp_path: Path, six: Path) -> None:
     path = prompts(tmp_path / "p.jsonl", GENEVAL)
     run_geneval(Fake(), path, tmp_path / "out", n=1)
     for changes in ({"settings": {"student": "6"}}, {"seed": 1}):
         with pytest.raises(InputError, match="pictures made with"):
-            run_geneval(Fake(), path, tmp_path / "out", n=1, **changes)  # type: ignore[arg-type]
+            run_geneval(Fake(students=six), path, tmp_path / "out", n=1, **changes)  # type: ignore[arg-type]
+
+
+def test_pictures_of_other_weights_or_prompts_are_not_mixed(tmp_path: Path, six: Path) -> None:
+    data = tmp_path / "data"
+    suites: list[tuple[Any, list[dict[str, Any]], str]] = [(run_geneval, GENEVAL, "prompt"), (run_gedit, edit_rows(data), "instruction")]
+    asked = {"student": "6"}
+    for run, rows, text in suites:
+        (six / "6" / "weights").write_bytes(b"one")
+        path, out = prompts(data / "rows.jsonl", rows), tmp_path / run.__name__
+        made = run(Fake(students=six), path, out, settings=asked).made
+        assert run(Fake(students=six), path, out, settings=asked).found == made
+        prompts(path, [*rows[:-1], rows[-1] | {text: "something else"}])
+        with pytest.raises(InputError, match="pictures made with"):
+            run(Fake(students=six), path, out, settings=asked)
+        prompts(path, rows)
+        with pytest.raises(InputError, match="pictures made with"):
+            run(Fake(students=six, weights=torch.nn.Linear(1, 1)), path, out, settings=asked)
+        (six / "6" / "weights").write_bytes(b"another")
+        with pytest.raises(InputError, match="pictures made with"):
+            run(Fake(students=six), path, out, settings=asked)
+
+
+def test_settings_that_the_model_refuses_leave_the_folder_as_it_was(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    suites: list[tuple[Any, list[dict[str, Any]]]] = [(run_gedit, edit_rows(data)), (run_geneval, GENEVAL)]
+    for run, rows in suites:
+        path, out = prompts(data / "rows.jsonl", rows), tmp_path / run.__name__
+        for mistyped in ({"student": "66"}, {"size": (17, 16)}, {"steps": 0}):
+            with pytest.raises(InputError, match=r"66|17|0 steps"):
+                run(Fake(), path, out, settings=mistyped)
+        assert run(Fake(), path, out).broken == []
+
+
+def test_a_prompt_that_the_model_refuses_costs_only_its_own_picture(tmp_path: Path) -> None:
+    long = {"prompt": "a red cup " * 7}
+    model, out = Fake(), tmp_path / "out"
+    outcome = run_geneval(model, prompts(tmp_path / "p.jsonl", [GENEVAL[0], long, *GENEVAL[1:]]), out, n=1, batch=3)
+    assert outcome.made == 3 and outcome.broken == ["00001/samples/00000.png: got a prompt that is too long"]
+    assert [r.prompt for r in model.seen] == [row["prompt"] for row in GENEVAL]
+    again = run_geneval(Fake(), tmp_path / "p.jsonl", out, n=1, batch=3)
+    assert (again.made, again.found, len(again.broken)) == (0, 3, 1)
+    with pytest.raises(InputError, match=r"no other.*too long"):
+        run_geneval(Fake(), prompts(tmp_path / "q.jsonl", [long, long]), tmp_path / "none", n=1)
+
+
+def test_lines_that_editors_and_other_programs_write(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '\ufeff{"prompt": "one\u2028line"}\r\n{"prompt": "\\ud83d"}\n{"prompt": "two", "tag": "\\ud83d"}\n{"prompt": "\\ud83d\\ude00"}',
+        "utf-8",
+    )
+    rows, broken = read_lines(path, ["prompt"])
+    assert [(row["prompt"], row["_row"]) for row in rows] == [("one\u2028line", 0), ("\U0001f600", 3)]
+    assert len(broken) == 2 and "row 2: a text that is no Unicode" in broken[0]
+    assert run_geneval(Fake(), path, tmp_path / "out", n=1).made == 2
+
+
+def test_a_rank_without_usable_rows_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = prompts(tmp_path / "p.jsonl", [GENEVAL[0], {"prompt": "a red cup " * 7}])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.warns(Notice, match="rank 1: got 1 broken rows and no other"):
+        assert run_geneval(Fake(), path, tmp_path / "out", n=1).made == 0
+    monkeypatch.setenv("RANK", "0")
+    assert run_geneval(Fake(), path, tmp_path / "out", n=1).made == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"WORLD_SIZE": "0"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1"}, {"RANK": "one"}, {"WORLD_SIZE": "2", "LOCAL_RANK": "x"}],
+)
+def test_an_environment_that_is_not_torchruns(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert place() == (0, 1, None)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="got RANK"):
+        place()
 
 
 def edit_rows(folder: Path) -> list[dict[str, Any]]:
@@ -102,8 +209,8 @@ def edit_rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_the_folders_of_gedit(tmp_path: Path) -> None:
-    model, out, data = Fake(), tmp_path / "out", tmp_path / "data"
+def test_the_folders_of_gedit(tmp_path: Path, six: Path) -> None:
+    model, out, data = Fake(students=six), tmp_path / "out", tmp_path / "data"
     rows = edit_rows(data)
     assert run_gedit(model, prompts(data / "info.jsonl", rows), out, settings={"student": "6"}).made == 3
     assert sorted(map(str, pictures(out))) == [
@@ -121,6 +228,14 @@ def test_the_folders_of_gedit(tmp_path: Path) -> None:
     ]
     assert len({r.seed for r in model.seen}) == 3
     assert run_gedit(Fake(), data / "info.jsonl", tmp_path / "cn", language="cn").made == 1
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    rows = edit_rows(tmp_path / "data")
+    odd = [rows[0] | {"task_type": ".."}, rows[0] | {"instruction_language": ".."}, rows[0] | {"key": ".k1", "image": "cat.png"}]
+    outcome = run_gedit(Fake(), prompts(tmp_path / "data" / "e.jsonl", [rows[0], *odd]), tmp_path / "a" / "edits")
+    assert outcome.made == 1 and len(outcome.broken) == 3 and "cannot be a file's name" in outcome.broken[0]
+    assert sorted(pictures(tmp_path / "a")) == [f"edits/fullset/subject-add/en/k1{end}.png" for end in ("", "_SRCIMG")]
 
 
 def test_broken_rows_are_counted_and_all_broken_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,28 @@ def test_every_row_and_a_run_that_goes_on(
     again = run_speculative_eval(model, {"mine": drafter}, out=tmp_path, plan=QUICK, show=False)
     assert [cell.id for cell in made] == ["free_form-T1-x2"]
     assert again["acceptance"] == result["acceptance"]
+
+
+def test_cells_of_other_weights_are_refused(model: HyperBagel, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculative._Bench, "cells", lambda self, cells, seeds: [{"batch": 0} for _ in cells])
+    mine = tmp_path / "mine"
+    shutil.copytree(drafter, mine)
+    for _ in range(2):
+        run_speculative_eval(model, {"mine": mine}, out=tmp_path / "out", plan=QUICK, show=False)
+    other = HyperBagel(small_parts(), "small")
+    torch.nn.init.zeros_(other.parts.model.llm2vae.weight)
+    with pytest.raises(InputError, match="got records made with"):
+        run_speculative_eval(other, {"mine": mine}, out=tmp_path / "out", plan=QUICK, show=False)
+    (mine / "acceptance.json").write_text('{"in_template": [0.5]}')
+    with pytest.raises(InputError, match="got records made with"):
+        run_speculative_eval(model, {"mine": mine}, out=tmp_path / "out", plan=QUICK, show=False)
+
+
+@pytest.mark.parametrize("name", ["plain", "lookup", "auto"])
+def test_names_of_the_other_ways_of_decoding_are_refused(model: HyperBagel, drafter: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"a drafter named '{name}'"):
+        run_speculative_eval(model, {name: drafter}, out=tmp_path / "out", plan=QUICK)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_cannot_be_used(model: HyperBagel, drafter: Path, tmp_path: Path) -> None:

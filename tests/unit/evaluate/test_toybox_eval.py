@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.evaluate.records import item_seed, open_records, read_records
+from hyperbagel.evaluate.records import item_seed, open_records, read_records, run_items
 from hyperbagel.evaluate.report import compare_evaluations, print_report
 from hyperbagel.evaluate.toybox import Settings, as_square, load_detector, run_toybox_eval
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, TextResult
@@ -41,6 +45,8 @@ class Oracle:
     dies: int = 10**9
     calls: int = 0
     seeds: list[int] = field(default_factory=list)
+    parts: Any = field(default_factory=lambda: SimpleNamespace(model=torch.nn.Identity()))
+    students: Any = field(default_factory=lambda: SimpleNamespace(names=list))
 
     def __post_init__(self) -> None:
         self.drawings: dict[Any, Scene] = {i.prompt: i.scene for i in [*t2i_eval_prompts(6, 1, "train"), *t2i_eval_prompts(48, 0, "train")]}
@@ -137,6 +143,71 @@ def test_records_of_other_settings_are_refused(tmp_path: Path) -> None:
     assert open_records(path, {"steps": 6}) == {}
     with pytest.raises(InputError, match="steps"):
         open_records(path, {"steps": 50})
+
+
+def test_records_of_another_model_are_refused(tmp_path: Path, detector: Detector) -> None:
+    counts = {"n_t2i": 6, "n_edits": 0, "n_questions": 0, "n_diversity": 0}
+    asked: dict[str, Any] = {**counts, "detector": detector, "calibrate": 4, "show": False}
+    oracle, copier = Oracle(), Copier(parts=SimpleNamespace(model=torch.nn.Linear(1, 1)))
+    oracle.drawings = {i.prompt: i.scene for i in t2i_eval_prompts(6, 0, "train")}
+    run_toybox_eval(oracle, **asked, out=tmp_path)
+    with pytest.raises(InputError, match="got records made with"):
+        run_toybox_eval(copier, **asked, out=tmp_path)
+    assert copier.calls == 0
+    # so are those of a student whose folder has another one now
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / "weights").write_bytes(b"one")
+    settings = Settings(image={"student": str(student)})
+    run_toybox_eval(oracle, **asked, settings=settings, out=tmp_path / "of-student")
+    (student / "weights").write_bytes(b"another")
+    with pytest.raises(InputError, match="got records made with"):
+        run_toybox_eval(oracle, **asked, settings=settings, out=tmp_path / "of-student")
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from hyperbagel.evaluate.records import run_items
+def work(items, seeds):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    return [{} for _ in items]
+run_items("part", [SimpleNamespace(id="a")], work, seed=0, batch=1, header={}, path=Path(sys.argv[1]))
+"""
+
+
+def test_one_process_at_a_time_writes_records(tmp_path: Path) -> None:
+    path, items, made = tmp_path / "t2i.jsonl", [SimpleNamespace(id="a"), SimpleNamespace(id="b")], list[str]()
+
+    def run(path: Path) -> list[str]:
+        def work(items: list[Any], seeds: list[int]) -> list[dict[str, Any]]:
+            made.extend(item.id for item in items)
+            return [{} for _ in items]
+
+        return [r["id"] for r in run_items("part", items, work, seed=0, batch=1, header={}, path=path)]
+
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None and other.stdout.readline() == "writing\n"
+        with pytest.raises(InputError, match="another process is writing"):
+            run(path)
+        assert made == [] and run(tmp_path / "edits.jsonl") == ["a", "b"]  # another file is free
+        other.stdin.write("\n")
+    made.clear()
+    assert run(path) == ["a", "b"] and made == ["b"] and run(path) == ["a", "b"] and made == ["b"]
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t2i.jsonl"
+    for damage in ("{not json", "7", '{"plain": true}'):
+        path.write_text('{}\n{"id": "a"}\n' + damage + '\n{"id": "b"}\n{"id": "torn')
+        for read in (read_records, lambda path: open_records(path, {})):
+            with pytest.raises(InputError, match=r"t2i.jsonl line 3: .*remove it"):
+                read(path)
+    path.write_text('{"n": 4\n{"id": "a"}\n')
+    with pytest.raises(InputError, match="line 1: got a damaged header"):
+        compare_evaluations(tmp_path, tmp_path)
 
 
 def test_the_noise_of_an_item_depends_on_its_id_alone() -> None:
