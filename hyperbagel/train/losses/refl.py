@@ -30,6 +30,15 @@ def balanced_weight(adversarial: Tensor, reward: Tensor, cap: float = 0.3) -> Te
     return (limit / torch.linalg.vector_norm(reward.float()).clamp_min(1e-12)).clamp(max=1.0)
 
 
+def balanced_rows(matching: Tensor, reward: Tensor, cap: float) -> Tensor:
+    """ours: `balanced_weight` of each row, [B, 1, 1], for gradients [B, N, C].
+
+    A reward's gradients are of very unlike lengths; under one weight for all rows the few longest would leave the others nothing.
+    """
+    limit, length = (torch.linalg.vector_norm(g.float(), dim=(1, 2), keepdim=True) for g in (matching, reward))
+    return (cap * limit / length.clamp_min(1e-12)).clamp(max=1.0)
+
+
 def with_gradient(x: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
     """A scalar that is `value` and whose gradient by x is `gradient` (of x's shape)."""
     along = (x * gradient.detach()).sum()

@@ -13,9 +13,11 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.packing import pack
 from hyperbagel.data.plan import Text, VaeImage, VitImage
 from hyperbagel.data.transforms import to_tensor
+from hyperbagel.flow.path import x0_from_velocity
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import euler
 from hyperbagel.train.contexts import student_velocity
+from hyperbagel.train.losses.dmd import dmd_gradient
 from hyperbagel.train.losses.refl import refl_loss
 from hyperbagel.train.rewards import AnswerReward, checks_behind, foreign_reward, load_reward, prompt_text
 from hyperbagel.train.stage import Draws
@@ -179,7 +181,7 @@ def test_feedback_by_answers_learns(base: Path, student: Path, head: Path) -> No
 
 @pytest.mark.parametrize("cap", [0.5, 1e9])
 def test_a_reward_beside_distribution_matching(cap: float, base: Path, student: Path, head: Path) -> None:
-    """The student's gradient is that of matching plus the reward's, written out; the reward's is at most `cap` times as long at x0_hat."""
+    """The student's gradient is matching's plus the reward's, written out; of no row is the reward's longer than `cap` times the other."""
     data = only("t2i")
     data["sources"] = {"t2i": data["sources"]["t2i"] | {"checks": 2}}
     keys: dict[str, Any] = {"nfe": 1, "rewarded": ["t2i"], "reward_kind": "answers", "ceiling": 0.0, "reward_cap": cap}
@@ -188,27 +190,35 @@ def test_a_reward_beside_distribution_matching(cap: float, base: Path, student: 
         for parameter in stage.players["fake"].parameters.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     batch = stage.batch(0, Draws.at(0))
-    own = list(stage.players["student"].parameters.values())
+    t, own = batch.trajectory, list(stage.players["student"].parameters.values())
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:
-        found = torch.autograd.grad(loss, own, allow_unused=True)
+        found = torch.autograd.grad(loss, own, allow_unused=True, retain_graph=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(own, found, strict=True)])
 
     loss, metrics = stage.loss("student", batch, 0)
-    both = gradient(loss)
     reward, stage.reward = stage.reward, None
     alone, plain = stage.loss("student", batch, 0)
-    matching = gradient(alone)
-    assert "t2i_reward" not in plain
-    t, one = batch.trajectory, torch.ones(len(batch.tau))
-    x0 = t.states[0] - student_velocity(stage.network, t.conditions, t.scales, t.states[0], one)
-    lack = torch.relu(0.0 - reward(stage.decode(x0, t.conditions), t.conditions.samples)).mean()
-    weight = metrics["t2i_reward_weight"]
-    pulled = gradient(weight * lack)
-    assert pulled.norm() > 1e-3 * matching.norm() > 0
-    torch.testing.assert_close(both, matching + pulled, rtol=1e-3, atol=1e-5 * float(both.norm()))
-    torch.testing.assert_close(loss.detach(), (alone + weight * lack).detach())
-    assert (weight < 1) == (cap < 1)
+    x0 = t.states[0] - student_velocity(stage.network, t.conditions, t.scales, t.states[0], torch.ones(len(batch.tau)))
+    lack = torch.relu(0.0 - reward(stage.decode(x0, t.conditions), t.conditions.samples))
+    pulls = torch.autograd.grad(lack.mean(), x0, retain_graph=True)[0].flatten(1).norm(dim=1)
+    with torch.no_grad():
+        x_tau = stage.coupled(batch, x0, x0).x_tau
+        fake, real = (x0_from_velocity(x_tau, v, batch.tau[:, None, None]) for v in velocities(stage, batch, x_tau))
+        matching = dmd_gradient(x0, fake, real, stage.own.normaliser_floor).flatten(1).norm(dim=1) / x0.numel()
+    weights = (cap * matching / pulls).clamp(max=1.0)
+    assert "t2i_reward" not in plain and metrics["t2i_reward_weight"] == pytest.approx(weights.mean().item(), rel=1e-3)
+    pulled = gradient((weights * lack).mean())
+    assert pulled.norm() > 1e-3 * gradient(alone).norm() > 0
+    torch.testing.assert_close(gradient(loss), gradient(alone) + pulled, rtol=1e-3, atol=1e-5 * float(pulled.norm()))
+    torch.testing.assert_close(loss.detach(), (alone + lack.mean()).detach())
+    assert (weights < 1).any() == (cap < 1)
+
+
+def velocities(stage: Any, batch: Any, x_tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the fake and of the real model."""
+    t = batch.trajectory
+    return student_velocity(stage.fake, t.conditions, t.scales, x_tau, batch.tau), stage.real(t, x_tau, batch.tau)
 
 
 def test_a_held_source_is_not_rewarded(base: Path) -> None:
