@@ -22,7 +22,7 @@ from hyperbagel.evaluate.records import item_seed
 from hyperbagel.generate.types import ImageRequest
 
 NEEDED = ("key", "task_type", "instruction", "instruction_language")
-_NAME = re.compile(r"\w[\w.-]*")  # these become folders and files; `..` would leave the folder
+_NAME = re.compile(r"\w[\w.-]{0,49}")  # these become folders and files: `..` would leave the folder, file systems end at 255 bytes
 
 
 def run_gedit(

@@ -232,9 +232,14 @@ def test_the_folders_of_gedit(tmp_path: Path, six: Path) -> None:
 
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     rows = edit_rows(tmp_path / "data")
-    odd = [rows[0] | {"task_type": ".."}, rows[0] | {"instruction_language": ".."}, rows[0] | {"key": ".k1", "image": "cat.png"}]
+    odd = [
+        rows[0] | {"task_type": ".."},
+        rows[0] | {"instruction_language": ".."},
+        rows[0] | {"key": ".k1", "image": "cat.png"},
+        rows[0] | {"key": "x" * 300, "image": "cat.png"},
+    ]
     outcome = run_gedit(Fake(), prompts(tmp_path / "data" / "e.jsonl", [rows[0], *odd]), tmp_path / "a" / "edits")
-    assert outcome.made == 1 and len(outcome.broken) == 3 and "cannot be a file's name" in outcome.broken[0]
+    assert outcome.made == 1 and len(outcome.broken) == 4 and all("cannot be a file's name" in told for told in outcome.broken)
     assert sorted(pictures(tmp_path / "a")) == [f"edits/fullset/subject-add/en/k1{end}.png" for end in ("", "_SRCIMG")]
 
 
