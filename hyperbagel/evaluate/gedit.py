@@ -22,7 +22,8 @@ from hyperbagel.evaluate.records import item_seed
 from hyperbagel.generate.types import ImageRequest
 
 NEEDED = ("key", "task_type", "instruction", "instruction_language")
-_NAME = re.compile(r"\w[\w.-]{0,49}")  # these become folders and files: `..` would leave the folder, file systems end at 255 bytes
+_NAME = re.compile(r"\w[\w.-]*")  # these become folders and files; `..` would leave the folder
+_BYTES = 200  # of such a name; file systems end at 255
 
 
 def run_gedit(
@@ -37,7 +38,7 @@ def run_gedit(
     asked = settings or {}
     rows, broken = read_lines(prompts, NEEDED)
     for row in list(rows):
-        odd = next((name for name in ("key", "task_type", "instruction_language") if not _NAME.fullmatch(row[name])), None)
+        odd = next((name for name in ("key", "task_type", "instruction_language") if not _usable(row[name])), None)
         if odd:
             rows.remove(row)
             broken.append(f"{prompts} row {row['_row'] + 1}: {odd} {row[odd]!r} cannot be a file's name")
@@ -64,6 +65,10 @@ def _request(row: dict[str, Any], where: Path, folder: Path, seed: int, asked: d
     source = open_image(path)
     save_png(source, make_folder(folder) / f"{row['key']}_SRCIMG.png")
     return ImageRequest(row["instruction"], (source,), seed=item_seed(seed, f"{row['instruction_language']}/{row['key']}"), **asked)
+
+
+def _usable(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and len(name.encode()) <= _BYTES
 
 
 def _languages(rows: list[dict[str, Any]]) -> str:
