@@ -47,7 +47,7 @@ export function setUpAsk(panel, card) {
       max_tokens: Number(field("max_tokens").value || 256), temperature: Number(field("temperature").value || 0),
     };
     const began = performance.now();
-    let first = null;
+    let first = null, ended = false;
     try {
       for await (const chunk of events("v1/chat/completions", { ...jsonBody(body), signal })) {
         const [choice] = chunk.choices;
@@ -57,8 +57,10 @@ export function setUpAsk(panel, card) {
         thought.textContent += piece.reasoning_content ?? "";
         text.textContent += piece.content ?? "";
         if (choice.finish_reason) facts.textContent = describe(choice, first, performance.now() - began);
+        ended ||= Boolean(choice.finish_reason);
         turn.scrollIntoView({ block: "nearest" });
       }
+      if (!ended) throw new ApiError("The connection broke off in the middle of the answer.");
       messages.push(asked, { role: "assistant", content: text.textContent });
       for (const blob of fresh) sent.add(blob);
       turn.dataset.state = "done";

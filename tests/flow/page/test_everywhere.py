@@ -185,6 +185,21 @@ def test_errors_say_what_to_do_and_nothing_of_the_inside(visit: Visit, tmp_path:
     assert not page.locator("#alert").is_visible(), "what works again takes the old error away"
 
 
+def test_half_an_answer_is_no_answer(visit: Visit) -> None:
+    """A stream that ends too early, as behind a proxy that gives up, is told and not taken into the conversation."""
+    page = visit("ask")
+    half = 'data: {"choices": [{"index": 0, "delta": {"content": "a red"}, "finish_reason": null}]}\n\n'
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=half))
+    page.fill("#ask [name=prompt]", "what is it?")
+    page.press("#ask [name=prompt]", "Enter")
+    page.wait_for_selector("#ask .turn[data-state=failed]")
+    assert "broke off" in page.inner_text("#alert") and page.input_value("#ask [name=prompt]") == "what is it?"
+    page.unroute("**/v1/chat/completions")
+    page.fill("#ask [name=max_tokens]", "2")
+    page.press("#ask [name=prompt]", "Enter")
+    page.wait_for_selector("#ask .turn[data-state=done]")
+
+
 def test_text_of_a_model_or_a_user_never_becomes_markup(visit: Visit) -> None:
     page = visit("ask")
     page.fill("#ask [name=max_tokens]", "2")
