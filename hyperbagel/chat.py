@@ -19,7 +19,7 @@ import torch
 from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import plain_error
+from hyperbagel.core.files import one_line
 from hyperbagel.data.images import open_image, save_png
 from hyperbagel.data.prompts import THINK_ANSWER
 from hyperbagel.generate.session import Session
@@ -303,7 +303,5 @@ def run(chat: Chat, first: Sequence[str] = ()) -> None:
             with stoppable(chat):
                 if not chat.say(line):
                     return
-        except InputError as error:
-            chat.note(f"error: {' '.join(str(error).split())}")
-        except OSError as error:  # a place that cannot be written must not end what was said
-            chat.note(f"error: {' '.join(plain_error(error).split())}")
+        except (InputError, OSError) as error:  # a place that cannot be written must not end what was said
+            chat.note(f"error: {one_line(error)}")

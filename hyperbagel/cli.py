@@ -327,9 +327,9 @@ def main(argv: list[str] | None = None) -> int:
             note(f"error: {' '.join(message.split())}" if wrong else message)
             return 2
         if isinstance(error, InputError | OSError):
-            from hyperbagel.core.files import plain_error
+            from hyperbagel.core.files import one_line
 
-            note(f"error: {' '.join((plain_error(error) if isinstance(error, OSError) else str(error)).split())}")
+            note(f"error: {one_line(error)}")
             return 2
         if isinstance(error, FloatingPointError):  # a training that diverged: it says itself what to do
             note(f"error: {' '.join(str(error).split())}")

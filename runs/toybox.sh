@@ -42,6 +42,18 @@ passed() {
     hyperbagel gate "${@/#/$out/}" --else "$fallback"
 }
 
+# mean NAME STUDENT FOLDER...: out/NAME, the mean of a student and of the best run from it; the student itself if none made things better.
+mean() {
+    local folder=$out/$1 student=$2 best
+    best=$(passed "${@:2}") || return   # inside $(...) set -e does not hold
+    if [ "$best" = "$student" ]; then
+        echo "$student"
+    else
+        [ -d "$folder" ] || hyperbagel average "$student" "$best" --model "$base" --out "$folder" > /dev/null || return
+        echo "$folder"
+    fi
+}
+
 mkdir -p "$out"
 base=$out/draw-more/export
 stage vae vae vae                                                  # 22 minutes: pictures <-> latents
@@ -68,11 +80,7 @@ for coupling in ${COUPLINGS:-tdm}; do                              # 60 each: fi
     stage "dmdo-$coupling" dmdo dmdo model="$base" init="$six" teacher="$cfg" coupling="$coupling" "${real[@]}"
     runs+=("dmdo-$coupling")
 done
-matched=$(passed "$six" "${runs[@]}")
-if [ "$matched" != "$six" ]; then                                  # their mean did better on edits than either (docs/distillation.md)
-    [ -d "$out/six" ] || hyperbagel average "$six" "$matched" --model "$base" --out "$out/six"
-    six=$out/six
-fi
+six=$(mean six "$six" "${runs[@]}")                                # it did better on edits than either (docs/distillation.md)
 
 # -- one evaluation
 stage adp adp adp model="$base" init="$six"                        # 30
@@ -81,11 +89,7 @@ stage dmdo-one dmdo dmdo-one model="$base" init="$one" teacher="$cfg" holder="$s
 one=$(passed "$one" dmdo-one)
 stage dmdo-one-more dmdo dmdo-one model="$base" init="$one" teacher="$cfg" holder="$six" seed=1 max_seconds=2700 optim.lr=3.0e-4 \
     usual_share=0.5 'rewarded=[t2i]' reward_kind=answers ceiling=-0.05 reward_cap=0.5 reward_samples=24 data.sources.t2i.checks=3   # 45: with a reward
-more=$(passed "$one" dmdo-one-more)
-if [ "$more" != "$one" ]; then                                     # what ships is a mean of such runs (docs/distillation.md)
-    [ -d "$out/one" ] || hyperbagel average "$one" "$more" --model "$base" --out "$out/one"
-    one=$out/one
-fi
+one=$(mean one "$one" dmdo-one-more)                               # what ships is a mean of such runs (docs/distillation.md)
 stage refl refl refl model="$base" init="$one" teacher="$six"       # 5
 one=$(passed "$one" refl)
 

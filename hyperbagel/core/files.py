@@ -52,6 +52,11 @@ def plain_error(error: OSError) -> str:
     return f"{name}{': ' if name else ''}got {got}, expected a file or folder that can be used, {do}"
 
 
+def one_line(error: Exception) -> str:
+    """What a user is told of an error, as one line; a refusal of the operating system in plain words."""
+    return " ".join((plain_error(error) if isinstance(error, OSError) else str(error)).split())
+
+
 def read_json(path: Path, missing: str = "restore the file") -> dict[str, Any]:
     """The object in a JSON file. Raises InputError for a missing (`missing`: what to do then), unreadable or foreign file."""
     try:

@@ -74,10 +74,7 @@ def resolve(settings: Settings, fill: Callable[[ImageRequest], Denoising] = Imag
 
 def weights_of(model: Any, *students: str | None) -> dict[str, Any]:
     """Which weights the names of a model and of its students stand for, as records remember them."""
-    digests = {}
-    for name in students:
-        if name not in (None, "none"):
-            digests[name] = digest(model.students.folder / name if name in model.students.names() else Path(name))
+    digests = {name: digest(model.students.find(name)) for name in students if name not in (None, "none")}
     return {"base": fingerprint(model.parts.model), "students": digests}
 
 

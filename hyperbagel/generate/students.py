@@ -35,7 +35,7 @@ class Students:
     def get(self, name: str) -> Ready:
         """Raises InputError if there is none of that name, or if it is of another base."""
         if name not in self.ready:
-            student = load_student(self._find(name), self.base).to(self.base.dtype).requires_grad_(False)
+            student = load_student(self.find(name), self.base).to(self.base.dtype).requires_grad_(False)
             network = student.network(self.base, merged=True)
             store_by_columns(network.model)  # copies; merged weights lie as the base's already
             self.ready[name] = Ready(network, student.sampler)
@@ -43,9 +43,10 @@ class Students:
 
     def sampler(self, name: str) -> Sampler:
         """How a student is to be sampled; its weights are not read. Raises InputError as `get`."""
-        return self.ready[name].sampler if name in self.ready else read_sampler(self._find(name))
+        return self.ready[name].sampler if name in self.ready else read_sampler(self.find(name))
 
-    def _find(self, name: str) -> Path:
+    def find(self, name: str) -> Path:
+        """Where a student is. Raises InputError if there is none of that name."""
         if name in self.names():
             assert self.folder is not None
             return self.folder / name

@@ -19,6 +19,7 @@ from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, check_mask
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
 
 DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "max_think_tokens")
+SYSTEM = ("system", "developer")  # two names of one role
 
 
 class Incoming:
@@ -49,7 +50,7 @@ class Incoming:
         if not any(isinstance(item, Image.Image) for item in inputs):
             before = [item for message in earlier for item in self._items(message) if isinstance(item, Image.Image)]
             inputs = [*before[-1:], *inputs]
-        system = [text for message in body.messages if message.role in ("system", "developer") if (text := _text(message))]
+        system = [text for message in body.messages if message.role in SYSTEM if (text := _text(message))]
         prompt = "\n".join(item for item in inputs if isinstance(item, str))
         inputs = [*system, *inputs]
         return self._spread(ImageRequest(prompt, inputs=tuple(inputs), **self._settings(body, body.size)), body)
@@ -96,10 +97,10 @@ class Incoming:
     def questions(self, body: ChatBody) -> list[AskRequest]:
         """A chat that is answered with text. The model takes all pictures first, then question, answer, ..., question."""
         self._model_name(body.model)
-        self._settings(body, body.size)
+        self._settings(body, body.size)  # an answer needs none, but wrong ones are an error here too
         asked = self._turns(body)  # counts pictures before any is unpacked
         images = [item for message in asked for item in self._items(message) if isinstance(item, Image.Image)]
-        system = "\n".join(text for message in body.messages if message.role in ("system", "developer") if (text := _text(message)))
+        system = "\n".join(text for message in body.messages if message.role in SYSTEM if (text := _text(message)))
         turns: list[tuple[str, str]] = []
         question, answer = system, ""
         for message in asked:
@@ -126,7 +127,7 @@ class Incoming:
         turns = [message for message in body.messages if message.role in ("user", "assistant")]
         if not turns or turns[-1].role != "user":
             raise ApiError(400, "got a conversation that does not end with the user, expected a user's message last", param="messages")
-        if any(_pictures(message) for message in body.messages if message not in turns):
+        if any(_pictures(message) for message in body.messages if message.role in SYSTEM):
             raise ApiError(400, "got a picture in a system message, expected text alone; put it into a user's message", param="messages")
         pictures = sum(map(_pictures, turns))
         if pictures > self.limits.images:

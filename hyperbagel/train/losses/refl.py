@@ -20,22 +20,15 @@ def preference_loss(better: Tensor, worse: Tensor) -> Tensor:
     return F.softplus(worse.float() - better.float()).mean()
 
 
-def balanced_weight(adversarial: Tensor, reward: Tensor, cap: float = 0.3) -> Tensor:
-    """ours: the weight in [0, 1] under which the reward's gradient is at most `cap` times as long as the adversarial one.
+def balanced_weight(holding: Tensor, reward: Tensor, cap: float = 0.3, *, by_row: bool = False) -> Tensor:
+    """ours: the weight in [0, 1] under which the reward's gradient is at most `cap` times as long as the one that holds the student.
 
-    adversarial, reward: gradients of the two terms by the same tensor (x0_hat), of one shape. A reward that outweighs the judges is
-    exploited; stop where the held-out reward peaks.
+    holding, reward: gradients of the two terms by the same tensor (x0_hat), [B, N, C]. A reward that outweighs the judges is exploited;
+    stop where the held-out reward peaks. by_row: a weight for each row, [B, 1, 1]; a reward's gradients are of very unlike lengths, and
+    under one weight the few longest leave the others nothing.
     """
-    limit = cap * torch.linalg.vector_norm(adversarial.float())
-    return (limit / torch.linalg.vector_norm(reward.float()).clamp_min(1e-12)).clamp(max=1.0)
-
-
-def balanced_rows(matching: Tensor, reward: Tensor, cap: float) -> Tensor:
-    """ours: `balanced_weight` of each row, [B, 1, 1], for gradients [B, N, C].
-
-    A reward's gradients are of very unlike lengths; under one weight for all rows the few longest would leave the others nothing.
-    """
-    limit, length = (torch.linalg.vector_norm(g.float(), dim=(1, 2), keepdim=True) for g in (matching, reward))
+    over = (1, 2) if by_row else None
+    limit, length = (torch.linalg.vector_norm(g.float(), dim=over, keepdim=by_row) for g in (holding, reward))
     return (cap * limit / length.clamp_min(1e-12)).clamp(max=1.0)
 
 

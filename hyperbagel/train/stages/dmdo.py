@@ -21,7 +21,7 @@ from hyperbagel.model.student import StudentNetwork
 from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity
 from hyperbagel.train.distill import DistillRecipe, DistillStage, required, seeded
 from hyperbagel.train.losses.dmd import Coupled, Coupling, couple, dmd_gradient, dmd_loss, fake_loss
-from hyperbagel.train.losses.refl import balanced_rows, with_gradient
+from hyperbagel.train.losses.refl import balanced_weight, with_gradient
 from hyperbagel.train.losses.tscd import pseudo_huber
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.rewards import RewardSettings, feedback, open_reward
@@ -198,7 +198,7 @@ class DmdoStage(DistillStage):
             return loss, metrics
         x0, matching = x0_hat.detach().requires_grad_(), g / g.numel()  # the gradient of dmd_loss
         score, lack, along = feedback(self.reward, self.own, lambda x: self.decode(x, t.conditions), x0, t.conditions.samples)
-        weight = balanced_rows(matching, along, self.own.reward_cap)
+        weight = balanced_weight(matching, along, self.own.reward_cap, by_row=True)
         metrics |= {f"{name}_reward": score, f"{name}_reward_weight": weight.mean()}
         return with_gradient(x0_hat, matching + weight * along, loss + lack), metrics
 

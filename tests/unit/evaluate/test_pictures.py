@@ -37,7 +37,8 @@ class Fake:
         self.seen: list[ImageRequest] = []
         self.dies = dies
         self.parts = SimpleNamespace(model=weights or torch.nn.Identity())
-        self.students = SimpleNamespace(folder=students, names=lambda: sorted(p.name for p in students.iterdir()) if students else [])
+        names = sorted(p.name for p in students.iterdir()) if students else []
+        self.students = SimpleNamespace(names=lambda: names, find=lambda name: Path(students or "", name))
 
     def settings(self, request: ImageRequest, *, warn: bool = True) -> Denoising:
         if request.student is not None and request.student not in self.students.names():

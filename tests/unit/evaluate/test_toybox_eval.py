@@ -46,7 +46,7 @@ class Oracle:
     calls: int = 0
     seeds: list[int] = field(default_factory=list)
     parts: Any = field(default_factory=lambda: SimpleNamespace(model=torch.nn.Identity()))
-    students: Any = field(default_factory=lambda: SimpleNamespace(names=list))
+    students: Any = field(default_factory=lambda: SimpleNamespace(find=Path))
 
     def __post_init__(self) -> None:
         self.drawings: dict[Any, Scene] = {i.prompt: i.scene for i in [*t2i_eval_prompts(6, 1, "train"), *t2i_eval_prompts(48, 0, "train")]}
