@@ -231,9 +231,7 @@ class HyperBagel:
             own = replace(request, student=None)
             if self.sampler is not None:
                 return with_sampler(own, self.sampler, warn=warn)
-            if own.interval is None and not any(isinstance(item, Image) for item in own.items()):
-                own = replace(own, interval=self.parts.model.config.options.text_to_image_interval)
-            return own.denoising()
+            return own.with_defaults(self.parts.model.config.options).denoising()
         return with_sampler(request, self.students.get(str(request.student)).sampler, warn=warn)
 
     def _check(self, request: ImageRequest) -> None:

@@ -15,7 +15,7 @@ from hyperbagel.data.sources import ChatSource, EditSource, Reading, T2ISource
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.toybox_source import Task, ToyboxSource
 from hyperbagel.data.transforms import ImageTransform
-from hyperbagel.toybox.language import KINDS, STYLES
+from hyperbagel.toybox.language import CATEGORIES, EXTRA_GROUPS, GROUPS, KINDS, STYLES
 
 
 class SourceConfig(Config):
@@ -29,6 +29,8 @@ class SourceConfig(Config):
     resolution: int = Field(default=64, ge=16)
     think_share: float = Field(default=0.0, ge=0, le=1)
     styles: dict[str, float] | None = None  # weights of terse, medium, full captions; None: the language's own
+    categories: dict[str, float] | None = None  # t2i: weights of what captions are about; None: the language's own
+    groups: dict[str, float] | None = None  # edit: weights of the kinds of edits; None: the language's own
     turns: int = Field(default=1, ge=1)  # questions about one picture in one sequence
     split: Literal["train", "heldout"] = "train"
     kinds: dict[str, float] | None = None  # weights of the kinds of questions; None: the language's own
@@ -41,6 +43,8 @@ class SourceConfig(Config):
     @model_validator(mode="after")
     def _weights_draw(self) -> SourceConfig:
         check_weights(self.styles, STYLES, "styles")
+        check_weights(self.categories, (*CATEGORIES, "many"), "categories")
+        check_weights(self.groups, (*GROUPS, *EXTRA_GROUPS), "groups")
         check_weights(self.kinds, KINDS, "kinds")
         return self
 
@@ -91,6 +95,8 @@ def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: Ima
             noise_copies=config.noise_copies,
             think_share=config.think_share,
             styles=config.styles,
+            categories=config.categories,
+            groups=config.groups,
             turns=config.turns,
             split=config.split,
             kinds=config.kinds,

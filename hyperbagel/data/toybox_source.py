@@ -33,6 +33,8 @@ class ToyboxSource:
         noise_copies: noise draws of a target in one sequence; they do not see each other and share the context.
         think_share: share of samples in think mode: system prompt, and the thoughts as text to learn.
         styles: weights of caption styles; None means the language's own.
+        categories: t2i: weights of what captions are about (GenEval's six, "many"), None: the language's own. For what is learned worst.
+        groups: edit: weights of the kinds of edits, likewise.
         turns: questions about one picture in one sequence, each seeing those before: the picture is encoded once for all.
         split: "train", or "heldout" for what training never shows.
         kinds: weights of the kinds of questions; None means the language's own. Who learns from answers wants the long ones.
@@ -47,6 +49,8 @@ class ToyboxSource:
     noise_copies: int = 1
     think_share: float = 0.0
     styles: Mapping[str, float] | None = None
+    categories: Mapping[str, float] | None = None
+    groups: Mapping[str, float] | None = None
     turns: int = 1
     split: str = "train"
     kinds: Mapping[str, float] | None = None
@@ -58,6 +62,11 @@ class ToyboxSource:
             raise InputError(f"toybox task: got {self.task!r}, expected one of {', '.join(TASKS)}; use one of these")
         if (self.near_misses or self.checks) and self.task == "question":
             raise InputError("toybox near_misses and checks: got task 'question', expected t2i or edit, which draw; leave them out")
+        for name, task in (("categories", "t2i"), ("groups", "edit")):
+            if getattr(self, name) is not None and (self.task, self.split) != (task, "train"):
+                raise InputError(
+                    f"toybox {name}: got task {self.task!r} and split {self.split!r}, expected {task} and train; leave {name} out"
+                )
         if unknown := set(self.kinds or ()) - set(KINDS):
             raise InputError(f"toybox question kinds: got {min(unknown)!r}, expected some of {', '.join(KINDS)}; use these")
 
@@ -87,7 +96,7 @@ class ToyboxSource:
         return [self._text(THINK_DRAW)], [prompt, self._text(f"<think>{think}</think>", loss=True, tied=True)]
 
     def _t2i(self, rng: random.Random, think: bool) -> Sample:
-        drawn = sample_t2i(rng, split=self.split, style=self.styles)
+        drawn = sample_t2i(rng, split=self.split, style=self.styles, category=self.categories)
         system, prompt = self._planned(drawn.prompt, drawn.think if think else "")
         target = picture_items(self._picture(drawn.scene), None, loss=True, copies=self.noise_copies, context=False)
         if self.near_misses:
@@ -98,7 +107,7 @@ class ToyboxSource:
         return [text for question, told in turns for text in (self._text(question), self._text(told, loss=True))]
 
     def _edit(self, rng: random.Random, think: bool) -> Sample:
-        drawn = sample_edit(rng, split=self.split)
+        drawn = sample_edit(rng, split=self.split, group=self.groups)
         system, prompt = self._planned(drawn.instruction, drawn.think if think else "")
         source = self._picture(drawn.source)
         target: Sample = [VaeImage(self._picture(drawn.target), loss=True)] * self.noise_copies

@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.flow.guidance import RENORMS, Renorm
+from hyperbagel.model.config import BagelOptions
 from hyperbagel.model.student import Sampler
 
 MAX_STEPS = 10_000  # a schedule is made whole at first: a slip of the finger must not fill the memory
@@ -79,9 +80,18 @@ class ImageRequest:
         """Images, then the text; or the interleaved inputs."""
         return (*self.images, self.prompt) if self.inputs is None else self.inputs
 
+    @property
+    def is_edit(self) -> bool:
+        return any(isinstance(item, Image) for item in self.items())
+
+    def with_defaults(self, options: BagelOptions) -> ImageRequest:
+        """The same with the model's own guidance (`bagel_config.json`) where it says nothing."""
+        own = options.edit if self.is_edit else options.text_to_image
+        return replace(self, **{name: value for name, value in own if getattr(self, name) is None})
+
     def denoising(self) -> Denoising:
         """The settings with the defaults of the request's kind filled in."""
-        base = EDIT if any(isinstance(item, Image) for item in self.items()) else TEXT_TO_IMAGE
+        base = EDIT if self.is_edit else TEXT_TO_IMAGE
         names = {"num_steps": "steps"}
         own = {name: getattr(self, names.get(name, name)) for name in asdict(base)}
         return replace(base, **{name: value for name, value in own.items() if value is not None})
@@ -92,8 +102,7 @@ def with_sampler(request: ImageRequest, sampler: Sampler, *, warn: bool = True) 
     override is a Notice (unless `warn` is off)."""
     who = "this model" if request.student is None else f"student {request.student}"
     settings = request.denoising()
-    edit = any(isinstance(item, Image) for item in request.items())
-    usual = (sampler.edit_text_scale, sampler.edit_image_scale) if edit else (sampler.text_scale, sampler.image_scale)
+    usual = (sampler.edit_text_scale, sampler.edit_image_scale) if request.is_edit else (sampler.text_scale, sampler.image_scale)
     scales = {"text_scale": usual[0], "image_scale": usual[1]}
     made: dict[str, Any] = {"num_steps": sampler.nfe, "shift": sampler.shift, **scales}
     for name, own in made.items():

@@ -110,6 +110,14 @@ class ImageSizes(_Shape):
     max_pixels: Count = 14 * 14 * 9 * 1024
 
 
+class GuidanceDefaults(_Shape):
+    """How this model is guided where a request does not say. None: the program's usual, which is BAGEL's."""
+
+    interval: tuple[Finite, Finite] | None = None  # times at which guidance acts
+    text_scale: Positive | None = None
+    image_scale: Positive | None = None
+
+
 class BagelOptions(_Shape):
     """`bagel_config.json` (optional): what the reference passes in code."""
 
@@ -121,9 +129,8 @@ class BagelOptions(_Shape):
     vae_transform: ImageSizes = ImageSizes(max_size=1024, min_size=512, stride=16)
     vit_transform: ImageSizes = ImageSizes(max_size=980, min_size=224, stride=14)
     default_size: tuple[Count, Count] = (1024, 1024)  # (height, width) of a picture when none is asked for
-    text_to_image_interval: tuple[Finite, Finite] | None = (
-        None  # times at which guidance acts on pictures from text; None: the program's usual
-    )
+    text_to_image: GuidanceDefaults = GuidanceDefaults()
+    edit: GuidanceDefaults = GuidanceDefaults()
 
 
 class BagelConfig(_Shape):

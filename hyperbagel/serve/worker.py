@@ -141,9 +141,8 @@ def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     # Defaults are the student's or the model's own: here only what was asked for is compared.
     apart = {"prompt", "images", "inputs", "seed", "size", "think", "max_think_tokens", "student", "mask"}
     own = {f.name for f in fields(request)} - apart
-    kind = any(isinstance(item, Image) for item in request.items())
     student = None if request.student == "none" else request.student
-    return "draw", kind, student, *(getattr(request, name) for name in sorted(own))
+    return "draw", request.is_edit, student, *(getattr(request, name) for name in sorted(own))
 
 
 class Engine:

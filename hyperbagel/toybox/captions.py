@@ -157,19 +157,22 @@ def sample_t2i(
     *,
     split: str = "train",
     style: str | Mapping[str, float] | None = None,
-    category: str | None = None,
+    category: str | Mapping[str, float] | None = None,
     kind: str | None = None,
     variety: float = 0.04,
 ) -> T2ISample:
     """A caption with its scene.
 
-    style: "terse", "medium" or "full", or weights over the three (None: 0.6, 0.25, 0.15). category: one of GenEval's six or "many";
-    "full" captions have the category "dense". split "heldout": `kind` (None draws it) says what is new, "template" being the words only.
+    style: "terse", "medium" or "full", or weights over the three (None: 0.6, 0.25, 0.15). category: one of GenEval's six or "many",
+    or weights over these seven; "full" captions have the category "dense". split "heldout": `kind` (None draws it) says what is new,
+    "template" being the words only.
     """
     if not isinstance(style, str):
         weights = style or STYLE_WEIGHTS
         style = rng.choices(list(weights), list(weights.values()))[0]
     text_split = "train"
+    if isinstance(category, Mapping):
+        category = rng.choices(list(category), list(category.values()))[0]
     if split == "heldout":
         kind = kind or rng.choice([*HELDOUT_CATEGORIES, "template"])
         if kind == "template":

@@ -7,7 +7,7 @@ What an instruction does not name stays as it was, the jitter of a moved thing i
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from hyperbagel.core.errors import InputError
@@ -265,14 +265,17 @@ def edit_think(source: Scene, target: Scene) -> str:
     return " ".join(sentence(p) for p in parts)
 
 
-def sample_edit(rng: random.Random, *, split: str = "train", group: str | None = None, kind: str | None = None) -> EditSample:
+def sample_edit(
+    rng: random.Random, *, split: str = "train", group: str | Mapping[str, float] | None = None, kind: str | None = None
+) -> EditSample:
     """An edit with its exact target.
 
-    group: one of GROUPS or EXTRA_GROUPS (None draws one). split "heldout": `kind` (None draws it) says what is new in the source or the
-    target; "template" is the words only. In the train split neither picture shows anything held out.
+    group: one of GROUPS or EXTRA_GROUPS, or weights over them (None: the language's own). split "heldout": `kind` (None draws it) says what
+    is new in the source or the target; "template" is the words only. In the train split neither picture shows anything held out.
     """
-    if group is None:
-        group = rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+    if not isinstance(group, str):
+        weights = group or _WEIGHTS
+        group = rng.choices(list(weights), list(weights.values()))[0]
     if split == "heldout":
         kind = kind or rng.choice([k for k in ("colour", "pair", "relation", "count", "template") if not (k == "count" and group == "add")])
     text_split = "heldout" if kind == "template" else "train"

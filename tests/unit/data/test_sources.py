@@ -203,3 +203,23 @@ def test_toybox_think_mode_and_repeatability() -> None:
     assert shape(source.sample(5)) != shape(source.sample(6))
     with pytest.raises(InputError, match="toybox task"):
         ToyboxSource("paint", TOKENIZER, 1)  # type: ignore[arg-type]
+
+
+def test_a_toybox_source_draws_what_its_weights_say() -> None:
+    """Of captions what they are about, of edits their kind; without weights of all."""
+
+    def texts(task: str, at: int, **weights: dict[str, float]) -> list[str]:
+        source = ToyboxSource(task, TOKENIZER, 3, styles={"terse": 1.0}, **weights)  # type: ignore[arg-type]
+        return [TOKENIZER.decode(list(source.sample(i)[at].ids)) for i in range(40)]  # type: ignore[union-attr]
+
+    assert not any(" and " in text for text in texts("t2i", 0, categories={"single": 2.0, "two": 0.0}))
+    assert all(" and " in text for text in texts("t2i", 0, categories={"two": 1.0})) and any(" and " in text for text in texts("t2i", 0))
+    assert all("background" in text for text in texts("edit", 2, groups={"background": 1.0}))
+    assert not all("background" in text for text in texts("edit", 2))
+    for task, keys in (("edit", {"categories": {"two": 1.0}}), ("t2i", {"groups": {"tone": 1.0}})):
+        with pytest.raises(InputError, match=f"toybox {next(iter(keys))}"):
+            ToyboxSource(task, TOKENIZER, 0, **keys)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown categories 'twoo'"):
+        SourceConfig(task="t2i", categories={"twoo": 1})
+    with pytest.raises(ValueError, match="unknown groups 'style2'"):
+        SourceConfig(task="edit", groups={"style2": 1})

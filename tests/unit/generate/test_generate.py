@@ -18,6 +18,7 @@ from hyperbagel.generate.decode import decode
 from hyperbagel.generate.image import GuidedVelocity
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, AskRequest, ImageRequest
+from hyperbagel.model.config import BagelOptions
 from hyperbagel.pipeline import HyperBagel
 
 
@@ -78,17 +79,20 @@ def test_defaults_by_kind() -> None:
     assert ImageRequest("x", steps=7).denoising() == replace(TEXT_TO_IMAGE, num_steps=7)
 
 
-def test_a_model_may_have_a_guidance_interval_of_its_own(model: HyperBagel) -> None:
-    """For pictures from text that ask for none: both branches at each of 8 steps, and at 7 with the usual 0.4 to 1."""
+def test_a_model_may_have_guidance_of_its_own(model: HyperBagel) -> None:
+    """For requests that ask for none. Drawing: both branches at each of 8 steps, and at 7 with the usual 0.4 to 1."""
     parts = small_parts()
-    config = parts.model.config
-    parts.model.config = config.model_copy(update={"options": config.options.model_copy(update={"text_to_image_interval": (0.0, 1.0)})})
+    own_guidance = {"text_to_image": {"interval": [0.0, 1.0]}, "edit": {"image_scale": 1.0, "text_scale": 3.0}}
+    options = BagelOptions.model_validate(parts.model.config.options.model_dump() | own_guidance)
+    parts.model.config = parts.model.config.model_copy(update={"options": options})
     own = HyperBagel(parts, "own")
     assert model.settings(ImageRequest("a car")).interval == (0.4, 1.0)
-    assert own.settings(ImageRequest("a car")).interval == (0.0, 1.0)
+    assert own.settings(ImageRequest("a car")) == replace(TEXT_TO_IMAGE, interval=(0.0, 1.0))
     assert own.settings(ImageRequest("a car", interval=(0.2, 0.9))).interval == (0.2, 0.9)
-    assert own.settings(ImageRequest("a car", (photo(8, 8),))) == EDIT
+    assert own.settings(ImageRequest("x", (photo(8, 8),))) == replace(EDIT, image_scale=1.0, text_scale=3.0)
+    assert own.settings(ImageRequest("x", (photo(8, 8),), image_scale=1.5)) == replace(EDIT, image_scale=1.5, text_scale=3.0)
     assert [m.generate("a car", seed=0, steps=8)[0].nfe for m in (model, own)] == [15, 16]
+    assert [m.edit(photo(16, 16), "x", seed=0, steps=8)[0].nfe for m in (model, own)] == [24, 16]
 
 
 def test_fork_leaves_its_parent_alone(model: HyperBagel) -> None:
