@@ -83,6 +83,11 @@ def check_weights(weights: dict[str, float] | None, known: Iterable[str], what: 
     return weights
 
 
+def changed(settings: BaseModel, names: Iterable[str]) -> list[str]:
+    """Which of these keys are not at their defaults: what was asked for, also after `dump_config`, which writes every key."""
+    return [name for name in names if getattr(settings, name) != type(settings).model_fields[name].get_default(call_default_factory=True)]
+
+
 def dump_config(config: Config) -> str:
     """The resolved settings as YAML, in the order of the class; `load_config` of it gives the same settings."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

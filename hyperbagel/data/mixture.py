@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hyperbagel.core.config import Config, check_weights
+from hyperbagel.core.config import Config, changed, check_weights
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.loader import Loader, Phase, Prepare, Source
 from hyperbagel.data.plan import Dropout
@@ -17,6 +17,8 @@ from hyperbagel.data.toybox_source import Task, ToyboxSource
 from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.toybox.language import CATEGORIES, EXTRA_GROUPS, GROUPS, KINDS, STYLES
 
+TOYBOX_KEYS = ("task", "resolution", "think_share", "styles", "categories", "groups", "turns", "split", "kinds", "near_misses", "checks")
+
 
 class SourceConfig(Config):
     """One source. `kind` toybox needs a task; the file kinds need a path."""
@@ -24,7 +26,7 @@ class SourceConfig(Config):
     kind: Literal["toybox", "t2i", "edit", "chat"] = "toybox"
     samples: int = Field(default=1, ge=1)  # consecutive samples of a group
     noise_copies: int = Field(default=1, ge=1)  # noise draws of a target in one sequence
-    # toybox
+    # TOYBOX_KEYS
     task: Task | None = None
     resolution: int = Field(default=64, ge=16)
     think_share: float = Field(default=0.0, ge=0, le=1)
@@ -46,6 +48,8 @@ class SourceConfig(Config):
         check_weights(self.categories, (*CATEGORIES, "many"), "categories")
         check_weights(self.groups, (*GROUPS, *EXTRA_GROUPS), "groups")
         check_weights(self.kinds, KINDS, "kinds")
+        if self.kind != "toybox" and (idle := changed(self, TOYBOX_KEYS)):
+            raise ValueError(f"{idle[0]} is of the toybox, and this source is of kind {self.kind}; leave {idle[0]} out")
         return self
 
 

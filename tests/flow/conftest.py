@@ -12,11 +12,15 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
+from fastapi.testclient import TestClient
+from server_world import KEY
 
 from hyperbagel.model.student import Sampler, Student, make_adapter, save_student
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.serve.app import create_app
 from hyperbagel.serve.run import bind, make_server
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -57,6 +61,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> HyperBagel:
     (folder / "students").mkdir()
     save_student(folder / "students" / "6", student, model.parts.model)
     return model
+
+
+@pytest.fixture(scope="module")
+def app(model: HyperBagel) -> Any:
+    return create_app(model, api_key=KEY)
+
+
+@pytest.fixture(scope="module")
+def client(app: Any) -> Iterator[openai.OpenAI]:
+    """The official client, in process."""
+    with TestClient(app, base_url="http://testserver") as http:
+        yield openai.OpenAI(api_key=KEY, base_url="http://testserver/v1", http_client=http, max_retries=0)
 
 
 @contextmanager

@@ -14,14 +14,13 @@ import pytest
 from fastapi import WebSocketDisconnect
 from fastapi.testclient import TestClient
 from PIL import Image
+from server_world import KEY
 
 from hyperbagel.data.images import SETTINGS_KEY
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve import realtime
 from hyperbagel.serve.app import create_app
 from hyperbagel.serve.schemas import Limits
-
-KEY = "sesame"
 
 
 @pytest.fixture(scope="module")

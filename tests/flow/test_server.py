@@ -18,25 +18,12 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from server_world import KEY, png
 
 from hyperbagel.data.images import read_settings
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import create_app
 from hyperbagel.serve.schemas import Limits
-
-KEY = "sesame"
-
-
-@pytest.fixture(scope="module")
-def app(model: HyperBagel) -> Any:
-    return create_app(model, api_key=KEY)
-
-
-@pytest.fixture(scope="module")
-def client(app: Any) -> Iterator[openai.OpenAI]:
-    """The official client, in process."""
-    with TestClient(app, base_url="http://testserver") as http:
-        yield openai.OpenAI(api_key=KEY, base_url="http://testserver/v1", http_client=http, max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +51,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
 def pixels(b64: str | None) -> np.ndarray:
     assert b64 is not None
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB")).astype(int)
-
-
-def png(colour: str, side: int = 32) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def data_url(data: bytes) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 from fastapi.testclient import TestClient
-from PIL import Image
+from server_world import KEY, png
 
 from hyperbagel.core.errors import Notice
 from hyperbagel.pipeline import HyperBagel
@@ -19,30 +18,10 @@ from hyperbagel.serve import incoming
 from hyperbagel.serve.app import create_app
 from hyperbagel.serve.schemas import Limits
 
-KEY = "sesame"
-
-
-@pytest.fixture(scope="module")
-def app(model: HyperBagel) -> Any:
-    return create_app(model, api_key=KEY)
-
 
 @pytest.fixture
 def http(app: Any) -> TestClient:
     return TestClient(app, headers={"authorization": f"Bearer {KEY}"})
-
-
-@pytest.fixture(scope="module")
-def client(app: Any) -> Iterator[openai.OpenAI]:
-    """The official client, in process."""
-    with TestClient(app, base_url="http://testserver") as http:
-        yield openai.OpenAI(api_key=KEY, base_url="http://testserver/v1", http_client=http, max_retries=0)
-
-
-def png(colour: str, side: int = 32) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def draw(prompt: str = "x", **more: Any) -> Callable[[openai.OpenAI], Any]:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from hyperbagel.core.config import changed
 from hyperbagel.flow.path import x0_from_velocity
 from hyperbagel.flow.schedule import shift_time, time_grid, times_between
 from hyperbagel.flow.solvers import euler
@@ -65,6 +66,8 @@ class Recipe(DistillRecipe, RewardSettings):
         self.check_sources("guidance_share", self.guidance_share)
         self.check_sources("held", self.held)
         self.check_sources("rewarded", self.rewarded)
+        if not self.rewarded and (idle := changed(self, RewardSettings.model_fields)):
+            raise ValueError(f"{idle[0]} is of a reward, and rewarded names no source; set rewarded or leave {idle[0]} out")
         if both := sorted({*self.held} & {*self.rewarded}):
             raise ValueError(f"rewarded names {both[0]!r}, which is held; a reward pulls sources that are matched, leave it out of one")
         return self

@@ -175,6 +175,8 @@ def test_recipes_name_sources(tmp_path: Path) -> None:
     vae, vit = READING.vae, READING.vit
     write(tmp_path / "a.parquet", [{"image": png(1), "captions": '["a"]'}])
     assert len(build_source("x", SourceConfig(kind="t2i", path=tmp_path), TOKENIZER, vae, vit, 0)) == 1
+    with pytest.raises(ValueError, match="styles is of the toybox, and this source is of kind t2i"):
+        SourceConfig(kind="t2i", path=tmp_path, styles={"terse": 1.0})
     with pytest.raises(InputError, match="no path"):
         build_source("x", SourceConfig(kind="edit"), TOKENIZER, vae, vit, 0)
     with pytest.raises(InputError, match="no task"):

@@ -226,6 +226,9 @@ def test_a_held_source_is_not_rewarded(base: Path) -> None:
         settings(dmdo, base, held=["edit"], rewarded=["edit"])
     with pytest.raises(InputError, match="rewarded: got 'edits'"):
         settings(dmdo, base, rewarded=["edits"])
+    with pytest.raises(InputError, match="reward_kind is of a reward, and rewarded names no source"):
+        settings(dmdo, base, reward_kind="answers")
+    assert settings(dmdo, base, reward_kind="preferences").rewarded == []  # the default, as a run's own config.yaml says it
 
 
 @pytest.mark.parametrize("name", ["cfg", "dmdo", "adp"])
