@@ -305,3 +305,5 @@ def run(chat: Chat, first: Sequence[str] = ()) -> None:
                     return
         except (InputError, OSError) as error:  # a place that cannot be written must not end what was said
             chat.note(f"error: {one_line(error)}")
+        except torch.OutOfMemoryError:
+            chat.note("error: the device is out of memory; what was said is kept, smaller pictures or /new need less")

@@ -186,6 +186,24 @@ def test_a_place_that_cannot_be_written_ends_nothing(talk: Talk, monkeypatch: py
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
+def test_memory_that_runs_out_ends_nothing(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversation goes on from what was said before."""
+    usual, fails = module.decode, iter([True, False])
+
+    def sometimes(*args: Any, **more: Any) -> Any:
+        if next(fails):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual(*args, **more)
+
+    monkeypatch.setattr(module, "decode", sometimes)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is it?\nand now?"))
+    module.run(talk)
+    assert [note for note in talk.notes if note.startswith("error: ")] == [
+        "error: the device is out of memory; what was said is kept, smaller pictures or /new need less"
+    ]
+    assert talk.text.strip()
+
+
 def test_lines_from_a_pipe(model: HyperBagel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (32, 32), "red").save("in.png")
