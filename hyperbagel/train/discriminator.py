@@ -53,14 +53,18 @@ class LatentDiscriminator(nn.Module):
 
     def forward(self, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor) -> list[Tensor]:
         """Judgements of latents x [B, N, C] at noise level t [B], one [B, N] a head; positive: real."""
+        return self.look(conditions, scales, x, t)[1]
+
+    def look(self, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The backbone's own velocity [B, N, C] there as well, and the judgements."""
         taps: list[Streams] = []
-        student_velocity(self.network, conditions, scales, x, t, taps)
+        v = student_velocity(self.network, conditions, scales, x, t, taps)
         judged = []
         for head, depth in zip(self.heads, self.depths, strict=True):
             features = taps[depth].g
             assert features is not None
             judged.append(head(features, conditions.grid))
-        return judged
+        return v, judged
 
 
 def vit_input(base: Bagel, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -15,12 +15,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from hyperbagel.core.config import changed
-from hyperbagel.flow.path import x0_from_velocity
+from hyperbagel.flow.path import interpolate, x0_from_velocity
 from hyperbagel.flow.schedule import shift_time, time_grid, times_between
 from hyperbagel.flow.solvers import euler
 from hyperbagel.model.student import StudentNetwork
 from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity
+from hyperbagel.train.discriminator import LatentDiscriminator
 from hyperbagel.train.distill import DistillRecipe, DistillStage, required, seeded
+from hyperbagel.train.losses.adversarial import accuracy, hinge_discriminator, hinge_generator
 from hyperbagel.train.losses.dmd import Coupled, Coupling, couple, dmd_gradient, dmd_loss, fake_loss
 from hyperbagel.train.losses.refl import balanced_weight, with_gradient
 from hyperbagel.train.losses.tscd import pseudo_huber
@@ -45,6 +47,12 @@ class Recipe(DistillRecipe, RewardSettings):
     holder: Path | None = None  # the student that leads there, from each state of the trained one's own ODE; None: `init`
     hold_steps: int = Field(default=1, ge=1)  # of the holder, for each segment: 6 lets a six-step student lead a one-step one
     hold_weight: float = Field(default=1.0, gt=0)
+    # DMD2 (Yin et al. 2024, 4.3): sources whose x0_hat is judged as well, by heads on the fake model's features that tell it from the true
+    # pictures. What matching to a model with errors of its own cannot know
+    judged: list[str] = Field(default_factory=list)
+    judge_heads: int = Field(default=4, ge=1)
+    judge_weight: float = Field(default=0.1, gt=0)  # of the heads' loss beside the fake model's own
+    judge_cap: float = Field(default=0.5, gt=0)  # longest the judges' gradient may be beside matching's, row by row
     rewarded: list[str] = Field(default_factory=list)  # ours: sources whose x0_hat a reward pulls as well, as in stage refl
     coupling: Coupling = "tdm"  # ours: `paired` is the paper's and contracts (losses.dmd.contraction)
     tdm_span: Literal["segment", "rest"] = "segment"  # tdm: tau up to the segment's start, or up to 1
@@ -66,10 +74,16 @@ class Recipe(DistillRecipe, RewardSettings):
         self.check_sources("guidance_share", self.guidance_share)
         self.check_sources("held", self.held)
         self.check_sources("rewarded", self.rewarded)
+        self.check_sources("judged", self.judged)
+        if self.judged and self.coupling != "independent":
+            raise ValueError(f"judged: got coupling={self.coupling}, expected independent (in one step as tdm); set it or leave judged out")
+        if not self.judged and (idle := changed(self, ("judge_heads", "judge_weight", "judge_cap"))):
+            raise ValueError(f"{idle[0]} is of judges, and judged names no source; set judged or leave {idle[0]} out")
         if not self.rewarded and (idle := changed(self, RewardSettings.model_fields)):
             raise ValueError(f"{idle[0]} is of a reward, and rewarded names no source; set rewarded or leave {idle[0]} out")
-        if both := sorted({*self.held} & {*self.rewarded}):
-            raise ValueError(f"rewarded names {both[0]!r}, which is held; a reward pulls sources that are matched, leave it out of one")
+        for key in ("rewarded", "judged"):
+            if both := sorted({*self.held} & {*getattr(self, key)}):
+                raise ValueError(f"{key} names {both[0]!r}, which is held; it is of sources that are matched, leave it out of one")
         return self
 
 
@@ -92,9 +106,7 @@ class Prepared:
 
 
 class DmdoStage(DistillStage):
-    """Players "fake" and "student"."""
-
-    needs_pictures = False  # all it learns from are the student's own trajectories
+    """Players "fake" (with heads, where a source is judged) and "student"."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
@@ -103,8 +115,10 @@ class DmdoStage(DistillStage):
         self.teacher = self.frozen(teacher) if recipe.real == "teacher" else None
         self.holder = self.frozen(recipe.holder or required(recipe.init, "init", "the student of stage tscd")) if recipe.held else None
         fake = self.load(teacher)  # starts as the real model
-        self.fake = fake.network(self.base)
-        self.players["fake"] = Player.of(fake, recipe.fake_optim)
+        self.judge = LatentDiscriminator(self.base, fake, recipe.judge_heads).to(device) if recipe.judged else None
+        self.needs_pictures = self.judge is not None  # else all that it learns from are the student's own trajectories
+        self.fake = fake.network(self.base) if self.judge is None else self.judge.network
+        self.players["fake"] = Player.of(fake if self.judge is None else self.judge, recipe.fake_optim)
         self.reward = open_reward(recipe, self.base, self.spec, self.tokenizer) if recipe.rewarded else None
         self.kept: list[Trajectory] = []  # of the last fake step, one a micro-batch
         self.kept_from: dict[str, Any] | None = None  # that step, and the loader's position before it
@@ -177,9 +191,7 @@ class DmdoStage(DistillStage):
         t = batch.trajectory
         name = t.conditions.source
         if player == "fake":
-            target = self.coupled(batch, t.states[-1], t.states[batch.segment + 1])
-            loss = fake_loss(student_velocity(self.fake, t.conditions, t.scales, target.x_tau, batch.tau), target)
-            return loss, {f"{name}_fake": loss.detach()}
+            return self.fake_turn(batch, name)
         x, at, end = t.states[batch.segment], float(t.times[batch.segment]), float(t.times[batch.segment + 1])
         v = student_velocity(self.network, t.conditions, t.scales, x, torch.full_like(batch.tau, at))
         if self.holder is not None and name in self.own.held:
@@ -188,22 +200,52 @@ class DmdoStage(DistillStage):
             loss = self.own.hold_weight * pseudo_huber(x + (end - at) * v, y, HOLD_C)
             return loss, {f"{name}_hold": loss.detach()}
         x0_hat = x0_from_velocity(x, v, at)
+        x0 = x0_hat.detach().requires_grad_(name in self.own.judged)
+        with torch.set_grad_enabled(x0.requires_grad):
+            x_tau = self.coupled(batch, x0, x + (end - at) * v.detach()).x_tau
+            v_fake, judgements = self.look(t, x_tau, batch.tau)
         with torch.no_grad():
-            x_tau = self.coupled(batch, x0_hat, x + (end - at) * v).x_tau
             tau = batch.tau[:, None, None]
-            v_fake = student_velocity(self.fake, t.conditions, t.scales, x_tau, batch.tau)
-            real, fake = (x0_from_velocity(x_tau, v, tau) for v in (self.real(t, x_tau, batch.tau), v_fake))
-            g = dmd_gradient(x0_hat, fake, real, self.own.normaliser_floor)
+            real, fake = (x0_from_velocity(x_tau, one, tau) for one in (self.real(t, x_tau, batch.tau), v_fake))
+            g = dmd_gradient(x0, fake, real, self.own.normaliser_floor)
         loss = dmd_loss(x0_hat, g)
         gap = (fake - real).square().mean().sqrt()
-        metrics = {f"{name}_dmd": loss.detach(), f"{name}_gap": gap, f"{name}_size": x0_hat.detach().square().mean().sqrt()}
-        if self.reward is None or name not in self.own.rewarded:
-            return loss, metrics
-        x0, matching = x0_hat.detach().requires_grad_(), g / g.numel()  # the gradient of dmd_loss
-        score, lack, along = feedback(self.reward, self.own, lambda x: self.decode(x, t.conditions), x0, t.conditions.samples)
-        weight = balanced_weight(matching, along, self.own.reward_cap, by_row=True)
-        metrics |= {f"{name}_reward": score, f"{name}_reward_weight": weight.mean()}
-        return with_gradient(x0_hat, matching + weight * along, loss + lack), metrics
+        metrics = {f"{name}_dmd": loss.detach(), f"{name}_gap": gap, f"{name}_size": x0.detach().square().mean().sqrt()}
+        matching = g / g.numel()  # the gradient of dmd_loss; what else pulls is measured by it
+        total, value = matching, loss
+        if judgements:
+            adversarial = hinge_generator(judgements)
+            along = torch.autograd.grad(adversarial, x0)[0]
+            weight = balanced_weight(matching, along, self.own.judge_cap, by_row=True)
+            total, value = total + weight * along, value + adversarial
+            metrics |= {f"{name}_adversarial": adversarial.detach(), f"{name}_adversarial_weight": weight.mean()}
+        if self.reward is not None and name in self.own.rewarded:
+            x0 = x0_hat.detach().requires_grad_()
+            score, lack, along = feedback(self.reward, self.own, lambda x: self.decode(x, t.conditions), x0, t.conditions.samples)
+            weight = balanced_weight(matching, along, self.own.reward_cap, by_row=True)
+            total, value = total + weight * along, value + lack
+            metrics |= {f"{name}_reward": score, f"{name}_reward_weight": weight.mean()}
+        return (loss if total is matching else with_gradient(x0_hat, total, value)), metrics
+
+    def look(self, t: Trajectory, x: Tensor, tau: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The fake model's velocity [B, N, C] at times tau [B], and its heads' judgements where the source is judged."""
+        if self.judge is not None and t.conditions.source in self.own.judged:
+            return self.judge.look(t.conditions, t.scales, x, tau)
+        return student_velocity(self.fake, t.conditions, t.scales, x, tau), []
+
+    def fake_turn(self, batch: Prepared, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """The fake model learns the student's pictures; its heads learn to tell them from the true ones, at the same times and noise."""
+        t = batch.trajectory
+        target = self.coupled(batch, t.states[-1], t.states[batch.segment + 1])
+        v, judgements = self.look(t, target.x_tau, batch.tau)
+        loss = fake_loss(v, target)
+        metrics = {f"{name}_fake": loss.detach()}
+        if judgements:
+            true = self.look(t, interpolate(t.conditions.x0, batch.noise, batch.tau[:, None, None]), batch.tau)[1]
+            hinge = hinge_discriminator(true, judgements)
+            metrics |= {f"{name}_hinge": hinge.detach(), f"{name}_accuracy": accuracy(true, judgements).detach()}
+            loss = loss + self.own.judge_weight * hinge
+        return loss, metrics
 
 
 def build(recipe: Recipe, device: torch.device) -> DmdoStage:
