@@ -21,7 +21,7 @@ train() {
     shift 4
     [ -d "$folder/export" ] && return
     local resume=()
-    [ -d "$folder/checkpoints" ] && resume=(--resume)
+    [ -f "$folder/provenance.json" ] && resume=(--resume)   # also one that was stopped before its first checkpoint
     "$python" -m hyperbagel.cli train "$name" --recipe "recipes/toybox/$recipe.yaml" max_seconds="$seconds" "$@" --out "$folder" "${resume[@]}"
 }
 

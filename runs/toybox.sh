@@ -29,7 +29,7 @@ stage() {
     shift 3
     [ -d "$folder/export" ] && return
     local resume=()
-    [ -d "$folder/checkpoints" ] && resume=(--resume)
+    [ -f "$folder/provenance.json" ] && resume=(--resume)   # also one that was stopped before its first checkpoint
     local train=("$bin/python" -m hyperbagel.cli)
     [ "$ranks" -gt 1 ] && train=("$bin/python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" --module hyperbagel.cli)
     "${train[@]}" train "$name" --recipe "$recipe" "$@" ${EXTRA:+$([[ " vae vit base " == *" $name "* ]] || echo "$EXTRA")} --out "$folder" "${resume[@]}"

@@ -123,7 +123,11 @@ def _replace(temporary: Path, path: Path) -> None:
         return
     aside = path.with_name(f".{path.name}.old-{uuid.uuid4().hex[:8]}")
     os.replace(path, aside)
-    os.replace(temporary, path)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        os.replace(aside, path)
+        raise
     _remove(aside)
 
 

@@ -70,7 +70,7 @@ def check_run_folder(path: Path, *, resume: bool) -> None:
 
 
 class RunFolder:
-    """One training's folder. Opening it writes config and provenance; a `with` block closes its files."""
+    """One training's folder. Opening it writes config and provenance, of a resumed run `rewind` does; a `with` block closes its files."""
 
     def __init__(self, path: Path | str, config: Config, *, seed: int, resume: bool = False, leads: bool = True) -> None:
         """
@@ -102,8 +102,13 @@ class RunFolder:
                 "settings": config.model_dump(mode="json"),
             }
         )
-        atomic_write_text(self.path / "config.yaml", dump_config(config))
-        atomic_write_text(provenance, json.dumps({"launches": launches}, indent=1))
+        self._about = {"config.yaml": dump_config(config), "provenance.json": json.dumps({"launches": launches}, indent=1)}
+        if not resume:
+            self._tell()
+
+    def _tell(self) -> None:
+        for name, text in self._about.items():
+            atomic_write_text(self.path / name, text)
 
     @property
     def metrics_path(self) -> Path:
@@ -118,7 +123,8 @@ class RunFolder:
         return make_folder(self.path / name)
 
     def rewind(self, step: int) -> None:
-        """Drop metric lines of steps beyond `step`: a resumed run will write them again."""
+        """A resumed run goes on from `step`: its settings are this run's now, and metric lines beyond are dropped, to be written again."""
+        self._tell()
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= step]
         atomic_write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
 

@@ -76,9 +76,9 @@ def read_group(
     """Samples first, first + 1, ... of this rank's shard. The row after a broken one takes its place.
 
     Raises:
-        InputError: the source has no row that can be read (a whole pass, or a thousand rows in a row, are broken).
+        InputError: the source has no row that can be read: a thousand tries in a row, of a small source many passes, were broken.
     """
-    limit = min(len(source) or 1000, 1000)
+    limit = 1000
     samples: list[Sample] = []
     broken: list[str] = []
     for i in range(first, first + size):
@@ -91,12 +91,22 @@ def read_group(
                 broken.append(str(error))
         else:
             raise InputError(
-                f"source {name!r}: got {limit} broken rows one after the other (last: {broken[-1]}), "
+                f"source {name!r}: got nothing but broken rows {limit} times one after the other (last: {broken[-1]}), "
                 "expected rows that can be read, check the files"
             )
     if prepare is not None:
         return Group(name, [], broken, prepare(name, samples, number))
     return Group(name, samples, broken)
+
+
+def count_broken(broken: Counter[str], group: Group) -> None:
+    """Adds the rows that were skipped to the count of their source, and names the first few."""
+    for line in group.broken:
+        broken[group.source] += 1
+        if broken[group.source] <= SHOWN:
+            log.warning("source %r: skipped a broken row: %s", group.source, line)
+        elif broken[group.source] == SHOWN + 1:
+            log.warning("source %r: more broken rows are skipped and only counted", group.source)
 
 
 _SOURCES: Mapping[str, Source] = {}  # of a worker process, set once when it starts
@@ -181,16 +191,8 @@ class Loader:
             group = future.result()
         self.done += 1
         self.done_index[name] += self.group[name]
-        self._report(group)
+        count_broken(self.broken, group)
         return group
-
-    def _report(self, group: Group) -> None:
-        for line in group.broken:
-            self.broken[group.source] += 1
-            if self.broken[group.source] <= SHOWN:
-                log.warning("source %r: skipped a broken row: %s", group.source, line)
-            elif self.broken[group.source] == SHOWN + 1:
-                log.warning("source %r: more broken rows are skipped and only counted", group.source)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, plain numbers."""

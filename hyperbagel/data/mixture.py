@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -48,6 +48,8 @@ class SourceConfig(Config):
         check_weights(self.categories, (*CATEGORIES, "many"), "categories")
         check_weights(self.groups, (*GROUPS, *EXTRA_GROUPS), "groups")
         check_weights(self.kinds, KINDS, "kinds")
+        if self.kind == "toybox" and (idle := changed(self, ("path", "images"))):
+            raise ValueError(f"{idle[0]} is of files, and this source is the toybox; set kind to t2i, edit or chat, or leave {idle[0]} out")
         if self.kind != "toybox" and (idle := changed(self, TOYBOX_KEYS)):
             raise ValueError(f"{idle[0]} is of the toybox, and this source is of kind {self.kind}; leave {idle[0]} out")
         return self
@@ -76,14 +78,26 @@ class DataConfig(Config):
 
     sources: dict[str, SourceConfig]
     mixture: list[PhaseConfig]
+    workers: int = Field(default=0, ge=0)
+    worker_kind: Literal["thread", "process"] = "thread"
+
+    def single_sources(self) -> list[Self]:
+        """One data configuration for each source, whatever the mixture: for what is measured."""
+        return [
+            self.model_copy(update={"sources": {name: source}, "mixture": [PhaseConfig(weights={name: 1.0})], "workers": 0})
+            for name, source in self.sources.items()
+        ]
+
+
+class RowsConfig(DataConfig):
+    """Data of stage base, which lays samples out in rows. Other stages prefill contexts, and refuse these keys."""
+
     dropout: DropoutConfig = DropoutConfig()
     rows: Literal["one", "packed"] = "one"
     row_tokens: int = Field(default=0, ge=0)  # average length of a packed row
     batch_tokens: int = Field(default=0, ge=0)  # 0: a batch is one group; else groups are added until this many tokens are reached
     sample_tokens: int = Field(default=0, ge=0)  # longer samples are left out; 0: no limit
     pad_to: int = Field(default=1, ge=1)
-    workers: int = Field(default=0, ge=0)
-    worker_kind: Literal["thread", "process"] = "thread"
 
 
 def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: ImageTransform, vit: ImageTransform, seed: int) -> Source:

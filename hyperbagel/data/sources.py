@@ -76,7 +76,7 @@ class FileSource(ABC):
         block, row = self.locate(index)
         try:
             return self.plan(self.row(block, row), random.Random(f"{self.reading.seed}/{index}"))
-        except (InputError, KeyError, TypeError, ValueError, IndexError, AttributeError, OSError) as error:
+        except (InputError, KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, RecursionError) as error:
             what = f"missing {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
             raise BrokenRow(f"{self.where(block, row)}: {what}") from error
 
@@ -156,6 +156,8 @@ class T2ISource(ParquetSource):
 
     def plan(self, row: dict[str, Any], rng: random.Random) -> Sample:
         captions = json.loads(row["captions"])
+        if not isinstance(captions, dict | list):
+            raise ValueError(f"captions are a {type(captions).__name__}, expected a JSON object or list of texts")
         texts = [t for t in (captions.values() if isinstance(captions, dict) else captions) if isinstance(t, str) and t.strip()]
         if not texts:
             raise ValueError("no caption")
@@ -173,6 +175,9 @@ class EditSource(ParquetSource):
 
     def plan(self, row: dict[str, Any], rng: random.Random) -> Sample:
         pictures, instructions = row["image_list"], row["instruction_list"]
+        for name, value in (("image_list", pictures), ("instruction_list", instructions)):
+            if not isinstance(value, list):  # a text has a length, and letters
+                raise ValueError(f"{name} is a {type(value).__name__}, expected a list")
         if len(pictures) < 2 or len(instructions) < len(pictures) - 1:
             raise ValueError(f"{len(pictures)} pictures and {len(instructions)} instructions")
         first = rng.randrange(len(pictures) - 1)

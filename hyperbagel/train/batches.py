@@ -11,7 +11,7 @@ from torch import Tensor
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.types import PackedBatch
 from hyperbagel.data.loader import Loader, Prepare
-from hyperbagel.data.mixture import DataConfig, build_loader
+from hyperbagel.data.mixture import DataConfig, RowsConfig, build_loader
 from hyperbagel.data.packing import Encode, Layout, PackSpec, fill, lay_out, stream_lengths
 from hyperbagel.data.plan import Sample, apply_dropout
 from hyperbagel.data.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ class Kept:
 class KeepGroup:
     """Makes `Kept` where a group is read: with workers, in all of them at once. A pure function of the group's number."""
 
-    data: DataConfig
+    data: RowsConfig
     spec: PackSpec
     seed: int
     rank: int
@@ -130,7 +130,7 @@ class Batches:
 
     def __init__(
         self,
-        data: DataConfig,
+        data: RowsConfig,
         model: BagelConfig,
         tokenizer: Tokenizer,
         vae: AutoEncoder,

@@ -63,6 +63,18 @@ def read_best(folder: Path) -> dict[str, Any]:
     return found
 
 
+def note_best(folder: Path, stage: Stage) -> None:
+    """Puts best.json right after a kill between a checkpoint and its note: each checkpoint knows its own score."""
+    for path in list_checkpoints(folder):
+        score = read_json(path / "state.json").get("score")
+        if isinstance(score, int | float) and score > best_score(folder):
+            _note(folder, path, score, stage)
+
+
+def _note(folder: Path, path: Path, score: float, stage: Stage) -> None:
+    atomic_write_text(folder / "best.json", json.dumps({"name": path.name, "score": score, "metric": stage.best_metric}))
+
+
 def averaged_tensors(path: Path, player: str) -> dict[str, Tensor]:
     """A player's averages in a checkpoint, by parameter name; its weights where no average was kept. Raises InputError."""
     if holds_shards(path):
@@ -90,7 +102,7 @@ def save_checkpoint(
     if not world.leads:
         return path
     if score is not None and score > best_score(folder):
-        atomic_write_text(folder / "best.json", json.dumps({"name": path.name, "score": score, "metric": stage.best_metric}))
+        _note(folder, path, score, stage)
     _prune(folder, keep)
     return path
 
@@ -121,8 +133,8 @@ def load_checkpoint(path: Path, stage: Stage) -> Progress:
     Raises:
         InputError: a file is missing or damaged, or the tensors do not fit the stage.
     """
+    state = read_json(path / "state.json", "remove the folder and resume from an older checkpoint")
     try:
-        state = json.loads((path / "state.json").read_text())
         if holds_shards(path) != stage.sharded:
             held, own = ("split", "whole") if holds_shards(path) else ("whole", "split")
             raise InputError(
@@ -138,7 +150,9 @@ def load_checkpoint(path: Path, stage: Stage) -> Progress:
         if stage.sharded:
             load_shards(path, stage.players)
         _set_rng(load_file(path / "rng.safetensors"))
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except InputError:
+        raise
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: got a damaged checkpoint ({error}), expected a whole one, remove it and resume from an older") from error
     stage.load_state(state["stage"])
     return Progress(state["step"], state["seconds"])

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.mixture import DataConfig, PhaseConfig
+from hyperbagel.data.mixture import DataConfig
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import Velocity, euler, euler_steps
@@ -243,8 +243,7 @@ class DistillStage(Stage):
     def _measure_teacher(self, data: DataConfig) -> None:
         """The base's pictures of fixed conditions and noises: what the student is compared with, made once."""
         times = time_grid(self.recipe.teacher_steps, PAPER_TEXT_TO_IMAGE.shift)
-        for name in data.sources:  # each source the same number of groups, whatever the mixture
-            alone = data.model_copy(update={"sources": {name: data.sources[name]}, "mixture": [PhaseConfig(weights={name: 1.0})]})
+        for alone in data.single_sources():  # each source the same number of groups, whatever the mixture
             loader = self._loader(alone, HELD_OUT_SEED)
             for i in range(self.recipe.held_out_groups):
                 rng, group = Draws.at(HELD_OUT_SEED, i), loader.next_group()
@@ -330,7 +329,7 @@ class DistillStage(Stage):
         for name, skipped in self.loader.broken.items():
             log.warning("source %r: %d broken rows were skipped", name, skipped)
         player, values = self.players["student"], dict[str, Tensor]()
-        if not self.measured:
+        if best_checkpoint(out / "checkpoints") is None:
             shadow = player.ema.shadow if player.ema else player.parameters
             values = {name: value.full_tensor() if is_sharded(value) else value for name, value in shadow.items()}  # type: ignore[attr-defined]
         if self.world.leads:

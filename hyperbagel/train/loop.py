@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,15 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.hardware import fast_bf16
 from hyperbagel.core.progress import ProgressReport
 from hyperbagel.core.run import RunFolder
-from hyperbagel.train.checkpoint import Progress, best_score, list_checkpoints, load_checkpoint, save_checkpoint, trained_tensors
+from hyperbagel.train.checkpoint import (
+    Progress,
+    best_score,
+    list_checkpoints,
+    load_checkpoint,
+    note_best,
+    save_checkpoint,
+    trained_tensors,
+)
 from hyperbagel.train.distributed import World
 from hyperbagel.train.optim import lr_factor, set_lr
 from hyperbagel.train.sharding import clip_gradients
@@ -70,7 +79,7 @@ def train(
     On a CPU with schedule_by "steps" a resumed run equals the unbroken one bit for bit.
 
     Raises:
-        Diverged: a loss or gradient norm is not finite; the state before that step is saved.
+        Diverged: a loss or gradient norm is not finite; the weights before that step are saved, a resume goes on with the next batch.
         InputError: a checkpoint cannot be read or written.
     """
     return _Loop(stage, recipe, run, clock, world or World()).go(resume)
@@ -84,6 +93,7 @@ class _Loop:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = pick_precision(recipe.precision, self.device)
         self.step = 0
+        self.turns: Counter[str] = Counter()  # steps of each player so far
         self.before = 0.0  # seconds trained by earlier launches
         self.began = clock()
         self.seconds = 0.0  # trained so far; rank 0's, so that all ranks decide alike
@@ -103,10 +113,12 @@ class _Loop:
         if resume and (found := list_checkpoints(self.run.checkpoints)):
             progress = load_checkpoint(found[-1], self.stage)
             self.step, self.before = progress.step, progress.seconds
+            self.turns.update(self.stage.turn(step) for step in range(self.step))
         for player in self.stage.players.values():
             self.world.share(trained_tensors(player).values())
-        if resume and self.world.leads:
+        if resume and self.world.leads:  # only now: a resume that is refused leaves the run as it was
             self.run.rewind(self.step)
+            note_best(self.run.checkpoints, self.stage)
         logged_at, saved_at = (self.clock(), self.step), self.clock()
         with ProgressReport(type(self.stage).__name__) as report:
             if self.stage.measures_start and self.works and best_score(self.run.checkpoints) == -math.inf and self.step == 0:
@@ -165,38 +177,47 @@ class _Loop:
         for other, p in self.stage.players.items():
             for parameter in p.parameters.values():
                 parameter.requires_grad_(other == name)
-        lr = player.optim.lr * lr_factor(player.optim, self.step, self.share(player.optim.schedule_by == "time"))
+        lr = player.optim.lr * lr_factor(player.optim, self.turns[name], self.share(player.optim.schedule_by == "time"))
         set_lr(player.optimizer, lr)
         player.optimizer.zero_grad(set_to_none=True)
-        logged: dict[str, Any] = {}
+        logged: dict[str, list[Any]] = {}
         losses = []
         for micro in range(r.accumulate):
             batch = self.stage.batch(self.step, Draws.at(r.seed, self.step, self.world.rank * r.accumulate + micro))
             with self.autocast():
                 loss, metrics = self.stage.loss(name, batch, self.step)
+            if not loss.requires_grad:
+                raise InputError(
+                    f"step {self.step}: got a batch that nothing can be learnt from ({', '.join(metrics)}), expected one with something "
+                    f"that player {name!r} trains; leave that source out of the mixture, or freeze less"
+                )
             losses.append((loss.detach(), metrics))
             (loss / r.accumulate).backward()
             for key, value in {"loss": self.world.mean(loss), **metrics}.items():
-                logged[key] = logged.get(key, 0.0) + (value.detach() if isinstance(value, Tensor) else value) / r.accumulate
+                logged.setdefault(key, []).append(value.detach() if isinstance(value, Tensor) else value)
+        means = {key: sum(found) / len(found) for key, found in logged.items()}  # a batch says nothing of other sources than its own
         self.world.average_gradients(list(player.parameters.values()))
         clip = clip_gradients if self.stage.sharded else torch.nn.utils.clip_grad_norm_
         norm = clip(list(player.parameters.values()), player.optim.clip)
         for loss, metrics in losses:  # only now: reading a number waits for the device
             self.check(loss, f"the loss of player {name!r}", metrics)
-        self.check(norm, f"the gradient norm of player {name!r}", logged)
+        self.check(norm, f"the gradient norm of player {name!r}", means)
         player.optimizer.step()
+        self.turns[name] += 1
         if player.ema is not None:
             player.ema.update(player.parameters)
-        return {f"{name}/{key}": value for key, value in logged.items()} | {f"{name}/grad_norm": norm, f"{name}/lr": lr}
+        return {f"{name}/{key}": value for key, value in means.items()} | {f"{name}/grad_norm": norm, f"{name}/lr": lr}
 
     def check(self, value: Tensor, what: str, metrics: Metrics) -> None:
         """Stop on a number that is not finite. No optimiser has moved yet in this step, so the state is still good."""
         if self.world.all(math.isfinite(value.item())):
             return
         path = self.save() if self.works else self.run.checkpoints
+        self.world.wait()  # the first process that ends takes the others with it, also one that is still writing
         raise Diverged(
             f"step {self.step}: got {value.item()} for {what} ({_show(self.step, metrics)}), expected a finite number, "
-            f"lower the learning rate or use precision=fp32; the state before this step is in {path}"
+            f"lower the learning rate or use precision=fp32; the weights before this step are in {path}, and a resume goes on "
+            "with the next batch"
         )
 
     def autocast(self) -> Any:

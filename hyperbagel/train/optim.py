@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import nn
@@ -14,16 +14,18 @@ from hyperbagel.core.config import Config
 from hyperbagel.train.distributed import is_sharded
 from hyperbagel.train.muon import Muon
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimConfig(Config):
     """One player's optimiser. Betas default to BAGEL's."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)  # of Muon: of its matrices, 0.02 is usual; the rest gets a tenth
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0)  # of the player's own
     schedule: Literal["constant", "cosine"] = "cosine"
     schedule_by: Literal["steps", "time"] = "steps"  # time: progress is the used share of max_seconds; not repeatable bit for bit
     final_ratio: float = Field(default=0.05, ge=0, le=1)  # cosine ends at lr * final_ratio
@@ -73,9 +75,10 @@ def make_optimizer(module: nn.Module, config: OptimConfig, plain: tuple[str, ...
     return Muon(matrices, others, config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
-def lr_factor(config: OptimConfig, step: int, progress: float) -> float:
-    """Share of `lr` at `step` (from 0): linear warm-up over `warmup_steps`, times the schedule at `progress` in [0, 1] of the training."""
-    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+def lr_factor(config: OptimConfig, turn: int, progress: float) -> float:
+    """Share of `lr` at the player's own step `turn` (from 0): linear warm-up over `warmup_steps` of them, times the schedule at `progress`
+    in [0, 1] of the training."""
+    warm = min(1.0, (turn + 1) / (config.warmup_steps + 1))
     if config.schedule == "constant":
         return warm
     cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hyperbagel.core.config import Config, refuse_unknown
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.mixture import DataConfig, PhaseConfig
+from hyperbagel.data.mixture import RowsConfig
 from hyperbagel.data.packing import Encode
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.generate.session import Parts, image_transform
@@ -60,8 +60,8 @@ class Recipe(TrainRecipe):
     tokenizer: Path | None = None  # folder of tokenizer.json; None: the one of `init`, else the embedded model's
     frozen: tuple[str, ...] = ()  # parameters whose names begin so are not trained
     freeze_understanding: bool = False  # train drawing alone: answers stay bit for bit, and drafters stay right
-    data: DataConfig
-    held_out: DataConfig | None = None  # what is measured; its mixture is not used
+    data: RowsConfig
+    held_out: RowsConfig | None = None  # what is measured; its mixture is not used
     held_out_batches: int = Field(default=2, ge=1)  # of each held-out source
     shift: float = Field(default=1.0, gt=0)  # of the timesteps in training
     mse_weight: float = Field(default=1.0, ge=0)
@@ -86,6 +86,11 @@ class BaseStage(Stage):
         self.tokenizer_folder = recipe.tokenizer or recipe.init or Path(__file__).parents[2] / "assets" / "toybox"
         tokenizer = Tokenizer.from_folder(self.tokenizer_folder)
         self.model = self._model()
+        if tokenizer.largest_id >= (known := self.model.config.llm.vocab_size):
+            raise InputError(
+                f"{self.tokenizer_folder}: got a tokenizer with ids up to {tokenizer.largest_id}, expected below {known}; take the model's "
+                "own, or raise shape.llm.vocab_size"
+            )
         if recipe.vit is not None:
             self._take_eye(recipe.vit)
         if recipe.shrink != 1:
@@ -96,6 +101,8 @@ class BaseStage(Stage):
         for name, parameter in self.model.named_parameters():
             if name.startswith(recipe.frozen) or (recipe.freeze_understanding and not generates(name)):
                 parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise InputError(f"frozen: got {', '.join(recipe.frozen)}, which covers the whole model, expected something left to train")
         self.aligner = Aligner(recipe.align, self.model, device) if recipe.align else None
         # Muon is for the matrices inside: what reads or writes tokens, patches, latents and times goes with Adam
         if self.aligner is None:
@@ -110,12 +117,12 @@ class BaseStage(Stage):
         self.parts = Parts(self.model, self.vae, tokenizer, image_transform(sizes.vae_transform), image_transform(sizes.vit_transform))
         self.batches = self._batches(recipe.data, recipe.seed, join_world(device), self.aligner.see if self.aligner else None)
         self.measured: list[NamedBatch] = []
-        for data in _single_sources(recipe.held_out):
+        for data in recipe.held_out.single_sources() if recipe.held_out else []:
             batches = self._batches(data, HELD_OUT_SEED)
             self.measured += [batches.next(Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_batches)]
             batches.close()
 
-    def _batches(self, data: DataConfig, seed: int, world: World | None = None, see: Encode | None = None) -> Batches:
+    def _batches(self, data: RowsConfig, seed: int, world: World | None = None, see: Encode | None = None) -> Batches:
         return Batches(
             data,
             self.model.config,
@@ -190,16 +197,6 @@ class BaseStage(Stage):
 
     def close(self) -> None:
         self.batches.close()
-
-
-def _single_sources(data: DataConfig | None) -> list[DataConfig]:
-    """One data configuration for each source."""
-    if data is None:
-        return []
-    return [
-        data.model_copy(update={"sources": {name: source}, "mixture": [PhaseConfig(weights={name: 1.0})], "workers": 0})
-        for name, source in data.sources.items()
-    ]
 
 
 def build(recipe: Recipe, device: torch.device) -> BaseStage:

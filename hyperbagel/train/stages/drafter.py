@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,7 +23,7 @@ from torch import Tensor
 from hyperbagel.core.config import Config, check_weights
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_text
-from hyperbagel.data.loader import read_group
+from hyperbagel.data.loader import count_broken, read_group
 from hyperbagel.data.mixture import SourceConfig, build_source
 from hyperbagel.generate.decode import Decoded, decode
 from hyperbagel.generate.session import Parts, Session
@@ -46,7 +47,7 @@ _POOL = 7  # key of the pools' generators
 GATE = 0.02  # engine's tau and the simulated one may differ by this share
 
 
-class GateFailed(RuntimeError):
+class GateFailed(InputError):
     """The engine accepts other than training promised: training and serving differ."""
 
 
@@ -124,6 +125,7 @@ class DrafterStage(Stage):
             self._go_on_from(recipe.init, config)
         self.taps = tuple(sorted({0, *self.module.layers_read}))
         self.players = {"drafter": Player.of(self.module, recipe.optim)}
+        self.broken: Counter[str] = Counter()  # rows skipped by this process, by source
         self.sources = _sources(recipe.data, self.parts, recipe.seed)
         self.best_metric = f"{next(iter(recipe.held_out))}_tau" if recipe.held_out else None
         self.asked: tuple[int, list[Session]] | None = None  # contexts of the pools at hand
@@ -154,8 +156,9 @@ class DrafterStage(Stage):
         index = first
         while len(found) < n:
             name = rng.choices(names, weights)[0]
-            sample = read_group(sources[name], name, index, 1, rank, ranks).samples[0]
-            session = context_of(self.parts, sample, self.taps)
+            group = read_group(sources[name], name, index, 1, rank, ranks)
+            count_broken(self.broken, group)
+            session = context_of(self.parts, group.samples[0], self.taps)
             index += 1
             if session is not None:
                 found.append(session)
@@ -234,6 +237,8 @@ class DrafterStage(Stage):
                 if self.recipe.tree_nodes and isinstance(self.module, DraftModule):
                     tree = make_drafter(self.module, self.target, depth=self.recipe.depth, nodes=self.recipe.tree_nodes)
                     found[f"{name}_tree_tau"] = self.engine(pairs, tree).tau
+        if skipped := sum(self.broken.values()):
+            found["skipped_rows"] = skipped
         return found
 
     @contextmanager
@@ -297,12 +302,13 @@ class DrafterStage(Stage):
                 got = self.engine(pairs, make_drafter(self.module, self.target, depth=self.recipe.depth))
                 gate[name] = {"simulated_tau": told.tau, "engine_tau": got.tau, "simulated": told.rates(), "engine": got.rates()}
             write_acceptance(out / "export", {name: g["simulated"] for name, g in gate.items()})
-        atomic_write_text(out / "gate.json", json.dumps(gate, indent=1) + "\n")
         far = [name for name, g in gate.items() if not math.isclose(g["engine_tau"], g["simulated_tau"], rel_tol=GATE)]
+        told_in = out / ("gate-failed.json" if far else "gate.json")  # gate.json says that a run is finished and may be passed on
+        atomic_write_text(told_in, json.dumps(gate, indent=1) + "\n")
         if far:
             name = far[0]
             raise GateFailed(
-                f"{out / 'gate.json'}: on {name!r} got tau {gate[name]['engine_tau']:.3f} from the engine, expected the simulated "
+                f"{told_in}: on {name!r} got tau {gate[name]['engine_tau']:.3f} from the engine, expected the simulated "
                 f"{gate[name]['simulated_tau']:.3f} within {GATE:.0%}; the weights are written, but training and serving differ"
             )
 

@@ -40,6 +40,10 @@ class ReflStage(AdpStage):
         self.feedback = recipe
         self.reward = open_reward(recipe, self.base, self.spec, self.tokenizer)
 
+        held_out = [] if recipe.held_out is None else list(recipe.held_out.sources)
+        if held_out and not any(map(self.is_rewarded, held_out)):
+            raise InputError(f"held_out: got the sources {', '.join(held_out)}, none of them rewarded, expected one to choose the best by")
+
     def is_rewarded(self, source: str) -> bool:
         return self.feedback.rewarded is None or source in self.feedback.rewarded
 

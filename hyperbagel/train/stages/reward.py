@@ -72,9 +72,10 @@ class RewardStage(Stage):
         self.measured: list[Pairs] = []
         self.measures_start = recipe.held_out is not None
         if recipe.held_out is not None:
-            loader = self._loader(recipe.held_out, HELD_OUT_SEED)
-            self.measured = [self._pairs(loader, Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]
-            loader.close()
+            for data in recipe.held_out.single_sources():
+                loader = self._loader(data, HELD_OUT_SEED)
+                self.measured += [self._pairs(loader, Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]
+                loader.close()
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Any:
         return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hyperbagel.core.config import Config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_write_text, make_folder
+from hyperbagel.core.files import atomic_path, make_folder
 from hyperbagel.model.config import VaeConfig
 from hyperbagel.model.vae import AttnBlock, AutoEncoder, Resample, ResBlock
 from hyperbagel.model.weights import load_tensors, save_tensors
@@ -237,10 +237,11 @@ class VaeStage(Stage):
             pictures = draw_pictures(HELD_OUT_SEED + 1, 512, r.resolution, r.variety)
             _, latents = self._reconstruct(to_signed(pictures).to(self.device))
             config = config.model_copy(update={"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()})
-        folder = make_folder(out / "export")
-        with self.players["vae"].averaged():
+        make_folder(out)
+        with atomic_path(out / "export") as folder, self.players["vae"].averaged():
+            folder.mkdir()
             save_tensors(folder / "ae.safetensors", self.model.state_dict())
-        atomic_write_text(folder / "vae_config.json", config.model_dump_json(indent=2) + "\n")
+            (folder / "vae_config.json").write_text(config.model_dump_json(indent=2) + "\n")
 
     def close(self) -> None:
         if self.pool is not None:

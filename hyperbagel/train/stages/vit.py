@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from hyperbagel.core.config import refuse_unknown
-from hyperbagel.core.files import atomic_write_text, make_folder
+from hyperbagel.core.files import atomic_path, make_folder
 from hyperbagel.data.transforms import grid_positions, patchify
 from hyperbagel.model.config import ViTConfig
 from hyperbagel.model.siglip import SiglipVisionModel
@@ -140,10 +140,11 @@ class VitStage(Stage):
 
     def finish(self, out: Path) -> None:
         """export/vit.safetensors and vit_config.json, averaged weights: what stage base takes as `vit`."""
-        folder = make_folder(out / "export")
-        with self.players["vit"].averaged():
+        make_folder(out)
+        with atomic_path(out / "export") as folder, self.players["vit"].averaged():
+            folder.mkdir()
             save_tensors(folder / "vit.safetensors", self.eye.vit_model.state_dict())
-        atomic_write_text(folder / "vit_config.json", self.config.model_dump_json(indent=2) + "\n")
+            (folder / "vit_config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
 
 
 def build(recipe: Recipe, device: torch.device) -> VitStage:

@@ -19,9 +19,13 @@ class Settings(Config):
 
 
 def test_provenance_tells_every_launch(tmp_path: Path) -> None:
+    """A resumed one from when it goes on: one that is refused before leaves the run's settings alone."""
     for resume in (False, True):
-        with RunFolder(tmp_path / "run", Settings(), seed=7, resume=resume):
-            pass
+        with RunFolder(tmp_path / "run", Settings(), seed=7, resume=resume) as run:
+            if resume:
+                run.rewind(0)
+    with RunFolder(tmp_path / "run", Settings(rate=9.0), seed=7, resume=True):
+        pass
     launches = json.loads((tmp_path / "run" / "provenance.json").read_text())["launches"]
     assert len(launches) == 2
     assert launches[0]["seed"] == 7 and launches[0]["settings"] == {"rate": 0.5} and "torch" in launches[0]["versions"]

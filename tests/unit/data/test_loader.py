@@ -1,13 +1,14 @@
 """The loader's order is a pure function of its position: workers, ranks and resuming do not change it."""
 
 import logging
+import random
 from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.loader import BrokenRow, Loader, Phase
+from hyperbagel.data.loader import BrokenRow, Loader, Phase, read_group
 from hyperbagel.data.plan import Sample, Text
 
 
@@ -109,13 +110,30 @@ def test_broken_rows_are_skipped_counted_and_shown(caplog: pytest.LogCaptureFixt
 
 def test_all_broken_is_an_error() -> None:
     loader = Loader({"a": Numbers(0, frozenset(range(3)), rows=3)}, [Phase(None, {"a": 1})], {"a": 1}, seed=0)
-    with pytest.raises(InputError, match="3 broken rows"):
+    with pytest.raises(InputError, match="nothing but broken rows"):
         loader.next_group()
+
+
+@pytest.mark.parametrize(("rows", "broken", "world"), [(2, 1, 1), (4, 2, 1), (4, 1, 4)])
+def test_a_small_source_with_some_whole_rows_goes_on(rows: int, broken: int, world: int) -> None:
+    """However the broken ones fall at the end of one pass and the beginning of the next."""
+
+    @dataclass
+    class Shuffled(Numbers):
+        def sample(self, index: int) -> Sample:
+            epoch, at = divmod(index, self.rows)
+            order = random.Random(f"{self.base}/{epoch}").sample(range(self.rows), self.rows)
+            return super().sample(order[at])
+
+    for seed in range(20):
+        for rank in range(world):
+            found = read_group(Shuffled(seed, frozenset(range(broken)), rows=rows), "a", 0, 5, rank, world)
+            assert len(found.samples) == 5
 
 
 def test_an_error_in_a_worker_reaches_the_caller() -> None:
     loader = Loader({"a": Numbers(0, frozenset(range(3)), rows=3)}, [Phase(None, {"a": 1})], {"a": 1}, seed=0, workers=1)
-    with pytest.raises(InputError, match="3 broken rows"):
+    with pytest.raises(InputError, match="nothing but broken rows"):
         loader.next_group()
     loader.close()
 

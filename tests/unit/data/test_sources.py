@@ -110,6 +110,8 @@ def test_chat(tmp_path: Path) -> None:
         {"image": png(1), "captions": "not json"},
         {"image": png(1), "captions": "[]"},
         {"image": png(1), "captions": "3"},
+        {"image": png(1), "captions": '"a red cat"'},
+        {"image": png(1), "captions": "[" * 100_000},
         {"image": png(1), "captions": None},
     ],
 )
@@ -125,6 +127,13 @@ def test_a_broken_row_says_where(tmp_path: Path, row: dict[str, Any]) -> None:
     assert outcomes == [["whole?", "n1"]]
     loader = Loader({"a": source}, [Phase(None, {"a": 1})], {"a": 4}, seed=0)
     assert [shape(s) for s in loader.next_group().samples] == [["whole?", "n1"]] * 4 and loader.broken["a"] == 2
+
+
+def test_an_instruction_that_is_no_list_is_a_broken_row(tmp_path: Path) -> None:
+    """It has letters, which are no instructions."""
+    write(tmp_path / "a.parquet", [{"image_list": [png(1), png(2)], "instruction_list": "make it red"}])
+    with pytest.raises(BrokenRow, match="instruction_list is a str, expected a list"):
+        EditSource(tmp_path, READING).sample(0)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +184,8 @@ def test_recipes_name_sources(tmp_path: Path) -> None:
     vae, vit = READING.vae, READING.vit
     write(tmp_path / "a.parquet", [{"image": png(1), "captions": '["a"]'}])
     assert len(build_source("x", SourceConfig(kind="t2i", path=tmp_path), TOKENIZER, vae, vit, 0)) == 1
+    with pytest.raises(ValueError, match="path is of files, and this source is the toybox"):
+        SourceConfig(task="t2i", path=tmp_path)
     with pytest.raises(ValueError, match="styles is of the toybox, and this source is of kind t2i"):
         SourceConfig(kind="t2i", path=tmp_path, styles={"terse": 1.0})
     with pytest.raises(InputError, match="no path"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hyperbagel.core.config import check_config
-from hyperbagel.data.mixture import DataConfig
+from hyperbagel.data.mixture import RowsConfig
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.train.batches import Batches
@@ -38,7 +38,7 @@ class Threads(World):
 
 def test_ranks_stand_at_the_same_group_whatever_their_samples_take() -> None:
     data = check_config(
-        DataConfig,
+        RowsConfig,
         {"sources": SOURCES | {"t2i": SOURCES["t2i"] | {"samples": 1, "styles": {"terse": 1, "full": 1}}}, "batch_tokens": 300,
          "mixture": [{"weights": {"t2i": 1, "edit": 1}}]},
         "test",

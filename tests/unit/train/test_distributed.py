@@ -45,6 +45,28 @@ leave_world()
 """
 
 
+POISON = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import torch
+from tiny_stage import TinyStage, run
+from hyperbagel.train import loop
+from hyperbagel.train.distributed import join_world
+usual = loop.save_checkpoint
+def slowly(*args, **more):
+    time.sleep(2)
+    return usual(*args, **more)
+loop.save_checkpoint = slowly
+try:
+    run(sys.argv[1], 9, stage=TinyStage(poison=2), world=join_world(torch.device("cpu")))
+except loop.Diverged:
+    from pathlib import Path
+    assert list(Path(sys.argv[1]).glob("checkpoints/step-00000002/state.json")), "the first to end takes the others with it"
+    sys.exit(0)
+sys.exit(1)
+"""
+
+
 CHOICE = """
 import os
 import torch
@@ -65,6 +87,10 @@ def run_two(script: str, folder: Path, port: int) -> None:
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+
+
+def test_no_process_ends_before_the_good_state_is_written(tmp_path: Path) -> None:
+    run_two(POISON, tmp_path / "run", 44000)
 
 
 def test_rank_0_chooses_the_precision_for_all(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tiny_stage import TinyStage, run
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import read_metrics
 from hyperbagel.train.checkpoint import Progress, best_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from hyperbagel.train.stage import Player
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -132,6 +133,70 @@ def test_not_a_number_stops_with_the_last_good_state(tmp_path: Path) -> None:
     assert load_checkpoint(newest, stage).step == 6
     for name, value in good.tensors().items():
         assert torch.equal(value, stage.tensors()[name]), name
+
+
+def test_best_is_found_again_after_a_kill_before_it_was_noted(tmp_path: Path) -> None:
+    run(tmp_path / "run", 7)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "best.json").unlink()
+    run(tmp_path / "run", 30, resume=True, keep=1, evaluate_every=7)
+    best = best_checkpoint(checkpoints)
+    assert best is not None and best.name == "step-00000007" and len(list_checkpoints(checkpoints)) == 2
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"{}", b'{"players": null}'])
+def test_a_damaged_state_is_named(tmp_path: Path, content: bytes) -> None:
+    path = save_checkpoint(tmp_path, TinyStage(), Progress(1, 0.0), keep=2)
+    (path / "state.json").write_bytes(content)
+    with pytest.raises(InputError, match="step-00000001"):
+        load_checkpoint(path, TinyStage())
+
+
+def test_a_resume_that_is_refused_leaves_the_settings_alone(tmp_path: Path) -> None:
+    run(tmp_path / "run", 2)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    other = TinyStage()
+    other.odd = torch.nn.Linear(5, 1)
+    other.players["odd"] = Player.of(other.odd, other.players["odd"].optim)
+    with pytest.raises(InputError, match="resume with the recipe of this run"):
+        run(tmp_path / "run", 4, resume=True, stage=other, log_every=9)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    run(tmp_path / "run", 4, resume=True)
+
+
+def test_figures_are_means_over_the_batches_that_have_them(tmp_path: Path) -> None:
+    class Two(TinyStage):
+        def loss(self, player: str, batch: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            loss, _ = super().loss(player, batch, step)
+            self.calls = getattr(self, "calls", 0) + 1
+            return loss, {"a" if self.calls % 4 else "b": torch.tensor(0.5 + self.calls % 4)}
+
+    run(tmp_path / "run", 2, stage=Two(), accumulate=4)
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[:2]:
+        figures = {key.split("/")[-1]: value for key, value in line.items()}
+        assert figures["a"] == 2.5 and figures["b"] == 0.5
+
+
+def test_warm_up_counts_the_players_own_steps(tmp_path: Path) -> None:
+    """Also of one that waits for others first, and over a resume."""
+
+    class Late(TinyStage):
+        def turn(self, step: int) -> str:
+            return "even" if step < 6 else "odd"
+
+    run(tmp_path / "run", 8, stage=Late())
+    run(tmp_path / "run", 12, resume=True, stage=Late())
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "odd/lr" in line]
+    assert [line["odd/lr"] for line in lines] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+def test_a_batch_that_teaches_nothing_is_refused(tmp_path: Path) -> None:
+    class Frozen(TinyStage):
+        def loss(self, player: str, batch: torch.Tensor, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return batch.square().mean(), {"questions_ce": batch.mean()}
+
+    with pytest.raises(InputError, match=r"nothing can be learnt from \(questions_ce\)"):
+        run(tmp_path / "run", 2, stage=Frozen())
 
 
 def test_only_the_player_whose_turn_it_is_wants_gradients(tmp_path: Path) -> None:

@@ -171,6 +171,12 @@ def test_wrong_recipes(vae: Path) -> None:
             recipe(vae, f"data.sources.t2i.styles={weights}")
     with pytest.raises(InputError, match="frozen: got 'zzz'"):
         stage(vae, "frozen=[zzz]")
+    with pytest.raises(InputError, match="covers the whole model"):
+        stage(vae, "frozen=['']")
+    with pytest.raises(InputError, match=r"expected below 300; take the model's own"):
+        stage(vae, "shape.llm.vocab_size=300")
+    with pytest.raises(InputError, match=r"optim\.betas"):
+        recipe(vae, "optim.betas=[1.5, 0.9]")
     with pytest.raises(InputError, match="vae: got no folder"):
         build(load_config(Recipe, RECIPES / "toybox" / "base.yaml", SMALL), torch.device("cpu"))
     with pytest.raises(InputError, match="'drawing'"):

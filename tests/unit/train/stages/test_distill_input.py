@@ -64,7 +64,7 @@ def test_rows_that_are_all_broken_are_an_error(base: Path, tmp_path: Path, capsy
     data = {"sources": {"t2i": {"kind": "t2i", "path": str(rows)}}, "mixture": [{"weights": {"t2i": 1}}]}
     path = recipe(tmp_path / "cfg.yaml", base, data)
     assert cli.main(["train", "cfg", "--recipe", str(path), "-o", str(tmp_path / "run"), *RUN, "max_steps=1"]) == 2
-    assert "broken rows one after the other" in capsys.readouterr().err
+    assert "nothing but broken rows" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,12 @@ def test_some_sources_only_hold_the_student(base: Path, student: Path, head: Pat
         stage_of("refl", base, student, head, rewarded=["edits"])
 
 
+def test_what_is_held_out_must_be_rewarded_in_part(base: Path, student: Path, head: Path) -> None:
+    """Else no checkpoint is the best, and the gate has nothing to go by."""
+    with pytest.raises(InputError, match="held_out: got the sources edit, none of them rewarded"):
+        stage_of("refl", base, student, head, rewarded=["t2i"], held_out=only("edit"), held_out_groups=1)
+
+
 @pytest.mark.parametrize("source", ["t2i", "edit"])
 def test_the_base_is_asked_about_the_picture(source: str, base: Path) -> None:
     """The reward against each question by itself, through the model's own understanding of uint8 pictures."""
