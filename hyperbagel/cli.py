@@ -197,7 +197,12 @@ def ask(
     temperature: Temperature = None,
     seed: Seed = None,
     think: Plan = False,
-    drafter: Annotated[str | None, typer.Option(help="Who drafts ahead: auto, lookup, a name, a folder, none. Only speed changes.")] = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(
+            help="Who drafts ahead: auto, lookup, a name, a folder, none. Only speed changes; above temperature 0 no seed repeats then."
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     graphs: Graphs = False,
@@ -278,9 +283,10 @@ def demo(
     checks.check_seed(seed)
     checks.check_folder(out)
     from hyperbagel.core.files import make_folder
-    from hyperbagel.demo import build_demo
+    from hyperbagel.demo import build_demo, painters
 
     pipeline, _ = _load(time.perf_counter(), model, device, dtype)
+    painters(pipeline)  # a damaged student is told before there is a folder
     print(build_demo(pipeline, make_folder(out), seed=seed, note=note))  # made only now: a mistyped model leaves no empty folder
 
 

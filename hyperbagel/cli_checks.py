@@ -139,7 +139,7 @@ def seconds(timings: Mapping[str, float]) -> str:
 
 
 def tree(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """Nested settings as indented lines, `key  value`, big numbers with separators."""
+    """Nested settings as indented lines, `key  value`, big numbers with separators; a seed without, to be typed again."""
     width = max((len(key) for key, value in values.items() if not isinstance(value, Mapping)), default=0)
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -148,4 +148,4 @@ def tree(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
         elif isinstance(value, list | tuple):
             yield f"{indent}{key:<{width}}  {', '.join(map(str, value))}"
         else:
-            yield f"{indent}{key:<{width}}  {f'{value:,}' if type(value) is int else value}"
+            yield f"{indent}{key:<{width}}  {f'{value:,}' if type(value) is int and key != 'seed' else value}"

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import read_json
 from hyperbagel.core.run import read_metrics
 from hyperbagel.model.weights import TensorFolder, inspect_folder
@@ -37,6 +38,8 @@ def _drafter(folder: Path) -> dict[str, Any]:
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
     state = read_json(folder / "state.json")
+    if not isinstance(state.get("players", {}), dict):
+        raise InputError(f"{folder / 'state.json'}: got no players, expected those of a training, restore the file")
     report = {key: state.get(key) for key in ("step", "seconds", "score")}
     sharded = "; split over ranks (shards/)" if (folder / "shards").is_dir() else ""
     players = {path.name.removesuffix(TRAINED): path.name.removesuffix(".safetensors") for path in sorted(folder.glob(f"*{TRAINED}"))}
@@ -46,6 +49,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     launches = read_json(folder / "provenance.json").get("launches") or [{}]
+    if not isinstance(launches, list) or not all(isinstance(one, dict) for one in launches):
+        raise InputError(f"{folder / 'provenance.json'}: got no list of launches, expected one, restore the file")
     last = launches[-1]
     command = [str(word) for word in last.get("command", ())]
     stage = command[command.index("train") + 1] if "train" in command[:-1] else "unknown"

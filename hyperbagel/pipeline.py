@@ -154,9 +154,9 @@ class HyperBagel:
             self._check(request)
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[self.settings(request)].append(i)
+            groups[self.settings(request), request.is_edit, request.think].append(i)  # of like branches: a picture's NFE is its own
         results, where = dict[int, ImageResult](), self.parts.model.device
-        for settings, members in groups.items():
+        for (settings, *_), members in groups.items():
             start = clock(where)
             prepared = [self._prepare(requests[i], contexts, on_token, i) for i in members]
             grids = [self.grid(requests[i]) for i in members]
@@ -180,7 +180,8 @@ class HyperBagel:
     def ask_batch(self, requests: Sequence[AskRequest], *, on_token: OnToken | None = None) -> list[TextResult]:
         """Answers many at once; requests with equal max_tokens, temperature and drafter are decoded together.
 
-        A drafter changes the speed alone. One that cannot be used is a warning, and the answer comes without it.
+        A drafter changes the speed alone (sampled answers keep their distribution, but no seed repeats them). One that cannot be used is
+        a warning, and the answer comes without it.
         """
         requests = [replace(request, images=tuple(map(as_picture, request.images))) for request in requests]
         for request in requests:
@@ -231,7 +232,11 @@ class HyperBagel:
             own = replace(request, student=None)
             if self.sampler is not None:
                 return with_sampler(own, self.sampler, warn=warn)
-            return own.with_defaults(self.parts.model.config.options).denoising()
+            found = own.with_defaults(self.parts.model.config.options).denoising()
+            if warn and (own.image_scale or 1) > 1 and found.text_scale <= 1:
+                told = f"got image_scale {own.image_scale:g} with text_scale {found.text_scale:g}, which switches guidance off"
+                warnings.warn(f"{told}; set text_scale above 1 to guide at all", Notice, stacklevel=2)
+            return found
         return with_sampler(request, self.students.get(str(request.student)).sampler, warn=warn)
 
     def _check(self, request: ImageRequest) -> None:
@@ -284,7 +289,7 @@ class HyperBagel:
         session, items, reused = Session.new(self.parts), request.items(), 0
         images = list(takewhile(lambda item: isinstance(item, Image), items))
         if request.think:
-            session.add_text(THINK_DRAW)
+            session.add_text(THINK_DRAW)  # at the end the plan is read back: its own tokens and two markers
         elif contexts is not None and images:
             session, reused = contexts.begin(self.parts, [image for image in images if isinstance(image, Image)], generator)
             items = items[len(images) :]
@@ -300,6 +305,7 @@ class HyperBagel:
                 if on_token is not None:
                     on_token(row, token)
 
+            session.check_room(request.max_think_tokens + 2)
             out = plain_decode([session], max_tokens=request.max_think_tokens, on_token=report, runner=self.runner)[0]
             thinking = self.parts.tokenizer.decode(out.ids)
             # The reference reads the string back in as a new text; guidance never drops it.
@@ -358,7 +364,11 @@ def _tuple(images: Picture | Sequence[Picture]) -> tuple[Any, ...]:
 def _with_pictures(request: ImageRequest) -> ImageRequest:
     """The request with RGB pictures, whatever was given for them. In the interleaved form a string is a text."""
     inputs = request.inputs and tuple(item if isinstance(item, str) else as_picture(item) for item in request.inputs)
-    return replace(request, images=tuple(map(as_picture, request.images)), inputs=inputs)
+    given: dict[str, Any] = {"images": tuple(map(as_picture, request.images)), "inputs": inputs}
+    given["mask"] = request.mask if request.mask is None or isinstance(request.mask, Image) else as_picture(request.mask)
+    given["interval"] = request.interval and tuple(request.interval)
+    given["student"] = None if request.student is None else str(request.student)
+    return replace(request, **given)
 
 
 def first_picture(request: ImageRequest) -> Image:
@@ -380,7 +390,7 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"got device {name!r}, which cannot be used here ({reason}); try --device cpu") from error
     if device.type == "meta" or (device.type == "cpu" and device.index):  # torch takes both, but no weights can be read there

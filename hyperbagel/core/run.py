@@ -55,9 +55,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is not whole
     try:
-        return [json.loads(line) for line in lines]
+        found = [json.loads(line) for line in lines]
     except ValueError as error:
         raise InputError(f"{path}: got a damaged line ({error}), expected JSON, restore the file") from error
+    for line in found:
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise InputError(f"{path}: got a line without a step ({str(line)[:60]}), expected figures of one, restore the file")
+    return found
 
 
 def check_run_folder(path: Path, *, resume: bool) -> None:

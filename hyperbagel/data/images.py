@@ -76,7 +76,7 @@ def _open(source: Path | str | bytes, name: str | None, convert: Callable[[Image
             )
         image.seek(0)
         image.load()
-        return convert(ImageOps.exif_transpose(image))
+        return convert(_upright(image))
     except UnidentifiedImageError as error:
         raise InputError(f"{label}: got a file that is no picture, expected PNG, JPEG, WebP or the like, give another one") from error
     except Image.DecompressionBombError as error:
@@ -87,6 +87,14 @@ def _open(source: Path | str | bytes, name: str | None, convert: Callable[[Image
         raise
     except _DAMAGED as error:
         raise InputError(f"{label}: got a damaged picture ({error}), expected a whole file, save or download it again") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say; data that cannot be read say nothing."""
+    try:
+        return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
+    except (*_DAMAGED, KeyError, TypeError):
+        return image
 
 
 def as_picture(given: object) -> Image.Image:
@@ -100,7 +108,11 @@ def as_picture(given: object) -> Image.Image:
         raise InputError(f"got a {type(given).__name__} as a picture, expected a PIL image or a path, open it first")
     if given.width < 1 or given.height < 1:
         raise InputError(f"got a picture of {given.width}x{given.height} pixels, expected at least 1x1, give another one")
-    upright = given if given.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(given)
+    try:
+        given.load()  # a file that was opened, but not read yet
+    except _DAMAGED as error:
+        raise InputError(f"got a damaged picture ({error}), expected a whole file, save or download it again") from error
+    upright = _upright(given)
     return upright if upright.mode == "RGB" else to_rgb(upright)
 
 

@@ -46,17 +46,8 @@ class GuidedVelocity:
         if student is not None:
             scales = (torch.full((len(sessions),), s, device=self.model.device) for s in (settings.text_scale, settings.image_scale))
             self.guidance = student.guidance(*scales)
-        branches: list[list[Branch]] = [[s.full() for s in sessions]]
-        self.image_branch = False
-        if settings.text_scale > 1 and student is None:
-            branches.append([s.text_dropped() for s in sessions])
-            if settings.image_scale > 1:
-                dropped = [s.image_dropped() for s in sessions]
-                # Without images both contexts are one and the same: v_image = v, for free.
-                self.image_branch = any(b.cache is not s.cache for b, s in zip(dropped, sessions, strict=True))
-                if self.image_branch:
-                    branches.append(dropped)
-        self.branches = len(branches)
+        branches = _branches(sessions, settings) if student is None else [[s.full() for s in sessions]]
+        self.branches, self.image_branch = len(branches), len(branches) > 2
         rows = [branch for group in branches for branch in group]
         model, device = self.parts.model, self.parts.model.device
         counts = [h * w for h, w in grids]
@@ -115,11 +106,7 @@ class InTurnVelocity:
 
     def __init__(self, sessions: Sequence[Session], grids: Sequence[tuple[int, int]], settings: Denoising) -> None:
         self.settings = settings
-        branches = [[s.full() for s in sessions]]
-        if settings.text_scale > 1:
-            branches.append([s.text_dropped() for s in sessions])
-            if settings.image_scale > 1 and any(s.has_images for s in sessions):
-                branches.append([s.image_dropped() for s in sessions])
+        branches = _branches(sessions, settings)
         alone = replace(settings, text_scale=1.0)  # a velocity without branches of its own
         self.velocities = [
             GuidedVelocity([Session(s.parts, b.view(), b.position) for s, b in zip(sessions, group, strict=True)], grids, alone)
@@ -139,6 +126,19 @@ class InTurnVelocity:
         dropped = [velocity(x, t) for velocity in self.velocities[1:]]
         v_image = dropped[1] if len(dropped) > 1 else v
         return guide(v, dropped[0], v_image, s.text_scale, s.image_scale, s.renorm, s.renorm_min)
+
+
+def _branches(sessions: Sequence[Session], settings: Denoising) -> list[list[Branch]]:
+    """The contexts of full, text-dropped and image-dropped velocity, as many of them as guidance asks for."""
+    branches = [[s.full() for s in sessions]]
+    if settings.text_scale > 1:
+        branches.append([s.text_dropped() for s in sessions])
+        if settings.image_scale > 1:
+            dropped = [s.image_dropped() for s in sessions]
+            # Where nothing but given texts stands, both contexts are one and the same: v_image = v, for free.
+            if any(b.cache is not s.cache for b, s in zip(dropped, sessions, strict=True)):
+                branches.append(dropped)
+    return branches
 
 
 def _context(views: Sequence[KVCache], counts: Sequence[int], extra: int) -> tuple[KVCache, Plan]:

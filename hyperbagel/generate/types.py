@@ -39,7 +39,9 @@ class Denoising:
             raise InputError(f"got guidance interval {self.interval}, expected two times with 0 <= LO <= HI <= 1")
         if not 0 <= self.renorm_min <= 1:
             raise InputError(f"got renorm_min {self.renorm_min}, expected 0 to 1")
-        for name in ("text_scale", "image_scale", "shift"):
+        if not 1e-3 <= self.shift < 1e3:  # below, the times of a schedule fall together
+            raise InputError(f"got shift {self.shift}, expected 0.001 to 1000; 3 is usual")
+        for name in ("text_scale", "image_scale"):
             value = getattr(self, name)
             if not 0 < value < 1e3:
                 raise InputError(f"got {name} {value}, expected a positive number (1 is neutral)")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from hyperbagel.core.errors import InputError
 
-T = TypeVar("T", bound="_Shape")
+T = TypeVar("T", bound=BaseModel)
 Count = Annotated[int, Field(ge=1, le=2**24)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -101,7 +101,12 @@ class VaeConfig(_Shape):
         return self
 
 
-class ImageSizes(_Shape):
+class _Own(BaseModel):
+    # Settings that only this program knows: a key it does not know is a slip of the finger.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageSizes(_Own):
     """Resize limits of one image pathway, pixels (see data.transforms)."""
 
     max_size: Count
@@ -110,7 +115,7 @@ class ImageSizes(_Shape):
     max_pixels: Count = 14 * 14 * 9 * 1024
 
 
-class GuidanceDefaults(_Shape):
+class GuidanceDefaults(_Own):
     """How this model is guided where a request does not say. None: the program's usual, which is BAGEL's."""
 
     interval: tuple[Finite, Finite] | None = None  # times at which guidance acts
@@ -118,19 +123,27 @@ class GuidanceDefaults(_Shape):
     image_scale: Positive | None = None
 
 
-class BagelOptions(_Shape):
+# Keys of the reference's own BagelConfig that say nothing here: what there is shows in the tensors, and the shift is one of training.
+_REFERENCE_KEYS = ("visual_gen", "visual_und", "connector_act", "timestep_shift")
+
+
+class BagelOptions(_Own):
     """`bagel_config.json` (optional): what the reference passes in code."""
 
     latent_patch_size: Count = 2
     max_latent_size: Count = 64
     vit_max_num_patch_per_side: Count = 70
     interpolate_pos: bool = False
-    timestep_shift: Positive = 1.0
     vae_transform: ImageSizes = ImageSizes(max_size=1024, min_size=512, stride=16)
     vit_transform: ImageSizes = ImageSizes(max_size=980, min_size=224, stride=14)
     default_size: tuple[Count, Count] = (1024, 1024)  # (height, width) of a picture when none is asked for
     text_to_image: GuidanceDefaults = GuidanceDefaults()
     edit: GuidanceDefaults = GuidanceDefaults()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, value: Any) -> Any:
+        return {k: v for k, v in value.items() if k not in _REFERENCE_KEYS} if isinstance(value, dict) else value
 
 
 class BagelConfig(_Shape):
@@ -157,12 +170,22 @@ class BagelConfig(_Shape):
 
         Raises InputError for a missing or unreadable file.
         """
-        return cls(
+        found = cls(
             llm=_read(folder / "llm_config.json", LLMConfig),
             vit=_read(folder / "vit_config.json", ViTConfig),
             vae=_read(folder / "vae_config.json", VaeConfig, optional=True),
             options=_read(folder / "bagel_config.json", BagelOptions, optional=True),
         )
+        found.check_strides(folder)
+        return found
+
+    def check_strides(self, folder: Path) -> None:
+        """Raises InputError for picture sizes that the model cannot cut into latents and patches."""
+        own, latent, patch = self.options, self.latent_stride, self.vit.patch_size
+        strides = (("vae_transform.stride", own.vae_transform.stride, latent), ("vit_transform.stride", own.vit_transform.stride, patch))
+        for name, value, unit in (*strides, *(("default_size", side, latent) for side in own.default_size)):
+            if value % unit:
+                raise InputError(f"{folder / 'bagel_config.json'}: got {name} {value}, expected a multiple of {unit}; correct the file")
 
     def files(self) -> dict[str, dict[str, Any]]:
         """The JSON files of a folder, by name."""

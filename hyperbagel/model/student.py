@@ -168,9 +168,9 @@ def load_student(folder: Path, base: Bagel) -> Student:
     Raises InputError for a folder that is no student, is damaged, or belongs to another base.
     """
     about = read_json(folder / "sampler.json", _MISSING)
-    if about.get("kind") in OTHER_KINDS:
+    if str(about.get("kind")) in OTHER_KINDS:
         raise InputError(f"{folder}: got {OTHER_KINDS[about['kind']]}, expected a student folder")
-    if about.get("format") != _FORMAT or about.get("kind") not in ("lora", "full"):
+    if about.get("format") != _FORMAT or str(about.get("kind")) not in ("lora", "full"):
         got = f"format {about.get('format')!r} and kind {about.get('kind')!r}"
         raise InputError(f"{folder}/sampler.json: got {got}, expected {_FORMAT} and lora or full; export the student again")
     if about.get("base") != (mine := fingerprint(base)):
@@ -184,7 +184,7 @@ def load_student(folder: Path, base: Bagel) -> Student:
         config = read_json(folder / "adapter_config.json", _MISSING)
         rank, alpha = config.get("r"), config.get("lora_alpha")
         widest = base.config.llm.intermediate_size
-        if not (isinstance(rank, int) and 1 <= rank <= widest and is_number(alpha) and float(alpha or 0) > 0):
+        if not (type(rank) is int and 1 <= rank <= widest and is_number(alpha) and float(alpha or 0) > 0):
             raise InputError(
                 f"{folder}/adapter_config.json: got r {rank!r} and lora_alpha {alpha!r}, expected 1 to {widest} and a positive number; "
                 "restore the file"

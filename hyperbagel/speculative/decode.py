@@ -79,15 +79,17 @@ def _too_wide(sessions: Sequence[Session], max_tokens: int, drafter: Drafter) ->
     """Whether a whole draft behind the last token would leave the model's context; warns if so."""
     limit = sessions[0].parts.model.config.llm.max_position_embeddings
     longest = max(session.cache.lengths[0] for session in sessions) + max_tokens + 1
-    if longest <= limit < longest + drafter.width:
+    if not longest <= limit < longest + drafter.width:
+        return False
+    most = limit - longest + max_tokens - drafter.width  # tokens of an answer that leave room for drafts
+    if max_tokens > 1:  # one token is never drafted
         warnings.warn(
             f"got drafts of {drafter.width} tokens behind {longest} of a context of {limit}, expected room for them; answering without a "
-            f"drafter, use max_tokens of at most {max(1, limit - longest + max_tokens - drafter.width)} to have one",
+            f"drafter{f', use max_tokens of at most {most} to have one' if most > 1 else ''}",
             Notice,
             stacklevel=4,
         )
-        return True
-    return False
+    return True
 
 
 def check_taps(session: Session, drafter: Drafter) -> None:

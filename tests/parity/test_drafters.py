@@ -25,7 +25,7 @@ from hyperbagel.speculative.drafters.export import export_eagle3, import_eagle3
 from hyperbagel.speculative.drafters.folder import Module, load_module, make_drafter, make_module, save_drafter
 from hyperbagel.speculative.drafters.layers import diagonal_mask
 from hyperbagel.speculative.drafters.lesson import make_lesson
-from hyperbagel.speculative.drafters.serve import BlockProposer
+from hyperbagel.speculative.drafters.serve import BlockProposer, choose
 from hyperbagel.speculative.simulate import simulate
 from hyperbagel.speculative.types import Seen, Speculated, Stats
 from hyperbagel.train.losses.drafter import block_loss, unrolled_loss
@@ -213,6 +213,13 @@ def test_damaged_folders(parts: Parts, tmp_path: Path) -> None:
     save_tensors(weights, tensors | {"norm.weight": torch.full((32,), float("nan"))})
     with pytest.raises(InputError, match="not finite"):
         load_module(tmp_path / "d", parts.model)
+    for name, value in (("d2t", tensors["d2t"] + 2000), ("d2t", tensors["d2t"] - 1), ("d2t", tensors["d2t"].float())):
+        save_tensors(weights, tensors | {name: value})
+        with pytest.raises(InputError, match=f"got {name}"):
+            load_module(tmp_path / "d", parts.model)
+    save_tensors(weights, tensors | {"lm_head.weight": tensors["lm_head.weight"].int()})
+    with pytest.raises(InputError, match=r"got lm_head\.weight as torch\.int32"):
+        load_module(tmp_path / "d", parts.model)
     save_tensors(weights, {k: v for k, v in tensors.items() if k != "fc.weight"})
     with pytest.raises(InputError, match=r"missing fc\.weight"):
         load_module(tmp_path / "d", parts.model)
@@ -222,6 +229,15 @@ def test_damaged_folders(parts: Parts, tmp_path: Path) -> None:
     (tmp_path / "d" / "drafter.json").write_text("[]")
     with pytest.raises(InputError, match="list"):
         load_module(tmp_path / "d", parts.model)
+
+
+def test_a_drafter_that_overflows_costs_no_request(parts: Parts) -> None:
+    """Sampling from logits that are not finite: any token, and q says so, so that acceptance stays lossless."""
+    logits = torch.tensor([[float("nan"), 1.0, 2.0, 0.0], [0.0, float("inf"), 0.0, 0.0], [0.0, 0.0, 1.0, 2.0]])
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    tokens, q = choose(logits, 1.0, generators)
+    assert q is not None and tokens.shape == (3,) and torch.equal(q[:2], torch.full((2, 4), 0.25))
+    torch.testing.assert_close(q[2], logits[2].softmax(-1))
 
 
 @pytest.mark.parametrize("small", [None, 40])
@@ -256,6 +272,14 @@ def test_eagle3_export_reads_back(small: int | None, parts: Parts, tmp_path: Pat
             assert torch.isfinite(module.rollout(lesson, parts.model.embed_text, 1)[0]).sum(-1).unique().tolist() == [small]
     with pytest.raises(InputError, match="hidden size 32"):
         import_eagle3(tmp_path / "e", llm.model_copy(update={"hidden_size": 64}))
+    for change in ({"draft_vocab_size": 5000}, {"hidden_size": "abc"}, {"rope_theta": None}):
+        (tmp_path / "e" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=r"config\.json"):
+            import_eagle3(tmp_path / "e", llm)
+    (tmp_path / "e" / "config.json").write_text(json.dumps(config))
+    save_tensors(tmp_path / "e" / "model.safetensors", tensors | {"fc.weight": tensors["fc.weight"] * float("nan")})
+    with pytest.raises(InputError, match="not finite"):
+        import_eagle3(tmp_path / "e", llm)
     (tmp_path / "e" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     with pytest.raises(InputError, match="EAGLE-3"):
         import_eagle3(tmp_path / "e", llm)

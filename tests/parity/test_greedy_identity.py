@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -15,7 +16,7 @@ from hyperbagel.generate.session import Parts, Session
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.speculative.compare import first_divergence
 from hyperbagel.speculative.decode import Rounds, decode
-from hyperbagel.speculative.drafters.lookup import Lookup, continuation
+from hyperbagel.speculative.drafters.lookup import Lookup, NGrams
 from hyperbagel.speculative.types import Drafter, Speculated
 
 PROMPTS, BATCH, LENGTH = 1000, 125, 12
@@ -138,9 +139,32 @@ def test_contexts_without_the_features_are_refused(parts: Parts) -> None:
         decode(sessions, max_tokens=3, drafter=drafter)
 
 
+def slowly(ids: Sequence[int], most: int, longest: int, shortest: int) -> list[int]:
+    """What follows the latest earlier occurrence of the longest end, found by going through the whole text."""
+    for size in range(min(longest, len(ids) - 1), shortest - 1, -1):
+        for at in range(len(ids) - size - 1, -1, -1):
+            if ids[at : at + size] == ids[-size:]:
+                out = list(ids[at + size : at + size + most])
+                while len(out) < most:
+                    out.append([*ids, *out][at + size + len(out)])
+                return out
+    return []
+
+
 def test_lookup_continues_the_latest_longest_match() -> None:
-    assert continuation([1, 2, 3, 9, 1, 2, 3, 7, 5, 2, 3], 2, longest=3, shortest=1) == [7, 5]
-    assert continuation([1, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3], 2, longest=3, shortest=1) == [9, 5]
-    assert continuation([1, 2, 1, 2], 5, longest=3, shortest=1) == [1, 2, 1, 2, 1]
-    assert continuation([1, 2, 3], 4, longest=3, shortest=1) == []
-    assert continuation([4, 1, 4], 4, longest=3, shortest=2) == []
+    def found(ids: list[int], most: int, longest: int = 3, shortest: int = 1) -> list[int]:
+        return NGrams(ids[:-1], longest, shortest).continuation(ids[-1], most)
+
+    assert found([1, 2, 3, 9, 1, 2, 3, 7, 5, 2, 3], 2) == [7, 5]
+    assert found([1, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3], 2) == [9, 5]
+    assert found([1, 2, 1, 2], 5) == [1, 2, 1, 2, 1]
+    assert found([1, 2, 3], 4) == []
+    assert found([4, 1, 4], 4, shortest=2) == []
+    rng = random.Random(0)
+    for _ in range(3000):
+        ids = [rng.randrange(3) for _ in range(rng.randrange(1, 14))]
+        shortest = rng.randint(1, 2)
+        longest, most, cut = rng.randint(shortest, 4), rng.randint(0, 6), rng.randrange(len(ids))
+        grown = NGrams(ids[:cut], longest, shortest)
+        grown.extend(ids[cut:-1])
+        assert grown.continuation(ids[-1], most) == slowly(ids, most, longest, shortest)

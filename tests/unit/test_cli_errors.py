@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hyperbagel import cli, cli_checks
+from hyperbagel import cli, cli_checks, demo
 from hyperbagel.core.errors import InputError
 
 
@@ -184,9 +184,14 @@ def test_demo_writes_nowhere_before_it_has_a_model(
     def refuse(**options: Any) -> None:
         raise InputError("got no model")
 
-    monkeypatch.setattr(model, "from_pretrained", refuse)
-    assert cli.main(["demo", "-o", "page", "--model", "nothing"]) == 2
-    assert "got no model" in capsys.readouterr().err and not Path("page").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "from_pretrained", refuse)
+        assert cli.main(["demo", "-o", "page", "--model", "nothing"]) == 2
+        assert "got no model" in capsys.readouterr().err and not Path("page").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "painters", lambda model: refuse())
+        assert cli.main(["demo", "-o", "page"]) == 2
+        assert "got no model" in capsys.readouterr().err and not Path("page").exists()
     monkeypatch.setattr(cli_checks.os, "access", lambda path, mode: False)  # chmod does not stop root
     assert cli.main(["demo", "-o", "page"]) == 2
     assert "expected one you may write to" in capsys.readouterr().err

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from hyperbagel.core.config import check_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
 from hyperbagel.model.config import LLMConfig
 from hyperbagel.model.weights import TensorFolder, load_tensors, save_tensors
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
+from hyperbagel.speculative.drafters.folder import check_values
 
 
 def export_eagle3(folder: Path, module: Eagle3, llm: LLMConfig, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -68,16 +70,12 @@ def import_eagle3(folder: Path, llm: LLMConfig) -> Eagle3:
         ) from error
     if architecture != ["LlamaForCausalLMEagle3"]:
         raise InputError(f"{path}: got architectures {architecture}, expected LlamaForCausalLMEagle3, give an EAGLE-3 drafter")
-    config = DrafterConfig(
-        kind="eagle3",
-        **sizes,
-        **heads,
-        **scales,
-        target_layers=llm.num_hidden_layers,
-        draft_vocab=None if small == sizes["vocab_size"] else small,
-    )
+    layers = {"target_layers": llm.num_hidden_layers, "draft_vocab": None if small == sizes["vocab_size"] else small}
+    config = check_config(DrafterConfig, {"kind": "eagle3", **sizes, **heads, **scales, **layers}, str(path))
     config.check_target(llm, str(folder))
     module = Eagle3(config)
     TensorFolder(folder, "model").check({name: tuple(x.shape) for name, x in module.state_dict().items()})
-    module.load_state_dict(load_tensors(folder / "model.safetensors"))
+    tensors = load_tensors(folder / "model.safetensors")
+    check_values(module, tensors, folder)
+    module.load_state_dict(tensors)
     return module.float().eval().requires_grad_(False)

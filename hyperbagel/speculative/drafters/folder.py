@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hyperbagel.core.config import check_config
 from hyperbagel.core.errors import InputError
@@ -83,14 +85,27 @@ def load_module(folder: Path, target: Bagel) -> Module:
         module = make_module(config)
     TensorFolder(folder, "drafter").check({name: tuple(x.shape) for name, x in module.state_dict().items()})
     tensors = load_tensors(folder / "drafter.safetensors", str(target.device))
-    for name, x in tensors.items():
-        if x.is_floating_point():
-            if not torch.isfinite(x).all():
-                raise InputError(f"{folder}: got values in {name} that are not finite, expected a trained drafter, restore the file")
-            tensors[name] = x.to(target.dtype)
-    module.load_state_dict(tensors, assign=True)
+    check_values(module, tensors, folder)
+    module.load_state_dict({n: x.to(target.dtype) if x.is_floating_point() else x for n, x in tensors.items()}, assign=True)
     store_by_columns(module)
     return module.eval().requires_grad_(False)
+
+
+def check_values(module: Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises InputError for tensors that the drafter of these names and shapes cannot run with."""
+    for name, own in module.state_dict().items():
+        x = tensors[name]
+        if x.is_floating_point() != own.is_floating_point():
+            raise InputError(f"{folder}: got {name} as {x.dtype}, expected {own.dtype} or the like, restore the file")
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise InputError(f"{folder}: got values in {name} that are not finite, expected a trained drafter, restore the file")
+    if isinstance(module, Eagle3):
+        ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]), device=tensors["d2t"].device)
+        if not (int(ids.min()) >= 0 and int(ids.max()) < module.config.vocab_size):
+            raise InputError(
+                f"{folder}: got d2t with draft tokens {int(ids.min())} to {int(ids.max())}, expected 0 to {module.config.vocab_size - 1}, "
+                "restore the file"
+            )
 
 
 def make_drafter(

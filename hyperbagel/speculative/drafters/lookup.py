@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -20,13 +20,14 @@ class Lookup:
         self.width, self.longest, self.shortest = width, longest, shortest
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
-        self.known = [[id_ for text in session.texts for id_ in text] for session in sessions]
+        texts = [[id_ for text in session.texts for id_ in text] for session in sessions]
+        self.known = [NGrams(text, self.longest, self.shortest) for text in texts]
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         found = []
         for known, ids, root in zip(self.known, seen.ids, seen.root.tolist(), strict=True):
-            known += ids
-            found.append(continuation([*known, root], min(self.width, limit), self.longest, self.shortest))
+            known.extend(ids)
+            found.append(known.continuation(root, min(self.width, limit)))
         longest = max(len(row) for row in found)
         padded = [row + [-1] * (longest - len(row)) for row in found]
         return Draft(torch.tensor(padded, dtype=torch.long, device=seen.root.device).view(len(padded), longest))
@@ -35,17 +36,38 @@ class Lookup:
         """It learns nothing."""
 
 
-def continuation(ids: Sequence[int], most: int, longest: int, shortest: int) -> list[int]:
-    """Up to `most` tokens after the latest earlier occurrence of the end of `ids`; the longest matching end counts, [] if there is none.
+class NGrams:
+    """A growing text, and where each n-gram of it was last followed by something: a look-up takes the same time behind any text."""
 
-    A copy that reaches the end of `ids` goes on in what it has itself copied: "a b a b" is followed by "a b a b ...".
-    """
-    for size in range(min(longest, len(ids) - 1), shortest - 1, -1):
-        tail = list(ids[-size:])
-        for at in range(len(ids) - size - 1, -1, -1):
-            if list(ids[at : at + size]) == tail:
-                out = list(ids[at + size : at + size + most])
-                while len(out) < most:
-                    out.append([*ids, *out][at + size + len(out)])
-                return out
-    return []
+    def __init__(self, ids: Iterable[int], longest: int, shortest: int) -> None:
+        self.ids: list[int] = []
+        self.sizes = range(longest, shortest - 1, -1)
+        self.followed: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token behind its latest occurrence
+        self.extend(ids)
+
+    def extend(self, ids: Iterable[int]) -> None:
+        for id_ in ids:
+            for size in self.sizes:
+                if len(self.ids) >= size:
+                    self.followed[tuple(self.ids[-size:])] = len(self.ids)
+            self.ids.append(id_)
+
+    def continuation(self, root: int, most: int) -> list[int]:
+        """Up to `most` tokens after the latest earlier occurrence of the text's end with `root` behind it; the longest matching end counts,
+        [] if there is none.
+
+        A copy that reaches the end goes on in what it has itself copied: "a b a b" is followed by "a b a b ...".
+        """
+        whole = [*self.ids[-max(self.sizes, default=0) :], root]
+        for size in self.sizes:
+            tail = tuple(whole[-size:])
+            if len(self.ids) >= size and tail == tuple(self.ids[-size:]):
+                at = len(self.ids)  # followed by the root itself
+            elif len(tail) < size or (at := self.followed.get(tail, -1)) < 0:
+                continue
+            out: list[int] = []
+            while len(out) < most:
+                i = at + len(out)
+                out.append(self.ids[i] if i < len(self.ids) else [root, *out][i - len(self.ids)])
+            return out
+        return []

@@ -60,6 +60,7 @@ def choose(logits: Tensor, temperature: float, generators: Sequence[torch.Genera
     if temperature == 0:
         return logits.argmax(-1), None
     q = probabilities(logits, temperature)
+    q = torch.where(q.isfinite().all(-1, keepdim=True), q, 1 / q.shape[-1])  # a broken drafter costs speed, no request
     drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(q.cpu(), generators, strict=True)]
     return torch.cat(drawn).to(logits.device), q
 

@@ -27,6 +27,19 @@ def pixel(data: bytes) -> tuple[int, ...]:
     return image.getpixel((0, 0))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!", b"Exif\0\0II", b"MM"])
+def test_a_picture_with_exif_data_that_nobody_can_read_is_a_picture(exif: bytes) -> None:
+    data = encoded(Image.new("RGB", (4, 4), (1, 2, 3)), exif=exif)
+    assert pixel(data) == (1, 2, 3)
+    assert as_picture(Image.open(io.BytesIO(data))).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_a_cut_picture_that_was_opened_but_not_read_is_named() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    with pytest.raises(InputError, match="damaged picture"):
+        as_picture(Image.open(io.BytesIO(encoded(noise, "JPEG")[:900])))
+
+
 def test_modes() -> None:
     assert pixel(encoded(Image.new("RGB", (4, 4), (1, 2, 3)))) == (1, 2, 3)
     assert pixel(encoded(Image.new("L", (4, 4), 7))) == (7, 7, 7)

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from small_world import small_parts
 
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.images import to_rgb
-from hyperbagel.data.prompts import split_thinking
+from hyperbagel.data.prompts import THINK_DRAW, split_thinking
 from hyperbagel.generate.decode import decode
-from hyperbagel.generate.image import GuidedVelocity
+from hyperbagel.generate.image import GuidedVelocity, denoise, draw_noise
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, AskRequest, ImageRequest
 from hyperbagel.model.config import BagelOptions
@@ -93,6 +93,67 @@ def test_a_model_may_have_guidance_of_its_own(model: HyperBagel) -> None:
     assert own.settings(ImageRequest("x", (photo(8, 8),), image_scale=1.5)) == replace(EDIT, image_scale=1.5, text_scale=3.0)
     assert [m.generate("a car", seed=0, steps=8)[0].nfe for m in (model, own)] == [15, 16]
     assert [m.edit(photo(16, 16), "x", seed=0, steps=8)[0].nfe for m in (model, own)] == [24, 16]
+
+
+def test_an_evaluation_count_is_a_pictures_own(model: HyperBagel) -> None:
+    """Also beside a request of equal settings with more branches."""
+    asked = {"seed": 0, "steps": 4, "interval": (0.0, 1.0), "image_scale": 2.0, "renorm": "global"}
+    draw, edit = ImageRequest("a car", **asked), ImageRequest("x", (photo(16, 16),), **asked)  # type: ignore[arg-type]
+    assert [r.nfe for r in model.generate_batch([draw, edit])] == [8, 12]
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_branches_in_turn_are_those_of_one_batch(model: HyperBagel, think: bool) -> None:
+    """With a plan behind the prompt the image-dropped context is another one, without it the full one."""
+    request = ImageRequest("a red car", seed=3, think=think, max_think_tokens=4, image_scale=2.0, steps=3, interval=(0.0, 1.0))
+    found = []
+    for in_turn in (False, True):
+        ready = model._prepare(request)
+        grid = model.grid(request)
+        noise = draw_noise(model.parts, grid, ready.generator)
+        found.append(denoise([ready.session], [grid], [noise], model.settings(request), in_turn=in_turn))
+    (batched, n), (turned, m) = found
+    assert n == m == (9 if think else 6)
+    torch.testing.assert_close(batched[0], turned[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_that_could_not_be_read_back_is_refused_before_it_is_written(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = model.parts.model.config.llm.max_position_embeddings
+    probe = Session.new(model.parts)
+    probe.add_text(THINK_DRAW)
+    room = limit - probe.cache.lengths[0] - 2
+    prompt = next(text for n in range(room, 0, -1) if len(model.parts.tokenizer.encode(text := "a " * n)) <= room - 7)
+    monkeypatch.setattr("hyperbagel.pipeline.plain_decode", lambda *a, **k: pytest.fail("decoded"))
+    left = room - len(model.parts.tokenizer.encode(prompt))
+    with pytest.raises(InputError, match="got a context of"):
+        model.generate(prompt, seed=0, steps=1, think=True, max_think_tokens=left - 1)
+
+
+def test_settings_in_other_forms(model: HyperBagel, tmp_path: Path) -> None:
+    """Paths for masks, lists for intervals, numbers and paths for students."""
+    mask = Image.new("L", (16, 16), 255)
+    mask.save(tmp_path / "m.png")
+    a, b = (model.edit(photo(16, 16), "x", seed=0, steps=1, mask=m)[0].image for m in (mask, tmp_path / "m.png"))
+    assert np.array_equal(np.asarray(a), np.asarray(b))
+    assert model.generate("x", seed=0, steps=2, interval=[0.0, 1.0])[0].nfe == 4
+    with pytest.raises(InputError, match="student"):
+        model.generate("x", seed=0, student=6)
+
+
+def test_an_image_scale_that_nothing_comes_of_is_told(model: HyperBagel) -> None:
+    with pytest.warns(Notice, match="image_scale 2.5 with text_scale 1, which switches guidance off"):
+        model.edit(photo(16, 16), "x", seed=0, steps=1, text_scale=1.0, image_scale=2.5)
+
+
+def test_a_shift_that_lets_times_fall_together_is_refused(model: HyperBagel) -> None:
+    with pytest.raises(InputError, match="got shift 1e-08, expected"):
+        model.generate("x", seed=0, steps=2, shift=1e-8)
+
+
+@pytest.mark.parametrize("name", ["hpu", "privateuseone", "nothing:9"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(InputError, match="try --device cpu"):
+        HyperBagel.from_pretrained("toybox", device=name)
 
 
 def test_fork_leaves_its_parent_alone(model: HyperBagel) -> None:

@@ -193,6 +193,7 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
         ({"nfe": 10**30}, "at most"),
         ({"format": 9}, "format 9"),
         ({"kind": "zzz"}, "kind 'zzz'"),
+        ({"kind": ["a"]}, "kind .'a'."),
         ({"shift": "x"}, "shift 'x'"),
         ({"text_scale": "a"}, "text_scale 'a'"),
         ({"edit_text_scale": None}, "edit_text_scale None"),
@@ -211,7 +212,7 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
         load_student(folder, base)
     (folder / "sampler.json").write_text(json.dumps(about))
     config = json.loads((folder / "adapter_config.json").read_text())
-    for change in ({"r": 10**9}, {"r": "4"}, {"lora_alpha": float("nan")}, {"lora_alpha": 0}, {"lora_alpha": None}):
+    for change in ({"r": 10**9}, {"r": "4"}, {"r": True}, {"lora_alpha": float("nan")}, {"lora_alpha": 0}, {"lora_alpha": None}):
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match="restore the file"):
             load_student(folder, base)

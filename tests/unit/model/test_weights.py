@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from hyperbagel import cli
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import inspect_folder, load_folder, load_tensors, save_folder, save_tensors
@@ -21,7 +22,9 @@ CONFIG = BagelConfig(
     llm=LLMConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=40),
     vit=ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4),
     vae=VaeConfig(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=2, norm_groups=2, downsample=2),
-    options=BagelOptions(max_latent_size=4, vit_max_num_patch_per_side=4),
+    options=BagelOptions(
+        max_latent_size=4, vit_max_num_patch_per_side=4, vit_transform=ImageSizes(max_size=16, min_size=4, stride=4), default_size=(16, 16)
+    ),
 )
 
 
@@ -35,6 +38,28 @@ def folder(tmp_path: Path) -> Path:
     model, vae = build()
     save_folder(tmp_path / "m", CONFIG, model.state_dict(), vae.state_dict(), dtype=torch.float32)
     return tmp_path / "m"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"edit": {"text_scal": 9}}, "edit.text_scal: "),
+        ({"text_to_image_interval": [0, 1]}, "text_to_image_interval: "),
+        ({"vit_transform": {"max_size": 16, "min_size": 4, "stride": 6}}, "got vit_transform.stride 6, expected a multiple of 4"),
+        ({"vae_transform": {"max_size": 16, "min_size": 4, "stride": 6}}, "got vae_transform.stride 6, expected a multiple of 4"),
+        ({"default_size": [16, 18]}, "got default_size 18, expected a multiple of 4"),
+    ],
+)
+def test_settings_that_this_program_does_not_know_or_cannot_follow(folder: Path, change: dict[str, Any], words: str) -> None:
+    path = folder / "bagel_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(folder, "bagel_config.json", words)
+
+
+def test_keys_of_the_references_own_config_pass(folder: Path) -> None:
+    path = folder / "bagel_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"visual_gen": True, "connector_act": "gelu", "timestep_shift": 3.0}))
+    assert load_folder(folder)[0].config == CONFIG
 
 
 def test_round_trip(folder: Path) -> None:

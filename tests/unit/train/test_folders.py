@@ -19,6 +19,28 @@ def test_a_shipped_drafter() -> None:
     assert 0.5 < report["acceptance"][0] < 1 and report["weights"]["drafter"]["parameters"] > 10**6
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("provenance.json", '{"launches": [1]}'),
+        ("provenance.json", '{"launches": {"a": 1}}'),
+        ("metrics.jsonl", '{"a": 1}\n'),
+        ("metrics.jsonl", "3\n"),
+    ],
+)
+def test_damaged_records_of_a_run_are_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "provenance.json").write_text('{"launches": [{}]}')
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match="restore the file"):
+        describe_folder(tmp_path)
+
+
+def test_a_checkpoint_without_players_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"players": null}')
+    with pytest.raises(InputError, match="got no players"):
+        describe_folder(tmp_path)
+
+
 def test_a_run_and_its_checkpoint(tmp_path: Path) -> None:
     run(tmp_path / "run", 4)
     report = describe_folder(tmp_path / "run")
