@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import statistics
 import sys
 import time
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.browser import chromium, live_opened, live_settled, open_tab
+from benchmarks.finish import finish
 from benchmarks.measure import Timing, machine
 from benchmarks.server import in_ms, serving
-from hyperbagel.core.files import atomic_write_text, make_folder
 from hyperbagel.core.run import git_sha, versions
 
 TARGET = 150.0  # ms, of the median
@@ -127,13 +126,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(given: list[str] | None = None) -> int:
-    options = arguments(given)
-    found = run(options)
-    print(table(found))
-    if options.out is not None:
-        make_folder(options.out.parent)
-        atomic_write_text(options.out, json.dumps(found, indent=1) + "\n")
-    return 0
+    return finish(arguments(given), run, table, lambda found: False)
 
 
 if __name__ == "__main__":

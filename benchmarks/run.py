@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import shlex
 import sys
 import time
@@ -15,12 +14,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import subjects
+from benchmarks.finish import finish
 from benchmarks.measure import device_rates, machine, measure
 from benchmarks.operation import Operation
 from benchmarks.operations import Workload, operations
 from benchmarks.table import show
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_write_text, make_folder
 from hyperbagel.core.run import git_sha, versions
 
 
@@ -97,6 +96,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.empty_cache()
     found["seconds"] = time.perf_counter() - start
+    if options.only and not any(found[kind] for kind in ("figures", "left_out", "failed")):
+        raise InputError(f"got --only {options.only}, expected a part of an operation's name; leave it out to see them all")
     return found
 
 
@@ -134,19 +135,17 @@ def _counted(operation: Operation) -> dict[str, Any]:
 
 def main(given: list[str] | None = None) -> int:
     options = arguments(given)
-    try:
+
+    def checked(options: argparse.Namespace) -> dict[str, Any]:
         if options.threads < 1:
             raise InputError(f"got --threads {options.threads}, expected at least 1")
+        for name in ("each", "budget"):
+            if not 0 < getattr(options, name) < float("inf"):
+                raise InputError(f"got --{name} {getattr(options, name)}, expected seconds, more than 0")
         torch.set_num_threads(options.threads)
-        found = run(options)
-        print(show(found))
-        if options.out is not None:
-            make_folder(options.out.parent)
-            atomic_write_text(options.out, json.dumps(found, indent=1) + "\n")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 1 if found["failed"] else 0
+        return run(options)
+
+    return finish(options, checked, show, lambda found: bool(found["failed"]))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import httpx2
 import torch
 from PIL import Image
 
+from benchmarks.finish import finish
 from benchmarks.measure import Timing, machine
-from hyperbagel.core.files import atomic_write_text, make_folder
 from hyperbagel.core.run import git_sha, versions
 from hyperbagel.pipeline import HyperBagel
 
@@ -42,6 +42,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--note", default="", help="kept with the figures, say what else the machine was doing")
     options = parser.parse_args(given)
+    for name in ("runs", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"got --{name} {getattr(options, name)}, expected at least 1")
     options.given = sys.argv[1:] if given is None else given
     return options
 
@@ -162,13 +165,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(given: list[str] | None = None) -> int:
-    options = arguments(given)
-    found = run(options)
-    print(table(found))
-    if options.out is not None:
-        make_folder(options.out.parent)
-        atomic_write_text(options.out, json.dumps(found, indent=1) + "\n")
-    return 0
+    return finish(arguments(given), run, table, lambda found: False)
 
 
 if __name__ == "__main__":

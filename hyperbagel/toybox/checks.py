@@ -9,7 +9,7 @@ from hyperbagel.toybox.captions import COLOURED
 from hyperbagel.toybox.phrases import NUMBERS, RELATION_WORDS, article, choose, plural
 from hyperbagel.toybox.questions import COLOUR, COUNT, EXISTS, RELATION, capital, questions_about
 from hyperbagel.toybox.samples import EditSample, T2ISample
-from hyperbagel.toybox.scene import RELATIONS, holds
+from hyperbagel.toybox.scene import main_relation
 
 Check = tuple[str, str]  # (question, answer)
 
@@ -30,10 +30,10 @@ def checks_of_caption(rng: random.Random, sample: T2ISample, n: int) -> list[Che
         found += [(EXISTS, {"a": article(noun)}, "yes") for noun in numbers]
     if sample.category == "position":
         a, b = things
-        for relation in RELATIONS:
-            if holds(a, relation, b):
-                words = {"r": f"the {a.noun}", "s": f"the {b.noun}", "w": choose(rng, RELATION_WORDS[relation], "train")}
-                found += [(RELATION, words, "yes"), (RELATION, words | {"r": words["s"], "s": words["r"]}, "no")]
+        relation = main_relation(a, b)  # which the caption states, or its mirror; of the other axis it says nothing
+        assert relation is not None
+        words = {"r": f"the {a.noun}", "s": f"the {b.noun}", "w": choose(rng, RELATION_WORDS[relation], "train")}
+        found += [(RELATION, words, "yes"), (RELATION, words | {"r": words["s"], "s": words["r"]}, "no")]
     rng.shuffle(found)
     return [(capital(choose(rng, templates, "train").format(**words)), answer) for templates, words, answer in found[:n]]
 

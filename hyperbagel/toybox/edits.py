@@ -7,6 +7,7 @@ What an instruction does not name stays as it was, the jitter of a moved thing i
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -215,7 +216,8 @@ def _compound(rng: random.Random, scene: Scene, text_split: str) -> Edit | None:
         return None
     # What the second refers to must mean the same thing in the source picture too, since that is what a reader looks at.
     for touched in between - after:
-        if not any(name in two[1] for name in references(scene, touched)):
+        # as a whole: "the square at the top" is not named by "place the square at the top left"
+        if not any(re.search(rf"{re.escape(name)}(?! (?:left|middle|right))\b", two[1]) for name in references(scene, touched)):
             return None
     return two[0], f"{one[1]} and {two[1]}"
 

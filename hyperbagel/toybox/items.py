@@ -148,6 +148,10 @@ def edit_eval_items(n: int, seed: int, split: str = "train") -> list[EditItem]:
     return items
 
 
+# What no held-out question is about: four of one noun leave no noun and colour that are shown, but not together.
+_NEVER = ("existence-adversarial", "count")
+
+
 def question_eval_items(n: int, seed: int, split: str = "train") -> list[QuestionItem]:
     """n questions over QUESTION_KINDS; yes and no are equally frequent in the existence kinds, relations and pairs.
 
@@ -161,8 +165,7 @@ def question_eval_items(n: int, seed: int, split: str = "train") -> list[Questio
         whole = {"pair": 2, "choice": 4}.get(kind, 1)
         if kind == "steps":
             number = n - len(items)
-        # four of one noun leave no noun and colour that are shown, but not together
-        kinds = [k for k in KINDS if (kind, k) != ("existence-adversarial", "count")] if split == "heldout" else [""]
+        kinds = [k for k in KINDS if (kind, k) != _NEVER] if split == "heldout" else [""]
         made = group = 0
         while made < number // whole * whole:
             novelty = kinds[group % len(kinds)]
@@ -185,7 +188,9 @@ _PLAIN_MAKERS = {"count": questions.count, "colour": questions.colour, "describe
 
 def _plain(rng: random.Random, kind: str, group: int, novelty: str) -> list[QuestionItem]:
     """One question; the answers of yes/no kinds alternate."""
-    truth, (base, _, mode) = group % 2 == 0, kind.partition("-")
+    # with an even number of novelties in turn each of them would have one answer only
+    shift = group // (len(KINDS) - 1) if novelty and kind == _NEVER[0] else 0
+    truth, (base, _, mode) = (group + shift) % 2 == 0, kind.partition("-")
     while True:
         scene, text = _scene(rng, base, novelty)
         if base == "existence":

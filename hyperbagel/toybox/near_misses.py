@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from hyperbagel.toybox.edits import GROUPS, change, free_cells
+from hyperbagel.toybox.heldout import heldout_kinds
 from hyperbagel.toybox.samples import EditSample, T2ISample
 from hyperbagel.toybox.scene import Scene
 
@@ -55,11 +56,14 @@ _FALSIFIERS: dict[str, tuple[Falsifier, ...]] = {
 
 def near_miss_of_caption(rng: random.Random, sample: T2ISample) -> Scene:
     """A scene like the sample's that its caption is not true of."""
+    ways = _FALSIFIERS[sample.category]
     while True:
-        falsify = rng.choice(_FALSIFIERS[sample.category])
+        falsify = rng.choice(ways)
         scene = falsify(rng, sample.scene)
-        if scene is not None and (falsify is _mirror or inventory(scene) != inventory(sample.scene)):
+        told = places if falsify is _mirror else inventory
+        if scene is not None and told(scene) != told(sample.scene) and not _shows_more(scene, sample.scene):
             return scene
+        ways = (*_FALSIFIERS[sample.category], _REPLACE)  # a relation may be turned round only into one that is held out
 
 
 def near_miss_of_edit(rng: random.Random, sample: EditSample) -> Scene:
@@ -70,8 +74,18 @@ def near_miss_of_edit(rng: random.Random, sample: EditSample) -> Scene:
             scene = change(rng, sample.target, group)
         else:
             scene = change(rng, sample.source, sample.group if sample.group in GROUPS else group)
-        if scene is not None and scene not in (sample.target, sample.source):
+        if scene is not None and scene not in (sample.target, sample.source) and not _shows_more(scene, sample.target):
             return scene
+
+
+def _shows_more(scene: Scene, right: Scene) -> bool:
+    """Whether it shows what is held out and the right picture does not: a reward would learn that the new is worse."""
+    return not heldout_kinds(scene.things) <= heldout_kinds(right.things)
+
+
+def places(scene: Scene) -> list[tuple[str, str, str, str, int]]:
+    """What stands where, in order, whatever the jitter."""
+    return sorted((t.noun, t.colour, t.size, t.material, t.cell) for t in scene.things)
 
 
 def inventory(scene: Scene) -> list[tuple[str, str]]:

@@ -244,14 +244,18 @@ def relation(rng: random.Random, scene: Scene, text_split: str, *, truth: bool |
     return question, _yes(truth), look_up([a, b])
 
 
-def _where(rng: random.Random, scene: Scene, text_split: str) -> Answered:
-    """Where one thing is; the phrase for it never gives the answer away."""
+def _where(rng: random.Random, scene: Scene, text_split: str) -> Answered | None:
+    """Where one thing is; the phrase for it never gives the answer away. None if no phrase means this thing alone."""
     thing = rng.choice(scene.things)
-    names = [r for r in references(scene, thing) if place(thing.cell) not in r] or [f"the {thing.size} {thing.colour} {thing.noun}"]
+    names = [r for r in references(scene, thing) if place(thing.cell) not in r]
+    if not names:
+        if sum((t.size, t.colour, t.noun) == (thing.size, thing.colour, thing.noun) for t in scene.things) > 1:
+            return None
+        names = [f"the {thing.size} {thing.colour} {thing.noun}"]
     return choose(rng, _WHERE, text_split).format(r=rng.choice(names)), CELL_NAMES[thing.cell], look_up([thing])
 
 
-def _position(rng: random.Random, scene: Scene, text_split: str) -> Answered:
+def _position(rng: random.Random, scene: Scene, text_split: str) -> Answered | None:
     """Where is it, or what is there."""
     if rng.random() < 0.6:
         return _where(rng, scene, text_split)
@@ -324,8 +328,11 @@ def _reason(rng: random.Random, scene: Scene, text_split: str) -> Answered | Non
 def choice(rng: random.Random, scene: Scene, text_split: str) -> tuple[str, list[str], str]:
     """(question, four options with the right one first, think); `lettered` turns it into a text with its answer."""
     form = rng.randrange(3)
-    maker: Callable[[random.Random, Scene, str], Answered] = (colour, count, _where)[form]
-    question, answer, think = maker(rng, scene, text_split)
+    makers: tuple[Callable[[random.Random, Scene, str], Answered | None], ...] = (colour, count, _where)
+    made = makers[form](rng, scene, text_split)
+    if made is None:  # nothing that can be pointed at
+        return choice(rng, scene, text_split)
+    question, answer, think = made
     pool = (tuple(BACKGROUNDS) if answer in BACKGROUNDS else tuple(COLOURS), NUMBERS, CELL_NAMES)[form]
     others = rng.sample([p for p in pool if p != answer], 3)
     return choose(rng, _CHOICE, text_split).format(q=question), [answer, *others], think

@@ -55,7 +55,20 @@ def test_wrong_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     threads = str(torch.get_num_threads())
     assert benchmark.main(["--shape", str(tmp_path / "none"), "--device", "cpu", "--threads", threads]) == 2
     assert benchmark.main(["--threads", "0", "--device", "cpu"]) == 2
-    assert capsys.readouterr().err.count("error: got ") == 2
+    small = ["--device", "cpu", "--threads", threads]
+    assert benchmark.main([*small, "--each", "nan"]) == 2 and benchmark.main([*small, "--only", "nosuch", "--each", "0.01"]) == 2
+    (tmp_path / "file").write_text("")
+    assert benchmark.main([*small, "--out", str(tmp_path / "file" / "x.json")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("error: got ") == 4 and told.count("error: ") == 5
+
+
+def test_wrong_input_of_the_server_s_benchmark_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert server_benchmark.main(["--model", str(tmp_path / "none")]) == 2
+    assert "error: " in capsys.readouterr().err
+    for wrong in ("--runs", "--steps"):
+        with pytest.raises(SystemExit):
+            server_benchmark.main([wrong, "0"])
 
 
 def test_closed_forms_equal_what_the_model_computes() -> None:

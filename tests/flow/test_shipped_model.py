@@ -69,7 +69,7 @@ def test_it_draws_edits_and_answers(model: HyperBagel) -> None:
     assert first.image.size == (64, 64) and first.nfe <= 8
     assert np.array_equal(np.asarray(first.image), np.asarray(again.image))
     [edited] = model.edit(first.image, "make the car blue", seed=0, steps=4)
-    assert edited.image.size == (64, 64) and edited.nfe == 12
+    assert edited.image.size == (64, 64) and edited.nfe == 8  # two branches: it is guided by the text alone
     assert model.ask("Is there a car?", first.image, max_tokens=8).tokens > 0
 
 

@@ -1,6 +1,6 @@
 """Evaluation items: fixed by the seed, distinct, in the promised shares, and right."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 
@@ -61,3 +61,14 @@ def test_question_items(split: str) -> None:
             pairs.setdefault(item.pair, []).append(item.answer)
     assert {tuple(sorted(a)) for p, a in pairs.items() if p.startswith("pair")} == {("no", "yes")}
     assert {tuple(sorted(a)) for p, a in pairs.items() if p.startswith("choice")} == {("A", "B", "C", "D")}
+
+
+def test_held_out_questions_of_each_novelty_are_answered_both_ways() -> None:
+    """A model that always says yes must not seem to know the new."""
+    found: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for item in question_eval_items(1200, 0, "heldout"):
+        if item.kind.startswith("existence") or item.kind == "relation":
+            found[item.kind, item.heldout][item.answer.lower()] += 1
+    assert len(found) >= 15
+    for which, answers in found.items():
+        assert abs(answers["yes"] - answers["no"]) <= 1, (which, answers)

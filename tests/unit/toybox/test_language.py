@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.toybox import heldout
+from hyperbagel.toybox import heldout, questions
 from hyperbagel.toybox.checks import checks_of_caption
 from hyperbagel.toybox.language import EXTRA_GROUPS, GROUPS, KINDS, STYLES, sample_edit, sample_question, sample_t2i
-from hyperbagel.toybox.near_misses import near_miss_of_caption, near_miss_of_edit
-from hyperbagel.toybox.scene import Scene, Thing, holds
+from hyperbagel.toybox.near_misses import near_miss_of_caption, near_miss_of_edit, places
+from hyperbagel.toybox.scene import Scene, Spec, Thing, holds, sample_scene
 from hyperbagel.toybox.vocabulary import CELL_NAMES, COLOURS, NOUNS, SIZES
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
@@ -25,6 +25,15 @@ RELATION = {
     "above": ("above", "over", "higher than", "on top of"),
     "below": ("below", "under", "lower than", "underneath"),
 }
+
+
+STATED = re.compile(rf"{MENTION.pattern} (?:\w+ )*?({'|'.join(w for ws in RELATION.values() for w in ws)}) {MENTION.pattern}")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def told_as(text: str) -> str:
+    """The relation that the words are about."""
+    return next(relation for relation, ways in RELATION.items() if any(f" {way} " in f" {text} " for way in ways))
 
 
 def mentions(text: str) -> Counter[tuple[str, str, str, str]]:
@@ -87,15 +96,30 @@ def test_short_captions_name_every_thing_once(split: str, style: str) -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_stated_relations_hold(split: str) -> None:
     rng = random.Random(2)
-    pattern = re.compile(rf"{MENTION.pattern} (?:\w+ )*?({'|'.join(w for ws in RELATION.values() for w in ws)}) {MENTION.pattern}")
     for _ in range(300):
         sample = sample_t2i(rng, split=split, style="terse", category="position", kind="relation" if split == "heldout" else None)
-        match = pattern.search(sample.prompt)
+        match = STATED.search(sample.prompt)
         assert match, sample
         a, b = (next(t for t in sample.scene.things if t.noun == match[i]) for i in (5, 11))
         relation = next(r for r, ws in RELATION.items() if match[6] in ws)
         assert holds(a, relation, b), sample
         assert heldout.triple_held(a.noun, relation, b.noun) == (split == "heldout")
+
+
+def test_where_is_asked_of_one_thing() -> None:
+    """With several of a noun the phrase means one of them, or nothing is asked."""
+    rng, asked, refused = random.Random(12), 0, 0
+    patterns = [re.compile(re.escape(template).replace(re.escape("{r}"), "(the .+)")) for template in questions._WHERE]
+    while asked < 400:
+        scene = sample_scene(rng, n=3, specs=[Spec("cup", "brown", "small")] * 3)
+        made = questions._where(rng, scene, "train")
+        if made is None:
+            refused += 1
+            continue
+        phrase = next(match[1] for pattern in patterns if (match := pattern.fullmatch(made[0])))
+        assert CELL_NAMES[referent(phrase, scene).cell] == made[1], (made, scene)
+        asked += 1
+    assert refused > 0
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -270,12 +294,14 @@ def test_near_misses_make_captions_false() -> None:
         scene = near_miss_of_caption(rng, sample)
         scene.check()
         categories[sample.category] += 1
-        if sample.category == "position":  # the same two things, every relation turned round
+        assert not heldout.heldout_kinds(scene.things), "what training never shows is not shown as the worse picture either"
+        nouns = [{t.noun for t in one.things} for one in (scene, sample.scene)]
+        if sample.category == "position" and nouns[0] == nouns[1]:  # the same two things, every relation turned round
             (a, b), (c, d) = sample.scene.things, scene.things
             assert (a.noun, a.colour, b.noun, b.colour) == (c.noun, c.colour, d.noun, d.colour)
             assert [r for r in RELATION if holds(a, r, b)] == [r for r in RELATION if holds(d, r, c)] != []
         elif sample.category == "dense":
-            assert scene != sample.scene
+            assert places(scene) != places(sample.scene)
         else:
             assert not names_exactly(sample.prompt, scene), (sample, scene)
             assert abs(len(scene.things) - len(sample.scene.things)) <= 1 and scene.background == sample.scene.background
@@ -289,7 +315,7 @@ def test_near_misses_of_edits_are_other_pictures() -> None:
         edit = sample_edit(rng)
         scene = near_miss_of_edit(rng, edit)
         scene.check()
-        assert scene not in (edit.source, edit.target)
+        assert scene not in (edit.source, edit.target) and not heldout.heldout_kinds(scene.things)
         also += len(set(scene.things) & set(edit.target.things)) >= len(edit.target.things) - 1
     assert also > 300  # most are nearly right
 
@@ -319,7 +345,10 @@ def test_checks_of_captions_follow_from_the_words() -> None:
             else:
                 kinds["relation"] += 1
                 assert sample.category == "position"
-                a, b = (next(t for t in sample.scene.things if t.noun == noun) for noun in nouns)
-                relation = next(r for r, ways in RELATION.items() if any(f" {w} " in asked for w in ways))
-                assert holds(a, relation, b) == (answer == "yes"), (sample.prompt, question, answer)
+                told = STATED.search(sample.prompt)  # the caption's own words, whatever else the scene makes true
+                assert told is not None, sample.prompt
+                stated, relation = told_as(told[6]), told_as(asked)
+                first, second = nouns
+                as_told = (first, second) == (told[5], told[11])
+                assert relation == (stated if as_told == (answer == "yes") else OPPOSITE[stated]), (sample.prompt, question, answer)
     assert set(kinds) == {"count", "colour", "existence", "relation"}
