@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from hyperbagel.core.errors import Notice
 from hyperbagel.evaluate.records import Record, Worker
 from hyperbagel.evaluate.rows import is_edit, request_for
 from hyperbagel.evaluate.statistics import bootstrap_mean
@@ -24,7 +26,9 @@ def steer_worker(model: Any, s: Settings) -> Worker:
             figures: dict[str, float] = {}
             for scale in ENDS if is_edit(item) else ("text_scale",):
                 pair = [request_for(item, s, seed, **{scale: end}) for end in ENDS[scale]]
-                weak, strong = (as_square(r.image, s.side) for r in model.generate_batch(pair))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", Notice)  # the weak end switches guidance off: that is what is measured
+                    weak, strong = (as_square(r.image, s.side) for r in model.generate_batch(pair))
                 figures[scale] = _rms(weak, strong)
                 if scale == "image_scale":
                     source = np.asarray(drawn(item.source, s.side))
