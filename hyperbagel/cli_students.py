@@ -45,9 +45,13 @@ def average(
     students: Annotated[list[Path], typer.Argument(help="Students' folders, trained on from one another.")],
     model: Annotated[str, typer.Option(help="The model that they were distilled from: its folder, or toybox.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for their mean.")],
+    rank: Annotated[int | None, typer.Option(help="Write it as a LoRA of this rank, whatever the students are.")] = None,
 ) -> None:
     """Average students, tensor by tensor: what one run spoilt another one has not. Measure it beside them."""
     from hyperbagel.pipeline import model_folder
     from hyperbagel.train.folder import average_folders
 
-    print(average_folders(students, model_folder(model), out))
+    folder, lost = average_folders(students, model_folder(model), out, rank)
+    if rank is not None:
+        note(f"rank {rank} leaves out {lost:.1%} of the change, and what norms and biases changed")
+    print(folder)

@@ -9,7 +9,6 @@ Shape legend: E hidden size, r rank, I / O input and output size of a linear lay
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.student import Sampler, Student
+from hyperbagel.nn.lora import factorise
 
 FOLD = "time_embedder.mlp.2.bias"
 
@@ -80,38 +80,6 @@ def low_rank_change(student: Student, name: str) -> Tensor:
     change = student.adapter.get_submodule(name)
     b, a = change.get_parameter("lora_B.weight"), change.get_parameter("lora_A.weight")
     return student.adapter.scale * (b.float() @ a.float())
-
-
-class Factors(NamedTuple):
-    """A change [O, I] as b [O, r] a [r, I], and what that misses: its squared norm, and the change's."""
-
-    a: Tensor
-    b: Tensor
-    missed: float
-    whole: float
-
-
-_EXACT = 1024  # largest smaller side of a matrix whose whole decomposition is computed; beyond it only the leading part is
-
-
-@torch.no_grad()
-def factorise(change: Tensor, rank: int) -> Factors:
-    """The best b a of that rank in the sense of least squares (Eckart-Young): the leading singular vectors, each side taking half.
-
-    Large matrices: by randomised subspace iteration, which comes very near to it; the error told is that of what it gave.
-    """
-    if min(change.shape) <= max(_EXACT, 2 * rank):
-        u, s, vh = torch.linalg.svd(change.double(), full_matrices=False)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same file every time
-            u, s, v = torch.svd_lowrank(change, q=rank + 16, niter=8)
-        vh = v.T
-    r = min(rank, len(s))
-    root = s[:r].sqrt()
-    a, b = change.new_zeros(rank, change.shape[1]), change.new_zeros(change.shape[0], rank)
-    a[:r], b[:, :r] = (root[:, None] * vh[:r]).to(change.dtype), (u[:, :r] * root).to(change.dtype)
-    return Factors(a, b, float((change - b @ a).double().square().sum()), float(change.double().square().sum()))
 
 
 @dataclass(frozen=True)

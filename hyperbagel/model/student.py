@@ -25,7 +25,7 @@ from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder, r
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.weights import load_tensors, save_tensors
-from hyperbagel.nn.lora import Adapter, attach
+from hyperbagel.nn.lora import Adapter, attach, factorise
 
 Kind = Literal["lora", "full"]
 PEFT_PREFIX = "base_model.model."
@@ -157,7 +157,7 @@ def save_student(
             save_tensors(temporary / "moe_gen.safetensors", tensors)
         save_tensors(temporary / "guidance.safetensors", embedders)
         mark = base if isinstance(base, str) else fingerprint(base)
-        about = {"format": _FORMAT, "kind": kind, "heads": bool(set(_HEADS) & set(adapter.copies)), "base": mark}
+        about = {"format": _FORMAT, "kind": kind, "heads": _has_heads(student), "base": mark}
         about |= {"base_name": base_name, **asdict(student.sampler)}
         atomic_write_text(temporary / "sampler.json", json.dumps(about, indent=2) + "\n")
 
@@ -218,20 +218,56 @@ def carry_student(folder: Path, old: Bagel, new: Bagel) -> Student:
     return student
 
 
+@torch.no_grad()
+def as_whole(student: Student, base: Bagel) -> Student:
+    """The same student with whole layers in place of low-rank changes, ready to be trained in all of them."""
+    if not student.adapter.low_rank:
+        return student
+    given, adapter = student.adapter, make_adapter(base, "full", heads=_has_heads(student))
+    for name in adapter.copies:
+        own = adapter.get_submodule(name)  # the base's, in fp32
+        if name in given.low_rank:
+            b, a = (given.get_submodule(name).get_parameter(f"lora_{factor}.weight") for factor in "BA")
+            own.get_parameter("weight").add_(given.scale * b @ a)
+        elif name in given.copies:
+            own.load_state_dict(given.get_submodule(name).state_dict())
+    return Student(adapter, student.guidance, student.sampler)
+
+
+@torch.no_grad()
+def factorised(student: Student, base: Bagel, rank: int) -> tuple[Student, float]:
+    """A student of whole layers as a LoRA of that rank, and |what is lost| / |change| of the matrices. Norms and biases stay the base's."""
+    adapter = make_adapter(base, "lora", rank=rank, heads=_has_heads(student))
+    missed = whole = 0.0
+    for name in adapter.low_rank:
+        own, before = (model.get_submodule(name).get_parameter("weight").float() for model in (student.adapter, base))
+        factors, change = factorise(own - before, rank), adapter.get_submodule(name)
+        change.load_state_dict({"lora_A.weight": factors.a, "lora_B.weight": factors.b})
+        missed, whole = missed + factors.missed, whole + factors.whole
+    for name in adapter.copies:
+        adapter.get_submodule(name).load_state_dict(student.adapter.get_submodule(name).state_dict())
+    return Student(adapter, student.guidance, student.sampler), (missed / whole) ** 0.5 if whole else 0.0
+
+
+def _has_heads(student: Student) -> bool:
+    return bool(set(_HEADS) & set(student.adapter.copies))
+
+
 def average_students(folders: Sequence[Path], base: Bagel) -> Student:
-    """The mean of students of one shape, tensor by tensor; sampler settings are the first one's, `stage` names all that made them.
+    """The mean of students of one base, tensor by tensor; sampler settings are the first one's, `stage` names all that made them.
 
     For students that were trained on from one another: their errors are partly apart, their weights hardly (model soups, Wortsman et al.
-    2022). Of low-rank factors it is the mean of each factor, not of their product. Raises InputError for fewer than two, or unlike ones.
+    2022). Of low-rank factors of one rank it is the mean of each factor, not of their product; unlike students become whole layers.
+    Raises InputError for fewer than two, or for other numbers of evaluations.
     """
     if len(folders) < 2:
         raise InputError(f"got {len(folders)} student to average, expected two or more")
     first, *others = (load_student(folder, base) for folder in folders)
+    if any(_shape(other) != _shape(first) for other in others):
+        first, *others = (as_whole(student, base) for student in (first, *others))
     for folder, other in zip(folders[1:], others, strict=True):
         if _shape(other) != _shape(first):
-            raise InputError(
-                f"{folder}: got a student of another kind or rank than {folders[0]}, expected students trained on from one another"
-            )
+            raise InputError(f"{folder}: got a student with other layers than {folders[0]}, expected students trained on from one another")
         if (theirs := other.sampler.nfe) != first.sampler.nfe:
             raise InputError(f"{folder}: got a student of {theirs} evaluations, expected {first.sampler.nfe} as {folders[0]} has")
     with torch.no_grad():

@@ -22,12 +22,23 @@ from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import Velocity, euler, euler_steps
 from hyperbagel.generate.types import PAPER_EDIT, PAPER_TEXT_TO_IMAGE, Denoising
-from hyperbagel.model.student import Sampler, Student, StudentNetwork, carry_student, fingerprint, load_student, make_adapter, save_student
+from hyperbagel.model.student import (
+    Sampler,
+    Student,
+    StudentNetwork,
+    as_whole,
+    carry_student,
+    fingerprint,
+    load_student,
+    make_adapter,
+    save_student,
+)
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.model.weights import load_folder
 from hyperbagel.train.alarms import alarms
 from hyperbagel.train.batches import open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
+from hyperbagel.train.compare import compare, conditional_energy
 from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
 from hyperbagel.train.discriminator import vit_features
 from hyperbagel.train.distributed import World, is_sharded, join_world
@@ -48,6 +59,7 @@ class DistillRecipe(TrainRecipe):
     init: Path | None = None  # the student to go on from; None: a fresh one
     init_base: Path | None = None  # the base that `init` was made for, if another: `model` before it was trained on
     kind: Literal["lora", "full"] = "full"  # of a fresh student
+    whole: bool = False  # ours: low-rank changes of `init` become whole layers, and all of these are trained
     rank: int = Field(default=64, ge=1)
     alpha: float | None = Field(default=None, gt=0)  # None: alpha = rank
     recompute: bool = False  # keep one tensor a layer and run layers again for their gradients: more time, far less memory
@@ -132,8 +144,10 @@ class DistillStage(Stage):
         if r.init is None:
             return self._fresh()
         if r.init_base is None:
-            return self.load(r.init)
-        return carry_student(r.init, load_folder(r.init_base, self.device, self.dtype)[0], self.base).to(self.device)
+            student = self.load(r.init)
+        else:
+            student = carry_student(r.init, load_folder(r.init_base, self.device, self.dtype)[0], self.base).to(self.device)
+        return as_whole(student, self.base) if r.whole else student
 
     def frozen(self, folder: Path) -> StudentNetwork:
         """A student that is only run."""
@@ -350,37 +364,6 @@ class Measured:
     noises: Tensor
     teacher: Tensor
     features: Tensor
-
-
-def conditional_energy(student: Tensor, teacher: Tensor) -> float:
-    """Energy distance between student and teacher given the condition, over the teacher's own spread. Features [2, B, D] of two noises.
-
-    2 E|s - t| - E|s - s'| - E|t - t'| with s, t of different noises (those of one noise are alike by design), so that its expectation is 0
-    where both draw from one distribution, whatever the noise is mapped to; blur, collapse and wrong content all raise it.
-    """
-
-    def apart(a: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(a - b, dim=-1).mean()
-
-    own = apart(teacher[0], teacher[1])
-    cross = apart(student[0], teacher[1]) + apart(student[1], teacher[0])
-    return ((cross - apart(student[0], student[1]) - own) / own).item()
-
-
-def compare(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """Latents [2, B, N, C] of two noises a condition. 1 is healthy for all but `match`, whose best is 0.
-
-    match: minus the root mean squared distance to the teacher, in units of the teacher's std. The rest is student over teacher. spread: std
-    over samples; far below 1: contraction. diversity: distance between the two noises' pictures; far below 1: collapse. size: root mean
-    square; above 1.1 or so: over-saturation.
-    """
-    std = teacher.flatten(0, 1).std(0).mean()
-    return {
-        "match": -((student - teacher).square().mean().sqrt() / std).item(),
-        "spread": (student.flatten(0, 1).std(0).mean() / std).item(),
-        "diversity": ((student[0] - student[1]).square().mean() / (teacher[0] - teacher[1]).square().mean()).sqrt().item(),
-        "size": (student.square().mean() / teacher.square().mean()).sqrt().item(),
-    }
 
 
 def required(folder: Path | None, key: str, what: str) -> Path:

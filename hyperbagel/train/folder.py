@@ -17,7 +17,7 @@ from hyperbagel.generate.types import MAX_STEPS
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import VaeConfig, ViTConfig
 from hyperbagel.model.siglip import SiglipVisionModel
-from hyperbagel.model.student import average_students, load_student, save_student
+from hyperbagel.model.student import as_whole, average_students, factorised, load_student, save_student
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import TensorFolder, fill, load_folder, save_folder
 
@@ -89,10 +89,19 @@ def install_student(student: Path, model: Path, name: str | None = None, nfe: in
     return target
 
 
-def average_folders(students: Sequence[Path], model: Path, out: Path) -> Path:
-    """Writes the mean of students of one model (`average_students`) to a new folder, fp32. Raises InputError."""
+def average_folders(students: Sequence[Path], model: Path, out: Path, rank: int | None = None) -> tuple[Path, float]:
+    """Writes the mean of students of one model (`average_students`) to a new folder, fp32; as a LoRA of `rank`, if it is given.
+
+    Returns the folder and which share of the change that rank has lost. Raises InputError.
+    """
     if out.exists():
         raise InputError(f"{out}: exists already, expected a new folder, choose another one or remove it")
     base, _ = load_folder(model, torch.device("cpu"), torch.bfloat16)
-    save_student(out, average_students(students, base), base, base_name=model.name)
-    return out
+    mean, lost = average_students(students, base), 0.0
+    if rank is not None:
+        widest = base.config.llm.intermediate_size
+        if not 1 <= rank <= widest:
+            raise InputError(f"got rank {rank}, expected 1 to {widest}; 64 is usual")
+        mean, lost = factorised(as_whole(mean, base), base, rank)
+    save_student(out, mean, base, base_name=model.name)
+    return out, lost

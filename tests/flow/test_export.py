@@ -13,9 +13,10 @@ import torch
 from hyperbagel import cli
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.export import export_drafter, export_lora, export_student, verify
-from hyperbagel.model.merge import as_low_rank, factorise
+from hyperbagel.model.merge import as_low_rank
 from hyperbagel.model.student import PEFT_PREFIX, Kind, Sampler, Student, load_student, make_adapter, save_student
 from hyperbagel.model.weights import inspect_folder, load_folder, load_tensors
+from hyperbagel.nn.lora import factorise
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.export import import_eagle3

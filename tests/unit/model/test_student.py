@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyperbagel import cli
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
@@ -19,8 +20,10 @@ from hyperbagel.model.student import (
     Kind,
     Sampler,
     Student,
+    as_whole,
     average_students,
     carry_student,
+    factorised,
     fingerprint,
     load_student,
     make_adapter,
@@ -249,8 +252,55 @@ def test_the_mean_of_students(kind: Kind, tmp_path: Path) -> None:
 
 def test_unlike_students_have_no_mean(tmp_path: Path) -> None:
     base = tiny()
-    for name, rank, nfe in (("a", 2, 6), ("rank", 3, 6), ("nfe", 2, 1)):
-        save_student(tmp_path / name, Student(make_adapter(base, "lora", rank=rank), GuidanceEmbedders(24), Sampler(nfe=nfe)), base)
-    for others, told in (([], "two or more"), (["rank"], "another kind or rank"), (["nfe"], "1 evaluations, expected 6")):
+    for name, heads, nfe in (("a", True, 6), ("heads", False, 6), ("nfe", True, 1)):
+        save_student(
+            tmp_path / name, Student(make_adapter(base, "lora", rank=2, heads=heads), GuidanceEmbedders(24), Sampler(nfe=nfe)), base
+        )
+    for others, told in (([], "two or more"), (["heads"], "with other layers"), (["nfe"], "1 evaluations, expected 6")):
         with pytest.raises(InputError, match=told):
             average_students([tmp_path / name for name in ("a", *others)], base)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_students_of_other_ranks_and_kinds_have_the_mean_of_their_weights(heads: bool, tmp_path: Path) -> None:
+    base = tiny()
+    for i, (kind, rank) in enumerate((("lora", 2), ("lora", 3), ("full", 1))):
+        student = Student(make_adapter(base, kind, rank=rank, heads=heads), GuidanceEmbedders(24), Sampler())  # type: ignore[arg-type]
+        shake(student, seed=i)
+        save_student(tmp_path / str(i), student, base)
+    students = [load_student(tmp_path / str(i), base) for i in range(3)]
+    mean = average_students([tmp_path / str(i) for i in range(3)], base)
+    views = [student.network(base, merged=True).model for student in students]
+    for name in mean.adapter.copies:
+        for leaf, value in mean.adapter.get_submodule(name).state_dict().items():
+            torch.testing.assert_close(value, sum(view.get_submodule(name).state_dict()[leaf] for view in views) / 3)
+
+
+def test_a_student_as_whole_layers_and_back(tmp_path: Path) -> None:
+    """Nothing is lost at the rank it had; at a smaller one the best of that rank is left."""
+    base = tiny()
+    student = Student(make_adapter(base, "lora", rank=3), GuidanceEmbedders(24), Sampler())
+    shake(student)
+    whole = as_whole(student, base)
+    assert not whole.adapter.low_rank and as_whole(whole, base) is whole
+    again, lost = factorised(whole, base, 3)
+    assert lost < 1e-5
+    for name in student.adapter.low_rank:
+        a, b = (one.adapter.get_submodule(name) for one in (student, again))
+        torch.testing.assert_close(b.lora_B.weight @ b.lora_A.weight, a.lora_B.weight @ a.lora_A.weight, rtol=1e-4, atol=1e-6)
+    small, lost = factorised(whole, base, 1)
+    assert 0.05 < lost < 1 and small.adapter.rank == 1
+
+
+def test_a_mean_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny()
+    monkeypatch.setattr("hyperbagel.train.folder.load_folder", lambda *_: (base, None))
+    for i in range(2):
+        student = Student(make_adapter(base, "full"), GuidanceEmbedders(24), Sampler())
+        shake(student, seed=i)
+        save_student(tmp_path / str(i), student, base)
+    given = ["average", str(tmp_path / "0"), str(tmp_path / "1"), "--model", "toybox"]
+    assert cli.main([*given, "-o", str(tmp_path / "mean"), "--rank", "4"]) == 0
+    assert "rank 4 leaves out" in capsys.readouterr().err and load_student(tmp_path / "mean", base).adapter.rank == 4
+    assert cli.main([*given, "-o", str(tmp_path / "other"), "--rank", "0"]) == 2
+    assert "got rank 0, expected 1 to" in capsys.readouterr().err and not (tmp_path / "other").exists()

@@ -20,8 +20,8 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.model.student import load_student
 from hyperbagel.model.weights import load_folder, load_tensors
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.train.compare import compare, conditional_energy
 from hyperbagel.train.contexts import Scales, velocity
-from hyperbagel.train.distill import compare, conditional_energy
 from hyperbagel.train.gate import judge
 from hyperbagel.train.losses.dmd import COUPLINGS
 from hyperbagel.train.stage import Draws
@@ -186,6 +186,16 @@ def test_a_few_steps_and_an_export(name: str, base: Path, student: Path, head: P
     assert sampler.nfe == (6 if name == "tscd" else 1) and sampler.stage == name
     logged = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert ("held_out/teacher_reward" in logged) == (name == "refl")
+
+
+def test_a_low_rank_student_goes_on_as_whole_layers(base: Path, tmp_path: Path) -> None:
+    run(cfg, base, tmp_path / "low", kind="lora", rank=2, max_steps=2, **QUICK)
+    low: Any = make(cfg, base, init=tmp_path / "low" / "export")
+    whole: Any = make(cfg, base, init=tmp_path / "low" / "export", whole=True)
+    batch = low.batch(0, Draws.at(0))
+    assert low.student.adapter.low_rank and not whole.student.adapter.low_rank
+    torch.testing.assert_close(whole.loss("student", batch, 0)[0], low.loss("student", batch, 0)[0], rtol=1e-4, atol=1e-6)
+    assert len(whole.players["student"].parameters) == len(list(whole.student.parameters()))
 
 
 def test_held_out_figures_cover_every_source_alike(base: Path) -> None:

@@ -1,0 +1,40 @@
+"""A student's held-out pictures beside its teacher's, in figures.
+
+Shape legend: B conditions, N latent tokens, C values of a token, D values of a picture's features; each picture with two noises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def conditional_energy(student: Tensor, teacher: Tensor) -> float:
+    """Energy distance between student and teacher given the condition, over the teacher's own spread. Features [2, B, D] of two noises.
+
+    2 E|s - t| - E|s - s'| - E|t - t'| with s, t of different noises (those of one noise are alike by design), so that its expectation is 0
+    where both draw from one distribution, whatever the noise is mapped to; blur, collapse and wrong content all raise it.
+    """
+
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(a - b, dim=-1).mean()
+
+    own = apart(teacher[0], teacher[1])
+    cross = apart(student[0], teacher[1]) + apart(student[1], teacher[0])
+    return ((cross - apart(student[0], student[1]) - own) / own).item()
+
+
+def compare(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """Latents [2, B, N, C] of two noises a condition. 1 is healthy for all but `match`, whose best is 0.
+
+    match: minus the root mean squared distance to the teacher, in units of the teacher's std. The rest is student over teacher. spread: std
+    over samples; far below 1: contraction. diversity: distance between the two noises' pictures; far below 1: collapse. size: root mean
+    square; above 1.1 or so: over-saturation.
+    """
+    std = teacher.flatten(0, 1).std(0).mean()
+    return {
+        "match": -((student - teacher).square().mean().sqrt() / std).item(),
+        "spread": (student.flatten(0, 1).std(0).mean() / std).item(),
+        "diversity": ((student[0] - student[1]).square().mean() / (teacher[0] - teacher[1]).square().mean()).sqrt().item(),
+        "size": (student.square().mean() / teacher.square().mean()).sqrt().item(),
+    }
