@@ -43,13 +43,14 @@ passed() {
 }
 
 # mean NAME STUDENT FOLDER...: out/NAME, the mean of a student and of the best run from it; the student itself if none made things better.
+# rank=N before it: written as a LoRA of that rank.
 mean() {
     local folder=$out/$1 student=$2 best
     best=$(passed "${@:2}") || return   # inside $(...) set -e does not hold
     if [ "$best" = "$student" ]; then
         echo "$student"
     else
-        [ -d "$folder" ] || hyperbagel average "$student" "$best" --model "$base" --out "$folder" > /dev/null || return
+        [ -d "$folder" ] || hyperbagel average "$student" "$best" --model "$base" --out "$folder" ${rank:+--rank "$rank"} > /dev/null || return
         echo "$folder"
     fi
 }
@@ -90,6 +91,16 @@ one=$(passed "$one" dmdo-one)
 stage dmdo-one-more dmdo dmdo-one model="$base" init="$one" teacher="$cfg" holder="$six" seed=1 max_seconds=2700 optim.lr=3.0e-4 \
     usual_share=0.5 'rewarded=[t2i]' reward_kind=answers ceiling=-0.05 reward_cap=0.5 reward_samples=24 data.sources.t2i.checks=3   # 45: with a reward
 one=$(mean one "$one" dmdo-one-more)                               # what ships is a mean of such runs (docs/distillation.md)
+# all layers, two runs that part, their mean, and from there two more at a quarter of the rate; captions that are learned worst come oftener
+whole=(model="$base" teacher="$cfg" holder="$six" whole=true usual_share=0.5 optim.ema_decay=0.998 'data.sources.t2i.styles={terse: 0.6, medium: 0.4}'
+    'data.sources.t2i.categories={attribute: 26, counting: 24, two: 18, position: 14, many: 8, colors: 6, single: 4}')
+stage one-whole-a dmdo dmdo-one "${whole[@]}" init="$one" seed=91 optim.lr=1.0e-4 optim.schedule=constant max_seconds=2400   # 40
+stage one-whole-b dmdo dmdo-one "${whole[@]}" init="$one" seed=92 optim.lr=2.0e-4 optim.schedule=constant max_seconds=3600 \
+    'rewarded=[t2i]' reward_kind=answers ceiling=-0.05 reward_cap=0.5 reward_samples=24 data.sources.t2i.checks=3   # 60
+one=$(mean one-whole "$one" one-whole-a one-whole-b)
+stage one-fine-a dmdo dmdo-one "${whole[@]}" init="$one" seed=94 optim.lr=5.0e-5 max_seconds=2700   # 45
+stage one-fine-b dmdo dmdo-one "${whole[@]}" init="$one" seed=95 optim.lr=5.0e-5 max_seconds=2700   # 45
+one=$(rank=128 mean one-fine "$one" one-fine-a one-fine-b)
 stage refl refl refl model="$base" init="$one" teacher="$six"       # 5
 one=$(passed "$one" refl)
 
