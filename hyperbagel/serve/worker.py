@@ -139,7 +139,7 @@ def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     if isinstance(request, AskRequest):
         return "ask", request.max_tokens, request.temperature, request.drafter
     # Defaults are the student's or the model's own: here only what was asked for is compared.
-    apart = {"prompt", "images", "inputs", "seed", "size", "think", "max_think_tokens", "student", "mask"}
+    apart = {"prompt", "images", "inputs", "seed", "size", "max_think_tokens", "student", "mask"}
     own = {f.name for f in fields(request)} - apart
     student = None if request.student == "none" else request.student
     return "draw", request.is_edit, student, *(getattr(request, name) for name in sorted(own))

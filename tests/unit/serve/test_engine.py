@@ -306,9 +306,10 @@ def test_a_client_s_closed_loop_ends_its_job(model: Model) -> None:
 
 def test_which_requests_fit_together() -> None:
     plain, picture = ImageRequest("a"), Image.new("RGB", (2, 2))
-    assert batch_key(plain) == batch_key(ImageRequest("b", seed=9, size=(16, 32), think=True, student="none"))
+    assert batch_key(plain) == batch_key(ImageRequest("b", seed=9, size=(16, 32), student="none"))
     different = [
         ImageRequest("a", steps=3),
+        ImageRequest("a", think=True),
         ImageRequest("a", (picture,)),
         ImageRequest("a", student="6"),
         ImageRequest("a", (picture,), student="6"),
