@@ -332,16 +332,15 @@ def main(argv: list[str] | None = None) -> int:
             message, wrong = str(error.format_message()), type(error).__name__ != "NoArgsIsHelpError"
             note(f"error: {' '.join(message.split())}" if wrong else message)
             return 2
-        if isinstance(error, InputError | OSError):
-            from hyperbagel.core.files import one_line
+        from hyperbagel.core.files import one_line
 
+        if isinstance(error, InputError | OSError):
             note(f"error: {one_line(error)}")
             return 2
         if isinstance(error, FloatingPointError):  # a training that diverged: it says itself what to do
-            note(f"error: {' '.join(str(error).split())}")
+            note(f"error: {one_line(error)}")
             return 1
-        text = " ".join(str(error).split())
-        note(f"internal error: {type(error).__name__}: {text}; set HYPERBAGEL_DEBUG=1 for the traceback")
+        note(f"internal error: {type(error).__name__}: {one_line(error)}; set HYPERBAGEL_DEBUG=1 for the traceback")
         return 1
     if code == 130:
         note("interrupted")

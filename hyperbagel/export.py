@@ -17,7 +17,7 @@ from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.merge import as_low_rank, check_scales, folded_sampler, merged_tensors
 from hyperbagel.model.student import PEFT_PREFIX, Sampler, Student, fingerprint, load_student, peft_config
-from hyperbagel.model.weights import TensorFolder, load_folder, save_sharded, save_tensors
+from hyperbagel.model.weights import TensorFolder, load_folder, save_sharded, save_tensors, stored_dtype
 from hyperbagel.pipeline import HyperBagel, model_folder
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.export import export_eagle3
@@ -47,7 +47,7 @@ def _read(
 ) -> tuple[Path, Bagel, Student, float, float]:
     folder = model_folder(model)
     found = _find(folder, "student", student)
-    base, _ = load_folder(folder, dtype=_loaded(folder))
+    base, _ = load_folder(folder, dtype=stored_dtype(folder))
     given = load_student(found, base).requires_grad_(False)
     text = given.sampler.text_scale if text_scale is None else text_scale
     image = given.sampler.image_scale if image_scale is None else image_scale
@@ -66,11 +66,6 @@ def _find(folder: Path, what: str, name: Path | str) -> Path:
     names = sorted(path.parent.name for path in shelf.glob(f"*/{file}") if kinds[what] in path.read_text(encoding="utf-8"))
     own = f"one of this model's own ({', '.join(names)}) or " if names else ""
     raise InputError(f"got {what} {str(name)!r}, expected {own}a {what}'s folder, check the name")
-
-
-def _loaded(folder: Path) -> torch.dtype:
-    """bf16 weights stay as they are, which halves the memory; sums are in fp32 anyway."""
-    return torch.bfloat16 if folder.is_dir() and set(TensorFolder(folder, "ema").dtypes.values()) == {"BF16"} else torch.float32
 
 
 def export_student(
@@ -153,7 +148,7 @@ def export_drafter(drafter: Path | str, out: Path, *, model: str = "toybox", dty
     _check_new(out)
     folder = model_folder(model)
     found = _find(folder, "drafter", drafter)
-    base, _ = load_folder(folder, dtype=_loaded(folder))
+    base, _ = load_folder(folder, dtype=stored_dtype(folder))
     module = load_module(found, base)
     if not isinstance(module, Eagle3):
         raise InputError(

@@ -88,15 +88,15 @@ stage adp adp adp model="$base" init="$six"                        # 30
 one=$(passed "$out/adp/export" adp)                                # whatever it says, only this one was made for one step
 stage dmdo-one dmdo dmdo-one model="$base" init="$one" teacher="$cfg" holder="$six"   # 70: captions matched, edits held to the six steps
 one=$(passed "$one" dmdo-one)
+rewarded=('rewarded=[t2i]' reward_kind=answers ceiling=-0.05 reward_cap=0.5 reward_samples=24 data.sources.t2i.checks=3)
 stage dmdo-one-more dmdo dmdo-one model="$base" init="$one" teacher="$cfg" holder="$six" seed=1 max_seconds=2700 optim.lr=3.0e-4 \
-    usual_share=0.5 'rewarded=[t2i]' reward_kind=answers ceiling=-0.05 reward_cap=0.5 reward_samples=24 data.sources.t2i.checks=3   # 45: with a reward
+    usual_share=0.5 "${rewarded[@]}"                               # 45: with a reward
 one=$(mean one "$one" dmdo-one-more)                               # what ships is a mean of such runs (docs/distillation.md)
 # all layers, two runs that part, their mean, and from there two more at a quarter of the rate; captions that are learned worst come oftener
 whole=(model="$base" teacher="$cfg" holder="$six" whole=true usual_share=0.5 optim.ema_decay=0.998 'data.sources.t2i.styles={terse: 0.6, medium: 0.4}'
     'data.sources.t2i.categories={attribute: 26, counting: 24, two: 18, position: 14, many: 8, colors: 6, single: 4}')
 stage one-whole-a dmdo dmdo-one "${whole[@]}" init="$one" seed=91 optim.lr=1.0e-4 optim.schedule=constant max_seconds=2400   # 40
-stage one-whole-b dmdo dmdo-one "${whole[@]}" init="$one" seed=92 optim.lr=2.0e-4 optim.schedule=constant max_seconds=3600 \
-    'rewarded=[t2i]' reward_kind=answers ceiling=-0.05 reward_cap=0.5 reward_samples=24 data.sources.t2i.checks=3   # 60
+stage one-whole-b dmdo dmdo-one "${whole[@]}" init="$one" seed=92 optim.lr=2.0e-4 optim.schedule=constant max_seconds=3600 "${rewarded[@]}"   # 60
 one=$(mean one-whole "$one" one-whole-a one-whole-b)
 stage one-fine-a dmdo dmdo-one "${whole[@]}" init="$one" seed=94 optim.lr=5.0e-5 max_seconds=2700   # 45
 stage one-fine-b dmdo dmdo-one "${whole[@]}" init="$one" seed=95 optim.lr=5.0e-5 max_seconds=2700   # 45

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,8 @@ from hyperbagel.data.toybox_source import Task, ToyboxSource
 from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.toybox.language import CATEGORIES, EXTRA_GROUPS, GROUPS, KINDS, STYLES
 
-TOYBOX_KEYS = ("task", "resolution", "think_share", "styles", "categories", "groups", "turns", "split", "kinds", "near_misses", "checks")
+# Keys of SourceConfig that every kind reads, and those of files; all others are the toybox's.
+_EVERY, _FILES = ("kind", "samples", "noise_copies"), ("path", "images")
 
 
 class SourceConfig(Config):
@@ -26,7 +27,7 @@ class SourceConfig(Config):
     kind: Literal["toybox", "t2i", "edit", "chat"] = "toybox"
     samples: int = Field(default=1, ge=1)  # consecutive samples of a group
     noise_copies: int = Field(default=1, ge=1)  # noise draws of a target in one sequence
-    # TOYBOX_KEYS
+    # toybox
     task: Task | None = None
     resolution: int = Field(default=64, ge=16)
     think_share: float = Field(default=0.0, ge=0, le=1)
@@ -48,11 +49,16 @@ class SourceConfig(Config):
         check_weights(self.categories, (*CATEGORIES, "many"), "categories")
         check_weights(self.groups, (*GROUPS, *EXTRA_GROUPS), "groups")
         check_weights(self.kinds, KINDS, "kinds")
-        if self.kind == "toybox" and (idle := changed(self, ("path", "images"))):
+        if self.kind == "toybox" and (idle := changed(self, _FILES)):
             raise ValueError(f"{idle[0]} is of files, and this source is the toybox; set kind to t2i, edit or chat, or leave {idle[0]} out")
-        if self.kind != "toybox" and (idle := changed(self, TOYBOX_KEYS)):
+        if self.kind != "toybox" and (idle := changed(self, toybox_keys())):
             raise ValueError(f"{idle[0]} is of the toybox, and this source is of kind {self.kind}; leave {idle[0]} out")
         return self
+
+
+def toybox_keys() -> list[str]:
+    """Keys that say what a toybox source draws; ToyboxSource has them by the same names."""
+    return [name for name in SourceConfig.model_fields if name not in (*_EVERY, *_FILES)]
 
 
 class PhaseConfig(Config):
@@ -105,22 +111,8 @@ def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: Ima
     if config.kind == "toybox":
         if config.task is None:
             raise InputError(f"source {name!r}: got no task, expected t2i, edit or question, add task to the recipe")
-        return ToyboxSource(
-            config.task,
-            tokenizer,
-            seed,
-            resolution=config.resolution,
-            noise_copies=config.noise_copies,
-            think_share=config.think_share,
-            styles=config.styles,
-            categories=config.categories,
-            groups=config.groups,
-            turns=config.turns,
-            split=config.split,
-            kinds=config.kinds,
-            near_misses=config.near_misses,
-            checks=config.checks,
-        )
+        own: dict[str, Any] = {key: getattr(config, key) for key in toybox_keys()}
+        return ToyboxSource(tokenizer=tokenizer, seed=seed, noise_copies=config.noise_copies, **own)
     if config.path is None:
         raise InputError(f"source {name!r}: got no path, expected files of kind {config.kind!r}, add path to the recipe")
     reading = Reading(tokenizer, vae, vit, seed, config.noise_copies)

@@ -63,7 +63,7 @@ def changed_tensors(base: Bagel, student: Student, text_scale: float, image_scal
     for name in adapter.low_rank:
         linear = base.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        out[f"{name}.weight"] = linear.weight.float() + low_rank_change(student, name)
+        out[f"{name}.weight"] = linear.weight.float() + adapter.change(name)
     before = out[FOLD] if FOLD in out else base.get_parameter(FOLD).float()
     out[FOLD] = before + guidance_vector(student, text_scale, image_scale).to(before.device)
     return out
@@ -72,14 +72,6 @@ def changed_tensors(base: Bagel, student: Student, text_scale: float, image_scal
 def merged_tensors(base: Bagel, student: Student, text_scale: float, image_scale: float) -> dict[str, Tensor]:
     """All tensors of the merged model; those that the student leaves alone are the base's own objects."""
     return base.state_dict() | changed_tensors(base, student, text_scale, image_scale)
-
-
-@torch.no_grad()
-def low_rank_change(student: Student, name: str) -> Tensor:
-    """scale B A of one layer of an adapter student, [O, I], fp32."""
-    change = student.adapter.get_submodule(name)
-    b, a = change.get_parameter("lora_B.weight"), change.get_parameter("lora_A.weight")
-    return student.adapter.scale * (b.float() @ a.float())
 
 
 @dataclass(frozen=True)

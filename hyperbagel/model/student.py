@@ -227,8 +227,7 @@ def as_whole(student: Student, base: Bagel) -> Student:
     for name in adapter.copies:
         own = adapter.get_submodule(name)  # the base's, in fp32
         if name in given.low_rank:
-            b, a = (given.get_submodule(name).get_parameter(f"lora_{factor}.weight") for factor in "BA")
-            own.get_parameter("weight").add_(given.scale * b @ a)
+            own.get_parameter("weight").add_(given.change(name))
         elif name in given.copies:
             own.load_state_dict(given.get_submodule(name).state_dict())
     return Student(adapter, student.guidance, student.sampler)

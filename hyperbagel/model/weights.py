@@ -151,6 +151,11 @@ def load_folder(
     return model.eval(), vae.eval()
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """bf16 if all of a model's weights are stored so, else fp32: what keeps every value. bf16 halves the memory."""
+    return torch.bfloat16 if folder.is_dir() and set(TensorFolder(folder, "ema").dtypes.values()) == {"BF16"} else torch.float32
+
+
 def save_folder(
     folder: Path,
     config: BagelConfig,

@@ -94,6 +94,12 @@ class Adapter(nn.Module):
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    @torch.no_grad()
+    def change(self, name: str) -> Tensor:
+        """scale B A of one low-rank layer, [O, I], fp32."""
+        b, a = (self.get_submodule(name).get_parameter(f"lora_{factor}.weight").float() for factor in "BA")
+        return self.scale * (b @ a)
+
     def _put(self, name: str, module: nn.Module) -> None:
         *path, leaf = name.split(".")
         node: nn.Module = self

@@ -19,7 +19,7 @@ from hyperbagel.model.config import VaeConfig, ViTConfig
 from hyperbagel.model.siglip import SiglipVisionModel
 from hyperbagel.model.student import as_whole, average_students, factorised, load_student, save_student
 from hyperbagel.model.vae import AutoEncoder
-from hyperbagel.model.weights import TensorFolder, fill, load_folder, save_folder
+from hyperbagel.model.weights import TensorFolder, fill, load_folder, save_folder, stored_dtype
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
@@ -96,7 +96,7 @@ def average_folders(students: Sequence[Path], model: Path, out: Path, rank: int 
     """
     if out.exists():
         raise InputError(f"{out}: exists already, expected a new folder, choose another one or remove it")
-    base, _ = load_folder(model, torch.device("cpu"), torch.bfloat16)
+    base, _ = load_folder(model, torch.device("cpu"), stored_dtype(model))  # differences to it are written
     mean, lost = average_students(students, base), 0.0
     if rank is not None:
         widest = base.config.llm.intermediate_size

@@ -64,7 +64,7 @@ class Eagle3(DraftModule):
 
     def drafted(self) -> Tensor:
         """Target ids of the draft vocabulary, [Vd]."""
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        return drafted_ids(self.d2t)
 
     def encode(self, features: Tensor, sight: Sight) -> Tensor:
         return self.fc(features.flatten(2))
@@ -78,3 +78,8 @@ class Eagle3(DraftModule):
             return logits
         whole = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
         return whole.index_copy(-1, self.drafted(), logits)
+
+
+def drafted_ids(d2t: Tensor) -> Tensor:
+    """Target ids [Vd] from the offsets that the published layout keeps."""
+    return d2t + torch.arange(len(d2t), device=d2t.device)

@@ -17,7 +17,7 @@ from hyperbagel.model.weights import TensorFolder, load_tensors, save_tensors
 from hyperbagel.nn.layers import store_by_columns
 from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig
-from hyperbagel.speculative.drafters.eagle3 import Eagle3
+from hyperbagel.speculative.drafters.eagle3 import Eagle3, drafted_ids
 from hyperbagel.speculative.drafters.hyper_bagel import HyperBagelDrafter
 from hyperbagel.speculative.drafters.serve import AutoregressiveDrafter, BlockProposer
 
@@ -100,7 +100,7 @@ def check_values(module: Module, tensors: Mapping[str, Tensor], folder: Path) ->
         if x.is_floating_point() and not torch.isfinite(x).all():
             raise InputError(f"{folder}: got values in {name} that are not finite, expected a trained drafter, restore the file")
     if isinstance(module, Eagle3):
-        ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]), device=tensors["d2t"].device)
+        ids = drafted_ids(tensors["d2t"])
         if not (int(ids.min()) >= 0 and int(ids.max()) < module.config.vocab_size):
             raise InputError(
                 f"{folder}: got d2t with draft tokens {int(ids.min())} to {int(ids.max())}, expected 0 to {module.config.vocab_size - 1}, "

@@ -200,8 +200,9 @@ class DmdoStage(DistillStage):
             loss = self.own.hold_weight * pseudo_huber(x + (end - at) * v, y, HOLD_C)
             return loss, {f"{name}_hold": loss.detach()}
         x0_hat = x0_from_velocity(x, v, at)
-        x0 = x0_hat.detach().requires_grad_(name in self.own.judged)
-        with torch.set_grad_enabled(x0.requires_grad):
+        judged, rewarded = (name in sources for sources in (self.own.judged, self.own.rewarded))
+        x0 = x0_hat.detach().requires_grad_(judged or rewarded)
+        with torch.set_grad_enabled(judged):
             x_tau = self.coupled(batch, x0, x + (end - at) * v.detach()).x_tau
             v_fake, judgements = self.look(t, x_tau, batch.tau)
         with torch.no_grad():
@@ -211,21 +212,24 @@ class DmdoStage(DistillStage):
         loss = dmd_loss(x0_hat, g)
         gap = (fake - real).square().mean().sqrt()
         metrics = {f"{name}_dmd": loss.detach(), f"{name}_gap": gap, f"{name}_size": x0.detach().square().mean().sqrt()}
-        matching = g / g.numel()  # the gradient of dmd_loss; what else pulls is measured by it
-        total, value = matching, loss
-        if judgements:
-            adversarial = hinge_generator(judgements)
-            along = torch.autograd.grad(adversarial, x0)[0]
-            weight = balanced_weight(matching, along, self.own.judge_cap, by_row=True)
-            total, value = total + weight * along, value + adversarial
-            metrics |= {f"{name}_adversarial": adversarial.detach(), f"{name}_adversarial_weight": weight.mean()}
-        if self.reward is not None and name in self.own.rewarded:
-            x0 = x0_hat.detach().requires_grad_()
+        pulls: list[tuple[str, Tensor, Tensor, float]] = []  # (what pulls besides, what it lacks, that one's gradient by x0, its cap)
+        if judged:
+            lack = hinge_generator(judgements)
+            metrics[f"{name}_adversarial"] = lack.detach()
+            pulls.append(("adversarial", lack, torch.autograd.grad(lack, x0)[0], self.own.judge_cap))
+        if rewarded and self.reward is not None:
             score, lack, along = feedback(self.reward, self.own, lambda x: self.decode(x, t.conditions), x0, t.conditions.samples)
-            weight = balanced_weight(matching, along, self.own.reward_cap, by_row=True)
-            total, value = total + weight * along, value + lack
-            metrics |= {f"{name}_reward": score, f"{name}_reward_weight": weight.mean()}
-        return (loss if total is matching else with_gradient(x0_hat, total, value)), metrics
+            metrics[f"{name}_reward"] = score
+            pulls.append(("reward", lack, along, self.own.reward_cap))
+        if not pulls:
+            return loss, metrics
+        matching = g / g.numel()  # the gradient of dmd_loss, by which the others are measured
+        gradient, value = matching, loss
+        for what, lack, along, cap in pulls:
+            weight = balanced_weight(matching, along, cap, by_row=True)
+            gradient, value = gradient + weight * along, value + lack
+            metrics[f"{name}_{what}_weight"] = weight.mean()
+        return with_gradient(x0_hat, gradient, value), metrics
 
     def look(self, t: Trajectory, x: Tensor, tau: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The fake model's velocity [B, N, C] at times tau [B], and its heads' judgements where the source is judged."""

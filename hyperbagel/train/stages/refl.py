@@ -39,7 +39,6 @@ class ReflStage(AdpStage):
         super().__init__(recipe, device)
         self.feedback = recipe
         self.reward = open_reward(recipe, self.base, self.spec, self.tokenizer)
-
         held_out = [] if recipe.held_out is None else list(recipe.held_out.sources)
         if held_out and not any(map(self.is_rewarded, held_out)):
             raise InputError(f"held_out: got the sources {', '.join(held_out)}, none of them rewarded, expected one to choose the best by")

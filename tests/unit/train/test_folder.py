@@ -70,6 +70,20 @@ def test_the_mean_of_two_students_is_a_student(folder: Path, student: Path, tmp_
         average_folders([student, student], folder, made)
 
 
+def test_a_mean_of_unlike_students_keeps_an_fp32_base_whole(tmp_path: Path) -> None:
+    """Differences to a base that was rounded on the way would hold its rounding."""
+    model, vae = fresh_bagel(CONFIG, torch.Generator().manual_seed(0)), AutoEncoder(CONFIG.vae)
+    save_folder(tmp_path / "m", CONFIG, model.state_dict(), vae.state_dict(), dtype=torch.float32)
+    for rank in (1, 2):  # students that change nothing
+        save_student(tmp_path / str(rank), Student.fresh(model, make_adapter(model, "lora", rank=rank), Sampler()), model)
+    made, _ = average_folders([tmp_path / "1", tmp_path / "2"], tmp_path / "m", tmp_path / "mean")
+    adapter = load_student(made, model).adapter
+    assert adapter.copies and not adapter.low_rank
+    for name in adapter.copies:
+        for leaf, value in adapter.get_submodule(name).state_dict().items():
+            assert torch.equal(value, model.get_submodule(name).state_dict()[leaf]), name
+
+
 @pytest.mark.parametrize("name", [".", "..", "../../m", "a/b", "none", "", "-x"])
 def test_a_name_that_leads_elsewhere_is_refused(folder: Path, student: Path, name: str) -> None:
     install_student(student, folder)
