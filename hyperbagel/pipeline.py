@@ -289,7 +289,7 @@ class HyperBagel:
         session, items, reused = Session.new(self.parts), request.items(), 0
         images = list(takewhile(lambda item: isinstance(item, Image), items))
         if request.think:
-            session.add_text(THINK_DRAW)  # at the end the plan is read back: its own tokens and two markers
+            session.add_text(THINK_DRAW)
         elif contexts is not None and images:
             session, reused = contexts.begin(self.parts, [image for image in images if isinstance(image, Image)], generator)
             items = items[len(images) :]
@@ -305,7 +305,7 @@ class HyperBagel:
                 if on_token is not None:
                     on_token(row, token)
 
-            session.check_room(request.max_think_tokens + 2)
+            session.check_room(request.max_think_tokens + 2)  # the plan is read back: its tokens and two markers
             out = plain_decode([session], max_tokens=request.max_think_tokens, on_token=report, runner=self.runner)[0]
             thinking = self.parts.tokenizer.decode(out.ids)
             # The reference reads the string back in as a new text; guidance never drops it.
