@@ -75,10 +75,10 @@ class SelfAttention(nn.Module):
             mask, causal = sight.plan.mask, sight.plan.causal
         out = self.attend(q, k, v, mask, causal, sight.backend).transpose(1, 2).flatten(2)  # [B, S, Hq D]
         su = 0 if x.u is None else x.u.shape[1]
-        return Streams(
-            None if x.u is None else self.o_proj(out[:, :su]),
-            None if x.g is None else self.o_proj_moe_gen(out[:, su:]),
-        )
+        # `view`: a slice of one row has a stride that says nothing. FSDP2 tidies it up in a forward, not where a layer is run again for its
+        # gradient (`recompute`), and the products' saved shapes then differ.
+        u, g = (part.view(part.shape) for part in (out[:, :su], out[:, su:]))
+        return Streams(None if x.u is None else self.o_proj(u), None if x.g is None else self.o_proj_moe_gen(g))
 
 
 class DecoderLayer(nn.Module):

@@ -31,7 +31,9 @@ class LowRank(nn.Module):
             self.lora_B.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
+        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself, and would cast back: a copy in fp32 for nothing
+            x = x.to(self.lora_A.weight.dtype)
+        return self.lora_B(self.lora_A(x))
 
 
 class AdaptedLinear(nn.Module):

@@ -110,6 +110,22 @@ def test_two_processes_equal_one(base: Path, tmp_path: Path) -> None:
         run_training("cfg", guided, ["max_steps=5"], tmp_path / "cfg", True)
 
 
+def test_two_networks_over_one_base_share_a_backward(base: Path, tmp_path: Path) -> None:
+    """A student and its discriminator, one row, layers run again for their gradients: FSDP2 meets each layer of the base twice."""
+    run_training("cfg", recipe_of(tmp_path / "cfg.yaml", base, max_steps=1), [], tmp_path / "cfg")
+    student = str(tmp_path / "cfg" / "export")
+    slow = {"discriminator_optim": OPTIM, "max_steps": 2, "init": student, "teacher": student}
+    runs = {"tscd": recipe_of(tmp_path / "tscd.yaml", base, **slow), "adp": recipe_of(tmp_path / "adp.yaml", base, **slow | {"nfe": 1})}
+    for name, recipe in runs.items():
+        run_training(name, recipe, ["accumulate=2"], tmp_path / f"alone-{name}")
+    together([(name, str(recipe), ["shard=true", "recompute=true"], str(tmp_path / name), False) for name, recipe in runs.items()])
+    for name in runs:
+        a, b = losses(tmp_path / name), losses(tmp_path / f"alone-{name}")
+        assert [x[:2] for x in a] == [x[:2] for x in b] and len(a) > 4
+        for (step, key, ours), (_, _, theirs) in zip(a, b, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5), (name, step, key)
+
+
 def test_what_cannot_be_split(base: Path) -> None:
     for module, keys, told in ((reward, {}, "stage of distillation"), (cfg, {"optim": {"kind": "muon"}}, "kind=muon")):
         stage = module.build(settings(module, base, **keys), torch.device("cpu"))
