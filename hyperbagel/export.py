@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.merge import as_low_rank, check_scales, folded_sampler, merged_tensors
 from hyperbagel.model.student import PEFT_PREFIX, Sampler, Student, fingerprint, load_student, peft_config
-from hyperbagel.model.weights import TensorFolder, load_folder, save_sharded, save_tensors, stored_dtype
+from hyperbagel.model.weights import TensorFolder, load_folder, save_tensors, stored_dtype
 from hyperbagel.pipeline import HyperBagel, model_folder
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.export import export_eagle3
@@ -25,7 +26,6 @@ from hyperbagel.speculative.drafters.folder import load_module
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-SHARD_BYTES = 5 * 2**30
 # What a model folder holds beside the weights that change.
 _BESIDE = ("*.json", "merges.txt", "ae.safetensors", "ae-*.safetensors")
 _NOT = ("ema.safetensors.index.json", "model.safetensors.index.json", "sampler.json")
@@ -92,15 +92,18 @@ def export_student(
     folder, base, given, text, image = _read(model, student, text_scale, image_scale)
     sampler = folded_sampler(given.sampler, text, image)
     kinds = TensorFolder(folder, "ema").dtypes
-    tensors = merged_tensors(base, given, text, image)
     kept = DTYPES[dtype] if dtype else None
-    tensors = {name: x.to(kept or _STORED.get(kinds[name], torch.float32)) for name, x in tensors.items()}
+
+    def stored_as(name: str, x: Tensor) -> Tensor:
+        return x.to(kept or _STORED.get(kinds[name], torch.float32))
+
+    tensors = merged_tensors(base, given, text, image, stored_as)
     make_folder(out.parent)
     with atomic_path(out) as temporary:
         temporary.mkdir()
         for path in _beside(folder):
             shutil.copyfile(path, temporary / path.name)
-        save_sharded(temporary, "ema", tensors, SHARD_BYTES)
+        save_tensors(temporary / "ema.safetensors", tensors)
         _write_sampler(temporary, "merged", sampler, base)
     stored = kept or max((_STORED.get(kind, torch.float32) for kind in kinds.values()), key=lambda kind: kind.itemsize)
     rounding = "" if stored == torch.float32 else f", up to the rounding of {str(stored).removeprefix('torch.')} weights"

@@ -79,6 +79,7 @@ def make_adapter(
     alpha: float | None = None,
     heads: bool = True,
     generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Adapter:
     """An adapter of the generation expert that changes nothing yet.
 
@@ -88,8 +89,8 @@ def make_adapter(
     linear, other = generation_modules(model)
     extra = _HEADS if heads else ()
     if kind == "full":
-        return Adapter(model, copies=[*linear, *other, *extra])
-    return Adapter(model, linear, extra, rank=rank, alpha=alpha, generator=generator)
+        return Adapter(model, copies=[*linear, *other, *extra], dtype=dtype)
+    return Adapter(model, linear, extra, rank=rank, alpha=alpha, generator=generator, dtype=dtype)
 
 
 class Student(nn.Module):
@@ -162,8 +163,8 @@ def save_student(
         atomic_write_text(temporary / "sampler.json", json.dumps(about, indent=2) + "\n")
 
 
-def load_student(folder: Path, base: Bagel) -> Student:
-    """Reads a student of this base, in the base's device; fp32 tensors (`student.to(...)` casts).
+def load_student(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) -> Student:
+    """Reads a student of this base, on the base's device. dtype: of its tensors; a copy in fp32 is not made on the way to another.
 
     Raises InputError for a folder that is no student, is damaged, or belongs to another base.
     """
@@ -189,12 +190,12 @@ def load_student(folder: Path, base: Bagel) -> Student:
                 f"{folder}/adapter_config.json: got r {rank!r} and lora_alpha {alpha!r}, expected 1 to {widest} and a positive number; "
                 "restore the file"
             )
-        adapter = make_adapter(base, "lora", rank=rank, alpha=alpha, heads=about.get("heads", False))
+        adapter = make_adapter(base, "lora", rank=rank, alpha=alpha, heads=about.get("heads", False), dtype=dtype)
         tensors = {n.removeprefix(PEFT_PREFIX): t for n, t in load_tensors(folder / "adapter_model.safetensors").items()}
     else:
-        adapter = make_adapter(base, "full", heads=about.get("heads", False))
+        adapter = make_adapter(base, "full", heads=about.get("heads", False), dtype=dtype)
         tensors = load_tensors(folder / "moe_gen.safetensors")
-    student = Student.fresh(base, adapter, sampler)
+    student = Student.fresh(base, adapter, sampler).to(dtype)
     _fill(adapter, tensors, folder)
     _fill(student.guidance, load_tensors(folder / "guidance.safetensors"), folder)
     return student.eval()

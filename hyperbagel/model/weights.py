@@ -44,13 +44,16 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def save_sharded(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_bytes: int) -> None:
-    """Writes stem.safetensors, or stem-0000k-of-0000n.safetensors with an index if it would pass `max_bytes`."""
+def save_sharded(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_bytes: int | None = None) -> None:
+    """Writes stem.safetensors, or stem-0000k-of-0000n.safetensors with an index if it would pass `max_bytes`.
+
+    None: one file whatever its size, which is all that BAGEL's own code opens.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         n = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + n > max_bytes:
+        if max_bytes is not None and shards[-1] and size + n > max_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
@@ -151,9 +154,10 @@ def load_folder(
     return model.eval(), vae.eval()
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """bf16 if all of a model's weights are stored so, else fp32: what keeps every value. bf16 halves the memory."""
-    return torch.bfloat16 if folder.is_dir() and set(TensorFolder(folder, "ema").dtypes.values()) == {"BF16"} else torch.float32
+def stored_dtype(folder: Path, stem: str = "ema") -> torch.dtype:
+    """bf16 if all of a model's (or, `ae`, its autoencoder's) weights are stored so, else fp32: what keeps every value. bf16 halves the
+    memory."""
+    return torch.bfloat16 if folder.is_dir() and set(TensorFolder(folder, stem).dtypes.values()) == {"BF16"} else torch.float32
 
 
 def save_folder(
@@ -163,14 +167,16 @@ def save_folder(
     vae: Mapping[str, Tensor],
     *,
     dtype: torch.dtype = torch.bfloat16,
-    max_bytes: int = 5 * 2**30,
+    vae_dtype: torch.dtype | None = None,
+    max_bytes: int | None = None,
 ) -> None:
-    """Writes a folder in BAGEL's layout (the tokenizer's files are the caller's). Weights in `dtype`, the autoencoder too."""
+    """Writes a folder in BAGEL's layout (the tokenizer's files are the caller's). Weights in `dtype`, the autoencoder too unless
+    `vae_dtype` says otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in config.files().items():
         atomic_write_text(folder / name, json.dumps(content, indent=2) + "\n")
-    for stem, tensors in (("ema", model), ("ae", vae)):
-        save_sharded(folder, stem, {k: v.detach().to("cpu", dtype) for k, v in tensors.items()}, max_bytes)
+    for stem, tensors, kind in (("ema", model, dtype), ("ae", vae, vae_dtype or dtype)):
+        save_sharded(folder, stem, {k: v.detach().to("cpu", kind) for k, v in tensors.items()}, max_bytes)
 
 
 def inspect_folder(folder: Path) -> dict[str, Any]:

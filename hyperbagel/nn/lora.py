@@ -80,17 +80,18 @@ class Adapter(nn.Module):
         rank: int = 16,
         alpha: float | None = None,
         generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """alpha: the change is scaled by alpha / rank; None: alpha = rank."""
+        """alpha: the change is scaled by alpha / rank; None: alpha = rank. dtype: of the parameters; less than fp32 for inference alone."""
         super().__init__()
         self.low_rank, self.copies = tuple(low_rank), tuple(copies)
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         for name in self.low_rank:
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear), f"{name}: only a linear layer has a low-rank change"
-            self._put(name, LowRank(layer.in_features, layer.out_features, rank, generator).to(layer.weight.device))
+            self._put(name, LowRank(layer.in_features, layer.out_features, rank, generator).to(layer.weight.device, dtype))
         for name in self.copies:
-            self._put(name, copy.deepcopy(model.get_submodule(name)).float().requires_grad_(True))
+            self._put(name, copy.deepcopy(model.get_submodule(name)).to(dtype).requires_grad_(True))
 
     @property
     def scale(self) -> float:

@@ -58,11 +58,13 @@ def load_vit(folder: Path, device: torch.device) -> SiglipVisionModel:
     return vit
 
 
-def save_model(folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Path, dtype: torch.dtype) -> None:
+def save_model(
+    folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Path, dtype: torch.dtype, vae_dtype: torch.dtype | None = None
+) -> None:
     """Write a folder in BAGEL's layout: ema, ae, four JSON files, tokenizer. Whole or absent. Raises InputError."""
     make_folder(folder.parent)
     with atomic_path(folder) as temporary:
-        save_folder(temporary, model.config, model.state_dict(), vae.state_dict(), dtype=dtype)
+        save_folder(temporary, model.config, model.state_dict(), vae.state_dict(), dtype=dtype, vae_dtype=vae_dtype)
         for name in TOKENIZER_FILES:
             if (tokenizer / name).exists():
                 shutil.copyfile(tokenizer / name, temporary / name)

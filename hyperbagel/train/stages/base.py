@@ -23,6 +23,7 @@ from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, ViTCon
 from hyperbagel.model.init import fresh_bagel, shrink_writes
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import generates
+from hyperbagel.model.weights import stored_dtype
 from hyperbagel.train.alignment import Aligner, Alignment
 from hyperbagel.train.batches import Batches, NamedBatch
 from hyperbagel.train.compiled import compile_layers, uncompiled
@@ -83,6 +84,7 @@ class BaseStage(Stage):
         if source is None:
             raise InputError("vae: got no folder, expected one with ae.safetensors, set vae=FOLDER or init=FOLDER")
         self.vae = load_vae(source, device)
+        self.vae_dtype = stored_dtype(source, "ae") if recipe.vae is None else None  # what came with `init` keeps every value
         self.tokenizer_folder = recipe.tokenizer or recipe.init or Path(__file__).parents[2] / "assets" / "toybox"
         tokenizer = Tokenizer.from_folder(self.tokenizer_folder)
         self.model = self._model()
@@ -193,7 +195,8 @@ class BaseStage(Stage):
     def finish(self, out: Path) -> None:
         """export/: a whole model folder in BAGEL's layout, averaged weights."""
         with self.players["model"].averaged():
-            save_model(out / "export", self.model, self.vae, self.tokenizer_folder, getattr(torch, self.recipe.export_dtype))
+            dtype = getattr(torch, self.recipe.export_dtype)
+            save_model(out / "export", self.model, self.vae, self.tokenizer_folder, dtype, self.vae_dtype)
 
     def close(self) -> None:
         self.batches.close()

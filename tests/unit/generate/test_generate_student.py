@@ -11,8 +11,9 @@ from PIL import Image
 from small_world import small_parts
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.generate.students import Students
 from hyperbagel.generate.types import ImageRequest, with_sampler
-from hyperbagel.model.student import Sampler, Student, make_adapter, save_student
+from hyperbagel.model.student import Sampler, Student, generation_modules, make_adapter, save_student
 from hyperbagel.pipeline import HyperBagel
 
 
@@ -53,6 +54,20 @@ def test_an_untrained_student_draws_what_the_model_draws_without_guidance(model:
         mine = model._pictures(ImageRequest(request.prompt, request.images, student="plain"), 1, request.seed, None)[0]
         plain = model._pictures(ImageRequest(request.prompt, request.images, text_scale=1.0, **draw), 1, request.seed, None)[0]
         assert np.abs(pixels(mine.image) - pixels(plain.image)).max() <= 1
+
+
+def test_factors_draw_what_merged_matrices_draw_and_hold_less(model: HyperBagel) -> None:
+    """As on a GPU, where a merged student would take as much memory as the expert that it changes."""
+    base = model.parts.model
+    merged, factors = (Students(base, model.students.folder, merged=how).get("6").network.model for how in (True, False))
+    shared = {tensor.data_ptr() for tensor in base.state_dict().values()}
+    own = [sum(t.nbytes for t in m.state_dict().values() if t.data_ptr() not in shared) for m in (merged, factors)]
+    assert own[1] < own[0] - sum(base.get_submodule(n).weight.nbytes for n in generation_modules(base)[0]) / 2
+    alone = HyperBagel(model.parts, "factors", students=model.students.folder)
+    alone.students.merged = False
+    for request in (ImageRequest("a red car", seed=1, student="6"), ImageRequest("make it red", (photo(),), seed=2, student="6")):
+        a, b = (one.generate_batch([request])[0].image for one in (model, alone))
+        assert np.abs(pixels(a) - pixels(b)).max() <= 1
 
 
 def test_scales_steer_a_student(model: HyperBagel) -> None:

@@ -144,6 +144,16 @@ def test_going_on_from_a_folder(vae: Path, tmp_path: Path) -> None:
         assert torch.equal(p, q) and p.requires_grad == q.requires_grad, name
 
 
+def test_the_autoencoder_that_came_with_a_model_keeps_every_value(vae: Path, tmp_path: Path) -> None:
+    """Though the model is exported in bf16: BAGEL's autoencoder is published in fp32, and nothing trains it."""
+    base = RECIPES / "toybox" / "base.yaml"
+    run_training("base", base, [*SMALL, f"vae={vae}", "max_steps=0", "export_dtype=float32"], tmp_path / "a")
+    run_training("base", base, [*SMALL, f"init={tmp_path / 'a' / 'export'}", "vae=null", "max_steps=0"], tmp_path / "b")
+    files = [tmp_path / run / "export" / "ae.safetensors" for run in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert {t.dtype for t in load_tensors(tmp_path / "b" / "export" / "ema.safetensors").values()} == {torch.bfloat16}
+
+
 def test_held_out_figures(vae: Path) -> None:
     sources = "{t2i: {task: t2i, samples: 4}, question: {task: question, samples: 4}}"
     one = f"{{sources: {sources}, mixture: [{{weights: {{t2i: 1}}}}]}}"
