@@ -30,6 +30,7 @@ from hyperbagel.cli_options import (
     MaxTokens,
     Model,
     Plan,
+    PlanTokens,
     Renorm,
     Size,
     Steps,
@@ -132,17 +133,20 @@ def generate(
     size: Size = None,
     n: Count = 1,
     think: Plan = False,
+    max_think_tokens: PlanTokens = None,
     student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
+    graphs: Graphs = False,
     json: Json = False,
 ) -> None:
     """Draw a picture from a text."""
     paths = checks.check_outputs(output, n)
     checks.check_text(prompt, "prompt")
-    where = {"model": model, "device": device, "dtype": dtype}
+    where = {"model": model, "device": device, "dtype": dtype, "graphs": graphs}
     guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
-    _draw(prompt, [], paths, seed, where, json, steps=steps, size=size, think=think, student=student, **guidance)
+    plan = {"think": think, "max_think_tokens": max_think_tokens}
+    _draw(prompt, [], paths, seed, where, json, steps=steps, size=size, student=student, **plan, **guidance)
 
 
 @app.command()
@@ -162,15 +166,17 @@ def edit(
     n: Count = 1,
     mask: Annotated[Path | None, typer.Option(help="Where to edit: a picture's transparent parts, or its white ones.")] = None,
     think: Plan = False,
+    max_think_tokens: PlanTokens = None,
     student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
+    graphs: Graphs = False,
     json: Json = False,
 ) -> None:
     """Change a picture as an instruction says."""
     paths = checks.check_outputs(output, n)
     pictures, instruction = checks.split_inputs(inputs, "instruction", needs_picture=True)
-    where = {"model": model, "device": device, "dtype": dtype}
+    where = {"model": model, "device": device, "dtype": dtype, "graphs": graphs}
     guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
     _draw(
         instruction,
@@ -182,6 +188,7 @@ def edit(
         steps=steps,
         size=size,
         think=think,
+        max_think_tokens=max_think_tokens,
         student=student,
         image_scale=image_scale,
         mask=mask,

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from hyperbagel import cli_checks as checks
-from hyperbagel.cli_options import Device, Dtype, ImageScale, Interval, Model, Plan, Size, Steps, Student, TextScale, given
+from hyperbagel.cli_options import Device, Dtype, ImageScale, Interval, Model, Plan, PlanTokens, Size, Steps, Student, TextScale, given
 from hyperbagel.core.errors import InputError
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for scores and for what resumes a stopped run.")]
@@ -163,6 +163,7 @@ def geneval(
     interval: Interval = None,
     size: Size = None,
     think: Plan = False,
+    max_think_tokens: PlanTokens = None,
     batch: Batch = 4,
     device: Device = None,
     dtype: Dtype = None,
@@ -171,8 +172,9 @@ def geneval(
     checks.check_at_least("-n", n, 1)
     from hyperbagel.evaluate.geneval import run_geneval
 
-    asked = {"student": student, "steps": steps, "text_scale": text_scale, "interval": interval, "size": size, "think": think or None}
-    pipeline, settings = _pictures(batch, seed, model, device, dtype, **asked)
+    asked = {"student": student, "steps": steps, "text_scale": text_scale, "interval": interval, "size": size}
+    plan = {"think": think or None, "max_think_tokens": max_think_tokens}
+    pipeline, settings = _pictures(batch, seed, model, device, dtype, **plan, **asked)
     run_geneval(pipeline, prompts, out, n=n, seed=seed, batch=batch, settings=settings)
 
 
@@ -189,6 +191,7 @@ def gedit(
     image_scale: ImageScale = None,
     interval: Interval = None,
     think: Plan = False,
+    max_think_tokens: PlanTokens = None,
     batch: Batch = 4,
     device: Device = None,
     dtype: Dtype = None,
@@ -197,5 +200,6 @@ def gedit(
     from hyperbagel.evaluate.gedit import run_gedit
 
     asked = {"student": student, "steps": steps, "text_scale": text_scale, "image_scale": image_scale, "interval": interval}
-    pipeline, settings = _pictures(batch, seed, model, device, dtype, think=think or None, **asked)
+    plan = {"think": think or None, "max_think_tokens": max_think_tokens}
+    pipeline, settings = _pictures(batch, seed, model, device, dtype, **plan, **asked)
     run_gedit(pipeline, prompts, out, seed=seed, batch=batch, language=language, settings=settings)

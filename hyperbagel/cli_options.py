@@ -10,7 +10,7 @@ import typer
 Model = Annotated[str | None, typer.Option(help="Model folder, or 'toybox' for the embedded model.", show_default="toybox")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.")]
-Graphs = Annotated[bool, typer.Option("--graphs", help="Decode text as CUDA graphs: on a GPU far faster where nothing drafts.")]
+Graphs = Annotated[bool, typer.Option("--graphs", help="Decode text (plans too) as CUDA graphs: on a GPU far faster where nothing drafts.")]
 Student = Annotated[str | None, typer.Option(help="Distilled model that draws: 6, 1 (evaluations), a folder, or none.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
 TextScale = Annotated[float | None, typer.Option(help="Guidance towards the text; 1 is none.")]
@@ -19,6 +19,7 @@ Interval = Annotated[tuple[float, float] | None, typer.Option(metavar="LO HI", h
 Renorm = Annotated[Literal["global", "channel", "text_channel"] | None, typer.Option(help="How the guided velocity gets back its length.")]
 Size = Annotated[str | None, typer.Option(metavar="WxH", help="Picture size, both multiples of 16.", show_default="the model's own")]
 Plan = Annotated[bool, typer.Option("--think", help="Let the model write its plan first.")]
+PlanTokens = Annotated[int | None, typer.Option(help="Longest plan, in tokens; 1024 unless given.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 

@@ -23,12 +23,12 @@ from hyperbagel.data.images import as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.generate.contexts import Contexts
-from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.mask import Kept, check_mask, edited_tokens, lay_over
 from hyperbagel.generate.session import Parts, Session, encode_latents
 from hyperbagel.generate.students import Students
+from hyperbagel.generate.thinking import write_plan
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, with_sampler
 from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
@@ -250,6 +250,8 @@ class HyperBagel:
         if request.student not in (None, "none"):
             self.students.get(str(request.student))
         request.denoising()
+        if request.max_think_tokens is not None and request.max_think_tokens < 1:
+            raise InputError(f"got max_think_tokens {request.max_think_tokens}, expected at least 1")
         if request.mask is not None:
             check_mask(request.mask, first_picture(request))
         tokenizer = self.parts.tokenizer
@@ -305,11 +307,7 @@ class HyperBagel:
                 if on_token is not None:
                     on_token(row, token)
 
-            session.check_room(request.max_think_tokens + 2)  # the plan is read back: its tokens and two markers
-            out = plain_decode([session], max_tokens=request.max_think_tokens, on_token=report, runner=self.runner)[0]
-            thinking = self.parts.tokenizer.decode(out.ids)
-            # The reference reads the string back in as a new text; guidance never drops it.
-            session.add_text(thinking, guided=False)
+            thinking = write_plan(session, request.max_think_tokens, report, self.runner)
         return _Ready(session, generator, thinking, reused)
 
     def _drafter_name(self, request: AskRequest) -> str:

@@ -174,10 +174,14 @@ class Session:
         tokenizer, model = self.parts.tokenizer, self.parts.model
         return model.embed_text(torch.tensor([[tokenizer.vision_start, tokenizer.vision_end]], device=model.device))
 
+    def room(self) -> int:
+        """Tokens that still fit into the model's context."""
+        return self.parts.model.config.llm.max_position_embeddings - self.cache.lengths[0]
+
     def check_room(self, tokens: int) -> None:
         """Raises InputError if `tokens` more do not fit into the model's context."""
         limit = self.parts.model.config.llm.max_position_embeddings
-        if self.cache.lengths[0] + tokens > limit:
+        if tokens > self.room():
             raise InputError(
                 f"got a context of {self.cache.lengths[0] + tokens} tokens, expected at most {limit}; shorten the text or use fewer images"
             )

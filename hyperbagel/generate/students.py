@@ -22,8 +22,8 @@ class Ready:
 class Students:
     """`get("6")` reads FOLDER/6; `get("path/to/student")` reads that folder.
 
-    merged: low-rank changes become matrices of their own. None: on a CPU, where small products cost most. On a GPU they stay factors: merged,
-    each student of a 7B would take 13 GB, as much as the expert it changes, to save 4 % of the products.
+    merged: low-rank changes become matrices of their own. None: on a CPU, where small products cost most. On a GPU they stay factors:
+    merged, each student of a 7B would take 13 GB, as much as the expert that it changes, to save 4 % of the work.
     """
 
     def __init__(self, base: Bagel, folder: Path | None = None, merged: bool | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL.Image import Image
 
@@ -66,7 +66,7 @@ class ImageRequest:
     seed: int = 0
     size: tuple[int, int] | None = None  # (height, width); None: the last image's, or the model's own
     think: bool = False
-    max_think_tokens: int = 256
+    max_think_tokens: int | None = None  # of the plan; None: LONGEST_PLAN, or what the context has left
     steps: int | None = None
     text_scale: float | None = None
     image_scale: float | None = None
@@ -77,6 +77,8 @@ class ImageRequest:
     inputs: tuple[str | Image, ...] | None = None
     student: str | None = None  # "6", "1" (evaluations) or a student folder; None: the model itself
     mask: Image | None = None  # of the first picture's size, 255 where it may change (generate.mask); None: everywhere
+
+    LONGEST_PLAN: ClassVar[int] = 1024  # the longest of BAGEL's own app
 
     def items(self) -> tuple[str | Image, ...]:
         """Images, then the text; or the interleaved inputs."""

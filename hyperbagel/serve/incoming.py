@@ -76,6 +76,8 @@ class Incoming:
         if knobs.student not in (None, "none", *students):
             raise ApiError(400, f"got student {knobs.student!r}, expected one of {', '.join([*students, 'none'])}", param="student")
         given = {name: value for name in DENOISING if (value := getattr(knobs, name)) is not None}
+        if limits.max_tokens < ImageRequest.LONGEST_PLAN:
+            given.setdefault("max_think_tokens", limits.max_tokens)
         return given | {"think": bool(knobs.think), "size": self._size(size)}
 
     def _size(self, size: str | None) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hyperbagel.data.prompts import THINK_DRAW, split_thinking
 from hyperbagel.generate.decode import decode
 from hyperbagel.generate.image import GuidedVelocity, denoise, draw_noise
 from hyperbagel.generate.session import Session
+from hyperbagel.generate.thinking import write_plan
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, AskRequest, ImageRequest
 from hyperbagel.model.config import BagelOptions
 from hyperbagel.pipeline import HyperBagel
@@ -123,10 +125,27 @@ def test_a_plan_that_could_not_be_read_back_is_refused_before_it_is_written(mode
     probe.add_text(THINK_DRAW)
     room = limit - probe.cache.lengths[0] - 2
     prompt = next(text for n in range(room, 0, -1) if len(model.parts.tokenizer.encode(text := "a " * n)) <= room - 7)
-    monkeypatch.setattr("hyperbagel.pipeline.plain_decode", lambda *a, **k: pytest.fail("decoded"))
+    monkeypatch.setattr("hyperbagel.generate.thinking.decode", lambda *a, **k: pytest.fail("decoded"))
     left = room - len(model.parts.tokenizer.encode(prompt))
     with pytest.raises(InputError, match="got a context of"):
         model.generate(prompt, seed=0, steps=1, think=True, max_think_tokens=left - 1)
+
+
+def test_a_plan_that_was_cut_is_told_and_one_unasked_takes_what_is_left(model: HyperBagel) -> None:
+    with pytest.warns(Notice, match="the plan was cut at 3 tokens"):
+        model.generate("a car", seed=0, steps=1, think=True, max_think_tokens=3)
+    session = Session.new(model.parts)
+    session.add_text("a " * 20)
+    while session.room() > 40:  # far less than a plan's own limit
+        session.add_text("a " * 20)
+    left = session.room()
+    told: list[int] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_plan(session, on_token=lambda _, token: told.append(token))
+    assert len(told) == left - 2 and 0 <= session.room() < left - 2
+    with pytest.raises(InputError, match="max_think_tokens 0, expected at least 1"):
+        model.generate("a car", seed=0, steps=1, think=True, max_think_tokens=0)
 
 
 def test_settings_in_other_forms(model: HyperBagel, tmp_path: Path) -> None:
