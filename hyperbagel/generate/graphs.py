@@ -8,6 +8,7 @@ Shape legend: B rows, V vocabulary, N latent tokens, C values of a latent token,
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -22,18 +23,22 @@ from hyperbagel.nn.kv_cache import KVCache, Plan
 GRANULE = 512  # capacities are multiples of it: few graphs, little attention over empty slots
 
 
+_RECORDING = threading.RLock()  # the collector is the whole process's, and a server has a thread for each GPU
+
+
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Python's garbage is collected before the block and left alone in it. A graph that nobody uses any more lives in a cycle (its function
-    is a method of its owner), and if it happens to be freed while another is recorded, that recording fails (seen on an H200)."""
-    was = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+    """Python's garbage is collected before the block and left alone in it, in one thread at a time. A graph that nobody uses any more may
+    live in a cycle, and if it happens to be freed while another is recorded, that recording fails (seen on an H200)."""
+    with _RECORDING:
+        was = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was:
+                gc.enable()
 
 
 class Captured:
@@ -90,6 +95,10 @@ class StaticStep:
         self.slots = torch.arange(capacity, device=device)
         self.run = Captured(self.compute, device, compiler)
 
+    def release(self) -> None:
+        """Gives cache and graph back at once: `run` holds a method of this object, and so the object itself."""
+        del self.run
+
     def load(self, caches: Sequence[KVCache], positions: Sequence[int]) -> None:
         """Takes other contexts; the buffers, and with them a recorded graph, stay."""
         self.cache.load(caches)
@@ -132,7 +141,7 @@ class GraphRunner:
         key = len(positions), -(-need // GRANULE) * GRANULE
         self.step = self.steps.pop(key, None)
         while len(self.steps) >= self.keep:  # before a new cache is made: two would have to fit
-            del self.steps[next(iter(self.steps))]
+            self.steps.pop(next(iter(self.steps))).release()
         if self.step is None:
             self.step = StaticStep(self.model, *key, self.compiler)
         self.steps[key] = self.step

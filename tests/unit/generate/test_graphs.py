@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from importlib.resources import files
 from pathlib import Path
@@ -167,6 +168,24 @@ def test_mask_of_a_static_step() -> None:
     assert seen[0][:, 0, 0].int().tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
 
 
+def test_recordings_of_two_threads_take_turns() -> None:
+    inside, entered, done = threading.Event(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        inside.wait(10)
+        with no_collection():
+            entered.set()
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with no_collection():
+        inside.set()
+        assert not entered.wait(0.2) and not gc.isenabled()
+    assert done.wait(10) and gc.isenabled()
+    thread.join()
+
+
 @torch.inference_mode()
 def test_runner_keeps_few_steps_and_reuses_them() -> None:
     of = parts()
@@ -183,7 +202,14 @@ def test_runner_keeps_few_steps_and_reuses_them() -> None:
     second = begin(2, GRANULE)
     assert second.capacity == 2 * GRANULE and begin(1, 5) is first
     assert begin(3, 5) is not first and len(runner.steps) == 2
-    assert begin(2, GRANULE) is not second  # was the longest unused
+    cache = weakref.ref(second.cache)
+    del second
+    gc.disable()
+    try:
+        begin(2, GRANULE)  # another one: that was the longest unused, and its memory is free before the new one's is taken
+        assert cache() is None
+    finally:
+        gc.enable()
     end = begin(1, GRANULE - caches[0].lengths[0])
     assert end.left == end.capacity - caches[0].lengths[0]
     end.left = 0
