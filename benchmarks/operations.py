@@ -87,7 +87,7 @@ def operations(parts: Parts, load: Workload, *, graphs: bool, compiler: str | No
 
 
 def latent_tokens(parts: Parts, load: Workload) -> int:
-    h, w = latent_grid(parts, load.size)
+    h, w = latent_grid(parts.model.config, load.size)
     return h * w
 
 
@@ -115,7 +115,7 @@ def _step(
             session.add_image(picture(load), latents=True)
         session.add_text(words(parts, load.prompt))
         sessions.append(session)
-    grid = latent_grid(parts, load.size)
+    grid = latent_grid(parts.model.config, load.size)
     n, config, device = grid[0] * grid[1], parts.model.config, parts.model.device
     branches = [[s.full() for s in sessions]]
     if not plain:

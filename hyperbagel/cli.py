@@ -90,12 +90,15 @@ def _draw(
     since = time.perf_counter()
     from hyperbagel.data.images import save_png
     from hyperbagel.generate.types import ImageRequest
+    from hyperbagel.pipeline import check_size
 
     settings = given(**settings | {"size": checks.parse_size(settings["size"])})
     images = checks.read_pictures(pictures)
     if "mask" in settings:
         settings["mask"] = checks.read_mask(settings["mask"])
     ImageRequest(prompt, tuple(images), **settings).denoising()  # refuses wrong settings before the model is loaded
+    if "size" in settings:
+        check_size(where["model"] or "toybox", settings["size"])
     first = _seed(seed)
     pipeline, spent = _load(since, **where)
     options = {"n": len(paths), "seed": first, "on_step": _show_step, **settings}

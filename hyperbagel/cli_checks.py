@@ -15,7 +15,6 @@ from typing import Any
 from hyperbagel.core.errors import InputError
 
 MAX_PICTURES = 64
-MAX_SIDE = 1024  # BAGEL's largest: 64 latent places of 16 pixels
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -77,15 +76,7 @@ def parse_size(size: str | None) -> tuple[int, int] | None:
     match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", size.strip())
     if match is None:
         raise InputError(f"got --size {size!r}, expected WIDTHxHEIGHT, write for instance 512x512")
-    width, height = int(match[1]), int(match[2])
-    for name, side in (("width", width), ("height", height)):
-        if side % 16 or not 16 <= side <= MAX_SIDE:
-            raise InputError(f"got a {name} of {side}, expected a multiple of 16 from 16 to {MAX_SIDE}, try {_nearest_side(side)}")
-    return height, width
-
-
-def _nearest_side(side: int) -> int:
-    return min(max(round(side / 16) * 16, 16), MAX_SIDE)
+    return int(match[2]), int(match[1])  # which sizes there are is the model's to say
 
 
 def split_inputs(inputs: Sequence[str], name: str, *, needs_picture: bool) -> tuple[list[Path], str]:

@@ -18,7 +18,7 @@ import torch
 from PIL.Image import Image, Resampling
 
 from hyperbagel.core.errors import InputError, Notice
-from hyperbagel.core.hardware import clock
+from hyperbagel.core.hardware import clock, usable_device
 from hyperbagel.data.images import as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking
 from hyperbagel.data.transforms import to_tensor
@@ -30,6 +30,7 @@ from hyperbagel.generate.session import Parts, Session, encode_latents
 from hyperbagel.generate.students import Students
 from hyperbagel.generate.thinking import write_plan
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, with_sampler
+from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
 from hyperbagel.speculative.adaptive import Adaptive
@@ -84,7 +85,7 @@ class HyperBagel:
         """
         start = time.perf_counter()
         folder = model_folder(model)
-        where = _device(device)
+        where = usable_device(device)
         kind = dtype or ("bfloat16" if where.type == "cuda" else "float32")
         if kind not in DTYPES:
             raise InputError(f"got dtype {kind!r}, expected one of {', '.join(DTYPES)}")
@@ -246,7 +247,7 @@ class HyperBagel:
             raise InputError("got an empty prompt, expected some text")
         _check_seed(request.seed)
         if request.size is not None:
-            latent_grid(self.parts, request.size)
+            latent_grid(self.parts.model.config, request.size)
         if request.student not in (None, "none"):
             self.students.get(str(request.student))
         request.denoising()
@@ -268,7 +269,7 @@ class HyperBagel:
         if request.size is None and pictures:
             width, height = self.parts.vae_transform.size(*pictures[-1 if request.mask is None else 0].size)
             size = height, width
-        return latent_grid(self.parts, size)
+        return latent_grid(self.parts.model.config, size)
 
     def _kept(self, request: ImageRequest, grid: tuple[int, int]) -> Kept | None:
         """Latents of what the mask keeps: the first picture at the result's size, the posterior's mean."""
@@ -344,6 +345,11 @@ def model_folder(model: str | Path) -> Path:
     return Path(str(files("hyperbagel") / "assets" / "toybox")) if str(model) == "toybox" else Path(model)
 
 
+def check_size(model: str | Path, size: tuple[int, int]) -> None:
+    """(height, width) against a model's configuration, before its weights are loaded. Raises InputError for what it cannot draw."""
+    latent_grid(BagelConfig.from_folder(model_folder(model)), size)
+
+
 @dataclass
 class _Ready:
     """Context of a picture, its random stream (the posterior's noise was drawn first, the initial noise comes next), its thinking, and how
@@ -381,17 +387,3 @@ def first_picture(request: ImageRequest) -> Image:
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise InputError(f"got seed {seed}, expected 0 to 2^63 - 1")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"got device {name!r}, which cannot be used here ({reason}); try --device cpu") from error
-    if device.type == "meta" or (device.type == "cpu" and device.index):  # torch takes both, but no weights can be read there
-        raise InputError(f"got device {name!r}, expected cpu, cuda or cuda:N; there is one cpu, try --device cpu")
-    return torch.device("cpu") if device.type == "cpu" else device

@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from hyperbagel.core.errors import InputError
+
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 products are faster here than fp32 ones: on CUDA, and on a CPU where they were measured to be.
@@ -47,3 +49,18 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one. Raises InputError for what cannot be used here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"got device {name!r}, which cannot be used here ({reason}); try --device cpu") from error
+    if device.type == "meta" or (device.type == "cpu" and device.index):  # torch takes both, but no weights can be read there
+        raise InputError(f"got device {name!r}, expected cpu, cuda or cuda:N; there is one cpu, try --device cpu")
+    return torch.device("cpu") if device.type == "cpu" else device

@@ -14,7 +14,7 @@ from hyperbagel.data.plan import Dropout
 from hyperbagel.data.sources import ChatSource, EditSource, Reading, T2ISource
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.toybox_source import Task, ToyboxSource
-from hyperbagel.data.transforms import ImageTransform
+from hyperbagel.data.transforms import ImageTransform, InTurn
 from hyperbagel.toybox.language import CATEGORIES, EXTRA_GROUPS, GROUPS, KINDS, STYLES
 
 # Keys of SourceConfig that every kind reads, and those of files; all others are the toybox's.
@@ -106,7 +106,9 @@ class RowsConfig(DataConfig):
     pad_to: int = Field(default=1, ge=1)
 
 
-def build_source(name: str, config: SourceConfig, tokenizer: Tokenizer, vae: ImageTransform, vit: ImageTransform, seed: int) -> Source:
+def build_source(
+    name: str, config: SourceConfig, tokenizer: Tokenizer, vae: ImageTransform, vit: ImageTransform | InTurn, seed: int
+) -> Source:
     """The source that a recipe names. Raises InputError for keys that do not fit its kind, or files without data."""
     if config.kind == "toybox":
         if config.task is None:

@@ -25,7 +25,7 @@ from hyperbagel.data.images import open_image
 from hyperbagel.data.loader import BrokenRow
 from hyperbagel.data.plan import Sample, Text, VitImage, picture_items
 from hyperbagel.data.tokenizer import Tokenizer
-from hyperbagel.data.transforms import ImageTransform
+from hyperbagel.data.transforms import ImageTransform, InTurn
 
 IMAGE_TAG = "<image>"
 HUMANS, MODELS = ("human", "user"), ("gpt", "assistant")
@@ -37,7 +37,7 @@ class Reading:
 
     tokenizer: Tokenizer
     vae: ImageTransform
-    vit: ImageTransform
+    vit: ImageTransform | InTurn
     seed: int
     noise_copies: int = 1
 

@@ -65,6 +65,19 @@ class ImageTransform:
         return to_tensor(self.pixels(image, pictures))
 
 
+@dataclass(frozen=True)
+class InTurn:
+    """Two resize rules, one after the other, as a session reads a picture to be asked about: first the latents' rule, so that both blocks
+    would show the same pixels, then the ViT's. How many pictures there are changes nothing there."""
+
+    first: ImageTransform
+    then: ImageTransform
+
+    def pixels(self, image: Image.Image, pictures: int = 1) -> NDArray[np.uint8]:
+        """As `ImageTransform.pixels`."""
+        return self.then.pixels(self.first.resize(image))
+
+
 def to_tensor(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
     """uint8 [..., H, W, 3] to float [..., 3, H, W]: (x / 255 - 0.5) / 0.5. A tensor stays on its device."""
     x = pixels if isinstance(pixels, Tensor) else torch.tensor(pixels)

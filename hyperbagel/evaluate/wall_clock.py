@@ -35,7 +35,7 @@ def draw_in_turn(parts: Parts, request: ImageRequest) -> tuple[Image.Image, int]
             session.add_text(item)
         else:
             session.add_image(item, latents=True, generator=generator)
-    grid = latent_grid(parts, request.size or session.last_size or parts.model.config.options.default_size)
+    grid = latent_grid(parts.model.config, request.size or session.last_size or parts.model.config.options.default_size)
     [x], nfe = denoise([session], [grid], [draw_noise(parts, grid, generator)], request.denoising(), in_turn=True)
     return decode_latents(parts, x, grid), nfe
 
@@ -55,7 +55,7 @@ def draw_behind(model: Any, seen: Session, request: ImageRequest) -> Image.Image
     parts, generator = model.parts, torch.Generator().manual_seed(request.seed)
     session = seen.fork()
     session.add_text(request.prompt)
-    grid = latent_grid(parts, session.last_size or model.default_size)
+    grid = latent_grid(parts.model.config, session.last_size or model.default_size)
     ready = model.students.get(str(request.student))
     settings = with_sampler(request, ready.sampler)
     [x], _ = denoise([session], [grid], [draw_noise(parts, grid, generator)], settings, student=ready.network)

@@ -22,6 +22,7 @@ from hyperbagel.generate.graphs import GraphVelocity
 from hyperbagel.generate.mask import Kept, MaskedVelocity
 from hyperbagel.generate.session import Branch, Parts, Session, check_latent_grid
 from hyperbagel.generate.types import Denoising, OnStep
+from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import StudentNetwork
 from hyperbagel.model.vae import unpatchify
@@ -151,14 +152,14 @@ def _first(cache: KVCache, rows: int, counts: Sequence[int]) -> tuple[KVCache, P
     return view, view.plan(counts, causal=False)
 
 
-def latent_grid(parts: Parts, size: tuple[int, int]) -> tuple[int, int]:
+def latent_grid(config: BagelConfig, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in pixels to latent tokens. Raises InputError if it is no multiple of the stride or too large."""
-    stride = parts.model.config.latent_stride
+    stride = config.latent_stride
     if size[0] % stride or size[1] % stride or min(size) < stride:
         near = "x".join(str(max(stride, round(side / stride) * stride)) for side in (size[1], size[0]))
         raise InputError(f"got size {size[1]}x{size[0]}, expected multiples of {stride}; the nearest is {near}")
     grid = size[0] // stride, size[1] // stride
-    check_latent_grid(*grid, parts.model.config.options.max_latent_size, stride)
+    check_latent_grid(*grid, config.options.max_latent_size, stride)
     return grid
 
 

@@ -89,7 +89,7 @@ class Incoming:
             raise ApiError(400, f"got size {size!r}, expected WIDTHxHEIGHT such as 512x512, or auto", param="size")
         both = int(match[2]), int(match[1])
         try:
-            latent_grid(self.model.parts, both)
+            latent_grid(self.model.parts.model.config, both)
         except InputError as error:
             raise ApiError(400, str(error), param="size") from error
         return both

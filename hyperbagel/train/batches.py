@@ -56,7 +56,7 @@ def posterior_encoder(vae: AutoEncoder, generator: torch.Generator, device: torc
         side, at_once = vae.config.downsample, max(1, many * 64 * 64 // (h * w))
         eps = torch.randn(n, vae.config.z_channels, h // side, w // side, generator=generator, device=generator.device).to(device)
         pixels = pixels.to(device)
-        if device.type != "cpu":
+        if device.type != "cpu" and n > 1:  # one picture alone has a shape of its own anyway
             pixels, eps = (torch.cat([x, x.new_zeros(-n % at_once, *x.shape[1:])]) for x in (pixels, eps))
         with torch.autocast(device.type, enabled=False):
             parts = [vae.encode(x, e) for x, e in zip(pixels.split(at_once), eps.split(at_once), strict=True)]

@@ -31,19 +31,23 @@ from hyperbagel.nn.masks import dense_mask
 
 @dataclass
 class Context:
-    """Keys and values [B, H, K, D] a layer, which slots hold a token [B, K], and each sample's next position [B]."""
+    """Keys and values [B, H, K, D] a layer, which slots hold a token [B, K], and each sample's next position [B].
+
+    `whole`: all of them do (one sample a batch, as at 7B), so attention needs no mask, which is what fused kernels are fastest without.
+    """
 
     k: list[Tensor]
     v: list[Tensor]
     seen: Tensor
     position: Tensor
+    whole: bool = False
 
     def repeat(self, times: int) -> Context:
         """Each row `times` times in a row."""
         if times == 1:
             return self
         k, v = ([x.repeat_interleave(times, dim=0) for x in store] for store in (self.k, self.v))
-        return Context(k, v, self.seen.repeat_interleave(times, dim=0), self.position.repeat_interleave(times))
+        return Context(k, v, self.seen.repeat_interleave(times, dim=0), self.position.repeat_interleave(times), self.whole)
 
 
 class _Behind(KVCache):
@@ -142,7 +146,8 @@ def prefill(model: Bagel, samples: Sequence[Sample], spec: PackSpec, encode: Enc
     def spread(x: Tensor) -> Tensor:
         return x if len(rows) == len(samples) else x.new_zeros(len(samples), *x.shape[1:]).index_copy(0, index, x)
 
-    context = Context([spread(x) for x in cache.k], [spread(x) for x in cache.v], spread(batch.sample_id >= 0), position)
+    whole = len(samples) == 1 and slots == _tokens(samples[0], spec)
+    context = Context([spread(x) for x in cache.k], [spread(x) for x in cache.v], spread(batch.sample_id >= 0), position, whole)
     return context, spread(batch.order)
 
 
@@ -179,7 +184,7 @@ def make_conditions(
     # The prompt is the last thing that guidance drops, and text is causal: the context without it is a prefix of the same keys.
     cut = torch.tensor([_tokens(before[:i], spec) for before, _, i in parts], device=full.seen.device)
     before_prompt = torch.tensor([_position(before[:i]) for before, _, i in parts], device=full.seen.device)
-    text_dropped = replace(full, seen=full.seen & (order < cut[:, None]), position=before_prompt)
+    text_dropped = replace(full, seen=full.seen & (order < cut[:, None]), position=before_prompt, whole=False)
     image_dropped = full
     if is_edit:  # the given texts alone, from position 0, as the sampler does it
         texts: list[Sample] = [[item for item in before if isinstance(item, Text) and not item.loss] for before, _, _ in parts]
@@ -225,9 +230,11 @@ def velocity(
     g = model.embed_latent(x, t[:, None].expand(-1, n), conditions.where)
     if guidance is not None:
         g = g + guidance
-    own = torch.ones(len(x), n + 2, dtype=torch.bool, device=x.device)
-    seen = torch.cat([context.seen, own], dim=1)[:, None, None, :]  # [B, 1, 1, K + N + 2]
-    plan = Plan(slice(0, 0), seen.shape[-1], seen, causal=False)
+    seen = None
+    if not context.whole:
+        own = torch.ones(len(x), n + 2, dtype=torch.bool, device=x.device)
+        seen = torch.cat([context.seen, own], dim=1)[:, None, None, :]  # [B, 1, 1, K + N + 2]
+    plan = Plan(slice(0, 0), context.seen.shape[1] + n + 2, seen, causal=False)
     positions = context.position[:, None].expand(-1, n + 2)
     out = model.backbone(Streams(conditions.markers.to(g.dtype), g), positions, cache=_Behind(context), plan=plan, taps=taps)
     assert out.g is not None
@@ -258,6 +265,7 @@ def teacher_velocity(model: Bagel, conditions: Conditions, scales: Scales, x: Te
     """
     contexts = [conditions.full, *conditions.branches_dropped]
     times = len(scales.text) // len(x)
+    # All branches, also where none is guided: ranks that share the base's weights must run it equally often.
     v, v_text, *v_image = (velocity(model, one, conditions, x, t).repeat_interleave(times, dim=0) for one in contexts)
     on = torch.tensor([guidance_on(one, settings.interval) for one in t.tolist()], device=x.device).repeat_interleave(times)
     # without pictures both contexts are one

@@ -131,7 +131,7 @@ class DistillStage(Stage):
         self.measured: list[Measured] = []
         self.measures_start = recipe.held_out is not None  # what comes in is the first candidate for the best: see train.gate
         self.scores: list[float] = []  # of this process's evaluations
-        if recipe.held_out is not None:
+        if recipe.held_out is not None and (self.world.leads or recipe.shard):  # those who evaluate
             self._measure_teacher(recipe.held_out)
 
     # -- parts -----------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ others hear of it, so all ranks take the same steps.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,6 +25,7 @@ from hyperbagel.core.hardware import agree_on_bf16, fast_bf16
 # How long a rank waits for another. Where weights are whole, rank 0 alone evaluates, draws sheets and writes, and at 7B that may take more
 # than NCCL's ten minutes; a rank that died ends the others through torchrun, not through this.
 PATIENCE = timedelta(hours=6)
+MESSAGE = 2**26  # gradients averaged at once, 256 MB in fp32: all of a 7B drafter's together would be a second and third copy
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -96,20 +97,35 @@ class World:
 
     @torch.no_grad()
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Replace each gradient by its mean over ranks, in one message (those of split parameters are means already). A parameter that one
-        rank's batch did not touch counts as zero there; one that no rank touched keeps no gradient, so that its optimiser stays."""
+        """Replace each gradient by its mean over ranks, in messages of bounded size (those of split parameters are means already). A
+        parameter that one rank's batch did not touch counts as zero there; one that no rank touched keeps no gradient, so that its
+        optimiser stays."""
         parameters = [p for p in parameters if not is_sharded(p)]
         if self.size == 1 or not parameters:
             return
         touched = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
         dist.all_reduce(touched)
         moved = [p for p, hits in zip(parameters, touched.tolist(), strict=True) if hits]
-        if not moved:
-            return
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved])
-        dist.all_reduce(flat)
-        for p, part in zip(moved, (flat / self.size).split([p.numel() for p in moved]), strict=True):
-            p.grad = part.view_as(p)
+        for some in _messages(moved):
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some])
+            dist.all_reduce(flat)
+            for p, part in zip(some, flat.div_(self.size).split([p.numel() for p in some]), strict=True):
+                if p.grad is None:
+                    p.grad = part.view_as(p).clone()  # not a view: the message's memory is given back
+                else:
+                    p.grad.copy_(part.view_as(p))
+
+
+def _messages(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """In order, as many as fit into one message each; a larger parameter is one by itself."""
+    held: list[torch.nn.Parameter] = []
+    for parameter in parameters:
+        if held and sum(p.numel() for p in held) + parameter.numel() > MESSAGE:
+            yield held
+            held = []
+        held.append(parameter)
+    if held:
+        yield held
 
 
 def _wire() -> str:

@@ -55,7 +55,7 @@ def _draw(
             session.add_image(image, latents=True, generator=generator)
         session.add_text(text)
         sessions.append(session)
-    grid = latent_grid(parts, size)
+    grid = latent_grid(parts.model.config, size)
     quick = replace(settings, num_steps=STEPS)
     latents, _ = denoise(sessions, [grid] * len(sessions), [draw_noise(parts, grid, generator) for _ in sessions], quick)
     return [decode_latents(parts, x, grid) for x in latents]

@@ -85,7 +85,7 @@ def test_generation_fp32(name: str) -> None:
     for prefix, branch in (("cache", full), ("cfg_text_cache", text), ("cfg_img_cache", image)):
         compare_cache(golden, prefix, branch)
     # one seed gives the reference's draws: VAE noise first, then the initial noise
-    grid = latent_grid(model.parts, asked.size)
+    grid = latent_grid(model.parts.model.config, asked.size)
     noise = draw_noise(model.parts, grid, generator)
     assert torch.equal(noise, golden["init_noise"])
     seen: list[Tensor] = []
@@ -128,7 +128,7 @@ def test_batch_of_two_sizes() -> None:
         session = Session.new(model.parts)
         session.add_text(prompt)
         sessions.append(session)
-    grids = [latent_grid(model.parts, tuple(size)) for size in settings["image_sizes"]]
+    grids = [latent_grid(model.parts.model.config, tuple(size)) for size in settings["image_sizes"]]
     counts = [h * w for h, w in grids]
     scale, x = settings["cfg_text_scale"], golden["init_noise"]
     times = time_grid(settings["num_timesteps"] - 1, 3.0)
@@ -184,7 +184,7 @@ def test_generation_bf16(name: str) -> None:
     asked = request(settings, golden)
     ready = model._prepare(asked)
     session, generator = ready.session, ready.generator
-    grid = latent_grid(model.parts, asked.size)
+    grid = latent_grid(model.parts.model.config, asked.size)
     noise = draw_noise(model.parts, grid, generator)
     velocity = GuidedVelocity([session], [grid], asked.denoising())
     for i, t in enumerate(settings["timesteps"]):

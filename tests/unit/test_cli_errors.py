@@ -16,6 +16,7 @@ from PIL import Image
 
 from hyperbagel import cli, cli_checks, demo
 from hyperbagel.core.errors import InputError
+from hyperbagel.pipeline import check_size
 
 
 @dataclass
@@ -80,6 +81,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeModel:
     fake = FakeModel()
     module = types.ModuleType("hyperbagel.pipeline")
     module.HyperBagel = fake  # type: ignore[attr-defined]
+    module.check_size = lambda model, size: check_size("toybox", size)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hyperbagel.pipeline", module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYPERBAGEL_DEBUG", raising=False)
@@ -102,9 +104,9 @@ WRONG = {
     "no prompt": (["generate", "-o", "a.png"], "Missing argument"),
     "two prompts": (["generate", "a", "b", "-o", "a.png"], "unexpected extra argument"),
     "size is no size": ([*GENERATE, "--size", "64"], "expected WIDTHxHEIGHT"),
-    "size is odd": ([*GENERATE, "--size", "100x64"], "got a width of 100, expected a multiple of 16"),
-    "size is zero": ([*GENERATE, "--size", "64x0"], "got a height of 0"),
-    "size is huge": ([*GENERATE, "--size", "4096x64"], "got a width of 4096"),
+    "size is odd": ([*GENERATE, "--size", "100x64"], "got size 100x64, expected multiples of 16; the nearest is 96x64"),
+    "size is zero": ([*GENERATE, "--size", "64x0"], "got size 64x0, expected multiples of 16; the nearest is 64x16"),
+    "size is huge": ([*GENERATE, "--size", "4096x64"], "got a picture of 4096x64 pixels, expected at most"),
     "negative steps": ([*GENERATE, "--steps", "-1"], "got -1 steps"),
     "no steps": ([*GENERATE, "--steps", "0"], "got 0 steps"),
     "steps without end": ([*GENERATE, "--steps", "99999999999999999999"], "expected 1 to 10000; 50 is usual"),

@@ -10,7 +10,8 @@ import pytest
 from hyperbagel import cli
 from hyperbagel.core.config import Config
 from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import _device, model_folder
+from hyperbagel.core.hardware import usable_device
+from hyperbagel.pipeline import model_folder
 from hyperbagel.train import folder as train_folder
 from hyperbagel.train.launch import resolve_models, run_training
 
@@ -18,8 +19,8 @@ from hyperbagel.train.launch import resolve_models, run_training
 @pytest.mark.parametrize("name", ["meta", "cpu:3"])
 def test_devices_without_weights_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"got device '{name}', expected cpu, cuda or cuda:N"):
-        _device(name)
-    assert str(_device("cpu:0")) == "cpu"
+        usable_device(name)
+    assert str(usable_device("cpu:0")) == "cpu"
 
 
 @pytest.mark.parametrize(

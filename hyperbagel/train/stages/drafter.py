@@ -25,6 +25,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_text
 from hyperbagel.data.loader import count_broken, read_group
 from hyperbagel.data.mixture import SourceConfig, build_source
+from hyperbagel.data.transforms import InTurn
 from hyperbagel.generate.decode import Decoded, decode
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.speculative.decode import decode as speculate
@@ -332,7 +333,8 @@ def pooled(rows: Sequence[Stats]) -> Stats:
 
 
 def _sources(data: PromptConfig, parts: Parts, seed: int) -> dict[str, Any]:
-    vae, vit = parts.vae_transform, parts.vit_transform
+    vae = parts.vae_transform
+    vit = InTurn(vae, parts.vit_transform)  # contexts as a session would have them: 576 or 1,369 patches of a 336 x 336 picture at 7B
     return {name: build_source(name, config, parts.tokenizer, vae, vit, seed) for name, config in data.sources.items()}
 
 

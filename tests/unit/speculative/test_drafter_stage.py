@@ -6,16 +6,21 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import hyperbagel
 from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.plan import Text, VaeImage
+from hyperbagel.data.images import open_image
+from hyperbagel.data.plan import Text, VaeImage, VitImage
 from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
@@ -26,7 +31,7 @@ from hyperbagel.speculative.drafters.regenerate import context_of
 from hyperbagel.train.distributed import World
 from hyperbagel.train.launch import run_training
 from hyperbagel.train.stage import Draws
-from hyperbagel.train.stages.drafter import DrafterStage, GateFailed, Recipe, build
+from hyperbagel.train.stages.drafter import DrafterStage, GateFailed, PromptConfig, Recipe, _sources, build
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes" / "toybox").glob("drafter_*.yaml"))
@@ -182,6 +187,25 @@ def test_the_gate_fails_when_serving_differs(target: Path, tmp_path: Path, monke
         s.finish(tmp_path)
     assert (tmp_path / "export" / "drafter.json").exists() and (tmp_path / "gate-failed.json").exists()
     assert not (tmp_path / "gate.json").exists()  # runs/drafters.sh takes it as the sign of a finished run
+
+
+def test_pictures_are_read_as_a_session_reads_them(tmp_path: Path) -> None:
+    """First by the latents' rule, then by the ViT's, however many there are: the drafter serves behind such contexts."""
+    Image.new("RGB", (40, 24), "red").save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image><image>what?"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": ["a.png", "a.png"], "conversations": turns}) + "\n")
+    parts: Any = SimpleNamespace(
+        tokenizer=Tokenizer.from_folder(Path(hyperbagel.__file__).parent / "assets" / "toybox"),
+        vae_transform=ImageTransform(128, 64, 16),
+        vit_transform=ImageTransform(112, 28, 14),
+    )
+    sources = {"chat": {"kind": "chat", "path": str(tmp_path), "images": str(tmp_path)}}
+    [source] = _sources(PromptConfig.model_validate({"sources": sources}), parts, 0).values()
+    seen = [item.pixels for item in source.sample(0) if isinstance(item, VitImage)]
+    picture = open_image(tmp_path / "a.png")
+    served = parts.vit_transform.pixels(parts.vae_transform.resize(picture))
+    assert len(seen) == 2 and all(np.array_equal(pixels, served) for pixels in seen)
+    assert served.shape != parts.vit_transform.pixels(picture, 2).shape
 
 
 def test_clean_latents_and_pictures_to_draw(target: Path) -> None:

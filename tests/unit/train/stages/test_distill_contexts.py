@@ -88,6 +88,22 @@ def test_a_dropped_text_is_not_seen(base: Path) -> None:
     assert conditions.full.seen.sum(1).tolist() == lengths == conditions.full.position.tolist()
 
 
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+@torch.no_grad()
+def test_one_sample_alone_needs_no_mask(base: Path, source: str) -> None:
+    """As at 7B, where pictures of unlike sizes make batches of one: no slot is empty, and fused attention is fastest without a mask."""
+    data = only(source)
+    data["sources"][source] = data["sources"][source] | {"samples": 1, "noise_copies": 2}
+    stage = make(cfg, base, data=data)
+    conditions, _ = conditions_of(stage, source)
+    assert conditions.full.whole and conditions.image_dropped.whole and not conditions.text_dropped.whole
+    x, t = torch.randn(conditions.x0.shape), torch.tensor([0.3, 0.8])
+    masked = velocity(stage.base, replace(conditions.full, whole=False), conditions, x, t)
+    torch.testing.assert_close(velocity(stage.base, conditions.full, conditions, x, t), masked, rtol=1e-4, atol=1e-5)
+    several = make(cfg, base, data=only(source))
+    assert not conditions_of(several, source)[0].full.whole
+
+
 @torch.no_grad()
 def test_one_prefill_serves_several_noise_draws(base: Path) -> None:
     copies = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_base import make, only, write_base
 
+from hyperbagel.train import distributed
 from hyperbagel.train.distributed import World
 from hyperbagel.train.stage import Draws
 from hyperbagel.train.stages import adp, cfg, reward, tscd
@@ -24,6 +25,22 @@ def student(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
     make(cfg, base, data=only("t2i")).finish(folder)
     return folder / "export"
+
+
+def test_gradients_travel_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "MESSAGE", 10)
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (4, 6, 1, 25, 3, 7, 1)]
+    assert [[p.numel() for p in some] for some in distributed._messages(parameters)] == [[4, 6], [1], [25], [3, 7], [1]]
+    assert not list(distributed._messages([]))
+
+
+def test_only_ranks_that_evaluate_keep_the_teachers_pictures(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {}
+    for rank, shard in ((0, False), (1, False), (1, True)):
+        monkeypatch.setattr("hyperbagel.train.distill.join_world", lambda device, rank=rank: World(rank, 2))
+        stage: Any = make(cfg, base, data=only("t2i"), held_out=only("t2i"), held_out_groups=1, teacher_steps=2, shard=shard)
+        kept[rank, shard] = len(stage.measured)
+    assert kept == {(0, False): 1, (1, False): 0, (1, True): 1}
 
 
 def test_all_ranks_run_the_student_as_often(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
