@@ -20,6 +20,7 @@ from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import one_line
+from hyperbagel.core.progress import clear_line, count_step
 from hyperbagel.data.images import open_image, save_png
 from hyperbagel.data.prompts import THINK_ANSWER
 from hyperbagel.generate.session import Session
@@ -147,17 +148,15 @@ class Chat:
         if not prompt:
             raise InputError("got an empty prompt, expected some words after the command")
         request = ImageRequest(prompt, tuple(images), self.seed, think=self.think, steps=self.steps or None, student=self.student)
-        terminal = sys.stderr.isatty()
 
         def on_step(done: int, total: int, latents: Any) -> None:
-            if terminal:
-                print(f"\rstep {done} of {total}", end="\r\033[K" if done == total else "", file=sys.stderr, flush=True)
+            count_step(done, total)
             self.check()
 
         try:
             [result] = self.model.generate_batch([request], on_step=on_step, on_token=lambda row, token: self.check())
         except Stopped:
-            self.note("stopped; no picture")
+            self.note(f"{clear_line()}stopped; no picture")
             return
         self._made(result)
 

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import warnings
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,17 +78,12 @@ def _load(since: float, model: str | None, device: str | None, dtype: str | None
     return pipeline, {"start": began, "load": pipeline.load_seconds}
 
 
-def _show_step(done: int, total: int, latents: Any) -> None:
-    """A counter that stays on its line; on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\rstep {done} of {total}", end="\r\033[K" if done == total else "", file=sys.stderr, flush=True)
-
-
 def _draw(
     prompt: str, pictures: list[Path], paths: list[Path], seed: int | None, where: dict[str, Any], json: bool, **settings: Any
 ) -> None:
     """Draw or edit: check, load, work, save every picture with its settings inside, then say where, with which seed and in what time."""
     since = time.perf_counter()
+    from hyperbagel.core.progress import count_step
     from hyperbagel.data.images import save_png
     from hyperbagel.generate.types import ImageRequest
     from hyperbagel.pipeline import check_size
@@ -101,13 +97,14 @@ def _draw(
         check_size(where["model"] or "toybox", settings["size"])
     first = _seed(seed)
     pipeline, spent = _load(since, **where)
-    options = {"n": len(paths), "seed": first, "on_step": _show_step, **settings}
+    options = {"n": len(paths), "seed": first, "on_step": lambda done, total, _: count_step(done, total), **settings}
     results = pipeline.edit(images, prompt, **options) if images else pipeline.generate(prompt, **options)
     for timings in {id(result.timings): result.timings for result in results}.values():  # pictures of one batch share theirs
         spent = {name: spent.get(name, 0.0) + timings.get(name, 0.0) for name in spent | timings}
+    for result, path in zip(results, paths, strict=True):  # all of them before anything that can fail
+        save_png(result.image, path, result.settings)
     rows = []
     for result, path in zip(results, paths, strict=True):
-        save_png(result.image, path, result.settings)
         row = {"file": str(path), "size": list(result.image.size), "seed": result.seed, "nfe": result.nfe}
         rows.append(row | {"settings": result.settings, "thinking": result.thinking})
         if not json:
@@ -256,8 +253,9 @@ def inspect(path: Annotated[Path, typer.Argument(help="A folder, or a picture ma
         found = read_settings(path)
     else:
         from hyperbagel.folders import describe_folder
+        from hyperbagel.pipeline import model_folder
 
-        found = describe_folder(path)
+        found = describe_folder(path if path.exists() else model_folder(path))  # "toybox" is a name here as well
     if json:
         print(jsonlib.dumps(found, indent=2, default=str))
     else:
@@ -325,6 +323,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:  # this process is ours: torch's worker threads then sleep while they wait. Spinning ones made a small model on a
         # busy 2-core machine 60 times slower. It must be said before torch is loaded, and what the user says goes first.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names may be any bytes, and a terminal need not know every letter
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
     try:
         with warnings.catch_warnings():
             python_form = warnings.showwarning
@@ -353,7 +354,9 @@ def main(argv: list[str] | None = None) -> int:
         note(f"internal error: {type(error).__name__}: {one_line(error)}; set HYPERBAGEL_DEBUG=1 for the traceback")
         return 1
     if code == 130:
-        note("interrupted")
+        from hyperbagel.core.progress import clear_line
+
+        note(f"{clear_line()}interrupted")
     return code if isinstance(code, int) else 0
 
 

@@ -9,6 +9,7 @@ import typer
 
 from hyperbagel import cli_checks as checks
 from hyperbagel.cli_options import Device, Dtype, Graphs, MaxTokens, Model, Student, Temperature, given
+from hyperbagel.core.errors import InputError
 
 
 def chat(
@@ -27,6 +28,8 @@ def chat(
     """Talk, with pictures: ask about them, draw, edit. /help lists what can be typed. Lines may also come from a pipe."""
     checks.check_at_least("--max-tokens", max_tokens, 1)
     checks.check_at_least("--temperature", temperature, 0.0)
+    if temperature is not None and temperature > 100:
+        raise InputError(f"got --temperature {temperature:g}, expected 0 (greedy) to 100")
     checks.read_pictures([Path(path) for path in images or ()])  # a wrong name costs no model load
     from hyperbagel.chat import Chat, run
     from hyperbagel.pipeline import HyperBagel

@@ -108,7 +108,7 @@ def export_student(
     stored = kept or max((_STORED.get(kind, torch.float32) for kind in kinds.values()), key=lambda kind: kind.itemsize)
     rounding = "" if stored == torch.float32 else f", up to the rounding of {str(stored).removeprefix('torch.')} weights"
     exact = f"text to image: what base and student draw together{rounding}"
-    return Exported(out, sampler, text, image, (exact, edit_note(image), _how(sampler)))
+    return Exported(out, sampler, text, image, (exact, edit_note(image, " (--verify measures it)"), _how(sampler)))
 
 
 def export_lora(
@@ -162,12 +162,12 @@ def export_drafter(drafter: Path | str, out: Path, *, model: str = "toybox", dty
     return out
 
 
-def edit_note(image_scale: float) -> str:
-    """What a merged student cannot do as base and student together do it."""
+def edit_note(image_scale: float, measured: str = "") -> str:
+    """What a merged student cannot do as base and student together do it. measured: how to see how much that is."""
     scale = " (fold in an image scale above 1 for edits)" if image_scale <= 1 else ""
     return (
         f"edits{scale}: the source picture's clean latents are now read by the merged weights, not by the base's as with base and student, "
-        "so edits differ somewhat (--verify measures it); for exact ones use the student folder itself"
+        "so edits differ somewhat{measured}; for exact ones use the student folder itself"
     )
 
 

@@ -14,6 +14,7 @@ from hyperbagel.speculative.drafters.folder import read_acceptance, read_config
 from hyperbagel.train.checkpoint import best_checkpoint, list_checkpoints
 
 TRAINED = ".weights.safetensors"
+PARTS = {"ae": "an autoencoder (stage vae)", "vit": "a vision encoder (stage vit)", "reward": "a reward head (stage reward)"}
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
@@ -24,6 +25,9 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         return _checkpoint(folder)
     if (folder / "provenance.json").is_file():
         return _run(folder)
+    for stem, what in PARTS.items():  # exports of stages that train a part of a model
+        if (folder / f"{stem}.safetensors").is_file() and not (folder / "llm_config.json").is_file():
+            return {"folder": str(folder), "part": what, "weights": {stem: _sizes(folder, stem)}}
     return inspect_folder(folder)
 
 
@@ -55,7 +59,12 @@ def _run(folder: Path) -> dict[str, Any]:
     command = [str(word) for word in last.get("command", ())]
     stage = command[command.index("train") + 1] if "train" in command[:-1] else "unknown"
     lines = read_metrics(folder / "metrics.jsonl")
-    report = {"stage": stage, "step": lines[-1]["step"] if lines else 0, "launches": len(launches), "started": last.get("started")}
+    report = {
+        "stage": stage,
+        "step": max((line["step"] for line in lines), default=0),
+        "launches": len(launches),
+        "started": last.get("started"),
+    }
     report |= {"command": " ".join(command), "git": last.get("git"), "config": str(folder / "config.yaml")}
     kept, best = list_checkpoints(folder / "checkpoints"), best_checkpoint(folder / "checkpoints")
     report |= {"checkpoint": str(kept[-1]) if kept else "none yet", "best": str(best) if best else "none noted"}

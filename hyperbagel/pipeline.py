@@ -19,8 +19,8 @@ from PIL.Image import Image, Resampling
 
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.hardware import clock, usable_device
-from hyperbagel.data.images import as_picture
-from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking
+from hyperbagel.data.images import as_mask, as_picture
+from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking, untagged
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.generate.contexts import Contexts
 from hyperbagel.generate.graphs import GraphRunner
@@ -29,7 +29,7 @@ from hyperbagel.generate.mask import Kept, check_mask, edited_tokens, lay_over
 from hyperbagel.generate.session import Parts, Session, encode_latents
 from hyperbagel.generate.students import Students
 from hyperbagel.generate.thinking import write_plan
-from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, with_sampler
+from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, asked_for, with_sampler
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
@@ -172,8 +172,8 @@ class HyperBagel:
             for i, image, ready in zip(members, images, prepared, strict=True):
                 request = requests[i]
                 used = {"model": self.name, "prompt": request.prompt, "seed": request.seed, "think": request.think, **asdict(settings)}
-                pictures = sum(isinstance(item, Image) for item in request.items())
-                used |= {"pictures": pictures, "masked": request.mask is not None, "size": [image.width, image.height], "nfe": nfe}
+                used |= {"size": [image.width, image.height], "nfe": nfe, "dtype": str(self.parts.model.dtype).removeprefix("torch.")}
+                used |= asked_for(request)
                 results[i] = ImageResult(image, request.seed, nfe, timings, ready.thinking, used, ready.reused)
         return [results[i] for i in range(len(requests))]
 
@@ -308,7 +308,7 @@ class HyperBagel:
                 if on_token is not None:
                     on_token(row, token)
 
-            thinking = write_plan(session, request.max_think_tokens, report, self.runner)
+            thinking = untagged(write_plan(session, request.max_think_tokens, report, self.runner))
         return _Ready(session, generator, thinking, reused)
 
     def _drafter_name(self, request: AskRequest) -> str:
@@ -370,7 +370,7 @@ def _with_pictures(request: ImageRequest) -> ImageRequest:
     """The request with RGB pictures, whatever was given for them. In the interleaved form a string is a text."""
     inputs = request.inputs and tuple(item if isinstance(item, str) else as_picture(item) for item in request.inputs)
     given: dict[str, Any] = {"images": tuple(map(as_picture, request.images)), "inputs": inputs}
-    given["mask"] = request.mask if request.mask is None or isinstance(request.mask, Image) else as_picture(request.mask)
+    given["mask"] = None if request.mask is None else as_mask(request.mask)
     given["interval"] = request.interval and tuple(request.interval)
     given["student"] = None if request.student is None else str(request.student)
     return replace(request, **given)

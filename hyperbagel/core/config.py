@@ -30,7 +30,7 @@ def load_config(cls: type[C], path: Path | str | None = None, overrides: list[st
     Raises:
         InputError: unreadable file, broken YAML, unknown key, wrong type; names the key and the file.
     """
-    source = str(path) if path is not None else "the settings"
+    source = "the settings" if path is None else f"{path} with the settings given" if overrides else str(path)
     values = read_yaml(Path(path)) if path is not None else {}
     for text in overrides:
         key, equals, value = text.partition("=")

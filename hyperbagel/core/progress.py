@@ -19,6 +19,17 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def count_step(done: int, total: int) -> None:
+    """A counter that stays on its line and goes at the end; on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\rstep {done} of {total}", end=clear_line() if done == total else "", file=sys.stderr, flush=True)
+
+
+def clear_line() -> str:
+    """What takes a counter that was left on a terminal's line away."""
+    return "\r\033[K" if sys.stderr.isatty() else ""
+
+
 class ProgressReport:
     """Context manager. `update(share, text)` as often as you like; it shows at most one plain line every `every` seconds."""
 

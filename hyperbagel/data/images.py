@@ -46,11 +46,21 @@ def open_mask(source: Path | str | bytes, name: str | None = None) -> Image.Imag
 
     A file with transparency: what is transparent may change (OpenAI's rule). One without: what is white.
     """
+    return _open(source, name, _editable)
 
-    def editable(image: Image.Image) -> Image.Image:
-        return ImageChops.invert(image.convert("RGBA").getchannel("A")) if has_alpha(image) else to_rgb(image).convert("L")
 
-    return _open(source, name, editable)
+def as_mask(given: object) -> Image.Image:
+    """What a caller gives as a mask, mode "L": a path is opened, a PIL image read by the rule of `open_mask`. Raises InputError."""
+    if isinstance(given, (str, Path)):
+        return open_mask(given)
+    if isinstance(given, Image.Image) and min(given.size) > 0:
+        return given if given.mode == "L" else _editable(given)
+    as_picture(given)  # which says what is wrong with it
+    raise AssertionError("not reached")
+
+
+def _editable(image: Image.Image) -> Image.Image:
+    return ImageChops.invert(image.convert("RGBA").getchannel("A")) if has_alpha(image) else to_rgb(image).convert("L")
 
 
 def has_alpha(image: Image.Image) -> bool:

@@ -13,8 +13,13 @@ THINK_ANSWER = (
 
 
 def split_thinking(text: str, think: bool) -> tuple[str | None, str]:
-    """("...", answer) of "<think> ... </think> answer"; (None, text) if there is no such part."""
-    if not think or "</think>" not in text:
+    """("...", answer) of "<think> ... </think> answer"; a thought that was cut off has no answer; (None, text) if there is no such part."""
+    if not think or not ("</think>" in text or text.lstrip().startswith("<think>")):
         return None, text.strip()
     thought, _, answer = text.partition("</think>")
-    return thought.replace("<think>", "").strip(), answer.strip()
+    return untagged(thought), answer.strip()
+
+
+def untagged(thought: str) -> str:
+    """A thought without its marks."""
+    return thought.replace("<think>", "").replace("</think>", "").strip()

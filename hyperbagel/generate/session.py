@@ -194,8 +194,7 @@ class Session:
             self.check_room(2)  # no shorter answer would help
         if max_tokens > room:
             raise InputError(
-                f"got max_tokens {max_tokens} behind a context of {have}, expected at most {room} ({limit} in all); lower max_tokens "
-                "(max_think_tokens for a picture's plan)"
+                f"got max_tokens {max_tokens} behind a context of {have}, expected at most {room} ({limit} in all); lower max_tokens"
             )
 
     # -- guidance --------------------------------------------------------------------------------------------------------------

@@ -101,6 +101,17 @@ class ImageRequest:
         return replace(base, **{name: value for name, value in own.items() if value is not None})
 
 
+def asked_for(request: ImageRequest) -> dict[str, Any]:
+    """What a picture was asked for beside prompt, seed and sampler, for its metadata: enough to ask for the same again."""
+    items = request.items()
+    found: dict[str, Any] = {"pictures": sum(not isinstance(item, str) for item in items), "masked": request.mask is not None}
+    if request.inputs is not None:
+        found["inputs"] = [item if isinstance(item, str) else "<picture>" for item in items]
+    if request.think and request.max_think_tokens is not None:
+        found["max_think_tokens"] = request.max_think_tokens
+    return found
+
+
 def with_sampler(request: ImageRequest, sampler: Sampler, *, warn: bool = True) -> Denoising:
     """The settings of a request to a student, or to a model with one merged into it: what it does not say comes from the sampler. An
     override is a Notice (unless `warn` is off)."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hyperbagel import cli, demo
 from hyperbagel.data.images import read_settings
+from hyperbagel.model.weights import save_tensors
 
 
 def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
@@ -45,6 +50,29 @@ def test_draw_edit_ask_and_inspect(
 
     assert "num_steps    2" in run(["inspect", "c.png"], capsys)[0]
     assert "parameters" in run(["inspect", str(folder)], capsys)[0]
+
+
+def test_what_inspect_knows_besides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded model by its name, and exports that are a part of a model."""
+    assert "parameters" in run(["inspect", "toybox"], capsys)[0]
+    for stem, told in (("ae", "an autoencoder"), ("vit", "a vision encoder"), ("reward", "a reward head")):
+        (tmp_path / stem).mkdir()
+        save_tensors(tmp_path / stem / f"{stem}.safetensors", {"a": torch.zeros(3)})
+        out, _ = run(["inspect", str(tmp_path / stem), "--json"], capsys)
+        assert json.loads(out)["part"].startswith(told) and json.loads(out)["weights"][stem]["parameters"] == 3
+
+
+def test_names_of_any_bytes(folder: Path, tmp_path: Path) -> None:
+    """A file name need not be UTF-8: it is written back as it came, and every picture is saved."""
+    command = [sys.executable, "-m", "hyperbagel.cli", "generate", "a car", "-o", os.fsdecode(b"n\xe9.png"), "-n", "2", "--seed", "1"]
+    command += ["--model", str(folder), "--steps", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONUTF8": "1"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [b"n\xe9-0.png", b"n\xe9-1.png"] and len(list(tmp_path.iterdir())) == 2
+    talk = [sys.executable, "-m", "hyperbagel.cli", "chat", "--model", str(folder), "--max-tokens", "2"]
+    lines = b"/save x\xe9.png\n/tokens 3\n"
+    told = subprocess.run(talk, input=lines, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONUTF8": "1"}, check=False)
+    assert told.returncode == 0 and b"at most 3 tokens" in told.stderr, told.stderr
 
 
 WRONG_FOR_THIS_MODEL = {

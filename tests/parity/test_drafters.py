@@ -21,7 +21,7 @@ from hyperbagel.speculative.drafters.block import BlockDrafter, block_mask
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.expand import best_nodes, grow
-from hyperbagel.speculative.drafters.export import export_eagle3, import_eagle3
+from hyperbagel.speculative.drafters.export import IDS, export_eagle3, import_eagle3
 from hyperbagel.speculative.drafters.folder import Module, load_module, make_drafter, make_module, save_drafter
 from hyperbagel.speculative.drafters.layers import diagonal_mask
 from hyperbagel.speculative.drafters.lesson import make_lesson
@@ -262,7 +262,9 @@ def test_eagle3_export_reads_back(small: int | None, parts: Parts, tmp_path: Pat
         )
     config = json.loads((tmp_path / "e" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["draft_vocab_size"] == (small or llm.vocab_size)
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [2, 2, 2]
+    levels = list(module.config.levels)
+    assert config["eagle_aux_hidden_state_layer_ids"] == levels  # vLLM: layers by what enters them
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [level - 1 for level in levels]  # SGLang adds one
     again = import_eagle3(tmp_path / "e", llm)
     lesson = make_lesson(text_sessions(parts, 3, taps=TAPS), [[5, 6], [7], [8, 9, 10]], module.layers_read)
     with torch.no_grad():
@@ -272,7 +274,8 @@ def test_eagle3_export_reads_back(small: int | None, parts: Parts, tmp_path: Pat
             assert torch.isfinite(module.rollout(lesson, parts.model.embed_text, 1)[0]).sum(-1).unique().tolist() == [small]
     with pytest.raises(InputError, match="hidden size 32"):
         import_eagle3(tmp_path / "e", llm.model_copy(update={"hidden_size": 64}))
-    for change in ({"draft_vocab_size": 5000}, {"hidden_size": "abc"}, {"rope_theta": None}):
+    others: list[dict[str, Any]] = [{"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, {"eagle_config": {IDS: [2, 2, 2]}}]  # of other layers
+    for change in ({"draft_vocab_size": 5000}, {"hidden_size": "abc"}, {"rope_theta": None}, *others):
         (tmp_path / "e" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=r"config\.json"):
             import_eagle3(tmp_path / "e", llm)

@@ -17,6 +17,8 @@ from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.folder import check_values
 
+IDS = "eagle_aux_hidden_state_layer_ids"
+
 
 def export_eagle3(folder: Path, module: Eagle3, llm: LLMConfig, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes the folder, whole or not at all. The keys are the module's own; SGLang skips unknown keys silently, so there are none."""
@@ -40,8 +42,10 @@ def export_eagle3(folder: Path, module: Eagle3, llm: LLMConfig, dtype: torch.dty
         "tie_word_embeddings": False,
         "attention_bias": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        # hidden states ENTERING these layers of the target; vLLM reads them here, SGLang has the same default
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(c.levels), "use_aux_hidden_state": True},
+        # Which hidden states of the target are fused. vLLM reads the list at the top and counts layers by what ENTERS them; SGLang reads
+        # the nested one and counts by what LEAVES them (it adds one: drafters of a target of 94 layers say 1, 46, 90, which is 2, 47, 91).
+        IDS: list(c.levels),
+        "eagle_config": {IDS: [level - 1 for level in c.levels], "use_aux_hidden_state": True},
     }
     tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in module.state_dict().items()}
     with atomic_path(folder) as temporary:
@@ -70,9 +74,14 @@ def import_eagle3(folder: Path, llm: LLMConfig) -> Eagle3:
         ) from error
     if architecture != ["LlamaForCausalLMEagle3"]:
         raise InputError(f"{path}: got architectures {architecture}, expected LlamaForCausalLMEagle3, give an EAGLE-3 drafter")
+    nested = got.get("eagle_config") or {}
     layers = {"target_layers": llm.num_hidden_layers, "draft_vocab": None if small == sizes["vocab_size"] else small}
     config = check_config(DrafterConfig, {"kind": "eagle3", **sizes, **heads, **scales, **layers}, str(path))
     config.check_target(llm, str(folder))
+    own = list(config.levels)
+    for where, ids, expected in ((IDS, got.get(IDS), own), (f"eagle_config.{IDS}", nested.get(IDS), [level - 1 for level in own])):
+        if ids and ids != expected:
+            raise InputError(f"{path}: got {where} {ids}, expected {expected}, the layers that drafters of this kind read here; train one")
     module = Eagle3(config)
     TensorFolder(folder, "model").check({name: tuple(x.shape) for name, x in module.state_dict().items()})
     tensors = load_tensors(folder / "model.safetensors")

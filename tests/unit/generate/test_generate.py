@@ -272,8 +272,22 @@ def test_streamed_tokens_are_the_answer(model: HyperBagel) -> None:
 
 def test_thinking_is_split_off() -> None:
     assert split_thinking("<think> two cars </think> 2", True) == ("two cars", "2")
-    assert split_thinking("<think> two cars", True) == (None, "<think> two cars")
+    assert split_thinking("<think> two cars", True) == ("two cars", "")  # cut off: a thought, and no answer yet
+    assert split_thinking("two cars", True) == (None, "two cars")
     assert split_thinking("2", False) == (None, "2")
+
+
+def test_a_picture_says_all_that_it_was_asked_for(model: HyperBagel) -> None:
+    """Else two pictures that differ would carry the same settings."""
+    plain = model.generate("a car", seed=0, steps=1)[0].settings
+    assert plain["dtype"] == "float32" and "inputs" not in plain and "max_think_tokens" not in plain
+    with pytest.warns(Notice, match="cut"):
+        planned = model.generate("a car", seed=0, steps=1, think=True, max_think_tokens=3)[0]
+    assert planned.settings["max_think_tokens"] == 3
+    assert planned.thinking is not None and "<think>" not in planned.thinking
+    given = ("you draw well", photo(24, 16), "make it red")
+    [mixed] = model.generate_batch([ImageRequest("make it red", seed=0, steps=1, inputs=given)])
+    assert mixed.settings["inputs"] == ["you draw well", "<picture>", "make it red"] and mixed.settings["pictures"] == 1
 
 
 def test_cancel_from_a_step(model: HyperBagel) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 from small_world import small_parts
 
 from hyperbagel.core.errors import InputError
@@ -67,6 +69,19 @@ def test_outside_the_mask_pixels_are_the_source_s(model: HyperBagel) -> None:
     assert not np.array_equal(np.asarray(free.image)[kept], np.asarray(source)[kept])
     assert (np.asarray(masked.image)[~kept] != np.asarray(source)[~kept]).mean() > 0.9, "inside it is drawn"
     assert masked.nfe == free.nfe and (masked.settings["masked"], free.settings["masked"]) == (True, False)
+
+
+def test_masks_of_every_form_say_the_same(model: HyperBagel, tmp_path: Path) -> None:
+    """White, or transparent: may change. As a file and as a picture in memory, and as the command line reads them."""
+    source, mask = picture(), box()
+    clear = Image.merge("RGBA", [*picture(1).split(), ImageChops.invert(mask)])
+    clear.save(tmp_path / "clear.png")
+    mask.convert("RGB").save(tmp_path / "white.png")
+    forms = [mask, clear, mask.convert("RGB"), tmp_path / "clear.png", str(tmp_path / "white.png")]
+    first, *others = (np.asarray(model.edit(source, "a red car", seed=3, steps=2, mask=form)[0].image) for form in forms)
+    assert all(np.array_equal(other, first) for other in others)
+    with pytest.raises(InputError, match="got a int as a picture"):
+        model.edit(source, "a red car", seed=3, steps=2, mask=7)
 
 
 def test_what_is_drawn_depends_on_what_is_kept(model: HyperBagel) -> None:
