@@ -29,6 +29,7 @@ from hyperbagel.train.batches import Batches, NamedBatch
 from hyperbagel.train.compiled import compile_layers, uncompiled
 from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.folder import load_model, load_vae, load_vit, save_model
+from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.flow import flow_by_time, mixed_objective
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.previews import write_previews
@@ -105,6 +106,8 @@ class BaseStage(Stage):
                 parameter.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise InputError(f"frozen: got {', '.join(recipe.frozen)}, which covers the whole model, expected something left to train")
+        if recipe.init is not None and stored_dtype(recipe.init) == pick_precision(recipe.precision, device) == torch.bfloat16:
+            hold_in_bf16(self.model)
         self.aligner = Aligner(recipe.align, self.model, device) if recipe.align else None
         # Muon is for the matrices inside: what reads or writes tokens, patches, latents and times goes with Adam
         if self.aligner is None:
@@ -200,6 +203,14 @@ class BaseStage(Stage):
 
     def close(self) -> None:
         self.batches.close()
+
+
+def hold_in_bf16(model: nn.Module) -> None:
+    """Linear layers of which nothing is trained, half as large: autocast multiplies in bf16 anyway, and weights that came in bf16 lose
+    nothing. Norms and tables stay in fp32, as the streams between the layers do."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not any(parameter.requires_grad for parameter in layer.parameters()):
+            layer.to(torch.bfloat16)
 
 
 def build(recipe: Recipe, device: torch.device) -> BaseStage:

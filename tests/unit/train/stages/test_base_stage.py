@@ -10,6 +10,7 @@ from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.images import open_image
 from hyperbagel.model.config import VaeConfig
+from hyperbagel.model.student import generates
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, load_tensors, save_tensors
 from hyperbagel.train.launch import run_training
@@ -152,6 +153,24 @@ def test_the_autoencoder_that_came_with_a_model_keeps_every_value(vae: Path, tmp
     files = [tmp_path / run / "export" / "ae.safetensors" for run in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert {t.dtype for t in load_tensors(tmp_path / "b" / "export" / "ema.safetensors").values()} == {torch.bfloat16}
+
+
+def test_what_is_frozen_takes_half_the_memory_and_loses_nothing(vae: Path, tmp_path: Path) -> None:
+    """Weights that came in bf16, multiplied in bf16: only what is trained, norms and tables are held in fp32."""
+    base = RECIPES / "toybox" / "base.yaml"
+    run_training("base", base, [*SMALL, f"vae={vae}", "max_steps=0"], tmp_path / "a")  # exported in bf16
+    on = [f"init={tmp_path / 'a' / 'export'}", "precision=bf16", "freeze_understanding=true", "max_steps=2", "sample_every=1"]
+    on.append("data.mixture=[{weights: {t2i: 1}}]")
+    s = stage(vae, *on)
+    kinds = {name: p.dtype for name, p in s.model.named_parameters()}
+    linear = {f"{n}.{leaf}" for n, m in s.model.named_modules() if isinstance(m, torch.nn.Linear) for leaf, _ in m.named_parameters()}
+    halved = {name for name in linear if not generates(name)}
+    assert halved and {name for name, kind in kinds.items() if kind == torch.bfloat16} == halved
+    assert all(p.dtype == torch.float32 for p in stage(vae, on[0], *on[2:], "precision=fp32").model.parameters())
+    run_training("base", base, [*SMALL, f"vae={vae}", *on], tmp_path / "b")
+    a, b = (load_tensors(tmp_path / run / "export" / "ema.safetensors") for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a if not generates(name))
+    assert any(not torch.equal(a[name], b[name]) for name in a if generates(name))
 
 
 def test_held_out_figures(vae: Path) -> None:
