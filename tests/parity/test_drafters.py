@@ -16,6 +16,7 @@ from hyperbagel.model.config import LLMConfig
 from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.drafters import hyper_bagel
 from hyperbagel.speculative.drafters.autoregressive import DraftModule, Lesson
 from hyperbagel.speculative.drafters.block import BlockDrafter, block_mask
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
@@ -327,3 +328,18 @@ def test_a_tree_never_loses_a_parent() -> None:
         levels.append(grow(levels[-1], logits.expand(1, 3, 8), 3))
     draft = best_nodes(levels, 5)
     assert draft.tree is not None and draft.tree.parents.tolist() == [[0, 0, 1, 2, 3, 4]] and draft.tokens.tolist() == [[3] * 5]
+
+
+def test_long_contexts_are_read_in_pieces(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta queries look at each token by itself, so what they see does not depend on how many are read at once."""
+    module = fresh("hyper-bagel", parts)
+    assert isinstance(module, hyper_bagel.HyperBagelDrafter)
+    torch.nn.init.normal_(module.meta.o_proj.weight)
+    states = torch.randn(2, 7, module.config.target_layers, module.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    whole, seen = module.meta(states), []
+    monkeypatch.setattr(hyper_bagel, "AT_ONCE", 3)
+    look = module.meta._look
+    monkeypatch.setattr(module.meta, "_look", lambda piece: (seen.append(len(piece)), look(piece))[1])
+    with torch.no_grad():
+        torch.testing.assert_close(module.meta(states), whole)
+    assert seen == [3, 3, 3, 3, 2]
