@@ -123,7 +123,7 @@ class DistillStage(Stage):
         self.student = self._begin()
         self.student.sampler = self._sampler()
         self.network = self.student.network(self.base)
-        self.players = {"student": Player.of(self.student, recipe.optim)}
+        self.players = {"student": Player.of(self.student, recipe.optim, ramp=recipe.init is None)}
         self.loader = self._loader(recipe.data, recipe.seed, self.world)
         self.answers = AnswerReward(self.base, self.spec, tokenizer) if recipe.measure == "answers" else None
         if self.answers:

@@ -11,26 +11,28 @@ from torch import Tensor
 from hyperbagel.train.distributed import local
 
 
-def decay_at(updates: int, decay: float) -> float:
-    """Decay of update number `updates` (from 0): min(decay, (1 + n) / (10 + n)).
+def decay_at(updates: int, decay: float, ramp: bool = True) -> float:
+    """Decay of update number `updates` (from 0): min(decay, (1 + n) / (10 + n)), or without `ramp` the decay itself.
 
-    A constant decay would remember the random start for 1 / (1 - decay) steps; this schedule forgets it at once.
+    A constant decay would remember a random start for 1 / (1 - decay) steps; the ramp forgets it at once, but keeps the average shorter than
+    it is meant to be for 9 / (1 - decay) steps: after 700 it goes back 78, not 500. So where training goes on from weights that are good
+    already (a student of the stage before), there is none.
     """
-    return min(decay, (1 + updates) / (10 + updates))
+    return min(decay, (1 + updates) / (10 + updates)) if ramp else decay
 
 
 class Ema:
     """fp32 shadow copies of named parameters: shadow <- d shadow + (1 - d) parameter."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float, ramp: bool = True) -> None:
+        self.decay, self.ramp = decay, ramp
         self.updates = 0
         self.shadow: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor]) -> None:
         """One step towards `parameters` (the names given at the start)."""
-        d = decay_at(self.updates, self.decay)
+        d = decay_at(self.updates, self.decay, self.ramp)
         names = list(self.shadow)
         torch._foreach_lerp_([local(self.shadow[n]) for n in names], [local(parameters[n].detach()).float() for n in names], 1 - d)
         self.updates += 1

@@ -44,7 +44,7 @@ def shard_stage(stage: Stage, world: World, above: int) -> None:
     for layer in {id(m): m for module in modules for m in module.modules() if _large(m, above)}.values():
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     for name, player in stage.players.items():
-        stage.players[name] = Player.of(player.module, player.optim)
+        stage.players[name] = Player.of(player.module, player.optim, ramp=player.ema is None or player.ema.ramp)
     stage.sharded = True
 
 

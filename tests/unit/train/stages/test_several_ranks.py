@@ -109,3 +109,10 @@ def test_layers_that_run_again_give_the_same_gradients_and_keep_less(module: Any
     for key, gradient in plain.items():
         torch.testing.assert_close(again[key], gradient, rtol=1e-5, atol=1e-8)
     assert few_kept < 0.8 * all_kept
+
+
+def test_a_student_that_is_trained_on_has_no_ramp_in_its_average(base: Path, student: Path) -> None:
+    """TSCD's targets come from that average (v_ema): with a ramp they would follow the student within a few steps."""
+    optim = {"lr": 1e-3, "warmup_steps": 0, "schedule": "constant", "ema_decay": 0.9}
+    fresh, goes_on = (make(cfg, base, data=only("t2i"), optim=optim, **more).players["student"].ema for more in ({}, {"init": student}))
+    assert fresh.ramp and not goes_on.ramp
