@@ -4,7 +4,7 @@
 #
 #   runs/toybox.sh [FOLDER]
 #
-# FOLDER (default work) gets one run folder a stage. Each stage of the distillation measures what comes in and what goes out on the same
+# FOLDER (default work) gets one run folder a stage. Each stage that goes on from another measures what comes in and what goes out on the same
 # held-out conditions; one that made it worse is not passed on (hyperbagel gate). Times are for one core with bf16 units.
 #
 #   RANKS=2          processes that train together, one core each
@@ -56,14 +56,16 @@ mean() {
 }
 
 mkdir -p "$out"
-base=$out/draw-more/export
 stage vae vae vae                                                  # 22 minutes: pictures <-> latents
 stage vae-decoder vae vae-decoder init="$out/vae/export" max_seconds=6000   # 100: its decoder alone, further (what ships had 6,490 s in four rounds)
 stage vit vit vit                                                  # 15: what stands where in a picture
 stage base base base vae="$out/vae-decoder/export" vit="$out/vit/export"   # 70: captions, edits and questions in one model
 stage more base base-more init="$out/base/export" vit="$out/vit/export" align.vit="$out/vit/export"   # 60: the same, longer, with its eye's help
-stage draw base base-draw init="$out/more/export" align.vit="$out/vit/export"   # 60: drawing alone; answers stay as they are
-stage draw-more base base-draw init="$out/draw/export" align.vit="$out/vit/export" seed=11 max_seconds=3300   # 55: the same again, on new samples
+base=$(passed "$out/base/export" more)
+stage draw base base-draw init="$base" align.vit="$out/vit/export"   # 60: drawing alone; answers stay as they are
+base=$(passed "$base" draw)
+stage draw-more base base-draw init="$base" align.vit="$out/vit/export" seed=11 max_seconds=3300   # 55: the same again, on new samples
+base=$(passed "$base" draw-more)
 
 # -- six evaluations
 stage cfg cfg cfg model="$base"                                    # 40: guidance inside

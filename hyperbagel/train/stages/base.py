@@ -26,6 +26,7 @@ from hyperbagel.model.student import generates
 from hyperbagel.model.weights import stored_dtype
 from hyperbagel.train.alignment import Aligner, Alignment
 from hyperbagel.train.batches import Batches, NamedBatch
+from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.compiled import compile_layers, uncompiled
 from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.folder import load_model, load_vae, load_vit, save_model
@@ -126,6 +127,8 @@ class BaseStage(Stage):
             batches = self._batches(data, HELD_OUT_SEED)
             self.measured += [batches.next(Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_batches)]
             batches.close()
+        self.best_metric = "score" if self.measured else None
+        self.measures_start = bool(self.measured) and recipe.init is not None  # what comes in is the first candidate: see train.gate
 
     def _batches(self, data: RowsConfig, seed: int, world: World | None = None, see: Encode | None = None) -> Batches:
         return Batches(
@@ -170,7 +173,8 @@ class BaseStage(Stage):
         return loss, {f"{batch.source}_{name}": value for name, value in parts.items()}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out losses of each source with the averaged weights; the flow's also by quarters of t (0: clean, 3: noise)."""
+        """Held-out losses of each source with the averaged weights; the flow's also by quarters of t (0: clean, 3: noise). `score`: minus
+        the flow's mean over sources and the answers', weighted as in training."""
         found: dict[str, list[float]] = {}
         with self.players["model"].averaged(), uncompiled():
             for batch in self.measured:
@@ -182,7 +186,12 @@ class BaseStage(Stage):
                     values |= {f"mse_t{i}": v for i, v in enumerate(flow_by_time(out.mse, times).tolist()) if v == v}  # not the empty ones
                 for name, value in values.items():
                     found.setdefault(f"{batch.source}_{name}", []).append(value)
-        return {name: sum(values) / len(values) for name, values in found.items()}
+        figures = {name: sum(values) / len(values) for name, values in found.items()}
+        kinds = {kind: [value for name, value in figures.items() if name.endswith(f"_{kind}")] for kind in ("mse", "ce")}
+        weights = {"mse": self.recipe.mse_weight, "ce": self.recipe.ce_weight}
+        if self.measured:
+            figures["score"] = -sum(weights[kind] * sum(values) / len(values) for kind, values in kinds.items() if values)
+        return figures
 
     def sample(self, step: int, out: Path) -> None:
         """A sheet of the averaged model's pictures, edits and answers."""
@@ -196,8 +205,11 @@ class BaseStage(Stage):
         self.batches.load_state(state)
 
     def finish(self, out: Path) -> None:
-        """export/: a whole model folder in BAGEL's layout, averaged weights."""
-        with self.players["model"].averaged():
+        """export/: a whole model folder in BAGEL's layout, averaged weights of the best checkpoint; where nothing was measured, the last."""
+        player, best = self.players["model"], best_checkpoint(out / "checkpoints")
+        with player.averaged(), torch.no_grad():
+            for name, value in averaged_tensors(best, "model").items() if best else ():
+                player.parameters[name].copy_(value)
             dtype = getattr(torch, self.recipe.export_dtype)
             save_model(out / "export", self.model, self.vae, self.tokenizer_folder, dtype, self.vae_dtype)
 

@@ -13,6 +13,7 @@ from hyperbagel.model.config import VaeConfig
 from hyperbagel.model.student import generates
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, load_tensors, save_tensors
+from hyperbagel.train.gate import judge
 from hyperbagel.train.launch import run_training
 from hyperbagel.train.stage import Draws
 from hyperbagel.train.stages.base import BaseStage, Recipe, build
@@ -180,6 +181,24 @@ def test_held_out_figures(vae: Path) -> None:
     with torch.no_grad():
         first, again = s.evaluate(0), s.evaluate(0)
     assert first == again and {"t2i_mse", "question_ce"} <= set(first)
+
+
+def test_a_run_that_made_a_model_worse_is_not_passed_on(vae: Path, tmp_path: Path) -> None:
+    """It is measured before the first step, the best checkpoint is exported, and the gate says which that was."""
+    base = RECIPES / "toybox" / "base.yaml"
+    held_out = "held_out={sources: {t2i: {task: t2i, samples: 4}}, mixture: [{weights: {t2i: 1}}]}"
+    run_training("base", base, [*SMALL, f"vae={vae}", "max_steps=0", "export_dtype=float32"], tmp_path / "a")
+    start = tmp_path / "a" / "export"
+    on = [*SMALL, f"init={start}", "vae=null", held_out, "held_out_batches=1", "evaluate_every=2", "export_dtype=float32"]
+    on += ["max_steps=2", "data.mixture=[{weights: {t2i: 1}}]", "optim.schedule=constant", "optim.warmup_steps=0"]
+    verdicts = {}
+    for name, rate in (("worse", "optim.lr=3"), ("better", "optim.lr=0.003")):
+        run_training("base", base, [*on, rate], tmp_path / name)
+        verdicts[name] = judge(tmp_path / name)
+    assert not verdicts["worse"].passed and verdicts["better"].passed and verdicts["worse"].measure == "score"
+    before, kept, moved = (load_tensors(folder / "ema.safetensors") for folder in (start, *(tmp_path / n / "export" for n in verdicts)))
+    assert all(torch.equal(before[name], kept[name]) for name in before)
+    assert any(not torch.equal(before[name], moved[name]) for name in before)
 
 
 def test_wrong_recipes(vae: Path) -> None:
