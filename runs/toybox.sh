@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The embedded model from nothing: autoencoder, base, students for 6 and for 1 evaluation, drafters, scores. Stop it at any time; the same
-# command goes on where it stopped.
+# command goes on where it stopped. Two things are taken as they ship: the tokenizer (python -m hyperbagel.data.toybox_tokenizer FOLDER makes
+# it, byte for byte) and the detector that scores are read by (runs/detector.py).
 #
 #   runs/toybox.sh [FOLDER]
 #

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
+
+from hyperbagel.evaluate.toybox import load_detector
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,3 +53,14 @@ def test_a_drafter_that_failed_its_gate_is_not_shipped(tmp_path: Path) -> None:
         status, told = launch("drafters.sh", GATED, tmp_path / "bin", str(tmp_path / "model"), str(tmp_path / "out"), **settings)
         assert status == 2
     assert len(told) == 2 and not (tmp_path / "model" / "drafters").exists()
+
+
+def test_the_detector_can_be_made_again(tmp_path: Path) -> None:
+    """One batch, from nothing and from there: a file that evaluations load."""
+    for more in ([], [str(tmp_path / "a.safetensors")]):
+        out = tmp_path / f"{'b' if more else 'a'}.safetensors"
+        command = [sys.executable, str(ROOT / "runs" / "detector.py"), str(out), "1", *more]
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        load_detector(out)
+    assert (tmp_path / "a.safetensors").read_bytes() != (tmp_path / "b.safetensors").read_bytes()
