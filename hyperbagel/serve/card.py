@@ -17,6 +17,8 @@ def model_card(model: HyperBagel, name: str, created: int, limits: Limits) -> di
     """OpenAI's model object, and ours beside it. Sizes are pixels, [width, height]."""
     options, stride = model.parts.model.config.options, model.parts.model.config.latent_stride
     samplers = _samplers(model)
+    # how long an answer may be at most: the context holds the question too
+    tokens = min(limits.max_tokens, model.parts.model.config.llm.max_position_embeddings)
     return {
         "id": name,
         "object": "model",
@@ -27,7 +29,7 @@ def model_card(model: HyperBagel, name: str, created: int, limits: Limits) -> di
         "samplers": samplers,
         "usual": {"draw": _usual(model), "edit": _usual(model, Image.new("RGB", (1, 1)))},
         "size": {"usual": [*reversed(model.default_size)], "stride": stride, "largest": options.max_latent_size * stride},
-        "limits": {"n": limits.n, "steps": limits.steps, "images": limits.images, "max_tokens": limits.max_tokens},
+        "limits": {"n": limits.n, "steps": limits.steps, "images": limits.images, "max_tokens": tokens},
     }
 
 

@@ -45,6 +45,8 @@ async def read_edit(request: Request, limits: Limits) -> tuple[EditFields, list[
                 if isinstance(value, str):
                     _add(fields, key.removesuffix("[]"), value)
                 elif key == "mask":
+                    if mask is not None:
+                        raise ApiError(400, "got 'mask' twice, expected it once; put all that may change into one mask", param="mask")
                     mask = await value.read()
                 else:
                     files.append(await _file(key, value))

@@ -32,8 +32,9 @@ class Incoming:
 
     def pictures(self, body: ImageFields, files: Sequence[bytes] = (), mask: bytes | None = None) -> list[ImageRequest]:
         """One request a picture, of the seeds seed, seed + 1, ..."""
-        images = [self.picture(data, f"image {i + 1}") for i, data in enumerate(files)]
-        return self.drawing(body, images, None if mask is None else self._mask(mask, files[0], images[0]))
+        # What a mask keeps is shown at the size that was asked for, so its picture stays as it came.
+        images = [self.picture(data, f"image {i + 1}", whole=mask is not None and i == 0) for i, data in enumerate(files)]
+        return self.drawing(body, images, None if mask is None else self._mask(mask, images[0]))
 
     def drawing(self, body: ImageFields, images: Sequence[Image.Image] = (), mask: Image.Image | None = None) -> list[ImageRequest]:
         """The same of pictures that have been read."""
@@ -151,20 +152,21 @@ class Incoming:
 
     # -- limits ----------------------------------------------------------------------------------------------------------------
 
-    def picture(self, data: bytes, name: str) -> Image.Image:
-        """A file's bytes as RGB."""
+    def picture(self, data: bytes, name: str, *, whole: bool = False) -> Image.Image:
+        """A file's bytes as RGB, no larger than the model looks at unless it is to stay whole."""
         self._check_file(data, name)
-        return self._small(open_image(data, name))
+        image = open_image(data, name)
+        return image if whole else self._small(image)
 
-    def _mask(self, data: bytes, source: bytes, image: Image.Image) -> Image.Image:
-        """A mask's bytes, of the size of the first picture's file and then of what that became."""
+    def _mask(self, data: bytes, source: Image.Image) -> Image.Image:
+        """A mask's bytes, of the first picture's size."""
         self._check_file(data, "mask")
         mask = open_mask(data, "mask")
         try:
-            check_mask(mask, open_image(source))
+            check_mask(mask, source)
         except InputError as error:
             raise ApiError(400, str(error), param="mask") from error
-        return mask if mask.size == image.size else mask.resize(image.size, Image.Resampling.BOX)
+        return mask
 
     def _check_file(self, data: bytes, name: str) -> None:
         """The kind and the size of a picture are read from its first bytes, before anything is unpacked; names and content types are not

@@ -17,12 +17,13 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from fastapi import WebSocket, WebSocketDisconnect
 from PIL.Image import Image
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel, ImageResult
@@ -70,6 +71,12 @@ class Stop(Strict):
     """Ends what is at work and what waits."""
 
     type: Literal["stop"]
+
+
+class Named(BaseModel):
+    """What can be told of a message that is refused: all else is ignored."""
+
+    id: int
 
 
 Said = Hello | Source | Draw | Stop
@@ -125,12 +132,20 @@ class Live:
             self.count -= 1
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request, and the picture that held when it came: a later one is not for it."""
+
+    draw: Draw
+    source: Image | None
+
+
 class _Connection:
     def __init__(self, socket: WebSocket, live: Live) -> None:
         self.socket, self.live = socket, live
         self.tiers = tiers(live.incoming.model)
         self.source: Image | None = None
-        self.waiting: Draw | None = None
+        self.waiting: _Asked | None = None
         self.came = asyncio.Event()  # something waits
         self.job: Job | None = None
         self.at_work: Draw | None = None
@@ -141,7 +156,7 @@ class _Connection:
     async def greet(self) -> None:
         """Waits for `hello` and its key."""
         try:
-            message = await asyncio.wait_for(self._receive(), HELLO_SECONDS)
+            message = MESSAGE.validate_json(await asyncio.wait_for(self._receive(), HELLO_SECONDS))
         except TimeoutError as error:
             raise ApiError(400, f"got nothing for {HELLO_SECONDS:g} s, expected hello; connect again") from error
         if not isinstance(message, Hello):
@@ -154,10 +169,12 @@ class _Connection:
         worker = asyncio.create_task(self._work())
         try:
             while True:
+                text = ""
                 try:
-                    await self._take(await self._receive())
+                    text = await self._receive()
+                    await self._take(MESSAGE.validate_json(text))
                 except (ApiError, ValidationError) as error:
-                    await self.refuse(error)
+                    await self.refuse(error, _id(text))
         finally:
             worker.cancel()
             if self.job is not None:
@@ -166,9 +183,9 @@ class _Connection:
     async def refuse(self, error: Exception, id: int | None = None) -> None:
         await self._say({"type": "error", "id": id} | as_api_error(error).body())
 
-    async def _receive(self) -> Said:
+    async def _receive(self) -> str:
         try:
-            return MESSAGE.validate_json(await self.socket.receive_text())
+            return await self.socket.receive_text()
         except KeyError as error:  # a binary frame
             raise ApiError(400, "got a binary frame, expected JSON") from error
 
@@ -190,10 +207,10 @@ class _Connection:
             self.overtaken = True  # it may be at work without having a job yet
             if self.job is not None:
                 self.job.cancel()
-        old, self.waiting = self.waiting, message if isinstance(message, Draw) else None
+        old, self.waiting = self.waiting, _Asked(message, self.source) if isinstance(message, Draw) else None
         self.came.set()
         if old is not None:
-            await self._say({"type": "cancelled", "id": old.id})
+            await self._say({"type": "cancelled", "id": old.draw.id})
 
     def _nearly_done(self) -> bool:
         return self.at_work is not None and self.at_work.tier == "preview" and self.last_preview <= SHORT
@@ -206,23 +223,23 @@ class _Connection:
             asked, self.waiting = self.waiting, None
             if asked is None:
                 continue
-            self.at_work, self.overtaken = asked, False
+            self.at_work, self.overtaken = asked.draw, False
             try:
-                await self._draw(asked)
+                await self._draw(asked.draw, asked.source)
             except WebSocketDisconnect:
                 return  # the reader sees it too
             except Exception as error:
                 if as_api_error(error).status >= 500:
                     logger.error("a live picture failed", exc_info=error)
-                await self.refuse(error, asked.id)
+                await self.refuse(error, asked.draw.id)
             finally:
                 self.at_work = self.job = None
 
-    async def _draw(self, asked: Draw) -> None:
+    async def _draw(self, asked: Draw, source: Image | None) -> None:
         began = time.perf_counter()
         fields = {key: value for key, value in asked.model_dump(exclude={"type", "id", "tier"}).items() if value is not None}
         body = GenerationBody.model_validate(fields | self.tiers[asked.tier])
-        images = [] if self.source is None else [self.source]
+        images = [] if source is None else [source]
         requests = await asyncio.to_thread(self.live.incoming.drawing, body, images)
         self.job = Job(requests, keep=True)
         if self.overtaken:  # while it was being read
@@ -253,6 +270,14 @@ class _Connection:
     async def _say(self, message: dict[str, Any]) -> None:
         async with self.sending:
             await self.socket.send_text(json.dumps(message))
+
+
+def _id(text: str) -> int | None:
+    """The id of a message that is refused, so that its client knows which one it was; None if it has none that can be read."""
+    try:
+        return Named.model_validate_json(text).id
+    except ValidationError:
+        return None
 
 
 def _same_origin(socket: WebSocket) -> bool:

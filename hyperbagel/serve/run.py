@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
+import os
+import signal
 import socket
 import warnings
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -32,8 +37,18 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second Ctrl-C ends the process here: on the way that uvicorn takes each request leaves a traceback, and Python's own end kills
+        the engine's threads in the middle of a computation, which aborts the process."""
+        if self.should_exit and sig == signal.SIGINT:
+            os.write(2, b"\ninterrupted; what was at work is lost\n")  # not print: this may have cut into another one
+            os._exit(130)
+        super().handle_exit(sig, frame)
+
+
 def make_server(app: FastAPI) -> uvicorn.Server:
-    """SIGINT and SIGTERM: nothing new is taken, what runs is finished for up to DRAIN_SECONDS, a second signal ends at once."""
+    """SIGINT and SIGTERM: nothing new is taken, what runs is finished for up to DRAIN_SECONDS; a second Ctrl-C ends at once."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -44,7 +59,13 @@ def make_server(app: FastAPI) -> uvicorn.Server:
         ws_max_size=app.state.body_bytes,
         ws_per_message_deflate=False,  # PNGs do not shrink
     )
-    return uvicorn.Server(config)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+    return _Server(config)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """What was given up when DRAIN_SECONDS had passed is told in a line; the traceback of each says nothing more."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def run(app: FastAPI, listener: socket.socket, host: str, ready: Callable[[str], None]) -> None:

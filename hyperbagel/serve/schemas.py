@@ -6,10 +6,12 @@ misspelt knob does not pass in silence. Fields that cannot change the answer her
 
 from __future__ import annotations
 
+import json
+import reprlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, WithJsonSchema
 
 PROMPT_CHARACTERS = 100_000  # the model's own limit, in tokens, is checked when a request is prepared
 
@@ -100,6 +102,22 @@ class Ignored(Strict):
     metadata: Any = Field(None, description="Ignored.")
 
 
+class Neutral:
+    """Of a field of OpenAI's that cannot be followed here: only values that ask for nothing are taken, and null is one of them."""
+
+    def __init__(self, value: Any, instead: str = "leave it out") -> None:
+        """instead: what to do with another one."""
+        self.choices, self.instead = (value, None), instead
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler.generate_schema(Annotated[Any, BeforeValidator(self._check), WithJsonSchema({"enum": [*self.choices]})])
+
+    def _check(self, value: Any) -> None:
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.choices):  # true is not 1 here
+            expected = " or ".join(json.dumps(one) for one in self.choices)
+            raise ValueError(f"got {reprlib.repr(value)}, expected {expected}; {self.instead}")
+
+
 class ImageFields(Knobs, Ignored):
     """What generations and edits share."""
 
@@ -182,12 +200,17 @@ class ChatBody(Knobs, Ignored):
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of a picture that is drawn.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # neutral values are accepted, others refused: they would be ignored
-    top_p: Literal[1] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    logprobs: Literal[False] | None = None
-    stop: None = None  # what client libraries write where nothing was said
-    tools: None = None
+    # neutral values, which client libraries write where nothing was said, are accepted; others are refused: they would be ignored
+    top_p: Annotated[Any, Neutral(1, "leave it out, and set temperature")] = None
+    presence_penalty: Annotated[Any, Neutral(0)] = None
+    frequency_penalty: Annotated[Any, Neutral(0)] = None
+    logit_bias: Annotated[Any, Neutral({})] = None
+    logprobs: Annotated[Any, Neutral(False)] = None
+    top_logprobs: Annotated[Any, Neutral(0)] = None
+    stop: Annotated[Any, Neutral([], "leave it out, and cut the answer yourself")] = None
+    response_format: Annotated[Any, Neutral({"type": "text"}, "leave it out, and ask for the form in the message")] = None
+    tools: Annotated[Any, Neutral([], "leave it out, this model calls none")] = None
+    tool_choice: Annotated[Any, Neutral("none", "leave it out, this model calls no tools")] = None
+    parallel_tool_calls: bool | None = Field(None, description="Ignored: this model calls no tools.")
     store: Any = Field(None, description="Ignored.")
     service_tier: Any = Field(None, description="Ignored.")

@@ -65,7 +65,8 @@ def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
     where = ".".join(fields) or None
     if kind == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {where}", param=where, code="unknown_parameter")
-    return ApiError(400, f"{where or 'body'}: {first['msg']}", param=where, code="invalid_value")
+    told = first["ctx"]["error"] if kind == "value_error" else first["msg"]  # ours, without pydantic's "Value error, "
+    return ApiError(400, f"{where or 'body'}: {told}", param=where, code="invalid_value")
 
 
 async def follow(job: Job, request: Request) -> AsyncGenerator[Event, None]:

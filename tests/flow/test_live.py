@@ -106,6 +106,27 @@ def test_a_source_is_read_once_and_only_texts_again(line: Any, model: HyperBagel
     )
 
 
+def test_a_later_source_is_not_for_what_came_before_it(app: Any, model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preview is at work and a draw waits when the source is taken away: the one that waits still edits it."""
+    steps = {"preview": {"student": "none", "steps": 300}, "better": {"student": "6", "steps": None}}
+    monkeypatch.setattr(realtime, "tiers", lambda model: steps)
+    source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    with TestClient(app).websocket_connect("/v1/live") as socket:
+        socket.send_json({"type": "hello", "key": KEY})
+        receive(socket)
+        socket.send_json({"type": "source", "id": 9, "image": png(source)})
+        socket.send_json(draw(10))
+        socket.send_json(draw(11, tier="better"))
+        socket.send_json({"type": "source", "id": 12, "image": None})
+        told = [receive(socket) for _ in range(4)]
+        assert [header["id"] for header, _ in told] == [9, 12, 10, 11], "the source went while 10 was at work"
+        expected = model.edit(source, "a red car", seed=5, student="6")[0].image
+        assert told[3][1] is not None and np.array_equal(np.asarray(told[3][1]), np.asarray(expected))
+        socket.send_json(draw(13, tier="better"))
+        expected = model.generate("a red car", seed=5, student="6")[0].image
+        assert np.array_equal(np.asarray(receive(socket)[1]), np.asarray(expected)), "and what follows does not"
+
+
 def test_the_latest_wins(line: Any, app: Any) -> None:
     """Full pictures (91 evaluations) that are overtaken end at a step; every one is answered, by a picture or as cancelled."""
     metrics = app.state.metrics
@@ -163,6 +184,15 @@ def test_errors_are_told_and_the_line_goes_on(line: Any) -> None:
     assert "binary" in receive(line)[0]["error"]["message"]
     line.send_json(draw(5))
     assert receive(line)[0]["id"] == 5
+
+
+def test_a_draw_that_is_wrong_is_answered_by_its_id(line: Any) -> None:
+    without = {name: value for name, value in draw(8).items() if name != "seed"}
+    wrong = [draw(7, tier="ultra"), draw(7, prompt=""), without, draw(9, colour="red"), {"type": "source", "id": 10}]
+    for message, id in (*((one, one["id"]) for one in wrong), (draw(1) | {"id": "x"}, None), ({"type": "draw"}, None)):
+        line.send_json(message)
+        header = receive(line)[0]
+        assert (header["type"], header["id"]) == ("error", id), message
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_edits_of_one_and_several_pictures(client: openai.OpenAI, model: HyperBa
 
 
 def test_a_mask_keeps_what_is_not_transparent(client: openai.OpenAI, model: HyperBagel) -> None:
-    red = Image.new("RGB", (150, 150), "red")  # it is shrunk to 32 x 32, and its mask with it
+    red = Image.new("RGB", (150, 150), "red")  # the result is of 32 x 32
     mask = Image.new("RGBA", (150, 150), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (75, 0, 150, 150))
     buffer = io.BytesIO()
@@ -128,6 +128,24 @@ def test_a_mask_keeps_what_is_not_transparent(client: openai.OpenAI, model: Hype
     white = Image.new("L", (32, 32), 0)
     white.paste(255, (16, 0, 32, 32))
     assert np.array_equal(pixels(item.b64_json), np.asarray(model.edit(small, "make it green", seed=0, steps=2, mask=white)[0].image))
+
+
+def test_what_a_mask_keeps_is_sharp_at_any_size(client: openai.OpenAI, model: HyperBagel) -> None:
+    """The model looks at 32 x 32 pixels of this picture; what is kept is its own 150 x 150 at the size that was asked for."""
+    source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 150, 3), dtype=np.uint8))
+    mask = Image.new("L", (150, 150))
+    mask.paste(255, (75, 0, 150, 150))
+    files = []
+    for picture in (source, mask):
+        picture.save(buffer := io.BytesIO(), "PNG")
+        files.append(buffer.getvalue())
+    size: Any = "64x48"
+    answer = client.images.edit(image=files[0], mask=files[1], prompt="make it green", size=size, extra_body={"seed": 0, "student": "6"})
+    assert answer.data is not None
+    found = pixels(answer.data[0].b64_json)
+    expected = model.edit(source, "make it green", seed=0, student="6", mask=mask, size=(48, 64))[0].image
+    assert np.array_equal(found, np.asarray(expected)), "the library's"
+    assert np.array_equal(found[:, :32], np.asarray(source.resize((64, 48), Image.Resampling.BICUBIC))[:, :32])
 
 
 def test_a_stream_may_tell_of_every_step(client: openai.OpenAI) -> None:
@@ -205,6 +223,13 @@ def test_a_conversation_and_several_answers(client: openai.OpenAI, model: HyperB
 
 
 # -- about the server --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_answer_is_the_limit_s_or_the_context_s(model: HyperBagel) -> None:
+    context = model.parts.model.config.llm.max_position_embeddings
+    for limit, told in ((7, 7), (context + 1, context)):
+        http = TestClient(create_app(model, limits=Limits(max_tokens=limit)))
+        assert http.get("/v1/models").json()["data"][0]["limits"]["max_tokens"] == told
 
 
 def test_models_health_version_metrics_and_schema(client: openai.OpenAI, app: Any) -> None:
@@ -293,7 +318,7 @@ def test_a_plan_is_cancelled_as_well(remote: openai.OpenAI, address: tuple[str, 
             time.sleep(0.002)
             on_token(0, token)
 
-    monkeypatch.setattr("hyperbagel.pipeline.plain_decode", endless)
+    monkeypatch.setattr("hyperbagel.generate.thinking.decode", endless)
     before = metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled")
     with pytest.raises(openai.APITimeoutError):
         remote.with_options(timeout=0.3).images.generate(prompt="x", extra_body={"think": True})

@@ -59,11 +59,16 @@ WRONG: dict[str, tuple[Callable[[openai.OpenAI], Any], type[openai.APIStatusErro
     "no user": (chat(role="system"), BAD, "user"),
     "system picture": (chat([{"type": "image_url", "image_url": {"url": "x"}}], role="system"), BAD, "user"),
     "tokens": (chat(max_tokens=10**6), BAD, "4096"),
-    "stop": (chat(stop=["x"]), BAD, "stop"),
+    "stop": (chat(stop=["x"]), BAD, "stop: got ['x'], expected [] or null; leave it out"),
+    "form": (chat(response_format={"type": "json_object"}), BAD, 'expected {"type": "text"} or null; leave it out'),
+    "logit_bias": (chat(logit_bias={"1": 2}), BAD, "logit_bias: got {'1': 2}, expected {} or null; leave it out"),
+    "tools": (chat(extra_body={"tools": [{"type": "function"}]}), BAD, "expected [] or null; leave it out"),
+    "tool_choice": (chat(extra_body={"tool_choice": "required"}), BAD, "tool_choice: got 'required', expected \"none\" or null; leave it"),
     "student of text": (chat(extra_body={"student": "nobody"}), BAD, "none"),
     "size of text": (chat(extra_body={"size": "big"}), BAD, "WIDTHxHEIGHT"),
     "drafter of a picture": (chat(extra_body={"drafter": "nobody", "modalities": ["image"]}), BAD, "lookup, auto, none"),
-    "top_p": (chat(top_p=0.5), BAD, "top_p"),
+    "top_p": (chat(top_p=0.5), BAD, "top_p: got 0.5, expected 1 or null; leave it out"),
+    "logprobs": (chat(logprobs=True), BAD, "logprobs: got True, expected false or null; leave it out"),
     "key": (lambda client: client.with_options(api_key="wrong").models.list(), openai.AuthenticationError, "API key"),
 }
 
@@ -92,9 +97,33 @@ def test_pictures_are_counted_before_they_are_unpacked(http: TestClient, monkeyp
             assert answer.status_code == 400 and told in answer.json()["error"]["message"]
 
 
+NOTHING: dict[str, list[Any]] = {
+    "stop": [[]],
+    "tools": [[]],
+    "tool_choice": ["none"],
+    "parallel_tool_calls": [True, False],
+    "response_format": [{"type": "text"}],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "top_logprobs": [0],
+    "top_p": [1, 1.0],
+    "presence_penalty": [0, 0.0],
+    "frequency_penalty": [0, 0.0],
+}
+
+
 def test_what_client_libraries_write_for_nothing_is_nothing(http: TestClient) -> None:
-    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "stop": None, "tools": None}
-    assert http.post("/v1/chat/completions", json=body).status_code == 200
+    said = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    for body in [*({name: value} for name, values in NOTHING.items() for value in values), dict.fromkeys(NOTHING)]:
+        answer = http.post("/v1/chat/completions", json=said | body)
+        assert answer.status_code == 200, (body, answer.text)
+
+
+def test_two_masks_are_one_too_many(http: TestClient) -> None:
+    files = [("image", png("red")), ("mask", png("white")), ("mask", png("white"))]
+    answer = http.post("/v1/images/edits", data={"prompt": "x", "steps": "1"}, files=files)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "mask"
+    assert answer.json()["error"]["message"].startswith("got 'mask' twice, expected it once; ")
 
 
 def test_a_damaged_student_does_not_take_the_others_away(http: TestClient, model: HyperBagel) -> None:
@@ -121,7 +150,8 @@ def test_a_body_and_a_picture_that_are_too_large(model: HyperBagel) -> None:
     long = http.post("/v1/images/generations", json={"prompt": "x" * 3000})
     piecemeal = http.post("/v1/images/generations", content=iter([b"x" * 1500] * 2), headers={"content-type": "application/json"})
     assert (long.status_code, piecemeal.status_code) == (413, 413) and long.json()["error"]["code"] == "body_too_large"
-    large = http.post("/v1/images/edits", data={"prompt": "x"}, files={"image": png("red")})
-    assert large.status_code == 400 and large.json()["error"]["code"] == "image_too_large"
+    for image, more in ((png("red"), {}), (png("red"), {"mask": png("white")}), (png("red", 8), {"mask": png("white")})):
+        large = http.post("/v1/images/edits", data={"prompt": "x"}, files={"image": image, **more})
+        assert large.status_code == 400 and large.json()["error"]["code"] == "image_too_large"
     assert http.get("/nowhere").json()["error"]["message"] == "Not Found"
     assert http.get("/v1/chat/completions").status_code == 405
