@@ -9,5 +9,5 @@ from pathlib import Path
 from hyperbagel.generate.session import Parts
 from hyperbagel.train.previews import write_previews
 
-write_previews(Path(sys.argv[2]), Parts.load(Path(sys.argv[1])), 1_000_003)
+write_previews(Path(sys.argv[2]), Parts.load(Path(sys.argv[1])), 1_000_003, steps=50)  # as `hyperbagel generate` and `edit` make them
 PY

@@ -14,9 +14,9 @@ from hyperbagel.train.distributed import local
 def decay_at(updates: int, decay: float, ramp: bool = True) -> float:
     """Decay of update number `updates` (from 0): min(decay, (1 + n) / (10 + n)), or without `ramp` the decay itself.
 
-    A constant decay would remember a random start for 1 / (1 - decay) steps; the ramp forgets it at once, but keeps the average shorter than
-    it is meant to be for 9 / (1 - decay) steps: after 700 it goes back 78, not 500. So where training goes on from weights that are good
-    already (a student of the stage before), there is none.
+    A constant decay would remember a random start for 1 / (1 - decay) steps; the ramp forgets it at once, but keeps the average shorter
+    than it is meant to be for 9 / (1 - decay) steps: after 700 it goes back 78, not 500. So where training goes on from weights that are
+    good already (a student of the stage before), there is none.
     """
     return min(decay, (1 + updates) / (10 + updates)) if ramp else decay
 

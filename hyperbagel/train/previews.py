@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from hyperbagel.data.images import captioned_grid, save_png
 from hyperbagel.generate.decode import decode
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.session import Parts, Session
-from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, Denoising
+from hyperbagel.generate.types import ImageRequest
 from hyperbagel.toybox.language import sample_edit, sample_question, sample_t2i
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene
@@ -23,15 +22,16 @@ COLUMNS = 6
 STEPS = 24
 
 
-def write_previews(path: Path, parts: Parts, seed: int) -> None:
-    """One PNG: two rows of T2I, two of edits (before, made, wanted), one of questions. Samples and noise are functions of the seed."""
+def write_previews(path: Path, parts: Parts, seed: int, steps: int = STEPS) -> None:
+    """One PNG: two rows of T2I, two of edits (before, made, wanted), one of questions. Samples and noise are functions of the seed; guided
+    as the model's own defaults say."""
     rng = random.Random(seed)
     size = parts.model.config.options.default_size
     drawn = [sample_t2i(rng, style="terse") for _ in range(2 * COLUMNS)]
-    pictures = _draw(parts, [(None, sample.prompt) for sample in drawn], size, TEXT_TO_IMAGE, seed)
+    pictures = _draw(parts, [(None, sample.prompt) for sample in drawn], size, steps, seed)
     cells = [(image, sample.prompt) for image, sample in zip(pictures, drawn, strict=True)]
     edits = [sample_edit(rng) for _ in range(COLUMNS * 2 // 3)]
-    made = _draw(parts, [(_picture(e.source, size), e.instruction) for e in edits], size, EDIT, seed)
+    made = _draw(parts, [(_picture(e.source, size), e.instruction) for e in edits], size, steps, seed)
     for edit, image in zip(edits, made, strict=True):
         cells += [(_picture(edit.source, size), edit.instruction), (image, "made"), (_picture(edit.target, size), "wanted")]
     questions = [sample_question(rng) for _ in range(COLUMNS)]
@@ -45,7 +45,7 @@ def _picture(scene: Scene, size: tuple[int, int]) -> Image.Image:
 
 
 def _draw(
-    parts: Parts, inputs: Sequence[tuple[Image.Image | None, str]], size: tuple[int, int], settings: Denoising, seed: int
+    parts: Parts, inputs: Sequence[tuple[Image.Image | None, str]], size: tuple[int, int], steps: int, seed: int
 ) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(seed)
     sessions = []
@@ -56,8 +56,10 @@ def _draw(
         session.add_text(text)
         sessions.append(session)
     grid = latent_grid(parts.model.config, size)
-    quick = replace(settings, num_steps=STEPS)
-    latents, _ = denoise(sessions, [grid] * len(sessions), [draw_noise(parts, grid, generator) for _ in sessions], quick)
+    first = inputs[0][0]
+    request = ImageRequest(images=() if first is None else (first,), steps=steps).with_defaults(parts.model.config.options)
+    noises = [draw_noise(parts, grid, generator) for _ in sessions]
+    latents, _ = denoise(sessions, [grid] * len(sessions), noises, request.denoising())
     return [decode_latents(parts, x, grid) for x in latents]
 
 

@@ -83,8 +83,8 @@ class Player:
 
     @classmethod
     def of(cls, module: nn.Module, optim: OptimConfig, plain: tuple[str, ...] = (), ramp: bool = True) -> Player:
-        """The usual player: an optimiser over the trainable parameters (`plain`: see make_optimizer), an average if `ema_decay` > 0 (`ramp`:
-        see train.ema)."""
+        """The usual player: an optimiser over the trainable parameters (`plain`: see make_optimizer), an average if `ema_decay` > 0
+        (`ramp`: see train.ema)."""
         player = cls(module, make_optimizer(module, optim, plain), optim)
         if optim.ema_decay > 0:
             player.ema = Ema(player.parameters, optim.ema_decay, ramp)

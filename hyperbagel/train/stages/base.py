@@ -205,7 +205,8 @@ class BaseStage(Stage):
         self.batches.load_state(state)
 
     def finish(self, out: Path) -> None:
-        """export/: a whole model folder in BAGEL's layout, averaged weights of the best checkpoint; where nothing was measured, the last."""
+        """export/: a whole model folder in BAGEL's layout, averaged weights: of the best checkpoint, or, where nothing was measured, the
+        last."""
         player, best = self.players["model"], best_checkpoint(out / "checkpoints")
         with player.averaged(), torch.no_grad():
             for name, value in averaged_tensors(best, "model").items() if best else ():
