@@ -59,8 +59,8 @@ class HyperBagel:
         that has a student merged into it. graphs: see from_pretrained."""
         self.parts, self.name, self.load_seconds = parts, name, load_seconds
         self.students, self.sampler = Students(parts.model, students), sampler
-        self.drafters = Drafters(parts, drafters)
         self.runner = GraphRunner(parts.model) if graphs else None
+        self.drafters = Drafters(parts, drafters, self.runner)
 
     @classmethod
     def from_pretrained(

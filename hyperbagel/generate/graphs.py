@@ -11,6 +11,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -124,6 +125,61 @@ class StaticStep:
         return self.run()
 
 
+SIZES = (1, 4, 8, 16)  # tokens a row that are read at once; others are padded to the next one, so that few graphs are recorded
+
+
+class StaticRead:
+    """Several new tokens a row at once, a draft that is verified: causal among themselves, over a cache of K slots.
+
+    A row of length 2 that reads 3 tokens (n: the token itself) in K = 6 slots:
+
+        1 1 n . . .
+        1 1 1 n . .
+        1 1 1 1 n .
+
+    What stands in slots behind the read tokens was padding; `lengths` says that nobody sees it, and the next read writes over it.
+    """
+
+    def __init__(self, model: Bagel, rows: int, capacity: int, taps: Sequence[int] = (), compiler: str | None = None) -> None:
+        self.model, self.capacity, self.compiler, device = model, capacity, compiler, model.device
+        self.cache = model.new_cache(rows, taps)
+        self.cache.reserve(capacity)
+        self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # keys before the new ones
+        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.slots = torch.arange(capacity, device=device)
+        self.runs: dict[int, tuple[Tensor, Captured]] = {}  # by size: the tokens' buffer, and the step that reads it
+
+    def release(self) -> None:
+        """Gives graphs and buffers back at once: each holds a method of this object, and so the object itself."""
+        self.runs.clear()
+
+    def __call__(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """tokens [B, n] (-1 as 0), the first of each row at position [B] -> logits [B, n, V]; the cache grows by n a row."""
+        rows, n = tokens.shape
+        size = next((size for size in SIZES if size >= n), -(-n // SIZES[-1]) * SIZES[-1])
+        assert max(self.cache.lengths) + size <= self.capacity, f"got {size} tokens more than the {self.capacity} slots hold"
+        if size not in self.runs:
+            buffer = torch.zeros(rows, size, dtype=torch.long, device=self.model.device)
+            self.runs[size] = buffer, Captured(partial(self.compute, buffer), self.model.device, self.compiler)
+        buffer, run = self.runs[size]
+        buffer[:, :n].copy_(tokens)
+        self.length.copy_(torch.tensor(self.cache.lengths)[:, None])
+        self.position.copy_(position[:, None])
+        logits = run()[:, :n]
+        self.cache.advance([n] * rows)
+        return logits
+
+    def compute(self, tokens: Tensor) -> Tensor:
+        """Buffers in, logits [B, size, V] out."""
+        ahead = torch.arange(tokens.shape[1], device=tokens.device)
+        at = self.length + ahead  # [B, size]
+        plan = Plan(at, self.capacity, (self.slots <= at.unsqueeze(-1)).unsqueeze(1), causal=False)  # seen: [B, 1, size, K]
+        u = self.model.embed_text(tokens.clamp(min=0))
+        hidden = self.model.backbone(Streams(u, None), self.position + ahead, cache=self.cache, plan=plan).u
+        assert hidden is not None
+        return self.model.logits(hidden)
+
+
 class GraphRunner:
     """`decode`'s runner with fixed shapes. It keeps the steps of the last few (rows, capacity) pairs, so that a graph outlives a request.
 
@@ -133,6 +189,7 @@ class GraphRunner:
     def __init__(self, model: Bagel, *, compiler: str | None = None, keep: int = 2) -> None:
         self.model, self.compiler, self.keep = model, compiler, keep
         self.steps: dict[tuple[int, int], StaticStep] = {}  # the last used at the end
+        self.reads: dict[tuple[int, int, tuple[int, ...]], StaticRead] = {}
         self.step: StaticStep | None = None
 
     @torch.inference_mode()
@@ -153,6 +210,18 @@ class GraphRunner:
 
     def end(self) -> None:
         self.step = None
+
+    @torch.inference_mode()
+    def reader(self, caches: Sequence[KVCache], room: int) -> StaticRead:
+        """For speculative decoding: who reads up to `room` tokens more behind these contexts, with the hidden states that they keep."""
+        need, taps = max(n for cache in caches for n in cache.lengths) + room + SIZES[-1], caches[0].taps
+        key = sum(len(cache.lengths) for cache in caches), -(-need // GRANULE) * GRANULE, taps
+        read = self.reads.pop(key, None)
+        while len(self.reads) >= self.keep:
+            self.reads.pop(next(iter(self.reads))).release()
+        self.reads[key] = read or StaticRead(self.model, *key, self.compiler)
+        self.reads[key].cache.load(caches)
+        return self.reads[key]
 
 
 class StaticVelocity(Protocol):

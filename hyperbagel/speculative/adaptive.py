@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
 from hyperbagel.speculative.budget import Acceptance, Costs, Record, after_round, best_depth, choose, expected_tokens, least_chance
 from hyperbagel.speculative.costs import measure_costs
@@ -61,9 +62,14 @@ class Adaptive:
     threshold = 0.0
 
     def __init__(
-        self, drafters: Mapping[str, Drafter], priors: Mapping[str, Sequence[float]] | None = None, costs: Costs | None = None
+        self,
+        drafters: Mapping[str, Drafter],
+        priors: Mapping[str, Sequence[float]] | None = None,
+        costs: Costs | None = None,
+        graphs: GraphRunner | None = None,
     ) -> None:
-        """costs: used for every batch size instead of measured ones (tests)."""
+        """costs: used for every batch size instead of measured ones (tests). graphs: who reads its drafts, to measure what that costs."""
+        self.graphs = graphs
         self.drafters, self.priors = dict(drafters), dict(priors or {})
         self.taps: tuple[int, ...] = tuple(sorted({tap for drafter in drafters.values() for tap in drafter.taps}))
         self.width = max(drafter.width for drafter in drafters.values())
@@ -81,7 +87,7 @@ class Adaptive:
         if key not in self.measured:
             context = Session.new(session.parts, self.taps)
             context.add_text(_TEXT)
-            self.measured[key] = measure_costs(context, self.drafters, *key)
+            self.measured[key] = measure_costs(context, self.drafters, *key, graphs=self.graphs)
         return self.measured[key]
 
     def expected_rates(self, name: str) -> list[float]:

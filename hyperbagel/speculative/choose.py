@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from hyperbagel.core.errors import InputError, Notice
+from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.budget import best_depth
@@ -21,8 +22,9 @@ LOOKUP_PRIOR = (0.4, 0.6, 0.7)  # a wrong place is found out at once; a right on
 class Drafters:
     """Names: "lookup" needs no training; a name means FOLDER/name; a path means that folder; "auto" is what is fastest, lookup included."""
 
-    def __init__(self, parts: Parts, folder: Path | None = None) -> None:
-        self.parts, self.folder = parts, folder
+    def __init__(self, parts: Parts, folder: Path | None = None, graphs: GraphRunner | None = None) -> None:
+        """graphs: who reads drafts when requests are served; None: nobody in particular."""
+        self.parts, self.folder, self.graphs = parts, folder, graphs
         self.ready: dict[str, Drafter] = {LOOKUP: Lookup()}
         self.serving: dict[str, Adaptive] = {}
 
@@ -67,7 +69,8 @@ class Drafters:
 
     def _budgeted(self, names: list[str]) -> Adaptive:
         priors = {name: LOOKUP_PRIOR if name == LOOKUP else read_acceptance(self.find(name)) for name in names}
-        return Adaptive({name: self.get(name) for name in names}, {name: rates for name, rates in priors.items() if rates})
+        drafters = {name: self.get(name) for name in names}
+        return Adaptive(drafters, {name: rates for name, rates in priors.items() if rates}, graphs=self.graphs)
 
     def _auto(self) -> Adaptive:
         """Lookup and the trained drafter that its costs here and its acceptance in training promise most of."""

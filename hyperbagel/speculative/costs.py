@@ -11,6 +11,7 @@ from itertools import accumulate
 
 import torch
 
+from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
 from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.decode import Rounds
@@ -60,8 +61,11 @@ def _clock(device: torch.device) -> Callable[[], float]:
 
 
 @torch.inference_mode()
-def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int, sampled: bool = False) -> Costs:
+def measure_costs(
+    session: Session, drafters: Mapping[str, Drafter], rows: int, sampled: bool = False, graphs: GraphRunner | None = None
+) -> Costs:
     """Costs of `rows` rows, greedy or sampled, behind a context like `session`'s, which has the taps of all `drafters` and stays as it is.
+    graphs: who reads drafts when requests are served.
 
     Sizes take turns, so that what else the machine does in the meantime hits all of them, and the fastest of each counts.
     """
@@ -72,7 +76,7 @@ def measure_costs(session: Session, drafters: Mapping[str, Drafter], rows: int, 
         """A request of each turn (depth drafted, tokens read) `repeats` times: seconds of (draft, rest of the round)."""
         most = repeats * sum(read + 1 for _, read in turns)
         # no token has the id -1: nothing ends before its time
-        work = Rounds([session] * rows, most, float(sampled), generators, None, False, probe, im_end=-1)
+        work = Rounds([session] * rows, most, float(sampled), generators, None, False, probe, im_end=-1, graphs=graphs)
         found: dict[tuple[int, int], list[tuple[float, float]]] = {turn: [] for turn in turns}
         try:
             for _ in range(repeats):

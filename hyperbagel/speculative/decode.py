@@ -19,6 +19,7 @@ from torch import Tensor
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.decode import Decoded, Runner
 from hyperbagel.generate.decode import decode as plain
+from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.sampling import pick, probabilities
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken
@@ -42,7 +43,8 @@ def decode(
     runner: Runner | None = None,
     drafter: Drafter | None = None,
 ) -> list[Decoded]:
-    """As `generate.decode.decode`; with a drafter the results are `Speculated`. Without one, plain decoding (`runner` is for that).
+    """As `generate.decode.decode`; with a drafter the results are `Speculated`. `runner` makes plain decoding's steps; a GraphRunner reads
+    drafts as well, chains of them, in fixed shapes.
 
     Greedy answers are those of plain decoding, token for token as far as arithmetic allows (fp32: always seen); sampled ones have its
     distribution, though not its draws. The sessions stay as they were.
@@ -65,7 +67,8 @@ def decode(
     for session in sessions:
         session.check_answer(max_tokens)
         check_taps(session, drafter)
-    work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter)
+    graphs = runner if isinstance(runner, GraphRunner) else None
+    work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, graphs=graphs)
     try:
         while work.alive:
             work.round()
@@ -115,8 +118,9 @@ class Rounds:
         keep_logits: bool,
         drafter: Drafter,
         im_end: int | None = None,
+        graphs: GraphRunner | None = None,
     ) -> None:
-        """im_end: the token that ends an answer, if not the tokenizer's."""
+        """im_end: the token that ends an answer, if not the tokenizer's. graphs: who reads chains in fixed shapes."""
         parts = sessions[0].parts
         self.model, self.im_end = parts.model, parts.tokenizer.im_end if im_end is None else im_end
         self.max_tokens, self.temperature, self.generators = max_tokens, temperature, generators
@@ -127,8 +131,12 @@ class Rounds:
             result.times = self.times
         # a lone session is decoded in place
         room = max_tokens + 1 + drafter.width
-        one = len(sessions) == 1
-        self.cache = sessions[0].cache if one else KVCache.stack([s.cache for s in sessions], room, taps=sessions[0].cache.taps)
+        caches = [s.cache for s in sessions]
+        self.read = None if graphs is None else graphs.reader(caches, room)
+        if self.read is not None:
+            self.cache = self.read.cache
+        else:
+            self.cache = caches[0] if len(caches) == 1 else KVCache.stack(caches, room, taps=caches[0].taps)
         self.before = list(self.cache.lengths)
         self.cache.reserve(max(self.before) + room)
         device = self.model.device
@@ -152,7 +160,10 @@ class Rounds:
         clock.append(time.perf_counter())
         n = 1 + draft.tokens.shape[1]
         tokens = torch.cat([self.root[:, None], draft.tokens], dim=1) if n > 1 else self.root[:, None]  # [B, n]
-        logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
+        if self.read is not None and draft.tree is None:
+            logits = self.read(tokens, self.position)
+        else:
+            logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
         if n == 1:  # as lean as a plain step: rounds without drafts must not cost more
             accepted = Accepted(torch.zeros_like(self.root), pick(logits[:, 0], self.temperature, self.generators))

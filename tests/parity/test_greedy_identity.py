@@ -12,10 +12,12 @@ from parity_world import STUBS, Echo, make_parts, mixed_sessions, text_sessions
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.compare import first_divergence
-from hyperbagel.speculative.decode import Rounds, decode
+from hyperbagel.speculative.decode import Rounds, decode, verify_forward
 from hyperbagel.speculative.drafters.lookup import Lookup, NGrams
 from hyperbagel.speculative.types import Drafter, Speculated
 
@@ -168,3 +170,41 @@ def test_lookup_continues_the_latest_longest_match() -> None:
         grown = NGrams(ids[:cut], longest, shortest)
         grown.extend(ids[cut:-1])
         assert grown.continuation(ids[-1], most) == slowly(ids, most, longest, shortest)
+
+
+@pytest.mark.parametrize("name", [*STUBS, "lookup"])
+def test_drafts_read_in_fixed_shapes(name: str, parts: Parts) -> None:
+    """The steps that a GPU replays, run as they are: batches of unlike contexts and lone ones, one runner for all, trees read as ever."""
+    runner, sessions = GraphRunner(parts.model), mixed_sessions(parts)
+    before = [(s.cache.lengths[0], s.position) for s in sessions]
+    for group in (sessions, sessions[:1], sessions[::-1], sessions[1:2]):
+        plain = plain_decode(group, max_tokens=20)
+        same(plain, decode(group, max_tokens=20, drafter=drafter_of(name, plain, parts), runner=runner))
+    assert [(s.cache.lengths[0], s.position) for s in sessions] == before and len(runner.reads) == 2
+    sizes = {size for read in runner.reads.values() for size in read.runs}
+    assert name == "random tree" or sizes & {4, 8}  # several lengths of draft share a shape
+
+
+def test_what_a_fixed_shape_reads_equals_a_forward(parts: Parts) -> None:
+    """Logits and caches, hidden states for drafters among them, of rows of unlike lengths; padding is not seen afterwards."""
+    sessions = text_sessions(parts, 3, seed=5, taps=(0, 2))
+    room, generator = 40, torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        read = GraphRunner(parts.model).reader([s.cache for s in sessions], room)
+        cache = KVCache.stack([s.cache for s in sessions], room, taps=(0, 2))
+        position = torch.tensor([s.position for s in sessions])
+        for n, kept in ((3, [2, 3, 1]), (6, [6, 1, 4]), (1, [1, 1, 1]), (2, [0, 2, 1])):
+            tokens = torch.randint(1, 500, (3, n), generator=generator)
+            tokens[0, -1] = -1
+            begun = list(cache.lengths)
+            torch.testing.assert_close(
+                read(tokens, position), verify_forward(parts.model, cache, tokens, None, position), rtol=1e-4, atol=1e-4
+            )
+            for one in (cache, read.cache):
+                one.truncate([start + k for start, k in zip(begun, kept, strict=True)])
+            position = position + torch.tensor(kept)
+        assert read.cache.lengths == cache.lengths and set(read.runs) == {1, 4, 8}
+        for mine, theirs in zip(read.cache._stores(), cache._stores(), strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                for row, length in enumerate(cache.lengths):
+                    torch.testing.assert_close(a[row, :, :length], b[row, :, :length], rtol=1e-4, atol=1e-4)

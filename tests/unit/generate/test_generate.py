@@ -371,6 +371,10 @@ def test_fixed_shapes_change_no_answer() -> None:
     asked = [AskRequest("what is it", max_tokens=9), AskRequest("a longer question than the other one", max_tokens=9)]
     assert [r.text for r in fixed.ask_batch(asked)] == [r.text for r in plain.ask_batch(asked)]
     assert fixed.runner is not None and fixed.runner.steps and plain.runner is None
+    assert not fixed.runner.reads  # unasked nobody drafts: graphs are of plain steps first of all
+    drafted = [replace(request, drafter="lookup") for request in asked]
+    assert [r.text for r in fixed.ask_batch(drafted)] == [r.text for r in plain.ask_batch(asked)]
+    assert fixed.runner.reads and fixed.drafters.budgeted("lookup").graphs is fixed.runner
     planned = ImageRequest("a fish", steps=2, think=True, max_think_tokens=5)
     [a], [b] = fixed.generate_batch([planned]), plain.generate_batch([planned])
     assert a.thinking == b.thinking and a.image.tobytes() == b.image.tobytes()
