@@ -1,7 +1,7 @@
 """The command line: each command is a thin call, and everything heavy is imported inside it, so that `--help` is instant.
 
 Results go to stdout (file names, answers, JSON); remarks go to stderr (the seed that was drawn, timings, errors).
-Exit codes: 0 done, 1 internal error, 2 something the user can mend, 130 Ctrl-C.
+Exit codes: 0 done, 1 internal error, 2 something the user can mend, 130 Ctrl-C, 143 a training that was told to end (SIGTERM).
 """
 
 from __future__ import annotations

@@ -17,12 +17,18 @@ from typing import Any
 
 from hyperbagel.core.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nobody watches who writes
+    fcntl = None  # type: ignore[assignment]
+
 _REASONS = {
     errno.EACCES: ("no permission to write", "choose a folder you may write to"),
     errno.EPERM: ("no permission to write", "choose a folder you may write to"),
     errno.EROFS: ("a read-only file system", "choose a folder on a writable disk"),
     errno.ENOSPC: ("a full disk", "free some space or choose another disk"),
     errno.EDQUOT: ("a full quota", "free some space or choose another disk"),
+    errno.EFBIG: ("a file that is larger than this process or disk may have", "raise the limit (ulimit -f) or choose another disk"),
     errno.ENOENT: ("a folder that does not exist", "create the folder first"),
     errno.ENOTDIR: ("a path that runs through a file", "choose a path whose parents are folders"),
     errno.ENAMETOOLONG: ("a name that is too long", "choose a shorter one"),
@@ -35,6 +41,7 @@ _PLAIN = {
     errno.EACCES: ("no permission", "choose a place that you may use"),
     errno.EPERM: ("no permission", "choose a place that you may use"),
     errno.ENOSPC: ("a full disk", "free some space or choose another disk"),
+    errno.EFBIG: ("a file that is larger than allowed", "raise the limit (ulimit -f) or choose another disk"),
     errno.ENOENT: ("nothing there", "check the path"),
     errno.ENOTDIR: ("a path that runs through a file", "check the path"),
     errno.EISDIR: ("a folder where a file should be", "put the file there"),
@@ -88,9 +95,14 @@ def _concerns(path: Path, error: OSError) -> bool:
 
     def near(other: Path) -> bool:
         below = other.relative_to(path.parent).parts if other.is_relative_to(path.parent) else ()
-        return (bool(below) and below[0].startswith(f".{path.name}.")) or path.is_relative_to(other) or other.is_relative_to(path)
+        return (bool(below) and below[0].startswith(_beside(path))) or path.is_relative_to(other) or other.is_relative_to(path)
 
     return not named or any(map(near, named))
+
+
+def _beside(path: Path) -> str:
+    """How the names of its temporary neighbours begin. Only with the first letters of its own: a name may fill the 255 bytes alone."""
+    return f".{path.name[:32]}."
 
 
 def fsync_path(path: Path) -> None:
@@ -121,7 +133,7 @@ def _replace(temporary: Path, path: Path) -> None:
     if not (temporary.is_dir() and path.is_dir()):
         os.replace(temporary, path)
         return
-    aside = path.with_name(f".{path.name}.old-{uuid.uuid4().hex[:8]}")
+    aside = path.with_name(f"{_beside(path)}old-{uuid.uuid4().hex[:8]}")
     os.replace(path, aside)
     try:
         os.replace(temporary, path)
@@ -141,7 +153,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         InputError: no permission, full disk, or missing folder.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = target.with_name(f"{_beside(target)}tmp-{uuid.uuid4().hex[:8]}")
     with readable_errors(target):
         if not target.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target.parent))
@@ -176,3 +188,31 @@ def make_folder(path: Path | str) -> Path:
         except FileExistsError as error:
             raise InputError(f"{folder}: got a file, expected a folder or nothing, choose another name") from error
     return folder
+
+
+@contextmanager
+def sole_writer(path: Path, about: str = "") -> Iterator[None]:
+    """Keeps other processes from writing the same meanwhile: locks the file `path`, made if absent. A killed process leaves no lock.
+
+    Raises InputError (`about`: what was got) if another process is inside.
+    """
+    with readable_errors(path):
+        file = path.open("ab")
+    with file:
+        locked = False
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{about or f'{path}: got a file'} that another process is writing, expected one of this process alone; "
+                    "wait for the other or give another folder"
+                ) from error
+            except OSError:  # some network file systems have no locks
+                pass
+        try:
+            yield
+        finally:
+            if locked:
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it with a child that was forked meanwhile

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 
 from hyperbagel.core.config import Config, dump_config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_write_text, make_folder, read_json, readable_errors
+from hyperbagel.core.files import atomic_write_text, make_folder, read_json, readable_errors, sole_writer
 
 _PACKAGES = ("hyperbagel", "torch", "numpy", "pillow", "safetensors", "tokenizers", "pydantic")
 
@@ -74,23 +75,33 @@ def check_run_folder(path: Path, *, resume: bool) -> None:
 
 
 class RunFolder:
-    """One training's folder. Opening it writes config and provenance, of a resumed run `rewind` does; a `with` block closes its files."""
+    """One training's folder, of no other process while it is open. Opening it writes config and provenance, of a resumed run `rewind` does;
+    a `with` block closes its files."""
 
     def __init__(self, path: Path | str, config: Config, *, seed: int, resume: bool = False, leads: bool = True) -> None:
         """
         Args:
             leads: False for all but one of several processes that train together: such a folder writes nothing when it is opened.
         Raises:
-            InputError: see `check_run_folder`; or the folder cannot be written.
+            InputError: see `check_run_folder`; or the folder cannot be written, or another process trains in it.
         """
         self.path = Path(path)
         self._metrics: int | None = None
         self._board: Any = None
+        self._lock = ExitStack()
         if not leads:
             return
         check_run_folder(self.path, resume=resume)
-        provenance = self.path / "provenance.json"
         make_folder(self.path)
+        self._lock.enter_context(sole_writer(self.path / ".lock", f"{self.path}: got a run"))
+        try:
+            self._open(config, seed, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: Config, seed: int, resume: bool) -> None:
+        provenance = self.path / "provenance.json"
         launches = read_json(provenance).get("launches") if resume else []
         if not isinstance(launches, list):
             raise InputError(f"{provenance}: got no list of launches, expected one, restore the file")
@@ -150,6 +161,7 @@ class RunFolder:
             os.close(self._metrics)
             self._board.close()
             self._metrics = self._board = None
+        self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self

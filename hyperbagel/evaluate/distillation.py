@@ -29,6 +29,7 @@ from hyperbagel.evaluate.toybox import (
     drawn,
     edit_worker,
     load_detector,
+    numbers_of,
     resolve,
     t2i_worker,
 )
@@ -80,11 +81,11 @@ def run_distillation_eval(
         "steer": [*t2i_eval_prompts(n_steer // 2, seed + 2, split), *edit_eval_items(n_steer - n_steer // 2, seed + 2, split)],
         "sheet": [*_spread(t2i_eval_prompts(12, seed + 3, split), SHEET[0]), *_spread(edit_eval_items(9, seed + 3, split), SHEET[1])],
     }
-    of_base = fingerprint(model.parts.model)
+    origin = {"base": fingerprint(model.parts.model)} | numbers_of(model)
     for row in present:
         s, folder = asked[row.name], make_folder(out / row.name)
-        weights = of_base if row.student is None else digest(students[row.student])
-        header = {"settings": resolve(s) | {"image": _plain(s.image), "edit": _plain(s.edit)}, "weights": weights, "base": of_base}
+        weights = origin["base"] if row.student is None else digest(students[row.student])
+        header = {"settings": resolve(s) | {"image": _plain(s.image), "edit": _plain(s.edit)}, "weights": weights, **origin}
         workers: dict[str, Worker] = {
             "t2i": t2i_worker(model, detector, s),
             "diversity": diversity_worker(model, detector, s),

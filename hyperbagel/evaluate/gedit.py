@@ -37,11 +37,17 @@ def run_gedit(
     rank, ranks, _ = place()
     asked = settings or {}
     rows, broken = read_lines(prompts, NEEDED)
+    taken: dict[tuple[str, str, str], int] = {}  # files so far, and the rows that they are of
     for row in list(rows):
         odd = next((name for name in ("key", "task_type", "instruction_language") if not _usable(row[name])), None)
-        if odd:
-            rows.remove(row)
-            broken.append(f"{prompts} row {row['_row'] + 1}: {odd} {row[odd]!r} cannot be a file's name")
+        files = [(row["task_type"], row["instruction_language"], row["key"] + end) for end in ("", "_SRCIMG")]
+        first = next((taken[file] for file in files if file in taken), None)
+        if odd is None and first is None:
+            taken |= dict.fromkeys(files, row["_row"])
+            continue
+        rows.remove(row)
+        wrong = f"{odd} {row[odd]!r} cannot be a file's name" if odd else f"key {row['key']!r} names a file of row {(first or 0) + 1}"
+        broken.append(f"{prompts} row {row['_row'] + 1}: {wrong}")
     chosen = [row for row in rows if language in ("all", row["instruction_language"])]
     if not chosen:
         raise InputError(f"{prompts}: got no usable row of language {language!r}, expected some; the file has {_languages(rows)}")

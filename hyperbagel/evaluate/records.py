@@ -7,19 +7,14 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import readable_errors
+from hyperbagel.core.files import readable_errors, sole_writer
 from hyperbagel.core.progress import ProgressReport
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there nobody watches
-    fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]  # what is known of one scored item
 Worker = Callable[[list[Any], list[int]], list[Record]]  # (items, seeds) -> a record each
@@ -33,7 +28,7 @@ def run_items(
     header: what the records depend on, the first line of the file. Raises InputError if the file has another one, or if another process
     is writing it.
     """
-    with nullcontext() if path is None else _sole_writer(path), ProgressReport(part) as progress:
+    with nullcontext() if path is None else sole_writer(path), ProgressReport(part) as progress:
         done = open_records(path, header) if path is not None else {}
         todo = [item for item in items if item.id not in done]
         began = time.monotonic()
@@ -70,31 +65,6 @@ def open_records(path: Path, header: dict[str, Any]) -> dict[str, Record]:
     if first != expected:
         raise InputError(f"{path}: got records made with {first}, expected {expected}; give another folder or the same settings")
     return {r["id"]: r for r in read_records(path)}
-
-
-@contextmanager
-def _sole_writer(path: Path) -> Iterator[None]:
-    """Keeps other processes from writing the same records meanwhile: both would make every item. Raises InputError if one does already."""
-    with readable_errors(path):
-        file = path.open("ab")
-    with file:
-        locked = False
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except BlockingIOError as error:
-                raise InputError(
-                    f"{path}: got a file that another process is writing, expected one of this process alone; "
-                    "wait for the other or give another folder"
-                ) from error
-            except OSError:  # some network file systems have no locks
-                pass
-        try:
-            yield
-        finally:
-            if locked:
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it with a child that was forked meanwhile
 
 
 def read_records(path: Path) -> list[Record]:

@@ -73,9 +73,16 @@ def resolve(settings: Settings, fill: Callable[[ImageRequest], Denoising] = Imag
 
 
 def weights_of(model: Any, *students: str | None) -> dict[str, Any]:
-    """Which weights the names of a model and of its students stand for, as records remember them."""
+    """Which weights the names of a model and of its students stand for, in which numbers, as records remember them."""
     digests = {name: digest(model.students.find(name)) for name in students if name not in (None, "none")}
-    return {"base": fingerprint(model.parts.model), "students": digests}
+    return {"base": fingerprint(model.parts.model), "students": digests} | numbers_of(model)
+
+
+def numbers_of(model: Any) -> dict[str, str]:
+    """The type of a model's numbers and of the device that computes with them: the fingerprint of weights is the same in all."""
+    parameters = list(model.parts.model.parameters())
+    kinds = {"dtype": {str(p.dtype).removeprefix("torch.") for p in parameters}, "device": {p.device.type for p in parameters}}
+    return {name: "+".join(sorted(found)) for name, found in kinds.items()}
 
 
 def load_detector(path: Path = DETECTOR) -> Detector:

@@ -28,14 +28,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        try:
-            save_file(whole, str(temporary), metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # its writer tells the operating system's reason as text
-            found = re.search(r"os error (\d+)", str(error))
-            if found is None:
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(temporary)) from error
+        write_tensors(temporary, whole, {"format": "pt", **(metadata or {})})
         temporary.chmod(mode)  # safetensors makes files that only their owner can read
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Contiguous tensors of a CPU into a file of a folder that is being made. Raises OSError with the operating system's reason."""
+    try:
+        save_file(tensors, str(path), metadata=metadata)
+    except SafetensorError as error:  # its writer tells that reason as text
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:

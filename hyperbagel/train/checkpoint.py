@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder, read_json
+from hyperbagel.model.weights import write_tensors
 from hyperbagel.train.distributed import World
 from hyperbagel.train.sharding import holds_shards, load_shards, save_shards, whole_tensors
 from hyperbagel.train.stage import Player, Stage
@@ -119,7 +120,7 @@ def _write(path: Path, stage: Stage, progress: Progress, score: float | None, wo
             scalars = {name: {"ema_updates": player.ema.updates if player.ema else 0} for name, player in stage.players.items()}
         else:
             scalars = {name: _save_player(temporary, name, player) for name, player in stage.players.items()}
-        save_file(_rng_tensors(), temporary / "rng.safetensors")
+        write_tensors(temporary / "rng.safetensors", _rng_tensors())
         state: dict[str, Any] = {"format": _FORMAT, "step": progress.step, "seconds": progress.seconds, "score": score}
         state |= {"players": scalars, "stage": stage.state()}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
@@ -171,15 +172,15 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _save_player(folder: Path, name: str, player: Player) -> dict[str, Any]:
     """Write the player's tensors; the rest (optimiser scalars) is returned for the JSON."""
-    save_file(_plain(trained_tensors(player)), folder / f"{name}.weights.safetensors")
+    write_tensors(folder / f"{name}.weights.safetensors", _plain(trained_tensors(player)))
     if player.ema is not None:
-        save_file(_plain(player.ema.shadow), folder / f"{name}.ema.safetensors")
+        write_tensors(folder / f"{name}.ema.safetensors", _plain(player.ema.shadow))
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for key, parameter in player.parameters.items():
         for slot, value in player.optimizer.state.get(parameter, {}).items():
             (tensors if isinstance(value, Tensor) else scalars)[f"{key}/{slot}"] = value
-    save_file(_plain(tensors), folder / f"{name}.optimizer.safetensors")
+    write_tensors(folder / f"{name}.optimizer.safetensors", _plain(tensors))
     return {"optimizer": scalars, "ema_updates": player.ema.updates if player.ema else 0}
 
 

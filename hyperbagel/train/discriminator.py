@@ -33,8 +33,9 @@ class Head(nn.Module):
 
 
 def depths_of(layers: int, heads: int) -> list[int]:
-    """`heads` layer numbers (from 0), evenly spread, the last layer included. 8 layers, 4 heads: 1, 3, 5, 7."""
-    return sorted({round((i + 1) * layers / heads) - 1 for i in range(min(heads, layers))})
+    """`heads` layer numbers (from 0), evenly spread, the last layer included; no more than there are. 8 layers, 4 heads: 1, 3, 5, 7."""
+    heads = min(heads, layers)
+    return [round((i + 1) * layers / heads) - 1 for i in range(heads)]
 
 
 class LatentDiscriminator(nn.Module):

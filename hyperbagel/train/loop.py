@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +78,64 @@ def train(
 ) -> TrainResult:
     """Train until `max_steps` or `max_seconds`, whichever comes first; checkpoint at the end.
 
+    In the main thread the first SIGINT or SIGTERM ends it after the step at hand, with a checkpoint; a second one ends it at once.
     On a CPU with schedule_by "steps" a resumed run equals the unbroken one bit for bit.
 
     Raises:
         Diverged: a loss or gradient norm is not finite; the weights before that step are saved, a resume goes on with the next batch.
         InputError: a checkpoint cannot be read or written.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM, once the checkpoint is written; of several ranks one has got it, all stop.
     """
     return _Loop(stage, recipe, run, clock, world or World()).go(resume)
+
+
+class _Signals:
+    """Inside, the first SIGINT or SIGTERM is only remembered, and what comes then does what it did outside."""
+
+    TWICE = 1.0  # seconds: torchrun passes on to its ranks what SLURM or a shell may have sent them too
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.number, self.at = ranks, 0, 0.0
+        self.usual: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            # None: of a library that is not Python's; ignored: a shell's job in the background. Both stay
+            self.usual = {number: usual for number, usual in found.items() if usual not in (None, signal.SIG_IGN)}
+            for number in self.usual:
+                signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: object) -> None:
+        if not self.number:
+            self.number, self.at = number, time.monotonic()
+        elif self.ranks == 1 or time.monotonic() - self.at > self.TWICE:
+            self.__exit__()
+            signal.raise_signal(number)
+
+    def __exit__(self, *_: object) -> None:
+        for number, usual in self.usual.items():
+            signal.signal(number, usual)
+
+    def leave(self) -> None:
+        """End as a process does that such a signal ends: 130 for SIGINT, 143 for SIGTERM, also of a rank that heard of it from another."""
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Worker processes that are started inside never see SIGINT: a terminal sends it to them too, and the step at hand needs them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Loop:
@@ -99,6 +152,7 @@ class _Loop:
         self.seconds = 0.0  # trained so far; rank 0's, so that all ranks decide alike
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.drawn = -1  # step of the last sheet
+        self.first = True  # no batch yet
 
     def share(self, by_time: bool) -> float:
         """Progress in [0, 1]: by time (needs max_seconds) or by steps."""
@@ -107,7 +161,11 @@ class _Loop:
         return self.step / max(1, self.recipe.max_steps)
 
     def go(self, resume: bool) -> TrainResult:
-        r = self.recipe
+        with _Signals(self.world.size) as signals:
+            return self._go(resume, signals)
+
+    def _go(self, resume: bool, signals: _Signals) -> TrainResult:
+        r, stopped = self.recipe, False
         torch.set_num_threads(r.threads)
         torch.manual_seed(r.seed)  # dropout; batches and losses draw from Draws
         if resume and (found := list_checkpoints(self.run.checkpoints)):
@@ -124,9 +182,10 @@ class _Loop:
             if self.stage.measures_start and self.works and best_score(self.run.checkpoints) == -math.inf and self.step == 0:
                 report.line(_show(0, self.evaluate()))
                 self.save()
-            while self.step < r.max_steps and self.time_is_left():
+            while not stopped and self.step < r.max_steps and self.time_is_left():
                 values = self.one_step()
                 self.step += 1
+                stopped = not self.world.all(not signals.number)
                 if not self.works:
                     continue
                 if report.due:  # reading the numbers waits for the device
@@ -136,6 +195,8 @@ class _Loop:
                     rate = (self.step - logged_at[1]) / max(1e-9, now - logged_at[0])
                     logged_at = (now, self.step)
                     self.run.log(self.step, _numbers(values) | {"steps_per_second": rate, "seconds": self.seconds})
+                if stopped:  # nothing that takes long now
+                    break
                 if self.step % r.evaluate_every == 0:
                     report.line(_show(self.step, self.evaluate()))
                     if self.decide(self.is_best()):
@@ -147,8 +208,14 @@ class _Loop:
                     self.save()
                     saved_at = self.clock()
             if self.works:
-                report.line("done: " + _show(self.step, self.evaluate()))
-                self.save()
+                if not stopped:
+                    report.line("done: " + _show(self.step, self.evaluate()))
+                path = self.save()
+            if not self.world.all(not signals.number):  # all ranks are here: the first process that ends takes the others with it
+                if self.world.leads:
+                    report.line(f"stopped after step {self.step}, saved in {path}; the same command with --resume goes on from there")
+                signals.leave()
+            if self.works:
                 with torch.no_grad():
                     self.stage.finish(self.run.path)
                 self.sample()  # last: a sheet that cannot be drawn must not cost the run
@@ -183,7 +250,9 @@ class _Loop:
         logged: dict[str, list[Any]] = {}
         losses = []
         for micro in range(r.accumulate):
-            batch = self.stage.batch(self.step, Draws.at(r.seed, self.step, self.world.rank * r.accumulate + micro))
+            with _without_ctrl_c() if self.first else nullcontext():  # a loader starts its workers when it is first asked
+                batch = self.stage.batch(self.step, Draws.at(r.seed, self.step, self.world.rank * r.accumulate + micro))
+            self.first = False
             with self.autocast():
                 loss, metrics = self.stage.loss(name, batch, self.step)
             if not loss.requires_grad:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_path, atomic_write_bytes, atomic_write_text, make_folder
+from hyperbagel.core.files import atomic_path, atomic_write_bytes, atomic_write_text, make_folder, plain_error, sole_writer
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -70,3 +71,42 @@ def test_make_folder_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("")
     with pytest.raises(InputError, match="got a file"):
         make_folder(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".png", "é" * 127, "f" * 255])
+def test_the_longest_names_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for text in ("one", "two"):
+        with atomic_path(tmp_path / name) as temporary:
+            temporary.mkdir()
+            (temporary / text).write_text(text)
+    assert [p.name for p in tmp_path.rglob("*")] == [name, "two"]
+
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(InputError, match="no permission"):
+        atomic_write_text(tmp_path / name, "x")
+
+
+def test_a_file_over_the_limit_is_told(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"a\.txt: got a file that is larger .* raise the limit \(ulimit -f\)"):
+            atomic_write_text(tmp_path / "a.txt", "x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [] and "raise the limit" in plain_error(OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "a"):
+        with pytest.raises(InputError, match="a: got a file that another process is writing"), sole_writer(tmp_path / "a"):
+            pass
+        with pytest.raises(InputError, match="got two that another"), sole_writer(tmp_path / "a", "got two"):
+            pass
+        with sole_writer(tmp_path / "b"):
+            pass
+    with sole_writer(tmp_path / "a"):
+        pass

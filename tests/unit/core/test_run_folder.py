@@ -69,3 +69,17 @@ def test_plain_progress_lines_are_spaced_in_time() -> None:
 
 def test_format_seconds() -> None:
     assert [format_seconds(s) for s in (9.9, 309, 3909)] == ["0:09", "5:09", "1:05:09"]
+
+
+def test_an_open_run_folder_is_of_one_alone(tmp_path: Path) -> None:
+    """Others may look on; one that could not be opened is not held."""
+    path = tmp_path / "run"
+    with RunFolder(path, Settings(), seed=7):
+        for resume in (True, False):
+            with pytest.raises(InputError, match=r"another process is writing|holds a run"):
+                RunFolder(path, Settings(), seed=7, resume=resume)
+        RunFolder(path, Settings(), seed=7, resume=True, leads=False).close()
+        with pytest.raises(InputError, match=r"run: got a run that another process is writing.*give another folder"):
+            RunFolder(path, Settings(), seed=7, resume=True)
+    with RunFolder(path, Settings(), seed=7, resume=True):
+        pass

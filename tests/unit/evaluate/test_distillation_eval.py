@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,16 @@ def test_a_stopped_run_goes_on_and_other_weights_are_refused(
     (other / "sampler.json").write_text((other / "sampler.json").read_text().replace('"shift": 3.0', '"shift": 2.0'))
     with pytest.raises(InputError, match="got records made with"):
         run_distillation_eval(model, {"1": other}, out=out, rows=["1"], **counts)
+
+
+def test_records_of_another_number_type_are_refused(
+    model: HyperBagel, students: dict[str, Path], table: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "eval"
+    shutil.copytree(table[1], out)
+    half = HyperBagel(replace(model.parts, model=deepcopy(model.parts.model).bfloat16()), "test")
+    with pytest.raises(InputError, match=r"got records made with .*float32.* expected .*bfloat16"):
+        run_distillation_eval(half, students, out=out, rows=["1"], **COUNTS)
 
 
 def test_what_the_options_refuse(students: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,24 @@ def test_pictures_of_other_weights_or_prompts_are_not_mixed(tmp_path: Path, six:
             run(Fake(students=six), path, out, settings=asked)
 
 
+def test_pictures_of_another_number_type_are_not_mixed(tmp_path: Path) -> None:
+    data, whole = tmp_path / "data", torch.nn.Linear(1, 1)
+    torch.nn.init.ones_(whole.weight)
+    torch.nn.init.ones_(whole.bias)
+    half = deepcopy(whole).bfloat16()  # the same values: it has the same fingerprint
+    suites: list[tuple[Any, list[dict[str, Any]]]] = [(run_geneval, GENEVAL), (run_gedit, edit_rows(data))]
+    for run, rows in suites:
+        path, out = prompts(data / "rows.jsonl", rows), tmp_path / run.__name__
+        made = run(Fake(weights=whole), path, out).made
+        with pytest.raises(InputError, match=r"pictures made with .*float32.* expected .*bfloat16"):
+            run(Fake(weights=half), path, out)
+        noted = json.loads((out / "settings.json").read_text())
+        assert (noted["dtype"], noted["device"]) == ("float32", "cpu") and run(Fake(weights=whole), path, out).found == made
+        (out / "settings.json").write_text(json.dumps({k: v for k, v in noted.items() if k not in ("dtype", "device")}))
+        with pytest.raises(InputError, match="pictures made with"):  # of a time when nobody noted it
+            run(Fake(weights=whole), path, out)
+
+
 def test_settings_that_the_model_refuses_leave_the_folder_as_it_was(tmp_path: Path) -> None:
     data = tmp_path / "data"
     suites: list[tuple[Any, list[dict[str, Any]]]] = [(run_gedit, edit_rows(data)), (run_geneval, GENEVAL)]
@@ -242,6 +261,20 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     outcome = run_gedit(Fake(), prompts(tmp_path / "data" / "e.jsonl", [rows[0], *odd]), tmp_path / "a" / "edits")
     assert outcome.made == 1 and len(outcome.broken) == 4 and all("cannot be a file's name" in told for told in outcome.broken)
     assert sorted(pictures(tmp_path / "a")) == [f"edits/fullset/subject-add/en/k1{end}.png" for end in ("", "_SRCIMG")]
+
+
+def test_rows_of_one_file_are_made_once(tmp_path: Path) -> None:
+    [en, cn, other] = edit_rows(tmp_path / "data")
+    again = [en | {"instruction": "add a coat"}, en | {"key": "k1_SRCIMG", "image": "cat.png"}]
+    path, model = prompts(tmp_path / "data" / "e.jsonl", [en, *again, cn, other]), Fake()
+    outcome = run_gedit(model, path, tmp_path / "out")
+    assert outcome.made == 3 and "add a coat" not in [r.prompt for r in model.seen]
+    assert [told.partition("e.jsonl ")[2] for told in outcome.broken] == [
+        "row 2: key 'k1' names a file of row 1",
+        "row 3: key 'k1_SRCIMG' names a file of row 1",
+    ]
+    again_found = run_gedit(Fake(), path, tmp_path / "out")
+    assert (again_found.made, again_found.found, len(again_found.broken)) == (0, 3, 2)
 
 
 def test_broken_rows_are_counted_and_all_broken_is_an_error(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from hyperbagel.evaluate.records import item_seed, open_records, read_records, r
 from hyperbagel.evaluate.report import compare_evaluations, print_report
 from hyperbagel.evaluate.toybox import Settings, as_square, load_detector, run_toybox_eval
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, TextResult
+from hyperbagel.model.student import fingerprint
 from hyperbagel.toybox.detector import Detector
 from hyperbagel.toybox.items import edit_eval_items, question_eval_items, t2i_eval_prompts
 from hyperbagel.toybox.render import render
@@ -163,6 +165,25 @@ def test_records_of_another_model_are_refused(tmp_path: Path, detector: Detector
     (student / "weights").write_bytes(b"another")
     with pytest.raises(InputError, match="got records made with"):
         run_toybox_eval(oracle, **asked, settings=settings, out=tmp_path / "of-student")
+
+
+def test_records_of_another_number_type_are_refused(tmp_path: Path, detector: Detector) -> None:
+    counts = {"n_t2i": 6, "n_edits": 0, "n_questions": 0, "n_diversity": 0}
+    asked: dict[str, Any] = {**counts, "detector": detector, "calibrate": 4, "show": False}
+    whole = torch.nn.Linear(1, 1)
+    torch.nn.init.ones_(whole.weight)
+    torch.nn.init.ones_(whole.bias)
+    first, second = (Oracle(parts=SimpleNamespace(model=model)) for model in (whole, deepcopy(whole).bfloat16()))
+    assert fingerprint(first.parts.model) == fingerprint(second.parts.model)
+    first.drawings = second.drawings = {i.prompt: i.scene for i in t2i_eval_prompts(6, 0, "train")}
+    run_toybox_eval(first, **asked, out=tmp_path)
+    with pytest.raises(InputError, match=r"records made with .*float32.* expected .*bfloat16"):
+        run_toybox_eval(second, **asked, out=tmp_path)
+    assert second.calls == 0
+    records = tmp_path / "t2i.jsonl"
+    records.write_text(records.read_text().replace('"dtype": "float32", ', "", 1))
+    with pytest.raises(InputError, match="records made with"):  # of a time when nobody noted it
+        run_toybox_eval(first, **asked, out=tmp_path)
 
 
 WRITER = """

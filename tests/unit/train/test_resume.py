@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -219,3 +220,16 @@ def test_run_folders_are_not_overwritten_and_not_resumed_from_nothing(tmp_path: 
         run(tmp_path / "run", 1)
     with pytest.raises(InputError, match="no run to resume"):
         run(tmp_path / "none", 1, resume=True)
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_in_a_line(tmp_path: Path) -> None:
+    """A full disk says so through safetensors, in its own words; the checkpoint before stays."""
+    kept = save_checkpoint(tmp_path, TinyStage(), Progress(1, 0.0), keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, limits[1]))
+    try:
+        with pytest.raises(InputError, match="raise the limit"):
+            save_checkpoint(tmp_path, TinyStage(), Progress(2, 0.0), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list_checkpoints(tmp_path) == [kept]
