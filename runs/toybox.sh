@@ -117,7 +117,7 @@ bash runs/drafters.sh "$base" "$out/drafters" "${DRAFTER_SECONDS:-900}"   # and 
 if [ "${EVAL:-1}" = 1 ]; then
     [ -f "$out/eval/report.json" ] || hyperbagel eval toybox --model "$base" --out "$out/eval"
     students=()
-    for name in cfg reflow tscd "${runs[@]}" adp refl; do
+    for name in cfg reflow tscd refl-six "${runs[@]}" adp refl; do
         students+=(--student "$name=$out/$name/export")
     done
     [ -f "$out/eval-distillation/report.json" ] || hyperbagel eval distillation --model "$base" --out "$out/eval-distillation" \

@@ -32,6 +32,7 @@ ROWS = (
     Row("cfg-6", "guidance distilled, 6 steps", "cfg", 6),
     Row("reflow-6", "reflow, 6 steps", "reflow", 6),
     Row("tscd", "after TSCD", "tscd"),
+    Row("refl-six", "after ReFL through six steps", "refl-six"),
     Row("dmdo-paired", "after DMDO, paired (the paper's)", "dmdo-paired"),
     Row("dmdo-independent", "after DMDO, independent", "dmdo-independent"),
     Row("dmdo-reflowed", "after DMDO, reflowed", "dmdo-reflowed"),
