@@ -69,7 +69,7 @@ def edit(page: Any) -> None:
         page.mouse.move(x + reach, y + side * reach, steps=3)
     page.mouse.up()
     start(page, "edit", "make the circle green")
-    start(page, "edit", "turn the circle into a square", seed=2)
+    start(page, "edit", "replace the circle with a green star", seed=2)
 
 
 def ask(page: Any) -> None:
