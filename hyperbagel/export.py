@@ -167,7 +167,7 @@ def edit_note(image_scale: float, measured: str = "") -> str:
     scale = " (fold in an image scale above 1 for edits)" if image_scale <= 1 else ""
     return (
         f"edits{scale}: the source picture's clean latents are now read by the merged weights, not by the base's as with base and student, "
-        "so edits differ somewhat{measured}; for exact ones use the student folder itself"
+        f"so edits differ somewhat{measured}; for exact ones use the student folder itself"
     )
 
 

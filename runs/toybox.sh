@@ -43,6 +43,11 @@ passed() {
     hyperbagel gate "${@/#/$out/}" --else "$fallback"
 }
 
+# better FALLBACK FOLDER: as `passed`, for rounds of the base; one that an earlier version trained was not measured first, and goes on.
+better() {
+    if grep -q '"step": 0' "$out/$2/metrics.jsonl" && [ -f "$out/$2/checkpoints/best.json" ]; then passed "$1" "$2"; else echo "$out/$2/export"; fi
+}
+
 # mean NAME STUDENT FOLDER...: out/NAME, the mean of a student and of the best run from it; the student itself if none made things better.
 # rank=N before it: written as a LoRA of that rank.
 mean() {
@@ -62,11 +67,11 @@ stage vae-decoder vae vae-decoder init="$out/vae/export" max_seconds=6000   # 10
 stage vit vit vit                                                  # 15: what stands where in a picture
 stage base base base vae="$out/vae-decoder/export" vit="$out/vit/export"   # 70: captions, edits and questions in one model
 stage more base base-more init="$out/base/export" vit="$out/vit/export" align.vit="$out/vit/export"   # 60: the same, longer, with its eye's help
-base=$(passed "$out/base/export" more)
+base=$(better "$out/base/export" more)
 stage draw base base-draw init="$base" align.vit="$out/vit/export"   # 60: drawing alone; answers stay as they are
-base=$(passed "$base" draw)
+base=$(better "$base" draw)
 stage draw-more base base-draw init="$base" align.vit="$out/vit/export" seed=11 max_seconds=3300   # 55: the same again, on new samples
-base=$(passed "$base" draw-more)
+base=$(better "$base" draw-more)
 
 # -- six evaluations
 stage cfg cfg cfg model="$base"                                    # 40: guidance inside

@@ -131,6 +131,7 @@ class Rounds:
             result.times = self.times
         # a lone session is decoded in place
         room = max_tokens + 1 + drafter.width
+        drafter.begin(sessions, temperature, generators)  # first: a budget that measures reads with the same graphs
         caches = [s.cache for s in sessions]
         self.read = None if graphs is None else graphs.reader(caches, room)
         if self.read is not None:
@@ -145,7 +146,6 @@ class Rounds:
         self.position = torch.tensor([s.position for s in sessions], device=device)
         self.alive = set(range(len(sessions)))
         self.start, self.counts, self.ids = [0] * len(sessions), list(self.before), [[] for _ in sessions]  # type: ignore[var-annotated]
-        drafter.begin(sessions, temperature, generators)
 
     def round(self) -> None:
         """Draft, verify, accept, commit, report."""

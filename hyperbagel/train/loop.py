@@ -78,7 +78,8 @@ def train(
 ) -> TrainResult:
     """Train until `max_steps` or `max_seconds`, whichever comes first; checkpoint at the end.
 
-    In the main thread the first SIGINT or SIGTERM ends it after the step at hand, with a checkpoint; a second one ends it at once.
+    In the main thread the first SIGINT or SIGTERM ends it after the step at hand, with a checkpoint; a second one ends it at once, but for
+    a rank that waits for others (Python handles no signal there): that one ends when they come, or by SIGKILL.
     On a CPU with schedule_by "steps" a resumed run equals the unbroken one bit for bit.
 
     Raises:
@@ -126,12 +127,13 @@ class _Signals:
 
 
 @contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Worker processes that are started inside never see SIGINT: a terminal sends it to them too, and the step at hand needs them."""
+def _unseen_by_workers() -> Iterator[None]:
+    """Worker processes that are started inside never see SIGINT and SIGTERM: a terminal, `timeout` or a cluster sends them to the whole
+    group, and the step at hand needs its workers. The pool ends them by its queue."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -250,7 +252,7 @@ class _Loop:
         logged: dict[str, list[Any]] = {}
         losses = []
         for micro in range(r.accumulate):
-            with _without_ctrl_c() if self.first else nullcontext():  # a loader starts its workers when it is first asked
+            with _unseen_by_workers() if self.first else nullcontext():  # a loader starts its workers when it is first asked
                 batch = self.stage.batch(self.step, Draws.at(r.seed, self.step, self.world.rank * r.accumulate + micro))
             self.first = False
             with self.autocast():

@@ -47,6 +47,16 @@ def talk(model: HyperBagel) -> Talk:
     return Talk(model, max_tokens=8)
 
 
+def test_sampled_turns_with_graphs(model: HyperBagel) -> None:
+    """The first one measures what drafting costs, with the graphs that then read the conversation, which stays the one that is read."""
+    fixed = HyperBagel(model.parts, "fixed", graphs=True)
+    said = "what is there, and how many of them are left of the red one? tell me all of it, please, one by one"
+    for drafter in ("lookup", "none"):
+        talk = Talk(fixed, max_tokens=8, drafter=drafter, seed=1)
+        talk.say("/temperature 0.00001")  # as good as greedy, and drawn
+        assert talk.answer(said).strip() == model.ask(said, max_tokens=8).text
+
+
 @pytest.mark.parametrize("drafter", ["none", "lookup"])
 def test_turns_are_those_of_the_library(drafter: str, model: HyperBagel, tmp_path: Path) -> None:
     picture = Image.new("RGB", (32, 32), "red")

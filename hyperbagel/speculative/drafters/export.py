@@ -81,7 +81,10 @@ def import_eagle3(folder: Path, llm: LLMConfig) -> Eagle3:
     own = list(config.levels)
     for where, ids, expected in ((IDS, got.get(IDS), own), (f"eagle_config.{IDS}", nested.get(IDS), [level - 1 for level in own])):
         if ids and ids != expected:
-            raise InputError(f"{path}: got {where} {ids}, expected {expected}, the layers that drafters of this kind read here; train one")
+            raise InputError(
+                f"{path}: got {where} {ids}, expected {expected}, the layers that drafters of this kind read here; "
+                "export it again if it was made here, else train one"
+            )
     module = Eagle3(config)
     TensorFolder(folder, "model").check({name: tuple(x.shape) for name, x in module.state_dict().items()})
     tensors = load_tensors(folder / "model.safetensors")

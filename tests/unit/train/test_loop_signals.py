@@ -153,17 +153,18 @@ VAE = (
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
-    """The terminal sends it to worker processes as well."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_whole_group(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """A terminal's Ctrl-C, `timeout` or a cluster: worker processes get it as well."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "hyperbagel.cli", "train", "vae", "--out", str(folder), *VAE.split(), "max_steps=1000000"]
     process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE, start_new_session=True)
     wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) > 3, process)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     [step] = steps(folder)
-    assert process.returncode == 130 and f"stopped after step {step}" in err
-    assert "Traceback" not in err and err.splitlines()[-1] == "interrupted"
+    assert process.returncode == code and f"stopped after step {step}" in err
+    assert "Traceback" not in err and (err.splitlines()[-1] == "interrupted") == (code == 130)
     assert step >= read_metrics(folder / "metrics.jsonl")[-1]["step"] > 3
 
 
