@@ -71,8 +71,8 @@ class Chat:
         """drafter: None takes what is fastest of the model's own drafters and prompt lookup."""
         self.model, self.seed, self.max_tokens, self.temperature, self.think, self.steps = model, seed, max_tokens, temperature, think, 0
         self.student = self._student(student) if student else None
-        nobody = drafter == NONE or (drafter is None and model.runner is not None)  # graphs are of plain steps
-        self.drafter = None if nobody else model.drafters.budgeted(drafter or AUTO)
+        name = drafter or (AUTO if model.runner is None else NONE)  # graphs are of plain steps
+        self.drafter = None if name == NONE else model.drafters.budgeted(name)
         if self.drafter is not None:  # measures what drafting costs here, so that the first answer need not
             with torch.inference_mode():
                 self.drafter.prepare(Session.new(model.parts), 1)

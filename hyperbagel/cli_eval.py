@@ -140,7 +140,10 @@ def _pictures(
     checks.check_at_least("--batch", batch, 1)
     checks.check_seed(seed)
     if settings.get("size") is not None:
+        from hyperbagel.pipeline import check_size
+
         settings["size"] = checks.parse_size(settings["size"])
+        check_size(model or "toybox", settings["size"])
     from hyperbagel.evaluate.pictures import place
 
     if device is None and (mine := place()[2]):

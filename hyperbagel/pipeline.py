@@ -312,10 +312,9 @@ class HyperBagel:
         return _Ready(session, generator, thinking, reused)
 
     def _drafter_name(self, request: AskRequest) -> str:
-        """Unasked, the model's own drafters draft where they change nothing but speed: sampled answers would need other draws of a seed.
-        Nor with graphs: those are of plain steps, and were asked for."""
+        """Unasked, the model's own drafters draft where they change nothing but speed: sampled answers would need other draws of a seed."""
         if request.drafter is None:
-            return self.drafters.default() if request.temperature == 0 and self.runner is None else NONE
+            return self.drafters.default() if request.temperature == 0 else NONE
         return request.drafter
 
     def _drafter(self, name: str) -> Adaptive | None:

@@ -50,13 +50,12 @@ def open_mask(source: Path | str | bytes, name: str | None = None) -> Image.Imag
 
 
 def as_mask(given: object) -> Image.Image:
-    """What a caller gives as a mask, mode "L": a path is opened, a PIL image read by the rule of `open_mask`. Raises InputError."""
+    """What a caller gives as a mask, mode "L": a path is opened, a PIL image read by the rule of `open_mask`. Raises InputError as
+    `as_picture`."""
     if isinstance(given, (str, Path)):
         return open_mask(given)
-    if isinstance(given, Image.Image) and min(given.size) > 0:
-        return given if given.mode == "L" else _editable(given)
-    as_picture(given)  # which says what is wrong with it
-    raise AssertionError("not reached")
+    image = _in_memory(given)
+    return image if image.mode == "L" else _editable(image)
 
 
 def _editable(image: Image.Image) -> Image.Image:
@@ -114,6 +113,12 @@ def as_picture(given: object) -> Image.Image:
     """
     if isinstance(given, (str, Path)):
         return open_image(given)
+    image = _in_memory(given)
+    return image if image.mode == "RGB" else to_rgb(image)
+
+
+def _in_memory(given: object) -> Image.Image:
+    """A PIL image that a caller gives, read and upright, in its own mode."""
     if not isinstance(given, Image.Image):
         raise InputError(f"got a {type(given).__name__} as a picture, expected a PIL image or a path, open it first")
     if given.width < 1 or given.height < 1:
@@ -122,8 +127,7 @@ def as_picture(given: object) -> Image.Image:
         given.load()  # a file that was opened, but not read yet
     except _DAMAGED as error:
         raise InputError(f"got a damaged picture ({error}), expected a whole file, save or download it again") from error
-    upright = _upright(given)
-    return upright if upright.mode == "RGB" else to_rgb(upright)
+    return _upright(given)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,7 +76,30 @@ class Captured:
         return self.out.clone()  # the next replay writes over it
 
 
-class StaticStep:
+class _Static:
+    """Rows of a cache of K slots whose lengths and positions lie on the device, so that no shape and no address depends on them."""
+
+    def __init__(self, model: Bagel, rows: int, capacity: int, taps: Sequence[int] = ()) -> None:
+        device = model.device
+        self.model, self.capacity = model, capacity
+        self.cache = model.new_cache(rows, taps)
+        self.cache.reserve(capacity)
+        self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # keys before the new ones
+        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.slots = torch.arange(capacity, device=device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, n] behind each row's keys, causal among themselves -> logits [B, n, V]."""
+        ahead = torch.arange(tokens.shape[1], device=tokens.device)
+        at = self.length + ahead  # [B, n]
+        plan = Plan(at, self.capacity, (self.slots <= at.unsqueeze(-1)).unsqueeze(1), causal=False)  # seen: [B, 1, n, K]
+        u = self.model.embed_text(tokens)
+        hidden = self.model.backbone(Streams(u, None), self.position + ahead, cache=self.cache, plan=plan).u
+        assert hidden is not None
+        return self.model.logits(hidden)
+
+
+class StaticStep(_Static):
     """One decoded token a row over a cache of K slots: lengths live on the device, and slots beyond them are masked.
 
     Rows of lengths 2 and 4 that write their new token (n) into K = 6 slots; what the query sees:
@@ -86,15 +109,9 @@ class StaticStep:
     """
 
     def __init__(self, model: Bagel, rows: int, capacity: int, compiler: str | None = None) -> None:
-        device = model.device
-        self.model, self.capacity = model, capacity
-        self.cache = model.new_cache(rows)
-        self.cache.reserve(capacity)
-        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # keys before the new one
-        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.slots = torch.arange(capacity, device=device)
-        self.run = Captured(self.compute, device, compiler)
+        super().__init__(model, rows, capacity)
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+        self.run = Captured(self.compute, model.device, compiler)
 
     def release(self) -> None:
         """Gives cache and graph back at once: `run` holds a method of this object, and so the object itself."""
@@ -108,15 +125,11 @@ class StaticStep:
         self.left = self.capacity - max(self.cache.lengths)
 
     def compute(self) -> Tensor:
-        """Buffers in, logits [B, V] out; lengths and positions move on. No shape and no address depends on how long the rows are."""
-        seen = (self.slots <= self.length)[:, None, None, :]  # [B, 1, 1, K]
-        plan = Plan(self.length, self.capacity, seen, causal=False)
-        u = self.model.embed_text(self.token)
-        hidden = self.model.backbone(Streams(u, None), self.position, cache=self.cache, plan=plan).u
-        assert hidden is not None
+        """Buffers in, logits [B, V] out; lengths and positions move on."""
+        logits = self.forward(self.token)[:, -1]
         self.length += 1
         self.position += 1
-        return self.model.logits(hidden[:, -1])
+        return logits
 
     def __call__(self, token: Tensor) -> Tensor:
         assert self.left > 0, f"got one token more than the {self.capacity} slots hold, expected `load` to have been given the room"
@@ -128,7 +141,7 @@ class StaticStep:
 SIZES = (1, 4, 8, 16)  # tokens a row that are read at once; others are padded to the next one, so that few graphs are recorded
 
 
-class StaticRead:
+class StaticRead(_Static):
     """Several new tokens a row at once, a draft that is verified: causal among themselves, over a cache of K slots.
 
     A row of length 2 that reads 3 tokens (n: the token itself) in K = 6 slots:
@@ -141,12 +154,8 @@ class StaticRead:
     """
 
     def __init__(self, model: Bagel, rows: int, capacity: int, taps: Sequence[int] = (), compiler: str | None = None) -> None:
-        self.model, self.capacity, self.compiler, device = model, capacity, compiler, model.device
-        self.cache = model.new_cache(rows, taps)
-        self.cache.reserve(capacity)
-        self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # keys before the new ones
-        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.slots = torch.arange(capacity, device=device)
+        super().__init__(model, rows, capacity, taps)
+        self.compiler = compiler
         self.runs: dict[int, tuple[Tensor, Captured]] = {}  # by size: the tokens' buffer, and the step that reads it
 
     def release(self) -> None:
@@ -160,24 +169,18 @@ class StaticRead:
         assert max(self.cache.lengths) + size <= self.capacity, f"got {size} tokens more than the {self.capacity} slots hold"
         if size not in self.runs:
             buffer = torch.zeros(rows, size, dtype=torch.long, device=self.model.device)
-            self.runs[size] = buffer, Captured(partial(self.compute, buffer), self.model.device, self.compiler)
+            self.runs[size] = buffer, Captured(partial(self.forward, buffer), self.model.device, self.compiler)
         buffer, run = self.runs[size]
-        buffer[:, :n].copy_(tokens)
+        buffer[:, :n].copy_(tokens.clamp(min=0))
         self.length.copy_(torch.tensor(self.cache.lengths)[:, None])
         self.position.copy_(position[:, None])
         logits = run()[:, :n]
         self.cache.advance([n] * rows)
         return logits
 
-    def compute(self, tokens: Tensor) -> Tensor:
-        """Buffers in, logits [B, size, V] out."""
-        ahead = torch.arange(tokens.shape[1], device=tokens.device)
-        at = self.length + ahead  # [B, size]
-        plan = Plan(at, self.capacity, (self.slots <= at.unsqueeze(-1)).unsqueeze(1), causal=False)  # seen: [B, 1, size, K]
-        u = self.model.embed_text(tokens.clamp(min=0))
-        hidden = self.model.backbone(Streams(u, None), self.position + ahead, cache=self.cache, plan=plan).u
-        assert hidden is not None
-        return self.model.logits(hidden)
+
+K = TypeVar("K")
+S = TypeVar("S", StaticStep, StaticRead)
 
 
 class GraphRunner:
@@ -194,14 +197,8 @@ class GraphRunner:
 
     @torch.inference_mode()
     def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int) -> None:
-        need = max(n for cache in caches for n in cache.lengths) + room
-        key = len(positions), -(-need // GRANULE) * GRANULE
-        self.step = self.steps.pop(key, None)
-        while len(self.steps) >= self.keep:  # before a new cache is made: two would have to fit
-            self.steps.pop(next(iter(self.steps))).release()
-        if self.step is None:
-            self.step = StaticStep(self.model, *key, self.compiler)
-        self.steps[key] = self.step
+        key = len(positions), _capacity(caches, room)
+        self.step = self._take(self.steps, key, lambda: StaticStep(self.model, *key, self.compiler))
         self.step.load(caches, positions)
 
     def __call__(self, token: Tensor) -> Tensor:
@@ -214,14 +211,24 @@ class GraphRunner:
     @torch.inference_mode()
     def reader(self, caches: Sequence[KVCache], room: int) -> StaticRead:
         """For speculative decoding: who reads up to `room` tokens more behind these contexts, with the hidden states that they keep."""
-        need, taps = max(n for cache in caches for n in cache.lengths) + room + SIZES[-1], caches[0].taps
-        key = sum(len(cache.lengths) for cache in caches), -(-need // GRANULE) * GRANULE, taps
-        read = self.reads.pop(key, None)
-        while len(self.reads) >= self.keep:
-            self.reads.pop(next(iter(self.reads))).release()
-        self.reads[key] = read or StaticRead(self.model, *key, self.compiler)
-        self.reads[key].cache.load(caches)
-        return self.reads[key]
+        key = sum(len(cache.lengths) for cache in caches), _capacity(caches, room + SIZES[-1]), caches[0].taps
+        read = self._take(self.reads, key, lambda: StaticRead(self.model, *key, self.compiler))
+        read.cache.load(caches)
+        return read
+
+    def _take(self, shelf: dict[K, S], key: K, make: Callable[[], S]) -> S:
+        """What stands there for `key`, or a new one, as the last used; where there are too many, the longest unused goes first."""
+        found = shelf.pop(key, None)
+        while len(shelf) >= self.keep:  # before a new cache is made: two would have to fit
+            shelf.pop(next(iter(shelf))).release()
+        shelf[key] = make() if found is None else found
+        return shelf[key]
+
+
+def _capacity(caches: Sequence[KVCache], room: int) -> int:
+    """Slots for these contexts and `room` more, in whole granules."""
+    need = max(n for cache in caches for n in cache.lengths) + room
+    return -(-need // GRANULE) * GRANULE
 
 
 class StaticVelocity(Protocol):

@@ -189,7 +189,7 @@ class Session:
     def check_answer(self, max_tokens: int) -> None:
         """Raises InputError if an answer of `max_tokens` and the marker before it do not fit behind the context."""
         limit, have = self.parts.model.config.llm.max_position_embeddings, self.cache.lengths[0]
-        room = limit - have - 1
+        room = self.room() - 1
         if room < 1:
             self.check_room(2)  # no shorter answer would help
         if max_tokens > room:

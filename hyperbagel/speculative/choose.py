@@ -37,8 +37,8 @@ class Drafters:
         return [*self.shipped(), LOOKUP, AUTO, NONE]
 
     def default(self) -> str:
-        """Who drafts if nobody is asked for."""
-        return AUTO if self.shipped() else NONE
+        """Who drafts if nobody is asked for. With graphs nobody: those are of plain steps, and were asked for."""
+        return AUTO if self.graphs is None and self.shipped() else NONE
 
     def check(self, name: str | None) -> None:
         """Raises InputError for a name that means nothing. Reads nothing."""

@@ -119,11 +119,13 @@ class World:
 def _messages(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
     """In order, as many as fit into one message each; a larger parameter is one by itself."""
     held: list[torch.nn.Parameter] = []
+    size = 0
     for parameter in parameters:
-        if held and sum(p.numel() for p in held) + parameter.numel() > MESSAGE:
+        if held and size + parameter.numel() > MESSAGE:
             yield held
-            held = []
+            held, size = [], 0
         held.append(parameter)
+        size += parameter.numel()
     if held:
         yield held
 
