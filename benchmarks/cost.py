@@ -29,9 +29,14 @@ def expert_weights(llm: LLMConfig) -> int:
     return llm.num_hidden_layers * (2 * e * q + 2 * e * kv + 3 * e * llm.intermediate_size)
 
 
-def attention_flops(llm: LLMConfig, queries: float, keys: float) -> float:
-    """Scores and weighted values of all layers."""
-    return 4 * queries * keys * llm.num_attention_heads * llm.head_dim * llm.num_hidden_layers
+def last_weights(llm: LLMConfig) -> int:
+    """Those of them that a token does not need of which only keys and values are wanted: behind the last layer's attention."""
+    return llm.hidden_size * (llm.num_attention_heads * llm.head_dim + 3 * llm.intermediate_size)
+
+
+def attention_flops(llm: LLMConfig, queries: float, keys: float, layers: int | None = None) -> float:
+    """Scores and weighted values of all layers, or of `layers`."""
+    return 4 * queries * keys * llm.num_attention_heads * llm.head_dim * (llm.num_hidden_layers if layers is None else layers)
 
 
 def cache_entries(llm: LLMConfig, slots: float) -> float:
@@ -39,22 +44,27 @@ def cache_entries(llm: LLMConfig, slots: float) -> float:
     return 2 * slots * llm.num_key_value_heads * llm.head_dim * llm.num_hidden_layers
 
 
-def block(config: BagelConfig, contexts: Sequence[int], understanding: int, latents: int, width: int) -> Cost:
+def block(config: BagelConfig, contexts: Sequence[int], understanding: int, latents: int, width: int, *, wanted: bool) -> Cost:
     """A forward of rows behind `contexts` cached tokens each: `understanding` + `latents` new tokens a row, all seeing each other.
 
-    A denoising step is (2 markers, n latents), one row a picture and branch; a picture as context is (patches + 2, 0) or (2, n).
+    A denoising step is (2 markers, n latents), one row a picture and branch, and its latents are `wanted`; a picture as context is
+    (patches + 2, 0) or (2, n) and leaves keys and values alone.
     """
-    llm, n = config.llm, understanding + latents
-    expert, ends = expert_weights(llm), 2 * config.latent_channels * llm.hidden_size  # into and out of the model
-    flops = sum(2 * (n * expert + latents * ends) + attention_flops(llm, n, past + n) for past in contexts)
-    used = (understanding > 0) + (latents > 0)
-    return Cost(flops, width * (used * expert + sum(cache_entries(llm, past) for past in contexts)))
+    llm, n, out = config.llm, understanding + latents, latents if wanted else 0
+    expert, last, ends = expert_weights(llm), last_weights(llm), 2 * config.latent_channels * llm.hidden_size  # into and out of the model
+    products = n * expert - (n - out) * last + latents * ends
+    flops = sum(
+        2 * products + attention_flops(llm, n, past + n, llm.num_hidden_layers - 1) + attention_flops(llm, out, past + n, 1)
+        for past in contexts
+    )
+    weights = (understanding > 0) * (expert - last) + (latents > 0) * (expert - (not wanted) * last)
+    return Cost(flops, width * (weights + sum(cache_entries(llm, past) for past in contexts)))
 
 
 def text(config: BagelConfig, n: int, width: int) -> Cost:
-    """Prefill of n tokens of text behind nothing, causal, no head."""
-    expert = expert_weights(config.llm)
-    return Cost(2 * n * expert + attention_flops(config.llm, n, (n + 1) / 2), width * expert)
+    """Prefill of n tokens of text behind nothing, causal, for its keys and values."""
+    llm, weights = config.llm, expert_weights(config.llm) - last_weights(config.llm)
+    return Cost(2 * n * weights + attention_flops(llm, n, (n + 1) / 2, llm.num_hidden_layers - 1), width * weights)
 
 
 def decode(config: BagelConfig, rows: int, past: int, width: int) -> Cost:

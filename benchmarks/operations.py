@@ -131,7 +131,7 @@ def _step(
         if way != "eager":
             velocity = GraphVelocity(velocity, compiler if way == "compiled" else None)
     contexts = [b.length for group in branches for b in group]
-    found = cost.block(config, contexts, 2, n, parts.model.dtype.itemsize)
+    found = cost.block(config, contexts, 2, n, parts.model.dtype.itemsize, wanted=True)
     return Operation(lambda: velocity(x, T), found, "matmul", {"pictures": pictures, "latent_tokens": n, "contexts": contexts})
 
 
@@ -175,7 +175,7 @@ def _vit(parts: Parts, load: Workload) -> Operation:
     pixels = parts.vit_transform(parts.vae_transform.resize(picture(load)))
     config, width = parts.model.config, parts.model.dtype.itemsize
     patches = (pixels.shape[1] // config.vit.patch_size) * (pixels.shape[2] // config.vit.patch_size)
-    parts_cost = cost.vision(config, patches, width), cost.block(config, [0], patches + 2, 0, width)
+    parts_cost = cost.vision(config, patches, width), cost.block(config, [0], patches + 2, 0, width, wanted=False)
     return Operation(lambda: _read(parts, lambda session: session.vit_block(pixels)), _sum(*parts_cost), "matmul", {"patches": patches})
 
 
@@ -184,7 +184,7 @@ def _latents(parts: Parts, load: Workload) -> Operation:
     pixels, config = parts.vae_transform(picture(load)), parts.model.config
     size = pixels.shape[1], pixels.shape[2]
     n = size[0] * size[1] // config.latent_stride**2
-    parts_cost = cost.autoencoder(config, size, encode=True), cost.block(config, [0], 2, n, parts.model.dtype.itemsize)
+    parts_cost = cost.autoencoder(config, size, encode=True), cost.block(config, [0], 2, n, parts.model.dtype.itemsize, wanted=False)
     total = _sum(*parts_cost)
     return Operation(lambda: _read(parts, lambda session: session.latent_block(pixels, None)), total, "matmul", {"latent_tokens": n})
 

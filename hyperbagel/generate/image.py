@@ -81,7 +81,7 @@ class GuidedVelocity:
         model, rows = self.model, x.shape[0] * branches
         g = model.embed_latent(x, t, self.where)
         g = (g if self.guidance is None else g + self.guidance).repeat(branches, 1, 1)
-        hidden = model.backbone(Streams(self.markers[:rows], g), self.positions[:rows], cache=cache, plan=plan)
+        hidden = model.backbone(Streams(self.markers[:rows], g), self.positions[:rows], cache=cache, plan=plan, wanted="g")
         assert hidden.g is not None
         v = model.velocity(hidden.g)  # [R, N, C]
         if self.inside is not None:

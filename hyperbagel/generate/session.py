@@ -23,7 +23,7 @@ from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.kv_cache import KVCache
-from hyperbagel.nn.layers import store_by_columns
+from hyperbagel.nn.projections import store_by_columns
 
 # Tokens of blocks that are run together. Fewer cost what a forward costs whatever is in it; more are worth attention without a mask.
 # In fp32 alone: in bf16 the reference's own division of the work stays nearest to its numbers (golden edits of two pictures, AMX: 2.2 %
@@ -165,7 +165,7 @@ class Session:
             seen = torch.ones(n, have + n, dtype=torch.bool, device=where.device)
             seen[:, have:] = where[:, None] >= where
             plan = replace(plan, mask=seen[None, None])
-        self.parts.model.backbone(x, (self.position + where).unsqueeze(0), cache=self.cache, plan=plan)
+        self.parts.model.backbone(x, (self.position + where).unsqueeze(0), cache=self.cache, plan=plan, wanted="")
         self.cache.advance([n])
         self.position += len(blocks)
 
@@ -236,7 +236,7 @@ def _prefill_text(model: Bagel, cache: KVCache, ids: list[int], position: int) -
     n = len(ids)
     u = model.embed_text(torch.tensor([ids], device=model.device))
     where = torch.arange(position, position + n, device=model.device).unsqueeze(0)
-    model.backbone(Streams(u, None), where, cache=cache, plan=cache.plan([n], causal=True))
+    model.backbone(Streams(u, None), where, cache=cache, plan=cache.plan([n], causal=True), wanted="")
     cache.advance([n])
     return position + n
 

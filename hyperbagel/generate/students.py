@@ -8,7 +8,7 @@ from pathlib import Path
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.student import Sampler, StudentNetwork, load_student, read_sampler
-from hyperbagel.nn.layers import store_by_columns
+from hyperbagel.nn.projections import store_by_columns
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hyperbagel.model.config import LLMConfig
-from hyperbagel.nn.attention import attend
+from hyperbagel.nn.attention import attend, prepared
 from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.nn.layers import MLP, RMSNorm, embedding, rope_table, rotate
+from hyperbagel.nn.projections import Projections
 
 
 class Streams(NamedTuple):
@@ -28,22 +29,25 @@ class Streams(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What attention needs besides the tokens: cos, sin [B, 1, S, D]; a mask (training) or a cache with its plan (inference)."""
+    """What attention needs besides the tokens: cos, sin [B, S, 1, D]; who sees whom; at inference a cache and the plan for it."""
 
     cos: Tensor
     sin: Tensor
     mask: Any = None
+    causal: bool = False
     cache: KVCache | None = None
     plan: Plan | None = None
     backend: str = "sdpa"
 
 
-class SelfAttention(nn.Module):
+EXPERTS = ("", "_moe_gen")  # of the streams u and g, behind the names of their layers
+
+
+class SelfAttention(Projections):
     """Each expert has projections and norms of its own; all tokens attend together. Streams [B, Su, E] and [B, Sg, E] -> the same."""
 
     def __init__(self, cfg: LLMConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        super().__init__(cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, EXPERTS)
         self.attend = attend  # of the instance, so that training can keep it out of a compiled graph
         e, q, kv = cfg.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj, self.q_proj_moe_gen = nn.Linear(e, q), nn.Linear(e, q)
@@ -53,32 +57,28 @@ class SelfAttention(nn.Module):
         self.q_norm, self.q_norm_moe_gen = RMSNorm(self.head_dim, cfg.rms_norm_eps), RMSNorm(self.head_dim, cfg.rms_norm_eps)
         self.k_norm, self.k_norm_moe_gen = RMSNorm(self.head_dim, cfg.rms_norm_eps), RMSNorm(self.head_dim, cfg.rms_norm_eps)
 
-    def _qkv(self, x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, qn: nn.Module, kn: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        def heads(y: Tensor, n: int) -> Tensor:
-            return y.unflatten(-1, (n, self.head_dim))
-
-        parts = qn(heads(q(x), self.heads)), kn(heads(k(x), self.kv_heads)), heads(v(x), self.kv_heads)
-        return tuple(part.transpose(1, 2) for part in parts)  # type: ignore[return-value]  # each [B, H, S, D]
-
-    def forward(self, x: Streams, sight: Sight, layer: int) -> Streams:
-        parts = []
-        if x.u is not None:
-            parts.append(self._qkv(x.u, self.q_proj, self.k_proj, self.v_proj, self.q_norm, self.k_norm))
-        if x.g is not None:
-            own = self.q_proj_moe_gen, self.k_proj_moe_gen, self.v_proj_moe_gen, self.q_norm_moe_gen, self.k_norm_moe_gen
-            parts.append(self._qkv(x.g, *own))
-        q, k, v = parts[0] if len(parts) == 1 else (torch.cat(pair, dim=2) for pair in zip(*parts, strict=True))
-        q, k = rotate(q, sight.cos, sight.sin), rotate(k, sight.cos, sight.sin)
-        mask, causal = sight.mask, False
+    def forward(self, x: Streams, sight: Sight, layer: int, wanted: str = "ug") -> Streams:
+        """Streams that are not `wanted` leave keys and values alone."""
+        parts = [self.project(part, expert) for part, expert in zip(x, EXPERTS) if part is not None]
+        qk, v = parts[0] if len(parts) == 1 else (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
+        qk, v = rotate(qk, sight.cos, sight.sin).transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
+        q, k = qk[:, : self.heads], qk[:, self.heads :]
         if sight.cache is not None and sight.plan is not None:
             k, v = sight.cache.append(layer, sight.plan, k, v)
-            mask, causal = sight.plan.mask, sight.plan.causal
-        out = self.attend(q, k, v, mask, causal, sight.backend).transpose(1, 2).flatten(2)  # [B, S, Hq D]
         su = 0 if x.u is None else x.u.shape[1]
+        first, last = (0 if "u" in wanted else su), (q.shape[2] if "g" in wanted else su)
+        mask = sight.mask
+        if last - first < q.shape[2]:
+            if first == last:
+                return Streams(None, None)
+            assert not sight.causal, "text is causal, and nothing is drawn beside it"
+            q = q[:, :, first:last]
+            mask = mask[..., first:last, :] if isinstance(mask, Tensor) and mask.shape[-2] > 1 else mask
+        out = self.attend(q, k, v, mask, sight.causal, sight.backend).transpose(1, 2).flatten(2)  # [B, S, Hq D]
         # `view`: a slice of one row has a stride that says nothing. FSDP2 tidies it up in a forward, not where a layer is run again for its
         # gradient (`recompute`), and the products' saved shapes then differ.
-        u, g = (part.view(part.shape) for part in (out[:, :su], out[:, su:]))
-        return Streams(None if x.u is None else self.o_proj(u), None if x.g is None else self.o_proj_moe_gen(g))
+        u, g = (part.view(part.shape) if part.shape[1] else None for part in (out[:, : su - first], out[:, su - first :]))
+        return Streams(None if u is None else self.o_proj(u), None if g is None else self.o_proj_moe_gen(g))
 
 
 class DecoderLayer(nn.Module):
@@ -92,17 +92,17 @@ class DecoderLayer(nn.Module):
         self.input_layernorm, self.input_layernorm_moe_gen = RMSNorm(e, eps), RMSNorm(e, eps)
         self.post_attention_layernorm, self.post_attention_layernorm_moe_gen = RMSNorm(e, eps), RMSNorm(e, eps)
 
-    def forward(self, x: Streams, sight: Sight, layer: int) -> Streams:
+    def forward(self, x: Streams, sight: Sight, layer: int, wanted: str = "ug") -> Streams:
         normed = Streams(
             None if x.u is None else self.input_layernorm(x.u),
             None if x.g is None else self.input_layernorm_moe_gen(x.g),
         )
-        mixed = self.self_attn(normed, sight, layer)
+        mixed = self.self_attn(normed, sight, layer, wanted)
         u = g = None
-        if x.u is not None:
+        if mixed.u is not None:
             u = x.u + mixed.u
             u = u + self.mlp(self.post_attention_layernorm(u))
-        if x.g is not None:
+        if mixed.g is not None:
             g = x.g + mixed.g
             g = g + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(g))
         return Streams(u, g)
@@ -129,14 +129,24 @@ class Qwen2MoT(nn.Module):
         plan: Plan | None = None,
         backend: str | None = None,
         taps: list[Streams] | None = None,
+        wanted: str = "ug",
     ) -> Streams:
         """All layers and the final norms. positions [B, S] in stream order [u | g]. `taps` collects the output of every layer; a
-        cache with taps keeps those it was made for."""
+        cache with taps keeps those it was made for.
+
+        wanted: streams to return, "ug", "g" or "" (a context that is read for its keys and values). What only the others would need of
+        the last layer is not computed.
+        """
         some = x.u if x.u is not None else x.g
         assert some is not None, "a forward needs tokens"
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta, some.dtype)
-        sight = Sight(cos, sin, mask, cache, plan, backend or self.attention)
+        backend, causal = backend or self.attention, False
+        if cache is not None and plan is not None:
+            mask, causal = prepared(plan.mask, plan.causal, positions.shape[1], plan.visible, some, backend)
+        sight = Sight(cos, sin, mask, causal, cache, plan, backend)
         tapped = cache if cache is not None and cache.taps else None
+        if taps is not None or (tapped is not None and len(self.layers) in tapped.taps):
+            wanted = "ug"
         if tapped is not None and plan is not None:
             tapped.tap_positions(plan, positions)
             tapped.tap(0, plan, x)
@@ -144,7 +154,7 @@ class Qwen2MoT(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, sight, i, use_reentrant=False, preserve_rng_state=False)  # nothing in a layer is drawn
             else:
-                x = layer(x, sight, i)
+                x = layer(x, sight, i, wanted if i + 1 == len(self.layers) else "ug")
             if taps is not None:
                 taps.append(x)
             if tapped is not None and plan is not None:

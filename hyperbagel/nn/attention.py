@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.nn.layers import quick
 
 BACKENDS = ("sdpa", "reference", "flash")
 
@@ -43,6 +44,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = Fal
     if q.is_cuda and mask is not None and q.shape[1] != k.shape[1]:
         return without_groups(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def prepared(mask: Any, causal: bool, sq: int, sk: int, like: Tensor, backend: str) -> tuple[Any, bool]:
+    """Mask and causal flag as every layer of a forward will want them, sq new tokens of sk keys: made once here, not in each of them.
+
+    For fp32 served on a CPU masks become numbers to add, 0 or -inf, which PyTorch else makes of them in every call.
+    """
+    if causal and backend == "sdpa" and 1 < sq < sk:
+        mask, causal = causal_mask(sq, sk, like.device), False
+    if isinstance(mask, Tensor) and backend == "sdpa" and quick(like):
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    return mask, causal
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

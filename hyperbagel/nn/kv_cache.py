@@ -75,11 +75,15 @@ class KVCache:
                 new[:, :, : old.shape[2]] = old
                 store[i] = new
 
+    def grow(self, slots: int) -> None:
+        """`reserve` for what grows token by token: if there is no room for `slots` keys, for many more."""
+        if slots > self.capacity:
+            self.reserve(max(slots, min(2 * self.capacity, self.capacity + 1024)))
+
     def plan(self, counts: Sequence[int], causal: bool) -> Plan:
         """Room for counts[b] new tokens in row b, causal or full among themselves; both see their row's past."""
         n, ends = max(counts), [have + new for have, new in zip(self.lengths, counts, strict=True)]
-        if max(self.lengths) + n > self.capacity:
-            self.reserve(max(max(self.lengths) + n, min(2 * self.capacity, self.capacity + 1024)))
+        self.grow(max(self.lengths) + n)
         device = self.k[0].device
         if len(set(self.lengths)) == 1 and min(counts) == n:
             return Plan(slice(self.lengths[0], ends[0]), ends[0], None, causal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,30 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if quick(x) and self.weight.dtype == torch.float32:
+            return torch.addcmul(_number(0.0), x, self.weight, value=x.shape[-1] ** 0.5).div_(root_of_squares(x, self.eps))
         wide = x.float()
         training = x.is_cuda and self.weight.dtype == torch.float32 and torch.is_grad_enabled()
         if training or x.dtype == self.weight.dtype == torch.float32:  # one call in place of six
             return F.rms_norm(wide, self.weight.shape, self.weight, self.eps)
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def quick(x: Tensor) -> bool:
+    """Whether x is served in fp32 on a CPU: there the calls of small operations take longer than their arithmetic."""
+    served = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return served and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+def root_of_squares(x: Tensor, eps: float) -> Tensor:
+    """sqrt(D) rms(x) = sqrt(sum of x^2 + D eps), x [..., D] -> [..., 1], in two calls; PyTorch's rms_norm makes nine on a CPU."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(_number((x.shape[-1] * eps) ** 0.5))
+
+
+@lru_cache
+def _number(value: float) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value)
 
 
 class MLP(nn.Module):
@@ -38,35 +58,23 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def store_by_columns(module: nn.Module) -> None:
-    """Stores the fp32 weights of all linear layers on a CPU by columns, in place: same shapes, same values, other strides. For inference.
-
-    x W^T then reads W as it lies. By rows it is packed anew in every product, which costs most where a product has few rows: 2.4 to 1.4 ms
-    for all products of the embedded model with 11 rows (a verified draft), 7.2 to 4.8 with 64 (a picture's latents), the same with one
-    (AVX512, one thread). One layer at a time, so a memory-mapped model never lies in memory twice.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32:
-            layer.weight.data = layer.weight.data.t().contiguous().t()
-
-
 def embedding(rows: int, size: int) -> nn.Embedding:
     """A table without values: PyTorch's own initialisation on the meta device imports its compiler, seconds of start-up for nothing."""
     return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions [B, S], each [B, 1, S, D]. Computed in fp32."""
+    """For positions [B, S], each [B, S, 1, D]: cos, and sin with the sign that the halves take. Computed in fp32."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions.float().unsqueeze(-1) * frequency  # [B, S, D/2]
-    angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = positions.float()[..., None, None] * frequency  # [B, S, 1, D/2]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half RoPE on x [B, H, S, D]."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    """Rotate-half RoPE on x [B, S, H, D] = [a | b]: [a cos - b sin | b cos + a sin]."""
+    other = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, other, sin) if quick(x) else x * cos + other * sin
 
 
 def sincos_table(side: int, size: int) -> Tensor:

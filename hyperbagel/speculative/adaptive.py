@@ -122,7 +122,7 @@ class Adaptive:
             assert news is not None
             draft = self._draft(name, phase, seen, limit, news)
             if draft.tokens.shape[1] or not _free(self.drafters[name]):
-                drafted, columns = (draft.tokens >= 0).sum(1).tolist(), draft.tokens.shape[1]
+                drafted, columns = [sum(id_ >= 0 for id_ in row) for row in draft.tokens.tolist()], draft.tokens.shape[1]
                 seconds = self.costs.round_seconds(name, max(1, columns), columns + 1, fresh=not any(news.start))
                 self.last = _Last(name, phase, drafted, seconds)
                 self.rounds_drafted[name] += 1
@@ -151,8 +151,9 @@ class Adaptive:
         shown = replace(seen, start=news.start, counts=news.counts, ids=news.ids)
         draft = drafter.propose(shown, min(limit, max(depth, TRIAL_DEPTH)))
         if draft.tree is None and draft.tokens.device.type == "cpu":  # elsewhere the look would cost a wait
-            used = int((draft.tokens >= 0).any(0).sum())
-            draft = replace(draft, tokens=draft.tokens[:, :used])
+            used = max((sum(id_ >= 0 for id_ in row) for row in draft.tokens.tolist()), default=0)
+            if used < draft.tokens.shape[1]:
+                draft = replace(draft, tokens=draft.tokens[:, :used])
         return draft
 
     def _learn(self, counts: Sequence[int]) -> None:

@@ -140,7 +140,7 @@ def prefill(model: Bagel, samples: Sequence[Sample], spec: PackSpec, encode: Enc
     cache, slots = model.new_cache(len(rows)), batch.positions.shape[1]
     cache.reserve(slots)
     plan = Plan(slice(0, slots), slots, dense_mask(batch), causal=False)
-    model.backbone(model.embed_packed(batch), batch.positions, cache=cache, plan=plan)
+    model.backbone(model.embed_packed(batch), batch.positions, cache=cache, plan=plan, wanted="")
     index = torch.tensor(rows, device=model.device)
 
     def spread(x: Tensor) -> Tensor:
@@ -236,7 +236,8 @@ def velocity(
         seen = torch.cat([context.seen, own], dim=1)[:, None, None, :]  # [B, 1, 1, K + N + 2]
     plan = Plan(slice(0, 0), context.seen.shape[1] + n + 2, seen, causal=False)
     positions = context.position[:, None].expand(-1, n + 2)
-    out = model.backbone(Streams(conditions.markers.to(g.dtype), g), positions, cache=_Behind(context), plan=plan, taps=taps)
+    x_t = Streams(conditions.markers.to(g.dtype), g)
+    out = model.backbone(x_t, positions, cache=_Behind(context), plan=plan, taps=taps, wanted="g")
     assert out.g is not None
     return model.velocity(out.g)
 

@@ -20,7 +20,7 @@ from hyperbagel.speculative.drafters.layers import Layer, Memory, Sight, Unrolle
 
 
 class BlockDrafter(nn.Module):
-    """`context` once a slot, `block` and the head once a round, `link` and `trust` once a drafted token."""
+    """One forward a round, of the slots that are new and of the block; `link` and `trust` once a drafted token."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -51,23 +51,20 @@ class BlockDrafter(nn.Module):
         nn.init.zeros_(self.markov_out.weight)
         nn.init.zeros_(self.confidence.weight)
 
-    def context(self, features: Tensor, positions: Tensor, memory: Memory) -> None:
-        """Puts the fused features [B, n, T, E] of committed slots into every layer's memory."""
+    def forward(self, features: Tensor, slots: Tensor, root: Tensor, positions: Tensor, memory: Memory, k: int) -> Tensor:
+        """Features [B, n, T, E] of committed slots at positions `slots` [B, n], embeddings of roots [B, A, E] at `positions` [B, A] ->
+        normalised outputs [B, A * K, E] of the roots' blocks. Keys go into the memory in that order, slots and blocks.
+
+        k: tokens of a block, at most the K it was trained for. No token sees a later one, so fewer are the first ones of all.
+        """
         parts = [norm(x) for norm, x in zip(self.feature_norms, features.unbind(2), strict=True)]
         fused = self.context_norm(self.fc(torch.cat(parts, dim=-1)))
-        sight = Sight.at(positions, self.config, fused.dtype, memory)
-        for i, layer in enumerate(self.layers):
-            memory.append(i, *layer.self_attn.keys(fused, sight))  # type: ignore[operator, union-attr]
-
-    def block(self, root: Tensor, positions: Tensor, memory: Memory) -> Tensor:
-        """Embeddings of roots [B, A, E] at positions [B, A] -> normalised outputs [B, A * K, E] of their blocks."""
-        k = self.config.block
-        x = self.marks.expand(*root.shape[:2], -1, -1)
+        x = self.marks[:k].expand(*root.shape[:2], -1, -1)
         x = torch.cat([x[:, :, :1] + root[:, :, None], x[:, :, 1:]], dim=2).flatten(1, 2)
-        where = (positions[..., None] + torch.arange(k, device=positions.device)).flatten(1)
-        sight = Sight.at(where, self.config, x.dtype, memory)
+        ahead = (positions[..., None] + torch.arange(k, device=positions.device)).flatten(1)
+        sight = Sight.at(torch.cat([slots, ahead], dim=1), self.config, x.dtype, memory)
         for i, layer in enumerate(self.layers):
-            x = layer(x, sight, i)
+            x = layer(x, sight, i, beside=fused)
         return self.norm(x)
 
     def link(self, previous: Tensor) -> Tensor:
@@ -85,11 +82,11 @@ class BlockDrafter(nn.Module):
         """
         k, r = self.config.block, lesson.tokens.shape[1]
         memory = Unrolled(self.memory_layers)
-        self.context(lesson.features, lesson.positions, memory)
         last = lesson.rows().gather(1, anchors)  # the slot before each root
         memory.mask = block_mask(last, lesson.features.shape[1], k)
         where = lesson.positions.gather(1, last) + 1
-        out = self.block(embed(lesson.tokens.gather(1, anchors)), where, memory).unflatten(1, (-1, k))
+        roots = embed(lesson.tokens.gather(1, anchors))
+        out = self(lesson.features, lesson.positions, roots, where, memory, k).unflatten(1, (-1, k))
         at = (anchors[..., None] + torch.arange(k, device=anchors.device)).clamp(max=r - 1)  # [B, A, K]
         previous = lesson.tokens.gather(1, at.flatten(1)).view_as(at)
         return self.lm_head(out) + self.link(previous), self.trust(out, previous)

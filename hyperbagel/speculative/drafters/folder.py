@@ -14,7 +14,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.weights import TensorFolder, load_tensors, save_tensors
-from hyperbagel.nn.layers import store_by_columns
+from hyperbagel.nn.projections import store_by_columns
 from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.eagle3 import Eagle3, drafted_ids

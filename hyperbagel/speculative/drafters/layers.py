@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hyperbagel.nn.attention import attend
 from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.nn.layers import MLP, RMSNorm, rope_table, rotate
+from hyperbagel.nn.projections import Projections
 from hyperbagel.speculative.drafters.config import DrafterConfig
 
 
@@ -48,7 +49,7 @@ class Unrolled:
 
 
 class Sight(NamedTuple):
-    """What attention needs besides the tokens: cos, sin [B, 1, n, D] and the memory."""
+    """What attention needs besides the tokens: cos, sin [B, n, 1, D] and the memory."""
 
     cos: Tensor
     sin: Tensor
@@ -59,12 +60,11 @@ class Sight(NamedTuple):
         return cls(*rope_table(positions, config.head_dim, config.rope_theta, dtype), memory)
 
 
-class Attention(nn.Module):
+class Attention(Projections):
     """Causal attention over a memory. `like_target`: with BAGEL's biases and norms of queries and keys, so that its weights fit."""
 
     def __init__(self, config: DrafterConfig, width: int, like_target: bool) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        super().__init__(config.heads, config.kv_heads, config.head_dim)
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = nn.Linear(width, q, bias=like_target)
         self.k_proj = nn.Linear(width, kv, bias=like_target)
@@ -73,17 +73,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.eps) if like_target else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.eps) if like_target else nn.Identity()
 
-    def keys(self, x: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hk, n, D] of x [B, n, width]."""
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
-        return rotate(k, sight.cos, sight.sin), v
-
-    def forward(self, x: Tensor, sight: Sight, layer: int) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))).transpose(1, 2)
-        k, v, mask, causal = sight.memory.append(layer, *self.keys(x, sight))
-        out = attend(rotate(q, sight.cos, sight.sin), k, v, mask, causal)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, sight: Sight, layer: int, beside: Tensor | None = None) -> Tensor:
+        """x [B, n, width]. `beside` [B, m, width]: tokens before them that only leave keys and values; `sight` is of m + n then."""
+        qk, v = self.project(x if beside is None else torch.cat([beside, x], dim=1))
+        q, k = rotate(qk, sight.cos, sight.sin).transpose(1, 2).split([self.heads, self.kv_heads], dim=1)
+        k, v, mask, causal = sight.memory.append(layer, k, v.transpose(1, 2))
+        return self.o_proj(attend(q[:, :, -x.shape[1] :], k, v, mask, causal).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
@@ -96,8 +91,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.eps)
 
-    def forward(self, x: Tensor, sight: Sight, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), sight, layer)
+    def forward(self, x: Tensor, sight: Sight, layer: int, beside: Tensor | None = None) -> Tensor:
+        """`beside`: as of Attention, normed already."""
+        x = x + self.self_attn(self.input_layernorm(x), sight, layer, beside)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from hyperbagel.generate.sampling import probabilities
 from hyperbagel.generate.session import Session
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.speculative.drafters.autoregressive import DraftModule
 from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.expand import Level, best_nodes, grow, level_plan
@@ -38,6 +38,10 @@ def gather_news(seen: Seen, layers: Sequence[int], root: Tensor | None) -> News:
     """Reads the taps of seen's new slots. `root` [B, E]: embedding of the roots, if `following` is wanted (needs tap 0)."""
     cache, device = seen.cache, seen.root.device
     n = max(seen.counts)
+    if root is None and len(set(seen.start)) == len(set(seen.counts)) == 1:  # as they lie
+        new = slice(seen.start[0], seen.start[0] + n)
+        states = [cache.tapped[cache.taps.index(layer)][:, 0, new] for layer in layers]
+        return News(torch.stack(states, dim=2), None, cache.positions[0][:, 0, new, 0])
     start = torch.tensor(seen.start, device=device)[:, None]
     end = start + torch.tensor(seen.counts, device=device)[:, None]  # [B, 1]
     slots = (start + torch.arange(n, device=device)).minimum((end - 1).clamp(min=0))
@@ -168,6 +172,23 @@ class AutoregressiveDrafter(_Proposer):
         return best_nodes(levels, self.nodes, self.threshold if h.device.type == "cpu" else 0.0)
 
 
+def block_plan(cache: KVCache, counts: Sequence[int], k: int) -> Plan:
+    """Where counts[b] new slots of row b and then the K tokens of its block go, and what the block sees: its row and itself, causally.
+
+    Rows are padded to the longest count; padding goes behind the block, where nobody looks.
+    """
+    n, ends = max(counts), [have + new for have, new in zip(cache.lengths, counts, strict=True)]
+    cache.grow(max(ends) + k + n)
+    if len(set(cache.lengths)) == len(set(counts)) == 1:
+        return Plan(slice(cache.lengths[0], ends[0] + k), ends[0] + k, None, True)
+    device = cache.k[0].device
+    start, end = torch.tensor([cache.lengths, ends], device=device)[..., None]  # each [B, 1]
+    new, own = torch.arange(n, device=device), end + torch.arange(k, device=device)
+    slots = torch.cat([torch.where(start + new < end, start + new, end + k + new), own], dim=1)
+    visible = max(ends) + k
+    return Plan(slots, visible, (torch.arange(visible, device=device) <= own[..., None]).unsqueeze(1), False)
+
+
 class BlockProposer(_Proposer):
     """One pass a round. What the drafter believes of itself is its confidence head if it samples, else its own probability."""
 
@@ -183,14 +204,12 @@ class BlockProposer(_Proposer):
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         news = gather_news(seen, self.module.layers_read, None)
-        self.module.context(news.features, news.positions, Served(self.cache, self.cache.plan(seen.counts, causal=True)))
-        self.cache.advance(seen.counts)
-        k = self.module.config.block
-        plan = self.cache.plan([k] * len(seen.counts), causal=True)  # never advanced: the block leaves no trace
-        root = self.target.embed_text(seen.root)[:, None]
-        out = self.module.block(root, seen.position[:, None], Served(self.cache, plan))
         depth = min(self.depth, limit)
-        logits = self.module.lm_head(out[:, :depth])
+        plan = block_plan(self.cache, seen.counts, depth)
+        root = self.target.embed_text(seen.root)[:, None]
+        out = self.module(news.features, news.positions, root, seen.position[:, None], Served(self.cache, plan), depth)
+        self.cache.advance(seen.counts)  # the block leaves no trace
+        logits = self.module.lm_head(out)
         if len(root) == 1 and self.temperature == 0 and self.links is not None and _plain_numbers(logits):
             chain = self._greedy_row(logits[0], int(seen.root[0]))
             return Draft(torch.tensor([chain], dtype=torch.long))

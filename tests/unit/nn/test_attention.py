@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperbagel.nn.attention import attend, causal_mask, reference, without_groups
+from hyperbagel.nn.attention import attend, causal_mask, prepared, reference, without_groups
 
 
 def inputs(sq: int, sk: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,3 +48,18 @@ def test_mask_and_causal_together_are_refused() -> None:
     q, k, v = inputs(2, 2, 1)
     with pytest.raises(AssertionError):
         attend(q, k, v, torch.ones(2, 2, dtype=torch.bool), causal=True)
+
+
+@pytest.mark.parametrize(("sq", "sk", "causal"), [(1, 9, True), (4, 9, True), (5, 5, True), (4, 9, False)])
+def test_prepared_once_is_what_each_call_would_make(sq: int, sk: int, causal: bool) -> None:
+    q, k, v = (x.float() for x in inputs(sq, sk, 3))
+    given = None if causal else torch.rand(2, 1, sq, sk, generator=torch.Generator().manual_seed(0)) < 0.5
+    if given is not None:
+        given[..., 0] = True
+    with torch.no_grad():
+        mask, flag = prepared(given, causal, sq, sk, q, "sdpa")
+        torch.testing.assert_close(attend(q, k, v, mask, flag), attend(q, k, v, given, causal))
+        assert prepared(given, causal, sq, sk, q, "reference") == (given, causal)
+        assert prepared(given, causal, sq, sk, q, "flash") == (given, causal)
+    if given is not None:
+        assert prepared(given, False, sq, sk, q.bfloat16(), "sdpa")[0] is given  # numbers to add serve fp32 on a CPU alone

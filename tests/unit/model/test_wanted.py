@@ -1,0 +1,61 @@
+"""What a forward leaves out of its last layer changes nothing of what it returns and keeps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "parity"))
+from parity_world import make_parts
+
+from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.nn.kv_cache import KVCache
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_parts().model
+
+
+def forward(model, wanted: str, mask: str = "none", taps: tuple[int, ...] = (), g: bool = True) -> tuple[Streams, KVCache]:
+    """Two rows behind contexts of five and of three tokens, with other tokens in each; u [2, 2, E] and g [2, 4, E]."""
+    draws = torch.Generator().manual_seed(3)
+    context, u, latents = (torch.randn(2, n, model.config.llm.hidden_size, generator=draws) for n in (5, 2, 4))
+    cache = model.new_cache(2, taps)
+    model.backbone(
+        Streams(context, None), torch.arange(5).expand(2, -1), cache=cache, plan=cache.plan([5, 5 if mask == "none" else 3], causal=True)
+    )
+    cache.advance([5, 5 if mask == "none" else 3])
+    n = 6 if g else 2
+    plan = cache.plan([n, n], causal=not g)
+    where = torch.full((2, n), 7)
+    out = model.backbone(Streams(u, latents if g else None), where, cache=cache, plan=plan, wanted=wanted)
+    cache.advance([n, n])
+    return out, cache
+
+
+@pytest.mark.parametrize("mask", ["none", "rows of two lengths"])
+@pytest.mark.parametrize(("wanted", "g"), [("g", True), ("u", True), ("", True), ("", False)])
+@torch.inference_mode()
+def test_the_rest_is_as_before(model, wanted: str, g: bool, mask: str) -> None:
+    whole, kept = forward(model, "ug", mask, g=g)
+    part, cache = forward(model, wanted, mask, g=g)
+    for name, mine, theirs in (("u", part.u, whole.u), ("g", part.g, whole.g)):
+        if name in wanted:
+            torch.testing.assert_close(mine, theirs)
+        else:
+            assert mine is None
+    for mine, theirs in zip((*cache.k, *cache.v), (*kept.k, *kept.v), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@torch.inference_mode()
+def test_hidden_states_that_are_kept_are_computed(model) -> None:
+    """A drafter may read what leaves the last layer, and a discriminator every layer's."""
+    layers = model.config.llm.num_hidden_layers
+    (_, kept), (_, cache) = (forward(model, wanted, taps=(1, layers)) for wanted in ("ug", ""))
+    for mine, theirs in zip(cache.tapped, kept.tapped, strict=True):
+        assert torch.equal(mine, theirs) and mine[:, :, 5:11].abs().sum() > 0
