@@ -159,7 +159,8 @@ class HyperBagel:
         results, where = dict[int, ImageResult](), self.parts.model.device
         for (settings, *_), members in groups.items():
             start = clock(where)
-            prepared = [self._prepare(requests[i], contexts, on_token, i) for i in members]
+            later = settings.student is not None and len(members) == 1  # its first evaluation reads the text
+            prepared = [self._prepare(requests[i], contexts, on_token, i, later) for i in members]
             grids = [self.grid(requests[i]) for i in members]
             noises = [draw_noise(self.parts, grid, ready.generator) for grid, ready in zip(grids, prepared)]
             kept = [self._kept(requests[i], grid) for i, grid in zip(members, grids)]
@@ -287,7 +288,9 @@ class HyperBagel:
             return image
         return lay_over(image, first_picture(request), request.mask, self.parts.model.config.latent_stride / 8)
 
-    def _prepare(self, request: ImageRequest, contexts: Contexts | None = None, on_token: OnToken | None = None, row: int = 0) -> _Ready:
+    def _prepare(
+        self, request: ImageRequest, contexts: Contexts | None = None, on_token: OnToken | None = None, row: int = 0, later: bool = False
+    ) -> _Ready:
         generator = torch.Generator().manual_seed(request.seed)
         session, items, reused = Session.new(self.parts), request.items(), 0
         images = list(takewhile(lambda item: isinstance(item, Image), items))
@@ -298,7 +301,7 @@ class HyperBagel:
             items = items[len(images) :]
         for item in items:
             if isinstance(item, str):
-                session.add_text(item)
+                session.add_text(item, later=later and not request.think)
             else:
                 session.add_image(item, latents=True, generator=generator)
         thinking = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from hyperbagel.generate.graphs import GraphVelocity
 from hyperbagel.generate.mask import Kept, MaskedVelocity
 from hyperbagel.generate.session import Branch, Parts, Session, check_latent_grid
 from hyperbagel.generate.types import Denoising, OnStep
+from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import StudentNetwork
@@ -35,7 +36,8 @@ class GuidedVelocity:
     The contexts of all branches stand in one stacked cache, rows [full | text dropped | image dropped], so that a guided step is one
     forward. The latents' keys go into scratch slots behind each row's context and are overwritten by the next step.
 
-    A `student` takes the scales as inputs: one row a request, one evaluation a step. The contexts are the model's own.
+    A `student` takes the scales as inputs: one row a request, one evaluation a step. The contexts are the model's own; a text that waits
+    in a lone session is read along with the first evaluation (by the model's own weights, which a student shares).
     """
 
     def __init__(
@@ -47,7 +49,11 @@ class GuidedVelocity:
         if student is not None:
             scales = (torch.full((len(sessions),), s, device=self.model.device) for s in (settings.text_scale, settings.image_scale))
             self.guidance = student.guidance(*scales)
-        branches = _branches(sessions, settings) if student is None else [[s.full() for s in sessions]]
+        waiting = sessions[0].waiting if student is not None and len(sessions) == 1 else []
+        if waiting:
+            branches = [[Branch(sessions[0].cache, sessions[0].cache.lengths[0], sessions[0].position)]]
+        else:
+            branches = _branches(sessions, settings) if student is None else [[s.full() for s in sessions]]
         self.branches, self.image_branch = len(branches), len(branches) > 2
         rows = [branch for group in branches for branch in group]
         model, device = self.parts.model, self.parts.model.device
@@ -61,8 +67,13 @@ class GuidedVelocity:
             self.where[i, : h * w] = grid_positions(h, w, options.max_latent_size, options.interpolate_pos)
         self.where = self.where.to(device)
         self.markers = sessions[0].markers().expand(len(rows), -1, -1)
-        self.positions = torch.tensor([b.position for b in rows], device=device)[:, None].expand(-1, n + 2)
-        self.guided = _context([b.view() for b in rows], [c + 2 for c in counts] * self.branches, n + 2)
+        self.positions = torch.tensor([b.position + len(waiting) for b in rows], device=device)[:, None].expand(-1, n + 2)
+        cache = KVCache.stack([b.view() for b in rows], len(waiting) + n + 2)
+        self.text: _Text | None = None
+        if waiting:
+            self.text = _Text.before(cache, waiting, n + 2, model, rows[0].position)
+            cache.advance([len(waiting)])  # its slots; what stands there comes with the first evaluation
+        self.guided = cache, cache.plan([c + 2 for c in counts] * self.branches, causal=False)
         self.plain = _first(self.guided[0], len(sessions), [c + 2 for c in counts]) if self.branches > 1 else self.guided
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
@@ -81,7 +92,11 @@ class GuidedVelocity:
         model, rows = self.model, x.shape[0] * branches
         g = model.embed_latent(x, t, self.where)
         g = (g if self.guidance is None else g + self.guidance).repeat(branches, 1, 1)
-        hidden = model.backbone(Streams(self.markers[:rows], g), self.positions[:rows], cache=cache, plan=plan, wanted="g")
+        u, where = self.markers[:rows], self.positions[:rows]
+        if self.text is not None:
+            text, self.text = self.text, None
+            u, where, plan = torch.cat([text.u, u], dim=1), torch.cat([text.positions, where], dim=1), text.plan
+        hidden = model.backbone(Streams(u, g), where, cache=cache, plan=plan, wanted="g")
         assert hidden.g is not None
         v = model.velocity(hidden.g)  # [R, N, C]
         if self.inside is not None:
@@ -92,6 +107,31 @@ class GuidedVelocity:
         s = self.settings
         v_image = parts[2] if self.image_branch else parts[0]
         return guide(parts[0], parts[1], v_image, s.text_scale, s.image_scale, s.renorm, s.renorm_min)
+
+
+class _Text(NamedTuple):
+    """A text of m tokens that is read along with the first evaluation: u [1, m, E], positions [1, m], and the plan of that forward."""
+
+    u: Tensor
+    positions: Tensor
+    plan: Plan
+
+    @classmethod
+    def before(cls, cache: KVCache, ids: Sequence[int], n: int, model: Bagel, position: int) -> _Text:
+        """Text `ids` from `position` on, before n tokens that see all of it. It is causal itself:
+
+        1 . . . .
+        1 1 . . .
+        1 1 1 1 1
+        1 1 1 1 1
+        1 1 1 1 1
+        """
+        m, have, device = len(ids), cache.lengths[0], model.device
+        plan = cache.plan([m + n], causal=False)
+        seen = torch.ones(m + n, have + m + n, dtype=torch.bool, device=device)
+        seen[:m, have:].tril_()
+        u = model.embed_text(torch.tensor([list(ids)], device=device))
+        return cls(u, torch.arange(position, position + m, device=device)[None], replace(plan, mask=seen[None, None]))
 
 
 # Latent tokens of a picture from which one forward fills a GPU: branches of unlike contexts in one batch then only bring a mask, which
@@ -142,11 +182,6 @@ def _branches(sessions: Sequence[Session], settings: Denoising) -> list[list[Bra
     return branches
 
 
-def _context(views: Sequence[KVCache], counts: Sequence[int], extra: int) -> tuple[KVCache, Plan]:
-    cache = KVCache.stack(views, extra)
-    return cache, cache.plan(counts, causal=False)
-
-
 def _first(cache: KVCache, rows: int, counts: Sequence[int]) -> tuple[KVCache, Plan]:
     view = cache.first_rows(rows)
     return view, view.plan(counts, causal=False)
@@ -188,8 +223,12 @@ def denoise(
     """
     device = sessions[0].parts.model.device
     n = max(len(noise) for noise in noises)
+    full = device.type == "cuda" and n >= FILLS_A_GPU
+    if graphs or full:  # steps have the same shapes; a text read along brings a mask
+        for session in sessions:
+            session.settle()
     if in_turn is None:
-        in_turn = student is None and not graphs and device.type == "cuda" and n >= FILLS_A_GPU
+        in_turn = student is None and not graphs and full
     velocity: Any = InTurnVelocity(sessions, grids, settings) if in_turn else GuidedVelocity(sessions, grids, settings, student)
     x = torch.stack([torch.nn.functional.pad(noise, (0, 0, 0, n - len(noise))) for noise in noises]).to(device)
     stepper: Velocity = GraphVelocity(velocity) if graphs else velocity

@@ -84,6 +84,7 @@ class Session:
     dropped: tuple[int, int] = (0, 0)  # (cached tokens, position) before the last text
     has_images: bool = False
     last_size: tuple[int, int] | None = None  # (height, width) of the last input image, after its resize
+    waiting: list[int] = field(default_factory=list)  # ids of a text that is not in the cache yet
 
     @classmethod
     def new(cls, parts: Parts, taps: Sequence[int] = ()) -> Session:
@@ -96,15 +97,25 @@ class Session:
 
     # -- context ---------------------------------------------------------------------------------------------------------------
 
-    def add_text(self, text: str, *, guided: bool = True) -> None:
-        """im_start + ids + im_end, causal. `guided`: guidance may drop it (the thinking a model adds to itself is not)."""
+    def add_text(self, text: str, *, guided: bool = True, later: bool = False) -> None:
+        """im_start + ids + im_end, causal. `guided`: guidance may drop it (the thinking a model adds to itself is not). `later`: it waits
+        for the first evaluation of a picture, which reads it along, or for whatever else needs it: a forward less."""
+        self.settle()
         tokenizer = self.parts.tokenizer
         ids = [tokenizer.im_start, *tokenizer.encode(text), tokenizer.im_end]
         self.check_room(len(ids))
         if guided:
             self.dropped = (self.cache.lengths[0], self.position)
             self.texts.append(ids)
-        self.position = _prefill_text(self.parts.model, self.cache, ids, self.position)
+        self.waiting = ids
+        if not later:
+            self.settle()
+
+    def settle(self) -> None:
+        """Reads what waits."""
+        if self.waiting:
+            self.position = _prefill_text(self.parts.model, self.cache, self.waiting, self.position)
+            self.waiting = []
 
     def add_image(self, image: Image, *, latents: bool, generator: torch.Generator | None = None, resize: bool = True) -> None:
         """A picture: as clean latents and ViT patches (`latents`, for generation) or as ViT patches alone (understanding).
@@ -148,6 +159,7 @@ class Session:
 
     def add_blocks(self, blocks: Sequence[Streams]) -> None:
         """Blocks that see themselves and all before them, each at one position of its own. Small ones share a forward."""
+        self.settle()
         sizes = [_tokens(block) for block in blocks]
         self.check_room(sum(sizes))
         if len(blocks) > 1 and (sum(sizes) > _SHARED_FORWARD or self.parts.model.dtype != torch.float32):
@@ -200,6 +212,7 @@ class Session:
     # -- guidance --------------------------------------------------------------------------------------------------------------
 
     def full(self) -> Branch:
+        self.settle()
         return Branch(self.cache, self.cache.lengths[0], self.position)
 
     def text_dropped(self) -> Branch:

@@ -11,6 +11,9 @@ from PIL import Image
 from small_world import small_parts
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.generate.image import denoise
+from hyperbagel.generate.mask import Kept
+from hyperbagel.generate.session import Session
 from hyperbagel.generate.students import Students
 from hyperbagel.generate.types import ImageRequest, with_sampler
 from hyperbagel.model.student import Sampler, Student, generation_modules, make_adapter, save_student
@@ -102,6 +105,70 @@ def test_batches_of_students_equal_single_ones(model: HyperBagel) -> None:
     ]
     for request, result in zip(requests, model.generate_batch(requests), strict=True):
         assert np.abs(pixels(result.image) - pixels(model.generate_batch([request])[0].image)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["draw", "edit", "two texts", "masked"])
+@torch.inference_mode()
+def test_a_text_that_the_first_evaluation_reads_along_is_the_text_read_before(model: HyperBagel, kind: str) -> None:
+    """A forward less, and the same latents; the session is left as it was, for whoever reads it next."""
+    parts, network = model.parts, model.students.get("6").network
+    noise = torch.randn(12, parts.model.config.latent_channels, generator=torch.Generator().manual_seed(5))
+    settings = with_sampler(ImageRequest("x", student="6"), model.students.get("6").sampler)
+    kept = (
+        [Kept(torch.arange(12) % 3 == 0, torch.randn(noise.shape, generator=torch.Generator().manual_seed(6)))] if kind == "masked" else []
+    )
+    forwards: list[int] = []
+    watched = parts.model.language_model.model.layers[0].register_forward_hook(lambda *_: forwards.append(1))
+
+    def session(later: bool) -> Session:
+        made = Session.new(parts)
+        if kind == "two texts":
+            made.add_text("a small one", later=later)
+        if kind != "draw":
+            made.add_image(photo(), latents=True)
+        made.add_text("paint the big one green", later=later)
+        return made
+
+    found = []
+    try:
+        for later in (False, True):
+            forwards.clear()
+            one = session(later)
+            before = list(one.cache.lengths), one.position, list(one.waiting)
+            assert bool(one.waiting) is later
+            latents = [denoise([one], [(3, 4)], [noise], settings, student=network, kept=kept)[0][0] for _ in range(2)]
+            assert torch.equal(*latents) and before == (one.cache.lengths, one.position, one.waiting)
+            made = len(forwards)
+            one.settle()
+            found.append((latents[0], made, one.cache.lengths, one.position, one.dropped, one.cache.k[-1]))
+    finally:
+        watched.remove()
+    (want, most, *state, keys), (got, fewer, *mine, own) = found
+    assert want.std() > 0.1 and fewer == most - 1 and state == mine
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(own[:, :, : mine[0][0]], keys[:, :, : state[0][0]])
+
+
+@torch.inference_mode()
+def test_several_requests_and_graphs_read_their_texts_first(model: HyperBagel) -> None:
+    network, settings = model.students.get("6").network, with_sampler(ImageRequest("x", student="6"), model.students.get("6").sampler)
+    noises = [torch.randn(12, model.parts.model.config.latent_channels, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+
+    def sessions(later: bool) -> list[Session]:
+        made = [Session.new(model.parts) for _ in range(2)]
+        for one, text in zip(made, ("a car", "two big blue boats"), strict=True):
+            one.add_text(text, later=later)
+        return made
+
+    want, _ = denoise(sessions(False), [(3, 4)] * 2, noises, settings, student=network)
+    both = sessions(True)
+    got, _ = denoise(both, [(3, 4)] * 2, noises, settings, student=network)
+    assert not any(one.waiting for one in both)
+    torch.testing.assert_close(got, want)
+    alone = sessions(True)[:1]
+    fixed, _ = denoise(alone, [(3, 4)], noises[:1], settings, student=network, graphs=True)
+    assert not alone[0].waiting
+    torch.testing.assert_close(fixed[0], want[0], atol=2e-5, rtol=1e-5)
 
 
 def test_the_sampler_travels_with_the_weights_and_overrides_warn() -> None:
