@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from parity_world import make_parts, mixed_sessions, text_sessions
-from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import decode as plain_decode
@@ -17,7 +16,7 @@ from hyperbagel.generate.session import Parts
 from hyperbagel.model.config import LLMConfig
 from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.nn.kv_cache import KVCache
-from hyperbagel.speculative.decode import decode, verify_forward
+from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters import hyper_bagel
 from hyperbagel.speculative.drafters.autoregressive import DraftModule, Lesson
 from hyperbagel.speculative.drafters.block import BlockDrafter, block_mask
@@ -319,37 +318,6 @@ def test_one_request_alone_drafts_as_in_a_batch(trained, parts: Parts) -> None:
             drafts.append(whole.propose(Seen(cache, [0] * rows, counts * rows, ids * rows, root, position), DEPTH).tokens)
         assert drafts[0].shape[1] > 0 or threshold > 0
         assert drafts[0].tolist() == drafts[1][:1].tolist() == drafts[1][1:].tolist()
-
-
-@torch.inference_mode()
-def test_rows_of_other_lengths_draft_as_they_do_alone(trained, parts: Parts) -> None:
-    """Two rounds of a block: three contexts of other lengths, of which then 3, 1 and 2 slots are new."""
-    module, given, _, _ = trained["block"]
-    order = sorted(given, key=lambda session: session.cache.lengths[0])
-    sessions, accepted = [order[0], order[-1], order[len(order) // 2]], [3, 1, 2]
-    assert len({session.cache.lengths[0] for session in sessions}) == 3
-    tokens = torch.randint(0, 900, (3, 3), generator=torch.Generator().manual_seed(0))
-
-    def rounds(rows: list[int]) -> list[Tensor]:
-        """What the rows drew from, after each of two rounds: [rows, K, V]."""
-        chosen, proposer = [sessions[row] for row in rows], BlockProposer(module, parts.model)
-        cache = KVCache.stack([session.cache for session in chosen], 16, taps=chosen[0].cache.taps)
-        position = torch.tensor([session.position for session in chosen])
-        proposer.begin(chosen, 1.0, ())
-        root, lengths, found = torch.full((len(rows),), parts.tokenizer.im_start), list(cache.lengths), []
-        for start, counts in (([0] * len(rows), lengths), (lengths, [accepted[row] for row in rows])):
-            if start is lengths:
-                verify_forward(parts.model, cache, tokens[rows], None, position)
-                position, root = position + torch.tensor(counts), root + 5
-            proposer.generators = [torch.Generator().manual_seed(row) for row in rows]
-            draft = proposer.propose(Seen(cache, start, counts, [[]] * len(rows), root, position), DEPTH)
-            assert draft.q is not None
-            found.append(draft.q)
-        return found
-
-    for together, *alone in zip(rounds([0, 1, 2]), *(rounds([row]) for row in range(3)), strict=True):
-        for row, own in enumerate(alone):  # alone a draft ends where it says that the answer does
-            torch.testing.assert_close(together[row, : own.shape[1]], own[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_tree_never_loses_a_parent() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import probabilities
+from hyperbagel.generate.sampling import COLDEST, probabilities
 from hyperbagel.generate.session import Session
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.kv_cache import KVCache, Plan
@@ -197,8 +197,10 @@ class BlockProposer(_Proposer):
         self.module, self.threshold = module, threshold
         self.depth = min(depth or module.config.block, module.config.block)
         # a small vocabulary: the Markov head as a table of what follows what, one look-up instead of two products a token
-        small = module.config.vocab_size <= _TABLE
-        self.links = module.link(torch.arange(module.config.vocab_size, device=target.device)) if small else None
+        self.links, self.trust_after = None, None
+        if module.config.vocab_size <= _TABLE:
+            every = torch.arange(module.config.vocab_size, device=target.device)
+            self.links, self.trust_after = module.link(every), module.trust_after(every)
         self.taps: tuple[int, ...] = tuple(sorted(set(module.layers_read)))
         self.width = self.depth
 
@@ -210,9 +212,10 @@ class BlockProposer(_Proposer):
         out = self.module(news.features, news.positions, root, seen.position[:, None], Served(self.cache, plan), depth)
         self.cache.advance(seen.counts)  # the block leaves no trace
         logits = self.module.lm_head(out)
-        if len(root) == 1 and self.temperature == 0 and self.links is not None and _plain_numbers(logits):
-            chain = self._greedy_row(logits[0], int(seen.root[0]))
-            return Draft(torch.tensor([chain], dtype=torch.long))
+        if len(root) == 1 and self.links is not None and _plain_numbers(logits):
+            if self.temperature > 0:
+                return self._sampled_row(logits[0], out[0], int(seen.root[0]))
+            return Draft(torch.tensor([self._greedy_row(logits[0], int(seen.root[0]))], dtype=torch.long))
         previous, trust, ended = seen.root, torch.ones_like(seen.root, dtype=torch.float32), torch.zeros_like(seen.root, dtype=torch.bool)
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
@@ -247,6 +250,38 @@ class BlockProposer(_Proposer):
             if previous == self.im_end:
                 break
         return tokens
+
+    def _sampled_row(self, logits: Tensor, out: Tensor, root: int) -> Draft:
+        """The same for sampled tokens, logits [K, V] and outputs [K, E]: each is drawn from softmax(logits / T) by inversion."""
+        assert self.links is not None and self.trust_after is not None
+        links, after, temperature, previous, chance = (
+            self.links.numpy(),
+            self.trust_after.numpy(),
+            max(self.temperature, COLDEST),
+            root,
+            1.0,
+        )
+        uniforms = torch.rand(len(logits), generator=self.generators[0], dtype=torch.float64).tolist()
+        tokens, qs = [], []
+        for row, trust, u in zip(logits.numpy(), self.module.trust_of(out).tolist(), uniforms, strict=True):
+            if self.threshold > 0:  # decided before the token is drawn, so that it does not bend the distribution
+                chance *= 0.5 + 0.5 * math.tanh((trust + float(after[previous])) / 2)  # sigmoid
+                if chance < self.threshold:
+                    break
+            with np.errstate(invalid="ignore", over="ignore"):
+                q = row + links[previous]
+                q = np.exp((q - q.max()) / temperature)
+                q /= q.sum()
+            if not np.isfinite(q[0]):  # a broken drafter costs speed, no request
+                q = np.full_like(q, 1 / len(q))
+            steps = q.cumsum(dtype=np.float64)
+            level = min(u * steps[-1], np.nextafter(steps[-1], 0.0))  # a product may round up to the total
+            previous = int(steps.searchsorted(level, side="right"))
+            tokens.append(previous)
+            qs.append(q)
+            if previous == self.im_end:
+                break
+        return Draft(torch.tensor([tokens], dtype=torch.long), None, torch.from_numpy(np.stack(qs))[None] if qs else None)
 
 
 def _plain_numbers(x: Tensor) -> bool:
