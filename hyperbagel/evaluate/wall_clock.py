@@ -54,7 +54,7 @@ def draw_behind(model: Any, seen: Session, request: ImageRequest) -> Image.Image
     """An edit with a student whose picture stands in the cache already: text, denoising, decoding."""
     parts, generator = model.parts, torch.Generator().manual_seed(request.seed)
     session = seen.fork()
-    session.add_text(request.prompt)
+    session.add_text(request.prompt, later=True)
     grid = latent_grid(parts.model.config, session.last_size or model.default_size)
     ready = model.students.get(str(request.student))
     settings = with_sampler(request, ready.sampler)

@@ -42,7 +42,7 @@ class Students:
         if name not in self.ready:
             student = load_student(self.find(name), self.base, self.base.dtype).requires_grad_(False)
             network = student.network(self.base, merged=self.merged)
-            store_by_columns(network.model)  # copies and factors; merged weights lie as the base's already
+            store_by_columns(network.model)  # copies and factors; of merged weights those of attention become one matrix
             self.ready[name] = Ready(network, student.sampler)
         return self.ready[name]
 

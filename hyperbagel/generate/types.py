@@ -156,7 +156,8 @@ class ImageResult:
     image: Image
     seed: int
     nfe: int  # velocity evaluations this picture took
-    timings: dict[str, float]  # seconds: prefill, denoise, decode; shared by the pictures of one batch
+    # Seconds: prefill, denoise, decode; shared by the pictures of one batch. A lone student's request reads its last text in `denoise`.
+    timings: dict[str, float]
     thinking: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     reused: int = 0  # tokens of its context that were prefilled for an earlier request

@@ -113,7 +113,8 @@ class Student(nn.Module):
 
 @dataclass(frozen=True)
 class StudentNetwork:
-    """`model` denoises (never prefills); `guidance(text_scale [B], image_scale [B])` is added to the latent embeddings."""
+    """`model` denoises, and reads what text comes along with the base's own weights; `guidance(text_scale [B], image_scale [B])` is added
+    to the latent embeddings."""
 
     model: Bagel
     guidance: GuidanceEmbedders

@@ -54,7 +54,7 @@ def prepared(mask: Any, causal: bool, sq: int, sk: int, like: Tensor, backend: s
     if causal and backend == "sdpa" and 1 < sq < sk:
         mask, causal = causal_mask(sq, sk, like.device), False
     if isinstance(mask, Tensor) and backend == "sdpa" and quick(like):
-        mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        mask = like.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
     return mask, causal
 
 

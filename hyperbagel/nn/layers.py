@@ -42,7 +42,7 @@ def root_of_squares(x: Tensor, eps: float) -> Tensor:
 @lru_cache
 def _number(value: float) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(value)
+        return torch.tensor(value, dtype=torch.float32, device="cpu")  # whatever the defaults of that moment are
 
 
 class MLP(nn.Module):

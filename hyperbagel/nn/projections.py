@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from hyperbagel.nn.layers import RMSNorm, quick, root_of_squares
 class Joined:
     """Projections of the same tokens as one product, with the norms behind it: [B, S, E] -> [B, S, Hq + 2 Hk, D]. For inference.
 
-    The layers' weights become views of one matrix, stored by columns, so that nothing is stored twice; biases and norms are copied.
+    The layers' weights become views of one matrix, stored by columns, so that nothing is stored twice; biases and norms are copied and
+    must not be changed by hand afterwards. What moves, converts, loads or copies the module makes it forget (`Projections`).
     """
 
     def __init__(self, layers: Sequence[Any], norms: Sequence[Any], heads: Sequence[int]) -> None:
@@ -39,12 +41,18 @@ class Joined:
         """Whether these are its layers and norms: an adapter may have taken the place of one since."""
         return all(mine is theirs for mine, theirs in zip(self.modules, modules, strict=True))
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys, normed, and values."""
-        qk, v = F.linear(x, self.weight, self.bias).view(*x.shape[:2], sum(self.heads), -1).split(self.heads, dim=2)
-        if self.scale is not None:
+    def __call__(self, x: Tensor, queries: bool = True) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normed, and values; without `queries` keys and values alone."""
+        skip = 0 if queries else self.heads[0] - self.heads[1]  # heads of queries
+        weight, bias, scale, heads = self.weight, self.bias, self.scale, [self.heads[0] - skip, self.heads[1]]
+        if skip:
+            rows = skip * (len(weight) // sum(self.heads))
+            weight, bias = weight[rows:], None if bias is None else bias[rows:]
+            scale = None if scale is None else scale[skip:]
+        qk, v = F.linear(x, weight, bias).view(*x.shape[:2], sum(heads), -1).split(heads, dim=2)
+        if scale is not None:
             root = root_of_squares(qk, self.eps)
-            qk.mul_(self.scale).div_(root)
+            qk.mul_(scale).div_(root)
         return qk, v
 
 
@@ -70,14 +78,32 @@ class Projections(nn.Module):
                 joined = Joined(modules[:3], modules[3:], (self.heads, self.kv_heads, self.kv_heads))
                 self.joined = {**self.joined, suffix: joined}  # a new one: shallow copies of this module keep theirs
 
-    def project(self, x: Tensor, suffix: str = "") -> tuple[Tensor, Tensor]:
-        """x [B, S, E] -> queries and keys, normed, [B, S, Hq + Hk, D] and values [B, S, Hk, D]."""
+    def project(self, x: Tensor, suffix: str = "", queries: bool = True) -> tuple[Tensor, Tensor]:
+        """x [B, S, E] -> queries and keys, normed, [B, S, Hq + Hk, D] and values [B, S, Hk, D]. Without `queries` keys [B, S, Hk, D] and
+        values."""
         modules: list[Any] = [self._modules[name] for name in self.names[suffix]]
         joined = self.joined.get(suffix)
         if joined is not None and quick(x) and joined.of(modules):
-            return joined(x)
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in modules[:3])
-        return torch.cat([modules[3](q), modules[4](k)], dim=2), v
+            return joined(x, queries)
+        k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in modules[1:3])
+        k = modules[4](k)
+        return (torch.cat([modules[3](modules[0](x).unflatten(-1, (-1, self.head_dim))), k], dim=2) if queries else k), v
+
+    # Joined matrices are of the weights as they lay: whatever lays them elsewhere or gives them other values makes them stale.
+
+    def _apply(self, *args: Any, **how: Any) -> Any:
+        self.joined = {}
+        return super()._apply(*args, **how)
+
+    def _load_from_state_dict(self, *args: Any, **how: Any) -> None:
+        self.joined = {}
+        super()._load_from_state_dict(*args, **how)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Projections:
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update({name: {} if name == "joined" else copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return made
 
 
 def store_by_columns(module: nn.Module) -> None:

@@ -28,12 +28,12 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
         layer.forward = _forward(layer.forward)
 
 
-def _forward(written: Callable[[Streams, Sight, int], Streams]) -> Callable[[Streams, Sight, int], Streams]:
+def _forward(written: Callable[[Streams, Sight, int, str], Streams]) -> Callable[[Streams, Sight, int, str], Streams]:
     fast: Any = torch.compile(written, dynamic=True)
 
-    def forward(x: Streams, sight: Sight, layer: int) -> Streams:
+    def forward(x: Streams, sight: Sight, layer: int, wanted: str = "ug") -> Streams:
         # only a cache asks which layer it is, and a number that differs would compile the layers apart
-        return written(x, sight, layer) if sight.cache is not None else fast(x, sight, 2)
+        return written(x, sight, layer, wanted) if sight.cache is not None else fast(x, sight, 2, wanted)
 
     return forward
 

@@ -15,7 +15,8 @@ from hyperbagel.speculative.decode import verify_forward
 from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.folder import make_module
-from hyperbagel.speculative.drafters.serve import BlockProposer
+from hyperbagel.speculative.drafters.layers import Served, Sight
+from hyperbagel.speculative.drafters.serve import BlockProposer, block_plan
 from hyperbagel.speculative.types import Seen
 
 DEPTH = 4
@@ -111,3 +112,32 @@ def test_a_lone_sampled_row_is_drawn_as_it_says(module: BlockDrafter, parts: Par
     logits[1, 3] = float("nan")
     broken = proposer._sampled_row(logits, out, root)
     assert broken.q is not None and broken.q.isfinite().all() and torch.equal(broken.q[0, 1], torch.full_like(q, 1 / len(q)).float())
+
+
+def test_no_two_tokens_of_a_row_share_a_slot() -> None:
+    """Padding neither: which of two would stay is not defined."""
+    cache = KVCache(1, 1, 2, rows=3, device="cpu", dtype=torch.float32)
+    cache.reserve(64)
+    cache.advance([5, 9, 7])
+    plan = block_plan(cache, [3, 1, 0], DEPTH)
+    assert isinstance(plan.slots, Tensor) and plan.slots.shape == (3, 3 + DEPTH) and int(plan.slots.max()) < cache.capacity
+    assert all(len(set(row)) == len(row) for row in plan.slots.tolist())
+    assert [row[-DEPTH:] for row in plan.slots.tolist()] == [list(range(end, end + DEPTH)) for end in (8, 10, 7)]
+
+
+@pytest.mark.parametrize("kept", [2, 40])
+@torch.inference_mode()
+def test_tokens_beside_leave_keys_and_values_as_if_they_were_asked_too(module: BlockDrafter, kept: int) -> None:
+    """Few of them are asked along, many are not: the same outputs and the same memory as one pass over all."""
+    attention, config = module.layers[0].self_attn, module.config
+    beside, x = torch.randn(2, 2 + DEPTH, config.hidden_size, generator=torch.Generator().manual_seed(6)).split([2, DEPTH], dim=1)
+    beside = torch.cat([beside] * (kept // 2), dim=1)
+    found = []
+    for together in (True, False):
+        cache = KVCache(1, config.kv_heads, config.head_dim, rows=2, device="cpu", dtype=torch.float32)
+        memory = Served(cache, cache.plan([kept + DEPTH] * 2, causal=True))
+        sight = Sight.at(torch.arange(kept + DEPTH).expand(2, -1), config, torch.float32, memory)
+        given = (torch.cat([beside, x], dim=1), None) if together else (x, beside)
+        found.append((attention(given[0], sight, 0, given[1])[:, -DEPTH:], cache.k[0], cache.v[0]))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)

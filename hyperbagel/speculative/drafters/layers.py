@@ -75,10 +75,17 @@ class Attention(Projections):
 
     def forward(self, x: Tensor, sight: Sight, layer: int, beside: Tensor | None = None) -> Tensor:
         """x [B, n, width]. `beside` [B, m, width]: tokens before them that only leave keys and values; `sight` is of m + n then."""
-        qk, v = self.project(x if beside is None else torch.cat([beside, x], dim=1))
-        q, k = rotate(qk, sight.cos, sight.sin).transpose(1, 2).split([self.heads, self.kv_heads], dim=1)
-        k, v, mask, causal = sight.memory.append(layer, k, v.transpose(1, 2))
-        return self.o_proj(attend(q[:, :, -x.shape[1] :], k, v, mask, causal).transpose(1, 2).flatten(2))
+        n, m = x.shape[1], 0 if beside is None else beside.shape[1]
+        together = beside is not None and m <= 4 * n  # a few queries that nobody needs cost less than calls of their own
+        qk, v = self.project(torch.cat([beside, x], dim=1) if together else x)  # type: ignore[list-item]
+        cos, sin = (sight.cos, sight.sin) if together else (sight.cos[:, m:], sight.sin[:, m:])
+        q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], dim=2)
+        if beside is not None and not together:
+            before, values = self.project(beside, queries=False)
+            k = torch.cat([rotate(before, sight.cos[:, :m], sight.sin[:, :m]), k], dim=1)
+            v = torch.cat([values, v], dim=1)
+        k, v, mask, causal = sight.memory.append(layer, k.transpose(1, 2), v.transpose(1, 2))
+        return self.o_proj(attend(q[:, -n:].transpose(1, 2), k, v, mask, causal).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,21 @@ def test_the_rest_is_as_before(model, wanted: str, g: bool, mask: str) -> None:
             assert mine is None
     for mine, theirs in zip((*cache.k, *cache.v), (*kept.k, *kept.v), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("wanted", ["u", "g"])
+@torch.inference_mode()
+def test_each_stream_keeps_its_own_rows_of_a_mask(model, wanted: str) -> None:
+    draws = torch.Generator().manual_seed(4)
+    u, g = (torch.randn(1, n, model.config.llm.hidden_size, generator=draws) for n in (3, 4))
+    mask = (torch.rand(1, 1, 7, 7, generator=draws) < 0.5) | torch.eye(7, dtype=torch.bool)
+
+    def run(streams: str) -> Streams:
+        cache = model.new_cache()
+        plan = replace(cache.plan([7], causal=False), mask=mask)
+        return model.backbone(Streams(u, g), torch.arange(7)[None], cache=cache, plan=plan, wanted=streams)
+
+    torch.testing.assert_close(getattr(run(wanted), wanted), getattr(run("ug"), wanted))
 
 
 @torch.inference_mode()

@@ -52,3 +52,11 @@ def test_rotation_turns_pairs_by_position_times_frequency() -> None:
         torch.ones(2, 3, 1, 4, dtype=torch.float64), positions[..., None, None] * theta ** (-torch.arange(4, dtype=torch.float64) / 4)
     )
     torch.testing.assert_close(rotate(x, cos, sin), torch.cat([turned.real, turned.imag], dim=-1), atol=2e-6, rtol=2e-6)
+
+
+def test_a_first_norm_among_other_defaults_spoils_no_later_one() -> None:
+    norm, x = RMSNorm(6, 3e-4), torch.randn(2, 6)
+    with torch.no_grad():
+        for surroundings in (torch.device("meta"), torch.device("cpu")):
+            with surroundings:
+                torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 3e-4).sqrt())

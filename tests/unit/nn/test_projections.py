@@ -87,6 +87,42 @@ def test_a_changed_weight_is_seen_and_another_layer_is_run() -> None:
         check(module, x, suffix)
 
 
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+@torch.inference_mode()
+def test_keys_and_values_alone(joined: bool, normed: bool) -> None:
+    torch.manual_seed(3)
+    module, x = TwoExperts(normed=normed), torch.randn(2, 5, E)
+    if joined:
+        store_by_columns(module)
+    for suffix in module.names:
+        qk, v = by_hand(module, x, suffix)
+        keys, values = module.project(x, suffix, queries=False)
+        torch.testing.assert_close(keys, qk[:, :, HQ:], atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(values, v, atol=2e-6, rtol=2e-6)
+
+
+@torch.no_grad()
+def test_what_moves_loads_or_copies_a_module_unjoins_it() -> None:
+    torch.manual_seed(4)
+    module, x = TwoExperts(), torch.randn(1, 3, E)
+    store_by_columns(module)
+    other = copy.deepcopy(module)
+    assert other.joined == {} and module.joined
+    for parameter in other.parameters():
+        parameter.mul_(0.5).add_(0.3)
+    check(other, x)
+    check(module, x)
+    module.load_state_dict(other.state_dict())
+    check(module, x)
+    for suffix in module.names:
+        for got, want in zip(module.project(x, suffix), other.project(x, suffix), strict=True):
+            torch.testing.assert_close(got, want)
+    store_by_columns(module)
+    check(module.bfloat16().float(), x)
+    assert module.joined == {}
+
+
 def test_training_runs_the_layers_themselves() -> None:
     torch.manual_seed(2)
     module, x = TwoExperts(), torch.randn(1, 3, E)
