@@ -19,7 +19,7 @@ from hyperbagel.speculative.costs import measure_costs
 from hyperbagel.speculative.types import Draft, Drafter, Seen
 
 UNKNOWN = (0.6,)  # acceptance of a drafter whose folder says nothing
-DARING = 0.5  # drafters are right more often than they believe: of the shipped ones a threshold twice as high is slower
+DARING = 0.8  # drafters are right more often than they believe: of the shipped one 0.65 to 1 are as fast, 0.5 and 1.4 slower
 TRIAL_DEPTH = 2  # at least, where acceptance so far says that drafting does not pay
 LATE = 3  # rounds are told apart by the tokens of the answer before them: none, one, two or three, more
 _TEXT = "what do you see? Name everything. " * 4  # of the context that costs are measured behind
