@@ -26,19 +26,6 @@ _TEXT = "what do you see? Name everything. " * 4  # of the context that costs ar
 
 
 @dataclass
-class _News:
-    """What a drafter has not been shown yet: rounds in which another one drafted add up."""
-
-    start: list[int]
-    counts: list[int]
-    ids: list[list[int]]
-
-    def add(self, seen: Seen) -> None:
-        self.counts = [a + b for a, b in zip(self.counts, seen.counts, strict=True)]
-        self.ids = [[*a, *b] for a, b in zip(self.ids, seen.ids, strict=True)]
-
-
-@dataclass
 class _Phase:
     """What is known of one kind of round: rounds differ by how far the answer has come, since an answer may be one word."""
 
@@ -100,7 +87,7 @@ class Adaptive:
         self.costs = self.prepare(sessions[0], len(sessions), temperature)
         self.sampled, self.rows = temperature > 0, len(sessions)
         self.contexts = [session.cache.lengths[0] for session in sessions]
-        self.news: dict[str, _News | None] = dict.fromkeys(self.drafters)
+        self.news: dict[str, Seen | None] = dict.fromkeys(self.drafters)  # what each has not been shown yet
         self.last: _Last | None = None
         self.rounds_drafted = dict.fromkeys(self.drafters, 0)
         for drafter in self.drafters.values():
@@ -109,10 +96,7 @@ class Adaptive:
     def propose(self, seen: Seen, limit: int) -> Draft:
         self._learn(seen.counts)
         for other, news in self.news.items():
-            if news is None:
-                self.news[other] = _News(list(seen.start), list(seen.counts), [list(ids) for ids in seen.ids])
-            else:
-                news.add(seen)
+            self.news[other] = seen.after(news)
         answered = max(start + n - context for start, n, context in zip(seen.start, seen.counts, self.contexts, strict=True))
         phase = self._phase(min(LATE, answered.bit_length()))
         plain = 1 / self.costs.plain
@@ -120,7 +104,7 @@ class Adaptive:
         while (name := choose(open_to, plain)) is not None:
             news = self.news[name]
             assert news is not None
-            draft = self._draft(name, phase, seen, limit, news)
+            draft = self._draft(name, phase, news, limit)
             if draft.tokens.shape[1] or not _free(self.drafters[name]):
                 drafted, columns = [sum(id_ >= 0 for id_ in row) for row in draft.tokens.tolist()], draft.tokens.shape[1]
                 seconds = self.costs.round_seconds(name, max(1, columns), columns + 1, fresh=not any(news.start))
@@ -141,15 +125,14 @@ class Adaptive:
 
     # -- decisions -------------------------------------------------------------------------------------------------------------
 
-    def _draft(self, name: str, phase: _Phase, seen: Seen, limit: int, news: _News) -> Draft:
+    def _draft(self, name: str, phase: _Phase, seen: Seen, limit: int) -> Draft:
         drafter = self.drafters[name]
         rates = phase.acceptance[name].rates(drafter.width)
         depth, _ = best_depth(self.costs, name, rates)
         speed = max(phase.records[name].speed, 1 / self.costs.plain)
         drafter.threshold = DARING * least_chance(self.costs, name, speed, drafter.width)
         self.news[name] = None
-        shown = replace(seen, start=news.start, counts=news.counts, ids=news.ids)
-        draft = drafter.propose(shown, min(limit, max(depth, TRIAL_DEPTH)))
+        draft = drafter.propose(seen, min(limit, max(depth, TRIAL_DEPTH)))
         if draft.tree is None and draft.tokens.device.type == "cpu":  # elsewhere the look would cost a wait
             used = max((sum(id_ >= 0 for id_ in row) for row in draft.tokens.tolist()), default=0)
             if used < draft.tokens.shape[1]:

@@ -18,27 +18,35 @@ from hyperbagel.speculative.decode import Rounds
 from hyperbagel.speculative.types import Draft, Drafter, Seen
 
 READ = (1, 4, 8, 16)  # tokens read by the target
+NEWS = 3  # slots that are new to a drafter when it is asked: as many as a round gives
 DRAFTED = (1, 8)  # depths of a draft
 REPEATS = 4  # after one that warms up; the fastest counts
 
 
 class _Probe:
-    """Has a drafter work to a given depth and takes its time, then drafts something else: `read` - 1 tokens that are hardly ever right."""
+    """Has a drafter work to a given depth and takes its time, then drafts something else: `read` - 1 tokens that are hardly ever right.
+    At depth 0 the drafter is not asked, and is shown later what it missed."""
 
     def __init__(self, drafter: Drafter | None, taps: tuple[int, ...], clock: Callable[[], float]) -> None:
         self.drafter, self.taps, self.clock = drafter, taps, clock
         self.width, self.threshold = max(READ), 0.0
         self.depth, self.read, self.seconds = 1, 1, 0.0
+        self.news: Seen | None = None
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        self.news = None
         if self.drafter is not None:
             self.drafter.begin(sessions, temperature, generators)
             self.drafter.threshold = 0.0
+            if hasattr(self.drafter, "im_end"):
+                self.drafter.im_end = -1  # a draft that believes the answer to be over would be a short one
 
     def propose(self, seen: Seen, limit: int) -> Draft:
+        self.news = seen.after(self.news)
         start = self.clock()
-        if self.drafter is not None:
-            self.drafter.propose(seen, self.depth)
+        if self.drafter is not None and self.depth:
+            self.drafter.propose(self.news, self.depth)
+            self.news = None
         self.seconds = self.clock() - start
         # a draft that is no draw: sampling then accepts it as rarely as it is likely
         return Draft(seen.root.new_zeros(len(seen.root), self.read - 1))
@@ -60,27 +68,38 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return synchronised
 
 
+Found = dict[tuple[int, int], list[tuple[float, float]]]  # by turn (depth drafted, tokens read): seconds of (draft, rest of the round)
+
+
 @torch.inference_mode()
 def measure_costs(
     session: Session, drafters: Mapping[str, Drafter], rows: int, sampled: bool = False, graphs: GraphRunner | None = None
 ) -> Costs:
-    """Costs of `rows` rows, greedy or sampled, behind a context like `session`'s, which has the taps of all `drafters` and stays as it is.
+    """Costs of `rows` rows, greedy or sampled, behind contexts like `session`'s, which has the taps of all `drafters` and stays as it is.
+    Several rows are of unlike lengths, as requests' are: the mask that they need costs too.
     graphs: who reads drafts when requests are served.
 
     Sizes take turns, so that what else the machine does in the meantime hits all of them, and the fastest of each counts.
     """
     clock = _clock(session.parts.model.device)
+    ends = [session.cache.lengths[0] - i for i in range(rows)]
+    sessions = [
+        session if i == 0 else Session(session.parts, session.cache.prefix(max(1, end)), session.position - i) for i, end in enumerate(ends)
+    ]
     taps, generators = session.cache.taps, [torch.Generator().manual_seed(i) for i in range(rows)]
 
-    def rounds(probe: _Probe, turns: Sequence[tuple[int, int]], repeats: int) -> dict[tuple[int, int], list[tuple[float, float]]]:
-        """A request of each turn (depth drafted, tokens read) `repeats` times: seconds of (draft, rest of the round)."""
-        most = repeats * sum(read + 1 for _, read in turns)
+    def rounds(probe: _Probe, turns: Sequence[tuple[int, int]], repeats: int, before: int = 0) -> Found:
+        """A request of each turn (depth drafted, tokens read) `repeats` times. before: rounds without a draft ahead of each."""
+        most = repeats * sum(read + 1 + 2 * before for _, read in turns)
         # no token has the id -1: nothing ends before its time
-        work = Rounds([session] * rows, most, float(sampled), generators, None, False, probe, im_end=-1, graphs=graphs)
-        found: dict[tuple[int, int], list[tuple[float, float]]] = {turn: [] for turn in turns}
+        work = Rounds(sessions, most, float(sampled), generators, None, False, probe, im_end=-1, graphs=graphs)
+        found: Found = {turn: [] for turn in turns}
         try:
             for _ in range(repeats):
                 for turn in turns:
+                    probe.depth, probe.read = 0, 1
+                    for _ in range(before):
+                        work.round()
                     probe.depth, probe.read = turn
                     start = clock()
                     work.round()
@@ -91,7 +110,7 @@ def measure_costs(
 
     def times(probe: _Probe, turns: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[float, float]]:
         """Of each turn, the fastest (draft, rest of the round) after the first, which warms up."""
-        found = rounds(probe, turns, REPEATS + 1)
+        found = rounds(probe, turns, REPEATS + 1, before=0 if probe.drafter is None else NEWS - 1)
         return {turn: (min(d for d, _ in timed[1:]), min(r for _, r in timed[1:])) for turn, timed in found.items()}
 
     def start_seconds(probe: _Probe) -> float:

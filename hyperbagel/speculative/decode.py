@@ -155,6 +155,8 @@ class Rounds:
         draft = None
         if limit > 0:
             draft = self.drafter.propose(Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position), limit)
+        else:  # the last token of all: what became of the draft before is known, and no other follows
+            self.drafter.end(self.counts)
         if draft is None or draft.tokens.shape[1] == 0:
             draft = Draft(self.root.new_empty(len(self.results), 0))
         clock.append(time.perf_counter())

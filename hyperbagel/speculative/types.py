@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -33,6 +33,14 @@ class Seen:
     root: Tensor  # [B] the token that the target reads next
     position: Tensor  # [B] its RoPE position
 
+    def after(self, earlier: Seen | None) -> Seen:
+        """These news and, before them, earlier ones that were not shown."""
+        if earlier is None:
+            return self
+        counts = [a + b for a, b in zip(earlier.counts, self.counts, strict=True)]
+        ids = [[*a, *b] for a, b in zip(earlier.ids, self.ids, strict=True)]
+        return replace(self, start=earlier.start, counts=counts, ids=ids)
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -57,7 +65,7 @@ class Drafter(Protocol):
         """Nodes below seen.root, at most `limit` >= 1 deep."""
 
     def end(self, counts: Sequence[int]) -> None:
-        """The request is over; `counts` as in Seen, of the last round, which no `propose` follows."""
+        """No `propose` follows: the request is over, or its last token alone is left (then `end` comes again). `counts` as in Seen."""
 
 
 @dataclass

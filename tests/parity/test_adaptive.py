@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -148,6 +149,65 @@ def test_measured_costs_are_sane(parts: Parts) -> None:
         assert seconds == sorted(seconds) and found.plain > 0
         assert found.draft["eagle3"].first > found.draft["lookup"].first > 0 and found.draft["eagle3"].more > 0
     assert (context.cache.lengths[0], context.position) == before
+
+
+class Watcher:
+    """Drafts nothing and keeps what it was shown: (slots before, new slots) by row and round, and the depth it was asked for."""
+
+    taps: tuple[int, ...] = ()
+    width, threshold, im_end = 6, 0.5, 7
+
+    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        self.shown: list[tuple[list[int], list[int], int]] = []
+        self.ended: list[list[int]] = []
+        self.threshold, self.im_end = 0.5, 7
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        assert [len(ids) for ids in seen.ids] == [n if start else 0 for start, n in zip(seen.start, seen.counts, strict=True)]
+        self.shown.append((list(seen.start), list(seen.counts), limit))
+        return Draft(torch.zeros(len(seen.root), 0, dtype=torch.long))
+
+    def end(self, counts: Sequence[int]) -> None:
+        self.ended.append(list(counts))
+
+
+def test_costs_are_of_rows_and_news_as_requests_have_them(parts: Parts) -> None:
+    """Rows of unlike lengths; three new slots a draft, none of which comes twice or is left out; whole drafts."""
+    [context] = text_sessions(parts, 1, seed=1)
+    asked: list[Watcher] = []
+
+    class Keeping(Watcher):
+        def begin(self, *given: object) -> None:
+            super().begin(*given)  # type: ignore[arg-type]
+            asked.append(copy.copy(self))
+
+        def propose(self, seen: Seen, limit: int) -> Draft:
+            assert self.threshold == 0.0 and self.im_end == -1
+            asked[-1].shown.append((list(seen.start), list(seen.counts), limit))
+            return Draft(torch.zeros(len(seen.root), 0, dtype=torch.long))
+
+    measure_costs(context, {"keeping": Keeping()}, 2)
+    first, *starts = [request.shown for request in asked]
+    (start, counts, _), *rest = first
+    assert start == [0, 0] and counts[0] == counts[1] + 1  # the first has read its own context, and two rounds more
+    at = list(counts)
+    for start, counts, limit in rest:
+        assert start == at and counts == [3, 3] and limit in (1, 6)
+        at = [a + 3 for a in at]
+    assert len(starts) == 4 and all(len(shown) == 1 and shown[0][0] == [0, 0] for shown in starts)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_a_drafter_hears_of_the_last_draft_before_the_last_token(tokens: int, parts: Parts) -> None:
+    """The last token of all is never drafted: nothing is proposed for it, and what is said at the end is not said of an earlier draft."""
+    watcher, im_end = Watcher(), parts.tokenizer.im_end
+    try:
+        sessions = text_sessions_without_end(parts, 1, im_end)
+        decode(sessions, max_tokens=tokens, drafter=watcher)
+    finally:
+        parts.tokenizer.im_end = im_end
+    assert len(watcher.shown) == tokens - 1
+    assert watcher.ended == [[sessions[0].cache.lengths[0]] if tokens == 1 else [1], [1]]
 
 
 def test_no_room_for_drafts_is_a_warning(parts: Parts) -> None:
