@@ -157,9 +157,9 @@ class HyperBagel:
         for i, request in enumerate(requests):
             groups[self.settings(request), request.is_edit, request.think].append(i)  # of like branches: a picture's NFE is its own
         results, where = dict[int, ImageResult](), self.parts.model.device
-        for (settings, *_), members in groups.items():
+        for (settings, _, think), members in groups.items():
             start = clock(where)
-            later = settings.student is not None and len(members) == 1  # its first evaluation reads the text
+            later = settings.student is not None and len(members) == 1 and not think  # its first evaluation reads the text
             prepared = [self._prepare(requests[i], contexts, on_token, i, later) for i in members]
             grids = [self.grid(requests[i]) for i in members]
             noises = [draw_noise(self.parts, grid, ready.generator) for grid, ready in zip(grids, prepared)]
@@ -301,7 +301,7 @@ class HyperBagel:
             items = items[len(images) :]
         for item in items:
             if isinstance(item, str):
-                session.add_text(item, later=later and not request.think)
+                session.add_text(item, later=later)
             else:
                 session.add_image(item, latents=True, generator=generator)
         thinking = None

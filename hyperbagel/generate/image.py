@@ -51,7 +51,7 @@ class GuidedVelocity:
             self.guidance = student.guidance(*scales)
         waiting = sessions[0].waiting if student is not None and len(sessions) == 1 else []
         if waiting:
-            branches = [[Branch(sessions[0].cache, sessions[0].cache.lengths[0], sessions[0].position)]]
+            branches = [[sessions[0].so_far()]]
         else:
             branches = _branches(sessions, settings) if student is None else [[s.full() for s in sessions]]
         self.branches, self.image_branch = len(branches), len(branches) > 2
@@ -95,7 +95,7 @@ class GuidedVelocity:
         u, where = self.markers[:rows], self.positions[:rows]
         if self.text is not None:
             text, self.text = self.text, None
-            u, where, plan = torch.cat([text.u, u], dim=1), torch.cat([text.positions, where], dim=1), text.plan
+            u, where, plan = torch.cat([text.u, u], dim=1), text.positions, text.plan
         hidden = model.backbone(Streams(u, g), where, cache=cache, plan=plan, wanted="g")
         assert hidden.g is not None
         v = model.velocity(hidden.g)  # [R, N, C]
@@ -110,7 +110,7 @@ class GuidedVelocity:
 
 
 class _Text(NamedTuple):
-    """A text of m tokens that is read along with the first evaluation: u [1, m, E], positions [1, m], and the plan of that forward."""
+    """A text of m tokens that is read along with the first evaluation: u [1, m, E], that forward's positions [1, m + N + 2] and plan."""
 
     u: Tensor
     positions: Tensor
@@ -118,20 +118,11 @@ class _Text(NamedTuple):
 
     @classmethod
     def before(cls, cache: KVCache, ids: Sequence[int], n: int, model: Bagel, position: int) -> _Text:
-        """Text `ids` from `position` on, before n tokens that see all of it. It is causal itself:
-
-        1 . . . .
-        1 1 . . .
-        1 1 1 1 1
-        1 1 1 1 1
-        1 1 1 1 1
-        """
-        m, have, device = len(ids), cache.lengths[0], model.device
-        plan = cache.plan([m + n], causal=False)
-        seen = torch.ones(m + n, have + m + n, dtype=torch.bool, device=device)
-        seen[:m, have:].tril_()
-        u = model.embed_text(torch.tensor([list(ids)], device=device))
-        return cls(u, torch.arange(position, position + m, device=device)[None], replace(plan, mask=seen[None, None]))
+        """Text `ids` from `position` on, before n tokens that share the position behind it and see all of it: each token of a text is a
+        block by itself."""
+        own = torch.arange(len(ids) + n, device=model.device).clamp(max=len(ids))
+        u = model.embed_text(torch.tensor([list(ids)], device=model.device))
+        return cls(u, position + own[None], cache.plan_blocks(own))
 
 
 # Latent tokens of a picture from which one forward fills a GPU: branches of unlike contexts in one batch then only bring a mask, which

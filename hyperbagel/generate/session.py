@@ -171,12 +171,8 @@ class Session:
         x = Streams(*(torch.cat([part for _, part in parts], dim=1) if parts else None for parts in (u, g)))
         own = [i for i, part in (*u, *g) for _ in range(part.shape[1])]  # the block of each slot
         where = torch.tensor(own, device=self.parts.model.device)
-        have, n = self.cache.lengths[0], len(own)
-        plan = self.cache.plan([n], causal=False)
-        if len(blocks) > 1:
-            seen = torch.ones(n, have + n, dtype=torch.bool, device=where.device)
-            seen[:, have:] = where[:, None] >= where
-            plan = replace(plan, mask=seen[None, None])
+        n = len(own)
+        plan = self.cache.plan_blocks(where) if len(blocks) > 1 else self.cache.plan([n], causal=False)
         self.parts.model.backbone(x, (self.position + where).unsqueeze(0), cache=self.cache, plan=plan, wanted="")
         self.cache.advance([n])
         self.position += len(blocks)
@@ -213,6 +209,10 @@ class Session:
 
     def full(self) -> Branch:
         self.settle()
+        return self.so_far()
+
+    def so_far(self) -> Branch:
+        """The context without what waits."""
         return Branch(self.cache, self.cache.lengths[0], self.position)
 
     def text_dropped(self) -> Branch:

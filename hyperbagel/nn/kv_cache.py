@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,20 @@ class KVCache:
         # causal: query i sees keys up to its own slot; full: up to its row's end. Padding queries see what the last real one sees.
         last = slots.minimum(torch.tensor(ends, device=device)[:, None] - 1) if causal else torch.tensor(ends, device=device)[:, None] - 1
         return Plan(slots, max(ends), (key <= last.unsqueeze(-1)).unsqueeze(1), False)
+
+    def plan_blocks(self, own: Tensor) -> Plan:
+        """Of a lone row: token i belongs to block own[i]; it sees the past, all of its block, and the blocks before. Blocks 0 1 2 2, a text
+        of two tokens and two that see each other:
+
+        1 . . .
+        1 1 . .
+        1 1 1 1
+        1 1 1 1
+        """
+        have, n = self.lengths[0], len(own)
+        seen = torch.ones(n, have + n, dtype=torch.bool, device=own.device)
+        seen[:, have:] = own[:, None] >= own
+        return replace(self.plan([n], causal=False), mask=seen[None, None])
 
     def append(self, layer: int, plan: Plan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes [B, H, n, D] at the plan's slots and returns all visible keys and values. Lengths move only with `advance`."""

@@ -106,7 +106,7 @@ class Adaptive:
             assert news is not None
             draft = self._draft(name, phase, news, limit)
             if draft.tokens.shape[1] or not _free(self.drafters[name]):
-                drafted, columns = [sum(id_ >= 0 for id_ in row) for row in draft.tokens.tolist()], draft.tokens.shape[1]
+                drafted, columns = draft.drafted(), draft.tokens.shape[1]
                 seconds = self.costs.round_seconds(name, max(1, columns), columns + 1, fresh=not any(news.start))
                 self.last = _Last(name, phase, drafted, seconds)
                 self.rounds_drafted[name] += 1
@@ -134,7 +134,7 @@ class Adaptive:
         self.news[name] = None
         draft = drafter.propose(seen, min(limit, max(depth, TRIAL_DEPTH)))
         if draft.tree is None and draft.tokens.device.type == "cpu":  # elsewhere the look would cost a wait
-            used = max((sum(id_ >= 0 for id_ in row) for row in draft.tokens.tolist()), default=0)
+            used = max(draft.drafted(), default=0)
             if used < draft.tokens.shape[1]:
                 draft = replace(draft, tokens=draft.tokens[:, :used])
         return draft

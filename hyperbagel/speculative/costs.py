@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -82,10 +83,8 @@ def measure_costs(
     Sizes take turns, so that what else the machine does in the meantime hits all of them, and the fastest of each counts.
     """
     clock = _clock(session.parts.model.device)
-    ends = [session.cache.lengths[0] - i for i in range(rows)]
-    sessions = [
-        session if i == 0 else Session(session.parts, session.cache.prefix(max(1, end)), session.position - i) for i, end in enumerate(ends)
-    ]
+    shorter = [session.cache.prefix(max(1, session.cache.lengths[0] - i)) for i in range(1, rows)]
+    sessions = [session, *(replace(session, cache=cache) for cache in shorter)]
     taps, generators = session.cache.taps, [torch.Generator().manual_seed(i) for i in range(rows)]
 
     def rounds(probe: _Probe, turns: Sequence[tuple[int, int]], repeats: int, before: int = 0) -> Found:

@@ -50,6 +50,10 @@ class Draft:
     tree: Tree | None = None
     q: Tensor | None = None
 
+    def drafted(self) -> list[int]:
+        """Nodes of each row. A wait for the device."""
+        return [sum(id_ >= 0 for id_ in row) for row in self.tokens.tolist()]
+
 
 class Drafter(Protocol):
     """A proposer at work on one request at a time."""

@@ -254,13 +254,8 @@ class BlockProposer(_Proposer):
     def _sampled_row(self, logits: Tensor, out: Tensor, root: int) -> Draft:
         """The same for sampled tokens, logits [K, V] and outputs [K, E]: each is drawn from softmax(logits / T) by inversion."""
         assert self.links is not None and self.trust_after is not None
-        links, after, temperature, previous, chance = (
-            self.links.numpy(),
-            self.trust_after.numpy(),
-            max(self.temperature, COLDEST),
-            root,
-            1.0,
-        )
+        links, after, temperature = self.links.numpy(), self.trust_after.numpy(), max(self.temperature, COLDEST)
+        previous, chance = root, 1.0
         uniforms = torch.rand(len(logits), generator=self.generators[0], dtype=torch.float64).tolist()
         tokens, qs = [], []
         for row, trust, u in zip(logits.numpy(), self.module.trust_of(out).tolist(), uniforms, strict=True):
