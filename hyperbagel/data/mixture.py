@@ -127,7 +127,7 @@ def build_loader(
     config: DataConfig,
     tokenizer: Tokenizer,
     vae: ImageTransform,
-    vit: ImageTransform,
+    vit: ImageTransform | InTurn,
     *,
     seed: int,
     rank: int = 0,

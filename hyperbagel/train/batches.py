@@ -15,6 +15,7 @@ from hyperbagel.data.mixture import DataConfig, RowsConfig, build_loader
 from hyperbagel.data.packing import Encode, Layout, PackSpec, fill, lay_out, stream_lengths
 from hyperbagel.data.plan import Sample, apply_dropout
 from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.data.transforms import InTurn
 from hyperbagel.generate.session import image_transform
 from hyperbagel.model.config import BagelConfig, BagelOptions
 from hyperbagel.model.vae import AutoEncoder
@@ -119,10 +120,16 @@ def open_loader(
     seed: int,
     world: World | None = None,
     prepare: Prepare | None = None,
+    as_served: bool = False,
 ) -> Loader:
-    """The loader of a recipe's data with a model's own resize rules; with `world`, of this rank's part. prepare: see Loader."""
-    world, transforms = world or World(), map(image_transform, (options.vae_transform, options.vit_transform))
-    return build_loader(data, tokenizer, *transforms, seed=seed, rank=world.rank, world=world.size, prepare=prepare)
+    """The loader of a recipe's data with a model's own resize rules; with `world`, of this rank's part. prepare: see Loader.
+
+    as_served: the ViT sees pictures that the latents' rule has resized, as in requests (at 7B 1,369 patches of a 336 x 336 picture), not
+    the files' own, as in BAGEL's training (576).
+    """
+    world, vae, vit = world or World(), *map(image_transform, (options.vae_transform, options.vit_transform))
+    seen = InTurn(vae, vit) if as_served else vit
+    return build_loader(data, tokenizer, vae, seen, seed=seed, rank=world.rank, world=world.size, prepare=prepare)
 
 
 class Batches:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,14 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: optimiser steps done and seconds trained, over all resumes."""
+    """Where a training stands: optimiser steps done and seconds trained, over all resumes.
+
+    refused: batches that gave this step no finite loss, one after the other; the next try draws another.
+    """
 
     step: int
     seconds: float
+    refused: int = 0
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -97,11 +101,14 @@ def save_checkpoint(
     path, world = folder / f"step-{progress.step:08d}", world or World()
     if world.leads:
         make_folder(folder)
-    missing = path not in list_checkpoints(folder)  # the same step is the same state: never touch a whole checkpoint
+    missing = path not in list_checkpoints(folder)  # the same step is the same weights: never touch a whole checkpoint's
     if world.agree(missing)[0] if stage.sharded else missing:
         _write(path, stage, progress, score, world)
     if not world.leads:
         return path
+    if not missing and progress.refused:  # the same weights, other batches to come
+        state = read_json(path / "state.json") | {"seconds": progress.seconds, "refused": progress.refused, "stage": stage.state()}
+        atomic_write_text(path / "state.json", json.dumps(state, indent=1))
     if score is not None and score > best_score(folder):
         _note(folder, path, score, stage)
     _prune(folder, keep)
@@ -121,7 +128,7 @@ def _write(path: Path, stage: Stage, progress: Progress, score: float | None, wo
         else:
             scalars = {name: _save_player(temporary, name, player) for name, player in stage.players.items()}
         write_tensors(temporary / "rng.safetensors", _rng_tensors())
-        state: dict[str, Any] = {"format": _FORMAT, "step": progress.step, "seconds": progress.seconds, "score": score}
+        state: dict[str, Any] = {"format": _FORMAT, **asdict(progress), "score": score}
         state |= {"players": scalars, "stage": stage.state()}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
     if stage.sharded:
@@ -156,7 +163,7 @@ def load_checkpoint(path: Path, stage: Stage) -> Progress:
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path}: got a damaged checkpoint ({error}), expected a whole one, remove it and resume from an older") from error
     stage.load_state(state["stage"])
-    return Progress(state["step"], state["seconds"])
+    return Progress(state["step"], state["seconds"], state.get("refused", 0))
 
 
 def trained_tensors(player: Player) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperbagel.data.transforms import grid_positions, patchify
+from hyperbagel.generate.session import image_transform
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import Student
@@ -69,12 +70,15 @@ class LatentDiscriminator(nn.Module):
 
 
 def vit_input(base: Bagel, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Pictures [B, 3, H, W] in [-1, 1] as ViT patches [B h w, P], positions, and (h, w). Resized if the patch does not divide them."""
-    patch, limit = base.config.vit.patch_size, base.config.options.vit_max_num_patch_per_side
-    h, w = (min(limit, max(1, round(side / patch))) for side in pixels.shape[2:])
-    if (h * patch, w * patch) != tuple(pixels.shape[2:]):
-        pixels = F.interpolate(pixels, size=(h * patch, w * patch), mode="bicubic", antialias=True)
-    where = grid_positions(h, w, limit, base.config.options.interpolate_pos).repeat(len(pixels)).to(pixels.device)
+    """Pictures [B, 3, H, W] in [-1, 1] as ViT patches [B h w, P], positions, and (h, w). Resized as pictures are that the base is asked
+    about."""
+    patch, options = base.config.vit.patch_size, base.config.options
+    height, width = pixels.shape[2:]
+    width, height = image_transform(options.vit_transform).size(width, height)
+    if (height, width) != tuple(pixels.shape[2:]):
+        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    h, w = height // patch, width // patch
+    where = grid_positions(h, w, options.vit_max_num_patch_per_side, options.interpolate_pos).repeat(len(pixels)).to(pixels.device)
     return patchify(pixels, patch).flatten(0, 1), where, (h, w)
 
 

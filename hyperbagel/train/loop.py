@@ -148,6 +148,7 @@ class _Loop:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = pick_precision(recipe.precision, self.device)
         self.step = 0
+        self.refused = 0  # batches that gave this step no finite loss
         self.turns: Counter[str] = Counter()  # steps of each player so far
         self.before = 0.0  # seconds trained by earlier launches
         self.began = clock()
@@ -172,7 +173,7 @@ class _Loop:
         torch.manual_seed(r.seed)  # dropout; batches and losses draw from Draws
         if resume and (found := list_checkpoints(self.run.checkpoints)):
             progress = load_checkpoint(found[-1], self.stage)
-            self.step, self.before = progress.step, progress.seconds
+            self.step, self.before, self.refused = progress.step, progress.seconds, progress.refused
             self.turns.update(self.stage.turn(step) for step in range(self.step))
         for player in self.stage.players.values():
             self.world.share(trained_tensors(player).values())
@@ -253,7 +254,7 @@ class _Loop:
         losses = []
         for micro in range(r.accumulate):
             with _unseen_by_workers() if self.first else nullcontext():  # a loader starts its workers when it is first asked
-                batch = self.stage.batch(self.step, Draws.at(r.seed, self.step, self.world.rank * r.accumulate + micro))
+                batch = self.stage.batch(self.step, self.draws(micro))
             self.first = False
             with self.autocast():
                 loss, metrics = self.stage.loss(name, batch, self.step)
@@ -275,14 +276,22 @@ class _Loop:
         self.check(norm, f"the gradient norm of player {name!r}", means)
         player.optimizer.step()
         self.turns[name] += 1
+        self.refused = 0
         if player.ema is not None:
             player.ema.update(player.parameters)
         return {f"{name}/{key}": value for key, value in means.items()} | {f"{name}/grad_norm": norm, f"{name}/lr": lr}
 
+    def draws(self, micro: int) -> Draws:
+        """Of a batch of the present step. What follows a batch that gave no finite loss draws anew."""
+        key = (self.recipe.seed, self.step, self.world.rank * self.recipe.accumulate + micro)
+        return Draws.at(*key, self.refused) if self.refused else Draws.at(*key)
+
     def check(self, value: Tensor, what: str, metrics: Metrics) -> None:
-        """Stop on a number that is not finite. No optimiser has moved yet in this step, so the state is still good."""
+        """Stop on a number that is not finite. No optimiser has moved yet in this step, so the weights are still good."""
         if self.world.all(math.isfinite(value.item())):
             return
+        self.refused += 1
+        self.stage.refuse()
         path = self.save() if self.works else self.run.checkpoints
         self.world.wait()  # the first process that ends takes the others with it, also one that is still writing
         raise Diverged(
@@ -322,7 +331,7 @@ class _Loop:
         return self.score is not None and self.score > best_score(self.run.checkpoints)
 
     def save(self) -> Path:
-        progress = Progress(self.step, self.seconds)
+        progress = Progress(self.step, self.seconds, self.refused)
         return save_checkpoint(self.run.checkpoints, self.stage, progress, keep=self.recipe.keep, score=self.score, world=self.world)
 
 

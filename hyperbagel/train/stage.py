@@ -136,6 +136,9 @@ class Stage(ABC):
     def sample(self, step: int, out: Path) -> None:  # noqa: B027 (nothing is a fine default)
         """Write sample sheets into the folder `out`; runs without gradients."""
 
+    def refuse(self) -> None:  # noqa: B027
+        """The batch at hand gave no finite loss: forget what would bring it back. Called before `state` is stored."""
+
     def state(self) -> dict[str, Any]:
         """What JSON must remember to go on (a loader's position); `load_state` gets it back."""
         return {}

@@ -111,11 +111,10 @@ class BaseStage(Stage):
             hold_in_bf16(self.model)
         self.aligner = Aligner(recipe.align, self.model, device) if recipe.align else None
         # Muon is for the matrices inside: what reads or writes tokens, patches, latents and times goes with Adam
-        if self.aligner is None:
-            self.players = {"model": Player.of(self.model, recipe.optim, _ENDS)}
-        else:
-            both = nn.ModuleDict({"model": self.model, "projector": self.aligner.projector})
-            self.players = {"model": Player.of(both, recipe.optim, (*(f"model.{end}" for end in _ENDS), "projector"))}
+        both = nn.ModuleDict({"model": self.model, "projector": self.aligner.projector}) if self.aligner else self.model
+        ends = (*(f"model.{end}" for end in _ENDS), "projector") if self.aligner else _ENDS
+        fresh = recipe.init is None or recipe.shrink != 1 or recipe.vit is not None  # what it begins with is not worth remembering
+        self.players = {"model": Player.of(both, recipe.optim, ends, ramp=fresh)}
         self.model.language_model.model.recompute = recipe.recompute
         if recipe.compile:
             compile_layers(self.model.language_model.model.layers)

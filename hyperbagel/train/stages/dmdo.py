@@ -155,6 +155,9 @@ class DmdoStage(DistillStage):
         top = float(times[segment]) if self.own.tdm_span == "segment" else 1.0
         return s + (top - s) * u
 
+    def refuse(self) -> None:
+        self.kept, self.kept_from = [], None
+
     def state(self) -> dict[str, Any]:
         """In the middle of a cycle: how to make the kept trajectories again (the student has not moved since)."""
         if not self.kept or self.kept_from is None:

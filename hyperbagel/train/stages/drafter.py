@@ -125,12 +125,13 @@ class DrafterStage(Stage):
         if recipe.init is not None:
             self._go_on_from(recipe.init, config)
         self.taps = tuple(sorted({0, *self.module.layers_read}))
-        self.players = {"drafter": Player.of(self.module, recipe.optim)}
+        self.players = {"drafter": Player.of(self.module, recipe.optim, ramp=recipe.init is None)}
         self.broken: Counter[str] = Counter()  # rows skipped by this process, by source
         self.sources = _sources(recipe.data, self.parts, recipe.seed)
         self.best_metric = f"{next(iter(recipe.held_out))}_tau" if recipe.held_out else None
         self.asked: tuple[int, list[Session]] | None = None  # contexts of the pools at hand
         self.pool: tuple[int, list[Lesson]] | None = None
+        self.left_out = 0  # batches that gave no finite loss
         # rank 0 measures, for all
         self.measured = {name: self._prompts(data) for name, data in recipe.held_out.items()} if self.world.leads else {}
         if isinstance(self.module, Eagle3) and config.draft_vocab is not None and recipe.init is None:
@@ -181,13 +182,22 @@ class DrafterStage(Stage):
     def batch(self, step: int, rng: Draws) -> DraftBatch:
         r = self.recipe
         cuts = r.pool // r.contexts
-        number, within = divmod(step, cuts * r.passes)
+        number, within = divmod(step + self.left_out, cuts * r.passes)
         if self.pool is None or self.pool[0] != number:
             self.pool = None  # before the next one is made: two would have to fit
             self.pool = number, self._pool(number)
         lesson = self.pool[1][within % cuts]
         spread = torch.rand(len(lesson.counts), r.anchors, generator=rng.torch).to(self.device)
         return DraftBatch(lesson, (spread * lesson.counts[:, None]).long())
+
+    def refuse(self) -> None:
+        self.left_out += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"left_out": self.left_out} if self.left_out else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.left_out = state.get("left_out", 0)
 
     @torch.no_grad()
     def _pool(self, number: int) -> list[Lesson]:

@@ -1,8 +1,9 @@
 """Trains a reward for stage refl on preference pairs: a small head over the base's frozen understanding branch.
 
 ours (the paper takes HPSv3 as it is). The better picture of a pair is the true one. The worse one is the sample's second picture to draw,
-if it has one (people's second choice, or the embedded world's `near_misses`), another sample's, the unchanged source of an edit, or the
-true one with noise in its latent. No detector has a say, so the reward cannot be tuned to the score that is reported.
+if it has one (people's second choice, or the embedded world's `near_misses`), another sample's (where a batch is one sample: the same one,
+asked for in the words of the batch before), the unchanged source of an edit, or the true one with noise in its latent. No detector has a
+say, so the reward cannot be tuned to the score that is reported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hyperbagel.data.mixture import DataConfig
-from hyperbagel.data.plan import Sample, VaeImage
+from hyperbagel.data.plan import Sample, Text, VaeImage
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.model.vae import AutoEncoder
@@ -69,28 +70,30 @@ class RewardStage(Stage):
         self.head = RewardHead(self.base.config.llm.hidden_size).to(device)
         self.players = {"reward": Player.of(self.head, recipe.optim)}
         self.loader = self._loader(recipe.data, recipe.seed, join_world(device))
+        self.words: dict[str, Text] = {}  # the prompt of the last sample of each source
         self.measured: list[Pairs] = []
         self.measures_start = recipe.held_out is not None
         if recipe.held_out is not None:
             for data in recipe.held_out.single_sources():
-                loader = self._loader(data, HELD_OUT_SEED)
-                self.measured += [self._pairs(loader, Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]
+                loader, words = self._loader(data, HELD_OUT_SEED), dict[str, Text]()
+                self.measured += [self._pairs(loader, Draws.at(HELD_OUT_SEED, i), words) for i in range(recipe.held_out_groups)]
                 loader.close()
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Any:
-        return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world)
+        return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world, as_served=True)
 
     def batch(self, step: int, rng: Draws) -> Pairs:
-        return self._pairs(self.loader, rng)
+        return self._pairs(self.loader, rng, self.words)
 
     @torch.no_grad()
-    def _pairs(self, loader: Any, rng: Draws) -> Pairs:
+    def _pairs(self, loader: Any, rng: Draws, words: dict[str, Text]) -> Pairs:
+        """The next pairs. words: see `self.words`; read and written."""
         group = loader.next_group()
         parts = [split_sample(sample) for sample in group.samples]
         better = torch.stack([to_tensor(target.pixels) for _, target, _ in parts]).to(self.device)
         sources = [[item for item in before if isinstance(item, VaeImage)] for before, _, _ in parts]
         damaged = damage(better, self.vae, self.recipe.noise, rng, self.device)
-        worse = damaged.clone()
+        worse, asked = damaged.clone(), list(group.samples)  # and for what the worse one is taken
         for i, given in enumerate(sources):
             kind, target = rng.python.random(), parts[i][1].pixels
             second = second_picture(group.samples[i], target)
@@ -100,7 +103,10 @@ class RewardStage(Stage):
                 worse[i] = to_tensor(given[-1].pixels).to(self.device)  # the edit was not made
             elif kind < 0.75 and len(parts) > 1:
                 worse[i] = better[(i + 1) % len(parts)]  # a good picture of something else
-        features = (understand(self.base, self.spec, pixels, group.samples) for pixels in (better, worse))
+            elif kind < 0.75 and (other := words.get(group.source)) and list(other.ids) != list(prompt_of(group.samples[i]).ids):
+                worse[i], asked[i] = better[i], with_prompt(group.samples[i], other)
+        words[group.source] = prompt_of(group.samples[-1])
+        features = (understand(self.base, self.spec, *of) for of in ((better, group.samples), (worse, asked)))
         return Pairs(group.source, *features)
 
     def loss(self, player: str, batch: Pairs, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,10 +123,11 @@ class RewardStage(Stage):
         return {"accuracy": (better > worse).float().mean().item(), "better": better.mean().item(), "worse": worse.mean().item()}
 
     def state(self) -> dict[str, Any]:
-        return {"loader": self.loader.state_dict()}
+        return {"loader": self.loader.state_dict(), "words": {source: text.ids for source, text in self.words.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state["loader"])
+        self.words = {source: Text(ids, enable_cfg=True) for source, ids in state.get("words", {}).items()}
 
     def finish(self, out: Path) -> None:
         """export/: the head of the best checkpoint, for stage refl; without held-out pairs, of the last step."""
@@ -132,9 +139,30 @@ class RewardStage(Stage):
         self.loader.close()
 
 
+def prompt_of(sample: Sample) -> Text:
+    """What the first picture to draw was asked for with."""
+    before, _, at = split_sample(sample)
+    prompt = before[at]
+    assert isinstance(prompt, Text)
+    return prompt
+
+
+def with_prompt(sample: Sample, prompt: Text) -> Sample:
+    """The sample with another prompt of its first picture to draw."""
+    at = split_sample(sample)[2]
+    return [*sample[:at], prompt, *sample[at + 1 :]]
+
+
 def second_picture(sample: Sample, first: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-    """The last picture to draw of a sample, if it is another than the first and of its size."""
-    last = [item.pixels for item in sample if isinstance(item, VaeImage) and item.loss][-1]
+    """The last picture that the same words ask for, if it is another than the first and of its size. What a next instruction makes of the
+    first one, in a chain of edits, is no worse."""
+    drawn: list[NDArray[np.uint8]] = []
+    for item in sample:
+        if drawn and not (isinstance(item, VaeImage) and item.loss):
+            break
+        if isinstance(item, VaeImage) and item.loss:
+            drawn.append(item.pixels)
+    last = drawn[-1]
     return last if last is not first and last.shape == first.shape else None
 
 

@@ -149,7 +149,7 @@ class VaeStage(Stage):
         # channels last is the faster layout on a GPU, the slower one on a CPU where group norms dominate
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
-        self.players = {"vae": Player.of(self.model, recipe.optim, ("encoder.conv_in", "decoder.conv_out"))}
+        self.players = {"vae": Player.of(self.model, recipe.optim, ("encoder.conv_in", "decoder.conv_out"), ramp=recipe.init is None)}
         pictures = draw_pictures(HELD_OUT_SEED, recipe.held_out, recipe.resolution, recipe.variety, split="heldout")
         self.held_out = to_signed(pictures).to(device)
         self.pool = ProcessPoolExecutor(recipe.workers, mp_context=multiprocessing.get_context("spawn")) if recipe.workers else None

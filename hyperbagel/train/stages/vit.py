@@ -98,7 +98,8 @@ class VitStage(Stage):
         side = recipe.resolution // self.config.patch_size
         self.eye = Eye(vit, GRID // side).to(device)
         self.positions = grid_positions(side, side, recipe.per_side).to(device)
-        self.players = {"vit": Player.of(self.eye, recipe.optim, ("vit_model.vision_model.embeddings", "thing", "picture"))}
+        plain = ("vit_model.vision_model.embeddings", "thing", "picture")
+        self.players = {"vit": Player.of(self.eye, recipe.optim, plain, ramp=recipe.init is None)}
         self.measured = self._scenes(random.Random(HELD_OUT_SEED), recipe.held_out)
 
     def _scenes(self, rng: random.Random, count: int) -> list[Scene]:

@@ -18,7 +18,7 @@ from tiny_stage import TinyStage, run
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import read_metrics
 from hyperbagel.train.checkpoint import Progress, best_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from hyperbagel.train.stage import Player
+from hyperbagel.train.stage import Draws, Player
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -134,6 +134,40 @@ def test_not_a_number_stops_with_the_last_good_state(tmp_path: Path) -> None:
     assert load_checkpoint(newest, stage).step == 6
     for name, value in good.tensors().items():
         assert torch.equal(value, stage.tensors()[name]), name
+
+
+@pytest.mark.parametrize("every", [1e9, 1e-9])
+def test_a_resume_never_meets_a_refused_batch_again(tmp_path: Path, every: float) -> None:
+    """Also where the step at which it stopped had a checkpoint already (every=1e-9: each step has), and where the next batch is bad too."""
+    from hyperbagel.train.loop import Diverged
+
+    class Bad(TinyStage):
+        refused = 0
+
+        def batch(self, step: int, rng: Draws) -> torch.Tensor:
+            x = super().batch(step, rng)
+            return x * float("nan") if self.seen in (8, 9, 12) else x
+
+        def refuse(self) -> None:
+            self.refused += 1
+
+    drawn: list[torch.Tensor] = []
+
+    class Noting(Bad):
+        def batch(self, step: int, rng: Draws) -> torch.Tensor:
+            drawn.append(torch.randn((), generator=rng.torch.clone_state()))
+            return super().batch(step, rng)
+
+    for launch, step in enumerate((7, 7, 9)):
+        stage = Noting()
+        with pytest.raises(Diverged, match=f"step {step}: got nan"):
+            run(tmp_path / "run", 14, resume=launch > 0, stage=stage, checkpoint_every_seconds=every)
+        assert stage.refused == 1
+    stage, _ = run(tmp_path / "run", 14, resume=True, stage=Noting(), checkpoint_every_seconds=every)
+    assert stage.seen == 14 + 3
+    assert len({x.item() for x in drawn}) == 17  # what follows a refused batch is drawn anew
+    state = json.loads((list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.json").read_text())
+    assert state["step"] == 14 and state["refused"] == 0
 
 
 def test_best_is_found_again_after_a_kill_before_it_was_noted(tmp_path: Path) -> None:

@@ -14,14 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tiny_base import DATA, write_base
+from tiny_base import CONFIG, DATA, make, write_base
 
 from hyperbagel import cli
 from hyperbagel.core.run import read_metrics
+from hyperbagel.data.plan import VitImage
+from hyperbagel.generate.session import image_transform
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import ImageSizes
 from hyperbagel.train.checkpoint import list_checkpoints, load_checkpoint
+from hyperbagel.train.discriminator import vit_input
 from hyperbagel.train.launch import run_training
 from hyperbagel.train.loop import Diverged
-from hyperbagel.train.stages import cfg
+from hyperbagel.train.stages import cfg, reward
 
 RUN = ["precision=fp32", "device=cpu", "kind=lora", "rank=2", "log_every=1", "sample_every=100", "teacher_steps=2", "nfe=2"]
 
@@ -105,3 +110,39 @@ def test_what_does_not_belong_is_one_line(base: Path, tmp_path: Path, capsys: py
         err = capsys.readouterr().err
         assert told in err and err.startswith("error: ") and err.count("\n") == 1
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("module", [cfg, reward])
+def test_input_pictures_are_read_as_requests_read_them(module: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First by the latents' rule, then by the ViT's: a small picture has more patches than its file alone would give."""
+    sizes = {
+        "vae_transform": ImageSizes(max_size=64, min_size=32, stride=8),
+        "vit_transform": ImageSizes(max_size=64, min_size=16, stride=8),
+    }
+    options = CONFIG.options.model_copy(update={**sizes, "max_latent_size": 8, "vit_max_num_patch_per_side": 8})
+    monkeypatch.setattr("tiny_base.CONFIG", CONFIG.model_copy(update={"options": options}))
+    folder = write_base(tmp_path / "model")
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8))
+    image.save(buffer, "PNG")
+    rows = [{"image_list": [buffer.getvalue()] * 2, "instruction_list": ["make it red"]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    data = {"sources": {"edit": {"kind": "edit", "path": str(tmp_path / "rows.parquet")}}, "mixture": [{"weights": {"edit": 1}}]}
+    stage: Any = make(module, folder, data=data)
+    [sample] = stage.loader.next_group().samples
+    [seen] = [item.pixels for item in sample if isinstance(item, VitImage)]
+    vae, vit = (image_transform(size) for size in sizes.values())
+    assert seen.shape == (32, 40, 3) and np.array_equal(seen, vit.pixels(vae.resize(image)))
+    assert vit.size(*image.size) != (40, 32)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 96), (96, 24), (40, 56), (8, 12)])
+def test_drawn_pictures_are_judged_at_the_size_they_are_asked_about(height: int, width: int) -> None:
+    """One scale for both sides, whatever the longest side that the ViT takes."""
+    options = CONFIG.options.model_copy(
+        update={"vit_transform": ImageSizes(max_size=64, min_size=16, stride=8), "vit_max_num_patch_per_side": 8}
+    )
+    base = Bagel(CONFIG.model_copy(update={"options": options}))
+    patches, where, (h, w) = vit_input(base, torch.rand(2, 3, height, width))
+    assert (w * 8, h * 8) == image_transform(options.vit_transform).size(width, height)
+    assert patches.shape == (2 * h * w, 3 * 8 * 8) and where.shape == (2 * h * w,)

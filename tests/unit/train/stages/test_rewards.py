@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_base import make, only, settings, stage_of
@@ -67,6 +68,48 @@ def test_a_second_picture_is_the_worse_one(source: str, base: Path, monkeypatch:
         for pixels, at in ((seen[0], 0), (seen[1], 2)):
             torch.testing.assert_close(pixels[i], to_tensor(drawn[at].pixels))
         assert reward.second_picture(sample[:-1], drawn[0].pixels) is None
+
+
+def test_one_sample_a_batch_is_compared_with_the_words_of_the_one_before(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the worse picture would always be the one with noise, and the prompt would not matter."""
+    data = only("t2i")
+    data["sources"] = {"t2i": data["sources"]["t2i"] | {"samples": 1}}
+    stage: Any = make(reward, base, data=data)
+    seen: list[tuple[torch.Tensor, Any]] = []
+    words = lambda samples: list(reward.prompt_of(samples[0]).ids)  # noqa: E731
+    monkeypatch.setattr(reward, "understand", lambda *args: seen.append(args[2:]) or torch.zeros(1, 2))
+    states = []
+    for step in range(60):
+        states.append(stage.state())
+        stage.batch(step, Draws.at(0, step))
+    swapped = 0
+    for step in range(60):
+        (better, own), (worse, asked) = seen[2 * step : 2 * step + 2]
+        if torch.equal(better, worse):
+            swapped += 1
+            assert words(asked) == words(seen[2 * step - 2][1]) != words(own)
+        else:
+            assert asked == own
+    assert 30 <= swapped <= 56  # three quarters, but for prompts that come twice in turn
+    last = seen[-2:]
+    stage.load_state(states[59])
+    stage.batch(59, Draws.at(0, 59))
+    for a, b in zip(seen[-2:], last, strict=True):
+        assert torch.equal(a[0], b[0]) and words(a[1]) == words(b[1])
+
+
+def test_the_next_edit_of_a_chain_is_no_worse_picture() -> None:
+    a, b, c = (np.full((8, 8, 3), i, np.uint8) for i in range(3))
+    chain: Any = [
+        VaeImage(a),
+        Text([1], enable_cfg=True),
+        VaeImage(b, loss=True),
+        VaeImage(b),
+        Text([2], enable_cfg=True),
+        VaeImage(c, loss=True),
+    ]
+    assert reward.second_picture(chain, b) is None
+    assert reward.second_picture([*chain[:3], VaeImage(c, loss=True)], b) is c
 
 
 def test_feedback_equals_the_plain_sum_of_both_terms(base: Path, student: Path, head: Path) -> None:
