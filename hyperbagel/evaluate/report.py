@@ -15,10 +15,11 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_text
 from hyperbagel.evaluate.records import read_header, read_records
 from hyperbagel.evaluate.statistics import paired_difference
+from hyperbagel.evaluate.summary import question_units
 
 LOSSLESS = -0.015  # lower 95 % bound of a paired difference, as a share: above it a student counts as lossless
-# the figure of a record that each part is compared by, and what turns it into a share
-FIGURES = {"t2i": ("strict", 1.0), "edits": ("o", 0.1), "questions": ("score", 1.0)}
+# the figure of a record that each part is compared by, what turns it into a share, and what its table's rows are
+FIGURES = {"t2i": ("strict", 1.0, "category"), "edits": ("o", 0.1, "group"), "questions": ("score", 1.0, "kind")}
 
 TITLES = {"t2i": "Pictures from prompts", "diversity": "Pictures of one prompt", "edits": "Edits", "questions": "Questions"}
 
@@ -47,19 +48,20 @@ def write_report(result: dict[str, Any], path: Path) -> None:
 
 
 def compare_evaluations(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Paired differences (ours - theirs, as shares) of two evaluation folders, bootstrapped over prompts.
+    """Paired differences (ours - theirs, as shares) of the `overall` of two evaluation folders, bootstrapped over prompts.
 
     `lossless` holds if the lower 95 % bound is above -1.5 points. Raises InputError if a part was evaluated on other items.
     """
     table: dict[str, Any] = {}
-    for part, (figure, scale) in FIGURES.items():
+    for part, (figure, scale, row) in FIGURES.items():
         paths = (ours / f"{part}.jsonl", theirs / f"{part}.jsonl")
         sets = [_item_set(read_header(path)) for path in paths if path.is_file()]
         if len(sets) == 2 and sets[0] != sets[1]:
             raise InputError(f"{paths[0]} and {paths[1]}: got items {sets[0]} and {sets[1]}, expected one set; evaluate both on the same")
-        a, b = ({r["id"]: scale * float(r[figure]) for r in read_records(path)} for path in paths)
+        found = [question_units(r) if part == "questions" else r for r in map(read_records, paths)]
+        a, b = ({r["id"]: scale * float(r[figure]) for r in records} for records in found)
         if a or b:
-            estimate = paired_difference(a, b)
+            estimate = paired_difference(a, b, groups={r["id"]: r[row] for records in found for r in records})
             table[part] = estimate.to_dict() | {"lossless": estimate.low > LOSSLESS}
     if not table:
         raise InputError(f"got no records in {ours} and {theirs}, expected two folders of finished evaluations; run them first")

@@ -5,7 +5,7 @@ Shape legend: N prompts (the unit that is resampled), R bootstrap draws. Scores 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -51,9 +51,17 @@ def bootstrap_groups(groups: dict[str, Sequence[float]], *, seed: int = 0, draws
 
 
 def paired_difference(
-    ours: dict[str, float], theirs: dict[str, float], *, seed: int = 0, draws: int = 2000, level: float = 0.95
+    ours: Mapping[str, float],
+    theirs: Mapping[str, float],
+    *,
+    groups: Mapping[str, str] | None = None,
+    seed: int = 0,
+    draws: int = 2000,
+    level: float = 0.95,
 ) -> Estimate:
     """Bootstrap of mean(ours - theirs) over prompts, pairs kept together. Keys are item ids (same prompt, seed and noise).
+
+    groups: the group of each item; the mean is then the unweighted one over groups, and prompts are resampled within theirs.
 
     Raises InputError if the two do not hold the same items: a difference over unlike sets is not paired.
     """
@@ -62,11 +70,19 @@ def paired_difference(
         raise InputError(
             f"got {len(odd)} unpaired items (first: {odd[0]!r}), expected the same items on both sides; evaluate both on one set"
         )
-    return bootstrap_mean([ours[k] - theirs[k] for k in sorted(ours)], seed=seed, draws=draws, level=level)
+    if groups is None:
+        return bootstrap_mean([ours[k] - theirs[k] for k in sorted(ours)], seed=seed, draws=draws, level=level)
+    parts: dict[str, list[float]] = {}
+    for k in sorted(ours):
+        parts.setdefault(groups[k], []).append(ours[k] - theirs[k])
+    return bootstrap_groups({name: parts[name] for name in sorted(parts)}, seed=seed, draws=draws, level=level)
 
 
-def wilson(right: int, total: int, *, level: float = 0.95) -> Estimate:
+def wilson(right: float, total: int, *, level: float = 0.95) -> Estimate:
     """Wilson score interval of the share right / total; holds its coverage near 0 and 1, where a bootstrap collapses to a point.
+
+    right: how many of `total` independent items; parts of one count where an item is right in parts, which makes the interval too wide,
+    never too narrow.
 
     Raises InputError unless 0 <= right <= total and total > 0.
     """

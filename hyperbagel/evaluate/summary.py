@@ -45,14 +45,24 @@ def summarise_questions(records: Sequence[Record]) -> dict[str, Any]:
         if r["pair"]:
             sets.setdefault((r["kind"], r["pair"]), []).append(r["score"])
     together = [{"kind": kind, "score": float(all(s == 1.0 for s in scores))} for (kind, _), scores in sets.items()]
+    units = question_units(records)
     stated = [{"kind": r["kind"], "score": r["right"] / max(r["stated"], 1)} for r in records if r["kind"] in DENSE]
     short = [k for k in kinds if k not in DENSE]
-    table = {"right": _means(records, "kind", "score", kinds, shares=short)}
+    table = {"right": _means(units, "kind", "score", kinds, shares=short)}
     if together:
         table["whole sets right"] = _means(together, "kind", "score", kinds, shares=short)
     if stated:
         table["stated facts right"] = _means(stated, "kind", "score", kinds)
     return table
+
+
+def question_units(records: Sequence[Record]) -> list[Record]:
+    """Records of questions that share a picture and a fate (both sides of a yes/no pair, the rotations of a choice) as one, with their mean
+    score: what is independent, and so what intervals count."""
+    units: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        units.setdefault((r["kind"], r["pair"] or r["id"]), []).append(r)
+    return [{"id": f"{kind}/{name}", "kind": kind, "score": sum(r["score"] for r in u) / len(u)} for (kind, name), u in units.items()]
 
 
 def _shares(records: Sequence[Record], by: str, figure: str, order: Sequence[str]) -> dict[str, dict[str, float | int]]:
@@ -64,7 +74,7 @@ def _means(
 ) -> dict[str, dict[str, float | int]]:
     """Mean of each group, and the bootstrap of their unweighted mean. Groups in `shares` hold rights and wrongs: a Wilson interval."""
     groups = _grouped(records, by, figure, order)
-    rows = {name: wilson(round(sum(v)), len(v)) if name in shares else bootstrap_mean(v) for name, v in groups.items()}
+    rows = {name: wilson(min(sum(v), len(v)), len(v)) if name in shares else bootstrap_mean(v) for name, v in groups.items()}
     return _rows(rows | {"overall": bootstrap_groups(groups)})
 
 

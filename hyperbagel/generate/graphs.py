@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from hyperbagel.core.errors import Notice
+from hyperbagel.core.files import one_line
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache, Plan
@@ -66,14 +69,29 @@ class Captured:
                 self.out = self.function()
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
             return self.out.clone()
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Records, computes nothing. What other threads of a server do on the device meanwhile is none of its business.
-            with no_collection(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.out = self.function()
-            self.graph = graph
+        if self.graph is None and not self._record():
+            return self.function()
+        assert self.graph is not None
         self.graph.replay()
         return self.out.clone()  # the next replay writes over it
+
+    def _record(self) -> bool:
+        """Records, computes nothing. Where that fails all calls are eager from then on: the same numbers, later."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # What other threads of a server do on the device meanwhile is none of its business.
+            with no_collection(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.out = self.function()
+        except torch.OutOfMemoryError:
+            torch.cuda.set_stream(current)
+            raise  # a smaller batch may have the room
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a recording that ends badly leaves its own behind
+            self.stream = None
+            warnings.warn(f"a step could not be recorded as a CUDA graph ({one_line(error)}); it runs without one", Notice, stacklevel=2)
+            return False
+        self.graph = graph
+        return True
 
 
 class _Static:
@@ -215,6 +233,16 @@ class GraphRunner:
         read = self._take(self.reads, key, lambda: StaticRead(self.model, *key, self.compiler))
         read.cache.load(caches)
         return read
+
+    def forget(self) -> None:
+        """Gives back all caches and graphs that are kept for later requests."""
+        self.end()
+        for step in self.steps.values():
+            step.release()
+        for read in self.reads.values():
+            read.release()
+        self.steps.clear()
+        self.reads.clear()
 
     def _take(self, shelf: dict[K, S], key: K, make: Callable[[], S]) -> S:
         """What stands there for `key`, or a new one, as the last used; where there are too many, the longest unused goes first."""

@@ -21,6 +21,24 @@ def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generato
     """logits [B, V] -> [B] tokens: argmax for T = 0, else one draw a row from that row's own generator (on the CPU)."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = probabilities(logits, temperature).cpu()
-    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)]
-    return torch.cat(drawn).to(logits.device)
+    return draw_rows(probabilities(logits, temperature), generators)
+
+
+def draw_rows(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One token a row from p [B, V], by that row's own generator on the CPU -> [B].
+
+    On a GPU one number a row comes from there and the draw is made where p lies: 152,064 probabilities would have to be brought over, and
+    `multinomial` takes milliseconds for a row of them on a CPU. So a seed's draws are others than on a CPU.
+    """
+    if p.device.type == "cpu":
+        return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
+    uniforms = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+    return draw(p, uniforms.to(p.device))
+
+
+def draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """One token a row by inversion: p [B, V], uniforms [B] in [0, 1) -> [B]. A token of probability 0 is never drawn."""
+    steps = p.double().cumsum(-1)
+    total = steps[:, -1]
+    level = (uniforms.double() * total).minimum(torch.nextafter(total, torch.zeros_like(total)))  # a product may round up to the total
+    return (steps <= level[:, None]).sum(-1)

@@ -8,6 +8,7 @@ Shape legend: B rows, Su / Sg tokens of the streams, S = Su + Sg, E hidden size,
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hyperbagel.model.config import LLMConfig
-from hyperbagel.nn.attention import attend, prepared
+from hyperbagel.nn.attention import attend, prepared, readers
 from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.nn.layers import MLP, RMSNorm, embedding, rope_table, rotate
 from hyperbagel.nn.projections import Projections
@@ -150,15 +151,17 @@ class Qwen2MoT(nn.Module):
         if tapped is not None and plan is not None:
             tapped.tap_positions(plan, positions)
             tapped.tap(0, plan, x)
-        for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, sight, i, use_reentrant=False, preserve_rng_state=False)  # nothing in a layer is drawn
-            else:
-                x = layer(x, sight, i, wanted if i + 1 == len(self.layers) else "ug")
-            if taps is not None:
-                taps.append(x)
-            if tapped is not None and plan is not None:
-                tapped.tap(i + 1, plan, x)
+        texts = x.g is None and some.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with readers() if texts else nullcontext():
+            for i, layer in enumerate(self.layers):
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(layer, x, sight, i, use_reentrant=False, preserve_rng_state=False)  # nothing in a layer is drawn
+                else:
+                    x = layer(x, sight, i, wanted if i + 1 == len(self.layers) else "ug")
+                if taps is not None:
+                    taps.append(x)
+                if tapped is not None and plan is not None:
+                    tapped.tap(i + 1, plan, x)
         return Streams(None if x.u is None else self.norm(x.u), None if x.g is None else self.norm_moe_gen(x.g))
 
 

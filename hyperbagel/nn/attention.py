@@ -6,11 +6,13 @@ Shape legend: B rows, Hq query heads, Hk key-value heads (Hq a multiple of Hk), 
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.nn.layers import quick
@@ -56,6 +58,12 @@ def prepared(mask: Any, causal: bool, sq: int, sk: int, like: Tensor, backend: s
     if isinstance(mask, Tensor) and backend == "sdpa" and quick(like):
         mask = like.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
     return mask, causal
+
+
+def readers() -> AbstractContextManager[None]:
+    """Around forwards of texts alone on a GPU: no attention of cuDNN's, which plans every new number of keys anew (a tenth of a second on
+    an H200), and while an answer grows each token brings a new one. Pictures keep their sizes, so their plans are found again."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -172,11 +172,20 @@ class KVCache:
         device, dtype = first.k[0].device, first.k[0].dtype
         whole = KVCache(len(first.k), heads, head_dim, rows=len(lengths), device=device, dtype=dtype, taps=taps, width=width)
         whole.reserve(max(lengths) + extra)
-        whole.load(caches)
+        whole._copy(caches)
         return whole
 
     def load(self, caches: Sequence[KVCache]) -> None:
-        """Copies the rows of several caches, as many as there are here and none longer than the capacity. The storage stays in place."""
+        """Copies the rows of several caches, as many as there are here and none longer than the capacity. The storage stays in place.
+
+        What lies behind them is wiped: steps of fixed shape only mask what the last request left, and 0 times nan is nan.
+        """
+        self._copy(caches)
+        for store in (*self.k, *self.v):
+            for row, n in zip(store, self.lengths, strict=True):
+                row[:, n:].zero_()
+
+    def _copy(self, caches: Sequence[KVCache]) -> None:
         at = 0
         for cache in caches:
             rows, top = len(cache.lengths), max(cache.lengths)

@@ -28,7 +28,7 @@ from hyperbagel.serve.page import add_page
 from hyperbagel.serve.realtime import Live
 from hyperbagel.serve.schemas import ApiError, ChatBody, ErrorBody, GenerationBody, ImageFields, Limits
 from hyperbagel.serve.streams import as_api_error, collect, event_stream
-from hyperbagel.serve.worker import Engine, Job, shutting_down
+from hyperbagel.serve.worker import Engine, Job, device_failed, shutting_down
 
 CLIENT_GONE = 499  # nobody reads this status; it is what logs and metrics say
 DRAIN_SECONDS = 30.0
@@ -96,9 +96,11 @@ class Service:
     # -- about the server ------------------------------------------------------------------------------------------------------
 
     async def health(self) -> dict[str, str]:
-        """200 while requests are taken, 503 while the server shuts down."""
+        """200 while requests are taken, 503 while the server shuts down and where a device no longer computes."""
         if self.engine.closed:
             raise shutting_down()
+        if self.engine.broken:
+            raise device_failed()
         return {"status": "ok"}
 
     async def version(self) -> dict[str, str]:

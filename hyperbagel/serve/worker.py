@@ -17,6 +17,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
@@ -153,17 +154,24 @@ class Engine:
         self._waiting: deque[Unit] = deque()
         self._change = threading.Condition()
         self._threads: list[threading.Thread] = []
-        self._closed, self._running, self._unit_seconds = False, 0, 1.0
+        self._closed, self._broken, self._running, self._unit_seconds = False, False, 0, 1.0
 
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def broken(self) -> bool:
+        """A device no longer computes (an error that stays until the process ends): start the server again."""
+        return self._broken
 
     def submit(self, job: Job) -> None:
         """Puts a job in the queue; starts the threads if this is the first. Raises ApiError: 429 if it is full, 503 if it is closed."""
         with self._change:
             if self._closed:
                 raise shutting_down()
+            if self._broken:
+                raise device_failed()
             self._waiting = deque(unit for unit in self._waiting if not self._dropped(unit))
             if self._waiting and len(self._waiting) + len(job.units) > self.limit:
                 seconds = max(1, math.ceil(self._unit_seconds * len(self._waiting) / len(self.models)))
@@ -258,6 +266,9 @@ class Engine:
         except Exception as error:
             if not isinstance(error, InputError):
                 logger.error("a batch of %d failed\n%s", len(units), traceback.format_exc())  # as text: a kept record would keep the frames
+                self._broken = self._broken or not device_works(model.parts.model.device)
+            if isinstance(error, torch.OutOfMemoryError) and model.runner is not None:
+                model.runner.forget()  # room for what is tried next
             return without_frames(error)
         self.metrics.observe("hyperbagel_batch_size", len(units))
         for stage, seconds in results[0].timings.items():
@@ -329,6 +340,20 @@ class Engine:
 
 def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down; try again later", type="server_error", code="shutting_down")
+
+
+def device_failed() -> ApiError:
+    return ApiError(503, "the device no longer computes; the server has to be started again", type="server_error", code="device_failed")
+
+
+def device_works(device: torch.device) -> bool:
+    """Whether it still computes. After an illegal access or a failed assertion no call on a GPU succeeds until the process ends."""
+    try:
+        return bool(torch.ones((), device=device).add_(1).item() == 2)
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
 
 
 def _stop_if_alone(units: Sequence[Unit]) -> None:

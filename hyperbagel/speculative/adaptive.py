@@ -39,7 +39,7 @@ class _Last:
 
     name: str
     phase: _Phase
-    drafted: list[int]  # tokens by row
+    draft: Draft  # how much of it is read off when its fate is known: before its round that would be a wait for the device
     seconds: float  # of its round
 
 
@@ -106,9 +106,9 @@ class Adaptive:
             assert news is not None
             draft = self._draft(name, phase, news, limit)
             if draft.tokens.shape[1] or not _free(self.drafters[name]):
-                drafted, columns = draft.drafted(), draft.tokens.shape[1]
+                columns = draft.tokens.shape[1]
                 seconds = self.costs.round_seconds(name, max(1, columns), columns + 1, fresh=not any(news.start))
-                self.last = _Last(name, phase, drafted, seconds)
+                self.last = _Last(name, phase, draft, seconds)
                 self.rounds_drafted[name] += 1
                 return draft
             del open_to[name]  # it cost nothing to find nothing; another one may know more
@@ -117,6 +117,9 @@ class Adaptive:
 
     def end(self, counts: Sequence[int]) -> None:
         self._learn(counts)
+        self.news = dict.fromkeys(self.drafters)  # they hold the target's cache
+        for drafter in self.drafters.values():
+            drafter.end(counts)
 
     def most_used(self) -> str:
         """Who drafted most rounds of the request at hand; "none" if nobody did."""
@@ -145,7 +148,7 @@ class Adaptive:
         if last is None:
             return
         name, phase = last.name, last.phase
-        alive = [(n - 1, tried) for n, tried in zip(counts, last.drafted, strict=True) if n]
+        alive = [(n - 1, tried) for n, tried in zip(counts, last.draft.drafted(), strict=True) if n]
         for accepted, tried in alive:
             phase.acceptance[name].note(tried, accepted)
         if alive:

@@ -73,6 +73,9 @@ def decode(
         while work.alive:
             work.round()
         drafter.end(work.counts)
+    except BaseException:
+        drafter.end([0] * len(sessions))  # nothing to learn; what it holds of this request goes
+        raise
     finally:
         work.cache.truncate(work.before)
     return list(work.results)

@@ -69,7 +69,8 @@ class Drafter(Protocol):
         """Nodes below seen.root, at most `limit` >= 1 deep."""
 
     def end(self, counts: Sequence[int]) -> None:
-        """No `propose` follows: the request is over, or its last token alone is left (then `end` comes again). `counts` as in Seen."""
+        """No `propose` follows: the request is over, or its last token alone is left (then `end` comes again). `counts` as in Seen, 0 for
+        all where it broke off. Nothing of the request's caches is held from now on."""
 
 
 @dataclass

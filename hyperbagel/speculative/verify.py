@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hyperbagel.generate.sampling import draw
+
 
 class Accepted(NamedTuple):
     """node [B]: the last accepted node (0: none but the root); token [B]: the target's own next token after it."""
@@ -99,11 +101,3 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     rest = (p - q).clamp(min=0)
     total = rest.sum(-1, keepdim=True)
     return torch.where(total > 0, rest / total.clamp(min=torch.finfo(p.dtype).tiny), p)
-
-
-def draw(p: Tensor, uniforms: Tensor) -> Tensor:
-    """One token a row by inversion: p [B, V], uniforms [B] in [0, 1) -> [B]. A token of probability 0 is never drawn."""
-    steps = p.double().cumsum(-1)
-    total = steps[:, -1]
-    level = (uniforms.double() * total).minimum(torch.nextafter(total, torch.zeros_like(total)))  # a product may round up to the total
-    return (steps <= level[:, None]).sum(-1)

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from hyperbagel.core.config import changed
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.mixture import DataConfig
 from hyperbagel.data.tokenizer import Tokenizer
@@ -147,6 +148,11 @@ class DistillStage(Stage):
             student = self.load(r.init)
         else:
             student = carry_student(r.init, load_folder(r.init_base, self.device, self.dtype)[0], self.base).to(self.device)
+        low = student.adapter.low_rank
+        if (low and changed(r, ("rank",)) and r.rank != student.adapter.rank) or (not low and changed(r, ("kind",))):
+            got = f"rank {r.rank}" if low else f"kind {r.kind!r}"
+            own = f"a LoRA of rank {student.adapter.rank}" if low else "whole layers"
+            raise InputError(f"init={r.init}: got {got} for a student of {own}, which stays what it is; leave the key out, or init")
         return as_whole(student, self.base) if r.whole else student
 
     def frozen(self, folder: Path) -> StudentNetwork:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +17,12 @@ from hyperbagel.core.errors import Notice
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.session import Parts, Session
+from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.speculative import decode as speculative_decode
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.costs import measure_costs
-from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.decode import Rounds, decode
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.folder import make_drafter, make_module
 from hyperbagel.speculative.drafters.lookup import Lookup
@@ -134,6 +140,35 @@ def test_a_pause_is_caught_up(kind: Kind, parts: Parts) -> None:
     both = Both()
     same(plain, decode(sessions, max_tokens=20, drafter=both))
     assert both.compared >= 3
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_request_that_is_over_holds_no_cache(stops: bool, parts: Parts) -> None:
+    """Its news of the target name its cache, gigabytes at 7B: neither budget nor drafter keeps it, also where nobody waits any more."""
+    sessions = text_sessions(parts, 3, taps=TAPS)
+    block = random_drafter("block", parts)
+    adaptive = Adaptive({"lookup": Lookup(), "block": block}, costs=costs("lookup", "block"))
+    made: list[weakref.ref[KVCache]] = []
+
+    class Watched(Rounds):
+        def __init__(self, *given: Any, **more: Any) -> None:
+            super().__init__(*given, **more)
+            made.append(weakref.ref(self.cache))
+
+    def on_token(row: int, token: int) -> None:
+        if stops and len(seen) > 5:
+            raise KeyboardInterrupt
+        seen.append(token)
+
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculative_decode, "Rounds", Watched)
+        with pytest.raises(KeyboardInterrupt) if stops else nullcontext():
+            decode(sessions, max_tokens=12, drafter=adaptive, on_token=on_token)
+    gc.collect()
+    assert len(made) == 1 and made[0]() is None
+    assert "cache" not in vars(block)
+    same(plain_decode(sessions, max_tokens=12), decode(sessions, max_tokens=12, drafter=adaptive))
 
 
 def test_measured_costs_are_sane(parts: Parts) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import COLDEST, probabilities
+from hyperbagel.generate.sampling import COLDEST, draw_rows, probabilities
 from hyperbagel.generate.session import Session
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.kv_cache import KVCache, Plan
@@ -65,8 +65,7 @@ def choose(logits: Tensor, temperature: float, generators: Sequence[torch.Genera
         return logits.argmax(-1), None
     q = probabilities(logits, temperature)
     q = torch.where(q.isfinite().all(-1, keepdim=True), q, 1 / q.shape[-1])  # a broken drafter costs speed, no request
-    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(q.cpu(), generators, strict=True)]
-    return torch.cat(drawn).to(logits.device), q
+    return draw_rows(q, generators), q
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -100,7 +99,8 @@ class _Proposer:
         self.cache.reserve(max(s.cache.lengths[0] for s in sessions) + 64)
 
     def end(self, counts: Sequence[int]) -> None:
-        """It learns nothing."""
+        """It learns nothing, and its cache goes."""
+        self.__dict__.pop("cache", None)
 
 
 class AutoregressiveDrafter(_Proposer):

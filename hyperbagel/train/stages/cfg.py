@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from hyperbagel.core.config import changed
 from hyperbagel.flow.path import interpolate
 from hyperbagel.flow.schedule import shift_time, time_grid, times_between
 from hyperbagel.flow.solvers import euler, euler_steps
@@ -38,6 +39,16 @@ class Recipe(DistillRecipe):
     time_shift: float | None = Field(default=None, gt=0)  # of the times that are trained; None: `shift`, that of sampling
     substeps: int = Field(default=4, ge=1)  # segments: of the teacher, for each step of the student's sampler
     scale_draws: int = Field(default=1, ge=1)  # guided: pairs of scales for each x_t, whose targets come of the same teacher evaluations
+
+    @model_validator(mode="after")
+    def _of_the_target(self) -> Recipe:
+        """What another target reads is refused, so that nobody thinks a student teaches where the base does."""
+        for target, keys in (("reflow", ("teacher", "reflow_steps")), ("segments", ("substeps",))):
+            if self.target != target and (idle := changed(self, keys)):
+                raise ValueError(f"{idle[0]} is of target={target}, got target={self.target}; set it or leave {idle[0]} out")
+        if self.target == "segments" and changed(self, ("time_shift",)):
+            raise ValueError("time_shift is of the other targets, segments learns the sampler's own times; leave it out")
+        return self
 
 
 @dataclass

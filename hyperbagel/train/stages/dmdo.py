@@ -77,6 +77,10 @@ class Recipe(DistillRecipe, RewardSettings):
         self.check_sources("judged", self.judged)
         if self.judged and self.coupling != "independent":
             raise ValueError(f"judged: got coupling={self.coupling}, expected independent (in one step as tdm); set it or leave judged out")
+        if not self.held and (idle := changed(self, ("hold_steps", "hold_weight"))):
+            raise ValueError(f"{idle[0]} is of sources that are held, and held names none; set held or leave {idle[0]} out")
+        if self.coupling != "tdm" and changed(self, ("tdm_span",)):
+            raise ValueError(f"tdm_span is of coupling=tdm, got {self.coupling}; set it or leave tdm_span out")
         if not self.judged and (idle := changed(self, ("judge_heads", "judge_weight", "judge_cap"))):
             raise ValueError(f"{idle[0]} is of judges, and judged names no source; set judged or leave {idle[0]} out")
         if not self.rewarded and (idle := changed(self, RewardSettings.model_fields)):

@@ -54,7 +54,9 @@ class ReflStage(AdpStage):
         run = self.as_velocity(self.network, batch.conditions, batch.scales)
         times = time_grid(self.feedback.nfe, self.feedback.shift)
         split = max(0, self.feedback.nfe - k)
-        with torch.no_grad():
+        kind = self.device.type  # without a cache: weights cast where no gradient passes must not be those of the steps after
+        cast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
+        with torch.no_grad(), cast:
             x = euler(batch.x_T, run, times[: split + 1])
         return euler(x, run, times[split:])
 

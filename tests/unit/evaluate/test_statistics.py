@@ -7,6 +7,7 @@ import pytest
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.evaluate.statistics import bootstrap_groups, bootstrap_mean, paired_difference, wilson
+from hyperbagel.evaluate.summary import question_units, summarise_questions
 
 
 def test_wilson_matches_known_values() -> None:
@@ -54,6 +55,30 @@ def test_pairing_removes_what_both_share() -> None:
     assert estimate.high - estimate.low < 1e-9
     with pytest.raises(InputError, match="unpaired"):
         paired_difference(ours, {k: v for k, v in theirs.items() if k != "p7"})
+
+
+def test_paired_groups_weigh_the_same() -> None:
+    theirs = {f"a{i}": 1.0 for i in range(90)} | {f"b{i}": 1.0 for i in range(10)}
+    ours = {k: v if k[0] == "a" else v - 0.2 * (int(k[1:]) % 2) for k, v in theirs.items()}
+    estimate = paired_difference(ours, theirs, groups={k: k[0] for k in theirs})
+    assert estimate.mean == pytest.approx(-0.05) and estimate.n == 100
+    assert -0.1 <= estimate.low < -0.05 < estimate.high <= 0
+    assert paired_difference(ours, theirs).mean == pytest.approx(-0.01)
+
+
+def test_questions_with_one_fate_count_once() -> None:
+    """75 choices whose four rotations are right or wrong together say as much as 75 questions, not as 300."""
+    kinds = ("choice", "colour")
+    records = [
+        {"kind": kind, "pair": f"{i}" if kind == "choice" else "", "id": f"{kind}{i}/{k}", "score": float(i % 3 > 0)}
+        for kind in kinds
+        for i in range(75)
+        for k in range(4 if kind == "choice" else 1)
+    ]  # fmt: skip
+    table = summarise_questions(records)["right"]
+    assert table["choice"] == table["colour"] == wilson(50, 75).to_dict()
+    assert table["overall"]["n"] == 150
+    assert [u["score"] for u in question_units([dict(r, score=float(k)) for k, r in enumerate(records[:4])])] == [1.5]
 
 
 def test_nothing_to_average_is_an_error() -> None:

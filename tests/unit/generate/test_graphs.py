@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyperbagel.core.errors import Notice
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.generate.decode import decode
@@ -178,6 +179,58 @@ def test_nothing_is_collected_while_a_graph_is_recorded() -> None:
 
 
 @torch.inference_mode()
+def test_what_a_request_leaves_behind_is_wiped() -> None:
+    """Fixed shapes mask the last request's slots, and 0 times nan is nan: one broken answer must not break all that follow."""
+    of = parts()
+    runner = GraphRunner(of.model)
+    long, short = session(of, TEXTS[1]), session(of, TEXTS[2])
+    expected = [answer.ids for answer in decode([short], max_tokens=8, runner=runner)]
+    broken = session(of, TEXTS[1])
+    for store in (*broken.cache.k, *broken.cache.v):
+        store[:, :, broken.cache.lengths[0] - 2 :] = float("nan")
+    decode([broken], max_tokens=8, runner=runner)
+    assert [answer.ids for answer in decode([short], max_tokens=8, runner=runner)] == expected
+    token = torch.tensor([[5], [7]])
+    assert of.model.logits(torch.zeros(1, 1, 64)).isfinite().all()
+    with torch.inference_mode():
+        read = runner.reader([broken.cache, long.cache], 8)
+        read(token, torch.tensor([broken.position, long.position]))
+        read = runner.reader([short.cache, short.cache], 8)
+        assert read(token, torch.tensor([short.position] * 2)).isfinite().all()
+    runner.forget()
+    assert not runner.steps and not runner.reads and runner.step is None
+
+
+def test_a_step_that_cannot_be_recorded_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for what needs a GPU: the second call records, fails, warns once, and all calls compute."""
+    streams: list[object] = []
+
+    class Refuses:
+        def __init__(self, *given: object, **more: object) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            raise self.error
+
+        error: Exception = RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Refuses)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "usual")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    calls = iter(range(10))
+    step = Captured(lambda: torch.tensor(next(calls)), torch.device("cpu"))
+    step.stream, step.out = "its own", step.function()  # type: ignore[assignment]
+    with pytest.warns(Notice, match="operation not permitted when stream is capturing"):
+        assert step() == 2  # 1 was computed in vain
+    assert streams == ["usual"] and step() == 3 and step() == 4
+    monkeypatch.setattr(Refuses, "error", torch.OutOfMemoryError("CUDA out of memory"))
+    step.stream = "its own"  # type: ignore[assignment]
+    with pytest.raises(torch.OutOfMemoryError):
+        step()
+
+
 def test_mask_of_a_static_step() -> None:
     """The matrix of StaticStep's docstring, read from what the backbone is given."""
     of = parts()

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult, TextResult
+from hyperbagel.serve import worker
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.schemas import ApiError
 from hyperbagel.serve.worker import Done, Engine, Failed, Job, batch_key
@@ -28,7 +30,9 @@ class Model:
         self.hold.set()
         self.inside = threading.Event()
         self.steps = 0
-        self.parts = SimpleNamespace(tokenizer=SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: "")))
+        tokenizer = SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: ""))
+        self.parts = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cpu")))
+        self.runner: Any = None
 
     def generate_batch(
         self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None], on_token: Callable[[int, int], None], **more: Any
@@ -161,6 +165,56 @@ def test_what_failed_is_out_of_memory_before_it_is_tried_again(model: Model) -> 
 
     run(main)
     assert left == [False, False]
+
+
+def test_without_memory_kept_graphs_go_before_the_next_try(model: Model) -> None:
+    told: list[str] = []
+    model.runner = SimpleNamespace(forget=lambda: told.append("forget"))
+    original = model.generate_batch
+
+    def generate_batch(requests: Sequence[ImageRequest], *args: Any, **more: Any) -> list[ImageResult]:
+        told.append(str(len(requests)))
+        if len(requests) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(requests, *args, **more)
+
+    model.generate_batch = generate_batch  # type: ignore[method-assign]
+
+    async def main() -> None:
+        engine = engine_of(model)
+        job = Job([ImageRequest("one"), ImageRequest("two")])
+        engine.submit(job)
+        assert all(isinstance(event, Done) for event in await ends(job)) and not engine.broken
+        engine.close()
+
+    run(main)
+    assert told == ["2", "forget", "1", "1"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_device_that_no_longer_computes_is_told(model: Model, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the request's own leaves the server as it was; one that stays makes it refuse what comes, and say so to who watches."""
+    assert worker.device_works(torch.device("cpu")) and not worker.device_works(torch.device("meta"))
+    monkeypatch.setattr(worker, "device_works", lambda device: works)
+
+    async def main() -> None:
+        engine = engine_of(model)
+        [bad, broken, next_] = jobs("bad", "broken", "good")
+        for job in (bad, broken):
+            assert not engine.broken
+            engine.submit(job)
+            assert isinstance((await ends(job))[0], Failed)
+        assert engine.broken is not works
+        if works:
+            engine.submit(next_)
+            assert isinstance((await ends(next_))[0], Done)
+        else:
+            with pytest.raises(ApiError) as refused:
+                engine.submit(next_)
+            assert refused.value.status == 503 and "started again" in str(refused.value)
+        engine.close()
+
+    run(main)
 
 
 def test_cancelled_work_ends_at_the_next_step_and_never_starts(model: Model) -> None:

@@ -190,7 +190,7 @@ def test_a_run_that_made_a_model_worse_is_not_passed_on(vae: Path, tmp_path: Pat
     run_training("base", base, [*SMALL, f"vae={vae}", "max_steps=0", "export_dtype=float32"], tmp_path / "a")
     start = tmp_path / "a" / "export"
     on = [*SMALL, f"init={start}", "vae=null", held_out, "held_out_batches=1", "evaluate_every=2", "export_dtype=float32"]
-    on += ["max_steps=2", "data.mixture=[{weights: {t2i: 1}}]", "optim.schedule=constant", "optim.warmup_steps=0"]
+    on += ["max_steps=2", "data.mixture=[{weights: {t2i: 1}}]", "optim.schedule=constant", "optim.warmup_steps=0", "optim.ema_decay=0.5"]
     verdicts = {}
     for name, rate in (("worse", "optim.lr=3"), ("better", "optim.lr=0.003")):
         run_training("base", base, [*on, rate], tmp_path / name)

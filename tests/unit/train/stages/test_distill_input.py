@@ -104,6 +104,10 @@ def test_what_does_not_belong_is_one_line(base: Path, tmp_path: Path, capsys: py
         (["text_range=[1, 1]"], "teacher without guidance"),
         ([f"model={other}", f"init={tmp_path / 'run' / 'export'}"], "another base"),
         ([f"init={base}"], "sampler.json: missing"),
+        ([f"init={tmp_path / 'run' / 'export'}", "rank=3"], "got rank 3 for a student of a LoRA of rank 2"),
+        ([f"teacher={tmp_path / 'run' / 'export'}"], "teacher is of target=reflow, got target=guided"),
+        (["target=segments", "time_shift=2"], "time_shift is of the other targets"),
+        (["substeps=2"], "substeps is of target=segments"),
     ):
         capsys.readouterr()
         assert cli.main(["train", "cfg", "--recipe", str(path), "-o", str(tmp_path / "new"), *RUN, *changes]) == 2

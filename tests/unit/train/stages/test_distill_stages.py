@@ -164,7 +164,7 @@ def test_an_export_loads_and_says_what_it_is(base: Path, student: Path) -> None:
 
 
 def test_resume_in_the_middle_of_a_cycle_is_bit_for_bit(base: Path, student: Path, tmp_path: Path) -> None:
-    keys = {"init": student, "teacher": student, "nfe": 2, "fake_steps": 2, "accumulate": 2, "kind": "lora", "log_every": 1}
+    keys = {"init": student, "teacher": student, "nfe": 2, "fake_steps": 2, "accumulate": 2, "log_every": 1}
     constant = {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0, "ema_decay": 0.9}
     keys |= {"optim": constant}
     run(dmdo, base, tmp_path / "a", max_steps=6, **keys)
