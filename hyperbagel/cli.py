@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,11 +63,18 @@ Count = Annotated[int, typer.Option("-n", help=f"Number of pictures, 1 to {check
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
-def _seed(seed: int | None) -> int:
-    if seed is None:
-        seed = checks.draw_seed()
-        note(f"seed {seed} (drawn; repeat with --seed {seed})")
-    return checks.check_seed(seed)
+def _seed(seed: int | None) -> Callable[[], int]:
+    """Checks a seed, or draws one, which is told when it is asked for: not before everything that can be refused."""
+    if seed is not None:
+        checks.check_seed(seed)
+        return lambda: seed
+    drawn = checks.draw_seed()
+
+    def tell() -> int:
+        note(f"seed {drawn} (drawn; repeat with --seed {drawn})")
+        return drawn
+
+    return tell
 
 
 def _load(since: float, model: str | None, device: str | None, dtype: str | None, graphs: bool = False) -> tuple[Any, dict[str, float]]:
@@ -97,7 +105,9 @@ def _draw(
         check_size(where["model"] or "toybox", settings["size"])
     first = _seed(seed)
     pipeline, spent = _load(since, **where)
-    options = {"n": len(paths), "seed": first, "on_step": lambda done, total, _: count_step(done, total), **settings}
+    if settings.get("student", "none") != "none":
+        pipeline.students.get(settings["student"])
+    options = {"n": len(paths), "seed": first(), "on_step": lambda done, total, _: count_step(done, total), **settings}
     results = pipeline.edit(images, prompt, **options) if images else pipeline.generate(prompt, **options)
     for timings in {id(result.timings): result.timings for result in results}.values():  # pictures of one batch share theirs
         spent = {name: spent.get(name, 0.0) + timings.get(name, 0.0) for name in spent | timings}
@@ -221,11 +231,13 @@ def ask(
     checks.check_at_least("--max-tokens", max_tokens, 1)
     checks.check_at_least("--temperature", temperature, 0.0)
     images = checks.read_pictures(pictures)
-    first = _seed(seed) if temperature else checks.check_seed(seed or 0)  # at temperature 0 nothing is drawn
+    first = _seed(seed if temperature else seed or 0)  # at temperature 0 nothing is drawn
+    settings = given(max_tokens=max_tokens, temperature=temperature, drafter=drafter)
+    from hyperbagel.generate.types import AskRequest
+
+    AskRequest(question, **settings)  # refuses wrong settings before the model is loaded
     pipeline, spent = _load(since, model, device, dtype, graphs)
-    result = pipeline.ask(
-        question, images, seed=first, think=think, **given(max_tokens=max_tokens, temperature=temperature, drafter=drafter)
-    )
+    result = pipeline.ask(question, images, seed=first(), think=think, **settings)
     spent |= result.timings
     if json:
         row = {"text": result.text, "thinking": result.thinking, "prompt_tokens": result.prompt_tokens, "tokens": result.tokens}
@@ -320,6 +332,9 @@ def main(argv: list[str] | None = None) -> int:
 
     HYPERBAGEL_DEBUG=1 lets the traceback through as well.
     """
+    for name in ("stdin", "stdout", "stderr"):  # closed by who started us: what is opened next must not take its place
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
     if argv is None:  # this process is ours: torch's worker threads then sleep while they wait. Spinning ones made a small model on a
         # busy 2-core machine 60 times slower. It must be said before torch is loaded, and what the user says goes first.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

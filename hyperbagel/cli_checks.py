@@ -6,13 +6,13 @@ Every failure is an InputError: got, expected, what to do. Sizes are (height, wi
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.values import size_of
 
 MAX_PICTURES = 64
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -73,10 +73,7 @@ def parse_size(size: str | None) -> tuple[int, int] | None:
     """ "640x480" (width x height) as (height, width); None stays None."""
     if size is None:
         return None
-    match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", size.strip())
-    if match is None:
-        raise InputError(f"got --size {size!r}, expected WIDTHxHEIGHT, write for instance 512x512")
-    return int(match[2]), int(match[1])  # which sizes there are is the model's to say
+    return size_of(size)  # which sizes there are is the model's to say
 
 
 def split_inputs(inputs: Sequence[str], name: str, *, needs_picture: bool) -> tuple[list[Path], str]:

@@ -28,6 +28,11 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     for stem, what in PARTS.items():  # exports of stages that train a part of a model
         if (folder / f"{stem}.safetensors").is_file() and not any(folder.glob("ema*.safetensors")):
             return {"folder": str(folder), "part": what, "weights": {stem: _sizes(folder, stem)}}
+    if folder.is_dir() and not any([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        raise InputError(
+            f"{folder}: got a folder without weights or settings, expected a model (llm_config.json), a student (sampler.json), a drafter "
+            "(drafter.json), a checkpoint (state.json) or a training's run (provenance.json); check the path"
+        )
     return inspect_folder(folder)
 
 

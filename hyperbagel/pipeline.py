@@ -6,7 +6,7 @@ import random
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from itertools import takewhile
@@ -19,6 +19,7 @@ from PIL.Image import Image, Resampling
 
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.hardware import clock, usable_device
+from hyperbagel.core.values import seed_of, whole
 from hyperbagel.data.images import as_mask, as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking, untagged
 from hyperbagel.data.transforms import to_tensor
@@ -68,7 +69,7 @@ class HyperBagel:
         model: str | Path = "toybox",
         *,
         device: str | None = None,
-        dtype: Literal["float32", "bfloat16"] | None = None,
+        dtype: Literal["float32", "bfloat16"] | torch.dtype | None = None,
         attention: Literal["sdpa", "reference", "flash"] = "sdpa",
         graphs: bool = False,
     ) -> HyperBagel:
@@ -86,7 +87,7 @@ class HyperBagel:
         start = time.perf_counter()
         folder = model_folder(model)
         where = usable_device(device)
-        kind = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+        kind = str(dtype or "").removeprefix("torch.") or ("bfloat16" if where.type == "cuda" else "float32")
         if kind not in DTYPES:
             raise InputError(f"got dtype {kind!r}, expected one of {', '.join(DTYPES)}")
         check_backend(attention, where, DTYPES[kind])
@@ -131,9 +132,9 @@ class HyperBagel:
         return self.ask_batch([AskRequest(question, _tuple(images), **settings)], on_token=on_token)[0]
 
     def _pictures(self, request: ImageRequest, n: int, seed: int | None, on_step: OnStep | None) -> list[ImageResult]:
-        if n < 1:
+        if whole("n", n) < 1:
             raise InputError(f"got n {n}, expected at least 1 picture")
-        first = random.SystemRandom().randrange(2**31) if seed is None else seed
+        first = random.SystemRandom().randrange(2**31) if seed is None else seed_of(seed)
         return self.generate_batch([replace(request, seed=first + i) for i in range(n)], on_step=on_step)
 
     # -- batches ---------------------------------------------------------------------------------------------------------------
@@ -189,11 +190,6 @@ class HyperBagel:
         for request in requests:
             if not request.question.strip():
                 raise InputError("got an empty question, expected some text")
-            if request.max_tokens < 1:
-                raise InputError(f"got max_tokens {request.max_tokens}, expected at least 1")
-            _check_seed(request.seed)
-            if not 0 <= request.temperature <= 100:
-                raise InputError(f"got temperature {request.temperature}, expected 0 (greedy) to 100")
             self.drafters.check(request.drafter)
         groups: dict[tuple[int, float, str], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
@@ -246,7 +242,6 @@ class HyperBagel:
         items = request.items()
         if not any(isinstance(item, str) and item.strip() for item in items):
             raise InputError("got an empty prompt, expected some text")
-        _check_seed(request.seed)
         if request.size is not None:
             latent_grid(self.parts.model.config, request.size)
         if request.student not in (None, "none"):
@@ -343,7 +338,9 @@ class HyperBagel:
 
 
 def model_folder(model: str | Path) -> Path:
-    """The folder of "toybox", which ships with the package, or the one that was given."""
+    """The folder of "toybox", which ships with the package, or the one that was given. Raises InputError for an empty name."""
+    if not str(model).strip():
+        raise InputError("got an empty name of a model, expected 'toybox' or a folder; is a variable not set?")
     return Path(str(files("hyperbagel") / "assets" / "toybox")) if str(model) == "toybox" else Path(model)
 
 
@@ -364,8 +361,8 @@ class _Ready:
 
 
 def _tuple(images: Picture | Sequence[Picture]) -> tuple[Any, ...]:
-    """One picture or several as a tuple; a path is one, though its letters could be counted."""
-    return (images,) if isinstance(images, (Image, str, Path)) else tuple(images)
+    """One picture or several as a tuple; a path is one, though its letters could be counted. What is neither is refused with the rest."""
+    return tuple(images) if isinstance(images, Iterable) and not isinstance(images, (Image, str, Path)) else (images,)
 
 
 def _with_pictures(request: ImageRequest) -> ImageRequest:
@@ -373,7 +370,6 @@ def _with_pictures(request: ImageRequest) -> ImageRequest:
     inputs = request.inputs and tuple(item if isinstance(item, str) else as_picture(item) for item in request.inputs)
     given: dict[str, Any] = {"images": tuple(map(as_picture, request.images)), "inputs": inputs}
     given["mask"] = None if request.mask is None else as_mask(request.mask)
-    given["interval"] = request.interval and tuple(request.interval)
     given["student"] = None if request.student is None else str(request.student)
     return replace(request, **given)
 
@@ -384,8 +380,3 @@ def first_picture(request: ImageRequest) -> Image:
         if isinstance(item, Image):
             return item
     raise InputError("got a mask without a picture, expected the picture to edit as well; leave the mask out to draw")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise InputError(f"got seed {seed}, expected 0 to 2^63 - 1")

@@ -18,6 +18,7 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.files import atomic_write_text, make_folder
 from hyperbagel.core.progress import ProgressReport
 from hyperbagel.data.images import save_png
+from hyperbagel.evaluate.records import unlike
 from hyperbagel.evaluate.toybox import weights_of
 from hyperbagel.generate.types import ImageRequest, ImageResult
 
@@ -102,9 +103,8 @@ def check_settings(out: Path, settings: dict[str, Any], rank: int) -> None:
     path, text = make_folder(out) / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.is_file():
         if (found := path.read_text("utf-8")) != text:
-            raise InputError(
-                f"{path}: got pictures made with {' '.join(found.split())}, expected {' '.join(text.split())}; give another folder"
-            )
+            got, asked = unlike(found, text)
+            raise InputError(f"{path}: got pictures made with {got}, expected {asked}; give another folder")
     elif rank == 0:
         atomic_write_text(path, text)
 

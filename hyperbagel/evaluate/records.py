@@ -7,7 +7,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,28 @@ def open_records(path: Path, header: dict[str, Any]) -> dict[str, Record]:
             return {}
     first = whole.split(b"\n", 1)[0].decode("utf-8", errors="replace")
     if first != expected:
-        raise InputError(f"{path}: got records made with {first}, expected {expected}; give another folder or the same settings")
+        got, asked = unlike(first, expected)
+        raise InputError(f"{path}: got records made with {got}, expected {asked}; give another folder or the same settings")
     return {r["id"]: r for r in read_records(path)}
+
+
+def unlike(found: str, asked: str) -> tuple[str, str]:
+    """What differs of two settings in JSON, as each has it; both as they are where one cannot be read."""
+
+    def walk(a: Any, b: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in dict.fromkeys([*a, *b]):
+                yield from walk(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+        elif a != b:
+            yield name, a, b
+
+    try:
+        parts = list(walk(json.loads(found), json.loads(asked), ""))
+    except ValueError:
+        parts = []
+    if not parts:
+        return " ".join(found.split()), " ".join(asked.split())
+    return ", ".join(f"{name} {a!r}" for name, a, _ in parts), ", ".join(f"{name} {b!r}" for name, _, b in parts)
 
 
 def read_records(path: Path) -> list[Record]:

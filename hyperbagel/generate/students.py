@@ -55,7 +55,7 @@ class Students:
         if name in self.names():
             assert self.folder is not None
             return self.folder / name
-        if Path(name).is_dir():
+        if name and Path(name).is_dir():
             return Path(name)
         known = ", ".join([*self.names(), "none"])
         raise InputError(f"got student {name!r}, expected one of {known}, or a student folder (train one: hyperbagel train cfg)")

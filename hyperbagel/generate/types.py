@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError, Notice
+from hyperbagel.core.values import interval_of, number, seed_of, size_of, whole
 from hyperbagel.flow.guidance import RENORMS, Renorm
 from hyperbagel.model.config import BagelOptions
 from hyperbagel.model.student import Sampler
@@ -64,7 +66,7 @@ class ImageRequest:
     prompt: str = ""
     images: tuple[Image, ...] = ()
     seed: int = 0
-    size: tuple[int, int] | None = None  # (height, width); None: the last image's, or the model's own
+    size: tuple[int, int] | None = None  # (height, width), or a text "WIDTHxHEIGHT"; None: the last image's, or the model's own
     think: bool = False
     max_think_tokens: int | None = None  # of the plan; None: LONGEST_PLAN, or what the context has left
     steps: int | None = None
@@ -79,6 +81,16 @@ class ImageRequest:
     mask: Image | None = None  # of the first picture's size, 255 where it may change (generate.mask); None: everywhere
 
     LONGEST_PLAN: ClassVar[int] = 1024  # the longest of BAGEL's own app
+
+    def __post_init__(self) -> None:
+        """Numbers and sizes in their own types. Raises InputError for what is none."""
+        check_text("prompt", self.prompt, "generate_batch")
+        take: dict[str, Callable[[Any], Any]] = {"seed": seed_of, "size": size_of, "interval": interval_of}
+        take |= {name: partial(whole, name) for name in ("steps", "max_think_tokens")}
+        take |= {name: partial(number, name) for name in ("text_scale", "image_scale", "renorm_min", "shift")}
+        for name, typed in take.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, typed(value))
 
     def items(self) -> tuple[str | Image, ...]:
         """Images, then the text; or the interleaved inputs."""
@@ -149,6 +161,26 @@ class AskRequest:
     # who drafts ahead: "auto" (the fastest here), "lookup", a name that came with the model, a folder, or "none". None: auto at
     # temperature 0 if drafters came with the model, else none
     drafter: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what no model answers."""
+        check_text("question", self.question, "ask_batch")
+        for name, typed in (
+            ("seed", seed_of),
+            ("max_tokens", partial(whole, "max_tokens")),
+            ("temperature", partial(number, "temperature")),
+        ):
+            object.__setattr__(self, name, typed(getattr(self, name)))
+        if self.max_tokens < 1:
+            raise InputError(f"got max_tokens {self.max_tokens}, expected at least 1")
+        if not 0 <= self.temperature <= 100:
+            raise InputError(f"got temperature {self.temperature}, expected 0 (greedy) to 100")
+
+
+def check_text(name: str, text: Any, several: str) -> None:
+    """Raises InputError for what is no text."""
+    if not isinstance(text, str):
+        raise InputError(f"got a {type(text).__name__} as {name}, expected a text; several at once are for {several}")
 
 
 @dataclass

@@ -65,8 +65,19 @@ def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
     where = ".".join(fields) or None
     if kind == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {where}", param=where, code="unknown_parameter")
-    told = first["ctx"]["error"] if kind == "value_error" else first["msg"]  # ours, without pydantic's "Value error, "
+    if kind == "value_error":  # ours, without pydantic's "Value error, "
+        told = str(first["ctx"]["error"])
+    elif kind == "missing":  # its input is all that is around it
+        told = "got nothing, expected a value"
+    else:
+        told = f"got {_short(first['input'])}, {first['msg'][:1].lower()}{first['msg'][1:]}"
     return ApiError(400, f"{where or 'body'}: {told}", param=where, code="invalid_value")
+
+
+def _short(value: Any) -> str:
+    """A value as a message can hold it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 async def follow(job: Job, request: Request) -> AsyncGenerator[Event, None]:

@@ -5,6 +5,9 @@ Shape legend: B conditions, N latent tokens, C values of a token, D values of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,3 +41,32 @@ def compare(student: Tensor, teacher: Tensor) -> dict[str, float]:
         "diversity": ((student[0] - student[1]).square().mean() / (teacher[0] - teacher[1]).square().mean()).sqrt().item(),
         "size": (student.square().mean() / teacher.square().mean()).sqrt().item(),
     }
+
+
+class Pictures(NamedTuple):
+    """Of some conditions: latents [2, B, N, C] and features [2, B, D], the student's and the teacher's."""
+
+    student: Tensor
+    teacher: Tensor
+    student_features: Tensor
+    teacher_features: Tensor
+
+
+def compare_sets(sets: Sequence[Pictures]) -> dict[str, float]:
+    """`compare`, and `score`, minus the energy distance, over all conditions of some groups.
+
+    Pictures of one size are compared as one set, and sets of unlike sizes weigh what they hold: of groups of one sample, as at 7B, each by
+    itself would be measured by nothing but its own two noises.
+    """
+    alike: dict[torch.Size, list[Pictures]] = {}
+    for one in sets:
+        alike.setdefault(one.student.shape[2:], []).append(one)
+    figures: dict[str, float] = {}
+    total = sum(one.student.shape[1] for one in sets)
+    for group in alike.values():
+        whole = Pictures(*(torch.cat(parts, dim=1) for parts in zip(*group, strict=True)))
+        own = compare(whole.student, whole.teacher)
+        own["score"] = -conditional_energy(whole.student_features, whole.teacher_features)
+        for name, value in own.items():
+            figures[name] = figures.get(name, 0.0) + value * whole.student.shape[1] / total
+    return figures

@@ -39,7 +39,7 @@ from hyperbagel.model.weights import load_folder
 from hyperbagel.train.alarms import alarms
 from hyperbagel.train.batches import open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
-from hyperbagel.train.compare import compare, conditional_energy
+from hyperbagel.train.compare import Pictures, compare_sets
 from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
 from hyperbagel.train.discriminator import vit_features
 from hyperbagel.train.distributed import World, is_sharded, join_world
@@ -296,19 +296,23 @@ class DistillStage(Stage):
         With `measure=answers` also how probable the base finds the right answers about the student's pictures (rewards.AnswerReward), since
         `score` hardly sees whether a picture holds what was asked for. The geometric mean over a picture's questions, so from 0 to 1.
         """
-        found: dict[str, list[float]] = {}
+        sets: dict[str, list[Pictures]] = {}
+        told: dict[str, list[float]] = {}
         with self.players["student"].averaged():
             for m in self.measured:
-                made = self.pictures(m.conditions, m.noises)
+                source, made = m.conditions.source, self.pictures(m.conditions, m.noises)
                 seen = self.decoded(made, m.conditions)
-                figures = compare(made, m.teacher) | {"score": -conditional_energy(self.features(seen), m.features)}
+                sets.setdefault(source, []).append(Pictures(made, m.teacher, self.features(seen), m.features))
                 if self.answers:
-                    told = [self.answers(one, m.conditions.samples).exp().mean().item() for one in seen]
-                    figures["answers"] = sum(told) / len(told)
-                for name, value in figures.items():
-                    for key in (name, f"{m.conditions.source}_{name}"):
-                        found.setdefault(key, []).append(value)
-        figures = {name: sum(values) / len(values) for name, values in found.items()}
+                    told.setdefault(source, []).extend(self.answers(one, m.conditions.samples).exp().mean().item() for one in seen)
+        figures: dict[str, float] = {}
+        for source, pictures in sets.items():
+            own = compare_sets(pictures)
+            if source in told:
+                own["answers"] = sum(told[source]) / len(told[source])
+            figures |= {f"{source}_{name}": value for name, value in own.items()}
+            for name, value in own.items():  # a source counts as much as another
+                figures[name] = figures.get(name, 0.0) + value / len(sets)
         if skipped := sum(self.loader.broken.values()):
             figures["skipped_rows"] = skipped
         return figures | self._alarms(step, figures)

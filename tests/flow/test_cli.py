@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -75,11 +76,23 @@ def test_names_of_any_bytes(folder: Path, tmp_path: Path) -> None:
     assert told.returncode == 0 and b"at most 3 tokens" in told.stderr, told.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a shell's redirections")
+def test_closed_streams_are_no_files(folder: Path, tmp_path: Path) -> None:
+    """As daemons start programs: what would have been said is dropped, and neither the answer nor a picture takes its place."""
+    words = [sys.executable, "-m", "hyperbagel.cli", "generate", "a car", "-o", "y.png", "--json", "--model", str(folder), "--steps", "1"]
+    command = shlex.join(words)
+    done = subprocess.run(f"{command} 0<&- 2>&-", shell=True, cwd=tmp_path, stdout=subprocess.PIPE, check=False)
+    assert done.returncode == 0 and json.loads(done.stdout)["pictures"][0]["file"] == "y.png"
+    assert read_settings(tmp_path / "y.png")["num_steps"] == 1
+
+
 WRONG_FOR_THIS_MODEL = {
     "too large": (["--size", "512x512"], "128 a side"),
     "no such folder": (["--model", "nowhere"], "nowhere"),
     "no such device": (["--device", "warp"], "'warp'"),
     "no such dtype": (["--dtype", "int4"], "'int4'"),
+    "no such student": (["--student", "9"], "'9'"),
+    "a variable that is not set": (["--model", ""], "empty name of a model"),
 }
 
 
@@ -89,7 +102,7 @@ def test_what_only_the_model_can_refuse(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options, message = WRONG_FOR_THIS_MODEL[name]
-    assert cli.main(["generate", "a red car", "-o", "a.png", "--seed", "1", "--model", str(folder), *options]) == 2
+    assert cli.main(["generate", "a red car", "-o", "a.png", "--model", str(folder), *options]) == 2  # no seed is told that drew nothing
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert list(tmp_path.iterdir()) == []

@@ -99,6 +99,17 @@ def test_differences_are_paired_with_the_teacher(table: tuple[dict[str, Any], Pa
     assert found["t2i plain"]["mean"] == -0.25 and not found["t2i plain"]["lossless"] and found["t2i strict"]["lossless"]
 
 
+@pytest.mark.parametrize(("wrong", "low", "lossless"), [(5, -0.01, True), (12, -0.02, False)])
+def test_lossless_is_a_lower_bound_above_a_point_and_a_half(wrong: int, low: float, lossless: bool, tmp_path: Path) -> None:
+    """5 of 1,000 lost: -0.5 points, down to about -1.0. 12: -1.2, down to about -1.9."""
+    for name, lost in (("a", 0), ("b", wrong)):
+        lines = [json.dumps({"id": i, "plain": i >= lost, "strict": False}) for i in range(1000)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t2i.jsonl").write_text("{}\n" + "\n".join(lines) + "\n")
+    found = differences(tmp_path / "b", tmp_path / "a")["t2i plain"]
+    assert found["mean"] == -wrong / 1000 and found["low"] == pytest.approx(low, abs=0.0015) and found["lossless"] is lossless
+
+
 def test_steering_tells_a_student_that_ignores_its_scales(table: tuple[dict[str, Any], Path]) -> None:
     rows = table[0]["rows"]
     for name in ("text scale, prompts", "text scale, edits", "image scale, edits"):

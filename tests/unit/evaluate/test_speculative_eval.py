@@ -20,6 +20,7 @@ from hyperbagel.evaluate.speculative import QUICK, SPLITS, Cell, alpha, run_spec
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.folder import make_module, save_drafter
+from hyperbagel.speculative.drafters.lookup import Lookup
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,19 @@ def test_the_papers_own_rows() -> None:
     """tau 3.7709 is 10-alpha 0.7452, and so on, to the digits that it prints."""
     for tau, told in ((3.7709, 0.7452), (3.6184, 0.7327), (2.8273, 0.6494), (3.6642, 0.7365), (3.4832, 0.7207)):
         assert alpha(tau, 10) == pytest.approx(told, abs=2e-4)
+
+
+def test_figures_of_an_arm_by_hand() -> None:
+    """Tokens a second, the gain over plain of the same repeat, tau, and milliseconds a round."""
+    plain = speculative._Arm(None, seconds=[1.0, 2.0, 4.0], tokens=[100, 100, 100])
+    mine = speculative._Arm(Lookup(), seconds=[0.5, 0.5, 1.0], tokens=[100, 100, 100])
+    mine.stats.rounds, mine.stats.tokens = 40, 100
+    mine.times.draft, mine.times.verify = 0.2, 0.4
+    row = speculative._row(mine, plain)
+    assert (row["speedup"], row["speedup_low"], row["speedup_high"]) == (4, 2, 4)
+    assert (row["tok_per_second"], row["low"], row["high"]) == (200, 100, 200)
+    assert row["tau"] == 2.5 and row["ms"]["draft"] == pytest.approx(5) and row["ms"]["verify"] == pytest.approx(10)
+    assert speculative._row(plain, mine)["speedup"] == 0.25
 
 
 def test_every_row_and_a_run_that_goes_on(

@@ -177,7 +177,7 @@ def test_records_of_another_number_type_are_refused(tmp_path: Path, detector: De
     assert fingerprint(first.parts.model) == fingerprint(second.parts.model)
     first.drawings = second.drawings = {i.prompt: i.scene for i in t2i_eval_prompts(6, 0, "train")}
     run_toybox_eval(first, **asked, out=tmp_path)
-    with pytest.raises(InputError, match=r"records made with .*float32.* expected .*bfloat16"):
+    with pytest.raises(InputError, match=r"records made with dtype 'float32', expected dtype 'bfloat16'; give"):
         run_toybox_eval(second, **asked, out=tmp_path)
     assert second.calls == 0
     records = tmp_path / "t2i.jsonl"

@@ -89,7 +89,7 @@ def test_errors_have_openai_s_form_and_tell_no_secrets() -> None:
         GenerationBody.model_validate({"prompt": "x", "text_scle": 1})
     told = as_api_error(caught.value)
     assert told.status == 400 and told.param == "text_scle" and told.code == "unknown_parameter"
-    assert as_api_error(RequestValidationError([{"loc": ("body", "n"), "msg": "no", "type": "x"}])).param == "n"
+    assert as_api_error(RequestValidationError([{"loc": ("body", "n"), "msg": "no", "type": "x", "input": 0}])).param == "n"
     assert as_api_error(InputError("got a, expected b")).body()["error"]["message"] == "got a, expected b"
     inside = as_api_error(RuntimeError("/root/secret"))
     assert inside.status == 500 and "secret" not in str(inside.body()) and inside.headers["x-should-retry"] == "false"
@@ -100,9 +100,13 @@ def test_errors_have_openai_s_form_and_tell_no_secrets() -> None:
     ("content", "param", "words"),
     [
         ([{"type": "audio", "text": "x"}], "messages.0.content.0.type", "'text' or 'image_url'"),
-        ([{"type": "image_url", "image_url": "data:"}], "messages.0.content.0.image_url", "Input should be a valid dictionary"),
+        (
+            [{"type": "image_url", "image_url": "data:"}],
+            "messages.0.content.0.image_url",
+            "got 'data:', input should be a valid dict",
+        ),
         ([{"type": "text", "te-xt": "x"}], "messages.0.content.0.te-xt", "Unrecognized request argument"),
-        (5, "messages.0.content", "Input should be"),
+        (5, "messages.0.content", "got 5, input should be"),
         ("x" * 100_001, "messages.0.content", "at most 100000 characters"),
     ],
 )

@@ -213,3 +213,18 @@ def test_some_rows_at_the_usual_scales(base: Path, source: str) -> None:
     assert torch.equal(whole, usual) and not (drawn == usual).all(0).any()
     at_usual = (half == usual).all(0)
     assert torch.equal(half, torch.where(at_usual, usual, drawn)) and 0.3 < at_usual.float().mean() < 0.7
+
+
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+def test_scales_are_drawn_from_the_papers_ranges(base: Path, source: str) -> None:
+    """3.2.1: text 1 to 5; image 1 to 2.5, for edits alone."""
+    stage: Any = make(cfg, base, data=only(source))
+    conditions, _ = conditions_of(stage, source)
+    drawn = [stage.scales(conditions, Draws.at(0, i)) for i in range(300)]
+    text, image = (torch.cat([getattr(scales, name) for scales in drawn]) for name in ("text", "image"))
+    assert 1 <= text.min() < 1.05 and 4.95 < text.max() <= 5 and abs(text.mean() - 3) < 0.15
+    if source == "edit":
+        assert 1 <= image.min() < 1.02 and 2.48 < image.max() <= 2.5 and abs(image.mean() - 1.75) < 0.06
+        assert abs(torch.corrcoef(torch.stack([text, image]))[0, 1]) < 0.1
+    else:
+        assert (image == 1).all()

@@ -20,7 +20,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.model.student import load_student
 from hyperbagel.model.weights import load_folder, load_tensors
 from hyperbagel.pipeline import HyperBagel
-from hyperbagel.train.compare import compare, conditional_energy
+from hyperbagel.train.compare import Pictures, compare, compare_sets, conditional_energy
 from hyperbagel.train.contexts import Scales, velocity
 from hyperbagel.train.gate import judge
 from hyperbagel.train.losses.dmd import COUPLINGS
@@ -221,6 +221,21 @@ def test_the_figures_see_what_goes_wrong() -> None:
     collapsed = compare(teacher[:1].expand(2, -1, -1, -1), teacher)
     assert collapsed["diversity"] == 0 and collapsed["size"] > 0.9
     assert abs(compare(1.3 * teacher, teacher)["size"] - 1.3) < 1e-4
+
+
+def test_groups_of_one_are_measured_as_the_set_they_make() -> None:
+    """At 7B each group is one sample, and a std over its own two noises would say nothing of what lies between conditions."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 12, 4, 8, generator=g) + 2 * torch.randn(1, 12, 4, 8, generator=g) for _ in range(2))
+    features = [torch.randn(2, 12, 5, generator=g) for _ in range(2)]
+    parts = (student, 1.5 * teacher, *features)
+    whole = compare_sets([Pictures(*parts)])
+    singles = compare_sets([Pictures(*(x[:, i : i + 1] for x in parts)) for i in range(12)])
+    assert whole == pytest.approx(singles) and whole["score"] == pytest.approx(-conditional_energy(*features))
+    assert {name: whole[name] for name in compare(*parts[:2])} == pytest.approx(compare(*parts[:2]))
+    other = Pictures(*(torch.randn(2, 4, *shape, generator=g) for shape in ((6, 8), (6, 8), (5,), (5,))))  # another size: a set of its own
+    both, alone = compare_sets([Pictures(*parts), other]), compare_sets([other])
+    assert both == pytest.approx({name: 0.75 * whole[name] + 0.25 * alone[name] for name in whole})
 
 
 def test_the_score_is_zero_for_equal_distributions_and_sees_blur_and_collapse() -> None:

@@ -1,0 +1,63 @@
+"""Numbers and sizes as callers give them: NumPy's are taken, anything else that is none is one clear line and no traceback."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+from hyperbagel.core.errors import InputError
+
+SIZE = re.compile(r"(\d{1,6})[xX×](\d{1,6})")
+
+
+def whole(name: str, value: Any) -> int:
+    """Raises InputError for what is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"got {name} {value!r}, expected a whole number") from error
+
+
+def number(name: str, value: Any) -> float:
+    """Raises InputError for what is no number; a text is none, whatever it says."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    try:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"got {name} {value!r}, expected a number") from error
+
+
+def seed_of(value: Any) -> int:
+    """0 to 2^63 - 1. Raises InputError."""
+    seed = whole("seed", value)
+    if not 0 <= seed < 2**63:
+        raise InputError(f"got seed {seed}, expected 0 to 2^63 - 1")
+    return seed
+
+
+def size_of(value: Any) -> tuple[int, int]:
+    """(height, width) of two whole numbers in that order, or of a text "WIDTHxHEIGHT". Raises InputError."""
+    if isinstance(value, str):
+        if (match := SIZE.fullmatch(value.strip())) is None:
+            raise InputError(f"got size {value!r}, expected WIDTHxHEIGHT, write for instance 512x512")
+        return int(match[2]), int(match[1])
+    height, width = _two("size", value, "(height, width) in pixels, or a text such as '512x384' (width x height)")
+    return whole("height", height), whole("width", width)
+
+
+def interval_of(value: Any) -> tuple[float, float]:
+    """Two times. Raises InputError."""
+    low, high = _two("interval", value, "two times such as (0.4, 1.0)")
+    return number("interval", low), number("interval", high)
+
+
+def _two(name: str, value: Any, expected: str) -> tuple[Any, Any]:
+    try:
+        one, other = value
+    except (TypeError, ValueError) as error:
+        raise InputError(f"got {name} {value!r}, expected {expected}") from error
+    return one, other
