@@ -146,6 +146,21 @@ def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     return "draw", request.is_edit, student, *(getattr(request, name) for name in sorted(own))
 
 
+def area_class(request: ImageRequest | AskRequest, usual: tuple[int, int]) -> int:
+    """By which power of two a picture is larger than 512 x 512: 0 up to there and for answers, 3 for a megapixel and more.
+
+    Rows of a batch are padded to the longest: beside one of 1024 x 1024 each of 256 x 256 would take sixteen times its work. usual: the
+    size of pictures that nobody gave one.
+    """
+    if isinstance(request, AskRequest):
+        return 0
+    size = request.size
+    if size is None:
+        pictures = [item for item in request.items() if isinstance(item, Image)]
+        size = pictures[-1 if request.mask is None else 0].size if pictures else usual
+    return (min(size[0] * size[1], 1 << 20) >> 18).bit_length()
+
+
 class Engine:
     """models: one a device, of equal weights. waiting: units in the queue. batch: units that share forwards."""
 
@@ -228,8 +243,9 @@ class Engine:
                 if self._closed:
                     return []
                 self._change.wait()
-            key = self._waiting[0].key
-            units = [unit for unit in self._waiting if unit.key == key][: self.batch]
+            usual = self.models[0].default_size
+            fits = [(unit.key, area_class(unit.request, usual)) for unit in self._waiting]
+            units = [unit for unit, fit in zip(self._waiting, fits, strict=True) if fit == fits[0]][: self.batch]
             taken = {id(unit) for unit in units}
             self._waiting = deque(unit for unit in self._waiting if id(unit) not in taken)
             self._running += len(units)

@@ -18,7 +18,7 @@ from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult, TextResul
 from hyperbagel.serve import worker
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.schemas import ApiError
-from hyperbagel.serve.worker import Done, Engine, Failed, Job, batch_key
+from hyperbagel.serve.worker import Done, Engine, Failed, Job, area_class, batch_key
 
 
 class Model:
@@ -33,6 +33,7 @@ class Model:
         tokenizer = SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: ""))
         self.parts = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cpu")))
         self.runner: Any = None
+        self.default_size = (64, 64)
 
     def generate_batch(
         self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None], on_token: Callable[[int, int], None], **more: Any
@@ -374,3 +375,39 @@ def test_which_requests_fit_together() -> None:
     keys = {batch_key(request) for request in (plain, *different)}
     assert len(keys) == len(different) + 1
     assert batch_key(ImageRequest("a", student="6")) == batch_key(ImageRequest("b", student="6", seed=2))
+
+
+def test_pictures_of_very_unlike_sizes_are_apart() -> None:
+    """Rows are padded to the longest. A picture to edit says how large the result will be."""
+    small, large, wide = (Image.new("RGB", size) for size in ((200, 300), (1024, 1024), (4000, 3000)))
+    mask = Image.new("L", small.size)
+    classes = {
+        0: [ImageRequest("a", size=(256, 256)), ImageRequest("a", size=(500, 500)), ImageRequest("a"), AskRequest("a", (large,))],
+        1: [ImageRequest("a", size=(512, 512)), ImageRequest("a", size=(1023, 512))],
+        2: [ImageRequest("a", size=(1024, 512))],
+        3: [ImageRequest("a", (large,)), ImageRequest("a", (small, wide)), ImageRequest("a", (small,), size=(1024, 1024))],
+    }
+    for number, requests in classes.items():
+        assert [area_class(request, (64, 64)) for request in requests] == [number] * len(requests)
+    assert area_class(ImageRequest("a"), (1024, 1024)) == 3
+    assert area_class(ImageRequest("a", (large,), size=(256, 256)), (64, 64)) == 0
+    assert area_class(ImageRequest("a", (small, wide), mask=mask), (64, 64)) == 0  # of the picture under the mask
+
+
+def test_a_large_picture_waits_for_its_like(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model, waiting=20)
+        model.hold.clear()
+        [first] = jobs("first")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        others = [*jobs("a"), *jobs("large", size=(1024, 1024)), *jobs("b", size=(256, 256)), *jobs("wide", size=(512, 2048))]
+        for job in others:
+            engine.submit(job)
+        model.hold.set()
+        for job in (first, *others):
+            assert isinstance((await ends(job))[0], Done)
+        engine.close()
+        assert model.batches == [["first"], ["a", "b"], ["large", "wide"]]
+
+    run(main)
