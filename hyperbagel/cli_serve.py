@@ -39,7 +39,7 @@ def serve(
         note("warning: no --api-key: whoever reaches this address may use the model")
     from hyperbagel.pipeline import HyperBagel
     from hyperbagel.serve.app import create_app
-    from hyperbagel.serve.run import bind, run
+    from hyperbagel.serve.run import bind, run, warm_up
     from hyperbagel.serve.schemas import Limits
 
     loaded = given(model=model, dtype=dtype, graphs=graphs or None)
@@ -52,6 +52,8 @@ def serve(
         return
     with bind(host, port) as listener:  # first: a taken port must not cost the loading of a model
         models = [HyperBagel.from_pretrained(**loaded, device=one) for one in device or (None,)]
+        for one in models:
+            warm_up(one)
         app = create_app(models, api_key=api_key, name=name, limits=limits)
         run(app, listener, host, lambda address: _tell(models[0].name, address))
 

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import DRAIN_SECONDS, create_app
-from hyperbagel.serve.run import bind
+from hyperbagel.serve.run import bind, warm_up
 from hyperbagel.serve.schemas import Limits
 
 
@@ -44,6 +44,7 @@ class Replica:
         # Ray shows each replica its own GPU alone, whatever its number on the machine
         device = "cuda" if (settings.device or "").startswith("cuda") else settings.device
         self.model = HyperBagel.from_pretrained(settings.model, device=device, dtype=settings.dtype, graphs=settings.graphs)  # type: ignore[arg-type]
+        warm_up(self.model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         s = self.settings

@@ -16,7 +16,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from hyperbagel.core.errors import InputError, Notice
+from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import DRAIN_SECONDS
+
+
+def warm_up(model: HyperBagel) -> None:
+    """An answer that nobody waits for: libraries find their kernels, and what drafting costs here is measured (1 to 2 s on a CPU)."""
+    model.ask("hello", max_tokens=2)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -13,6 +13,7 @@ import torch
 import hyperbagel
 from hyperbagel.model.weights import inspect_folder
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.serve.run import warm_up
 from hyperbagel.toybox.language import sample_question, sample_t2i
 from hyperbagel.toybox.render import render
 
@@ -31,6 +32,7 @@ import sys
 import numpy as np
 from PIL import Image
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.serve.run import warm_up
 model = HyperBagel.from_pretrained("toybox", device="cpu")
 picture = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
 model.ask("What is this?", [picture], max_tokens=4, drafter="block")
@@ -86,3 +88,10 @@ def test_it_has_learned_the_language_of_answers(model: HyperBagel) -> None:
     asked = [sample_question(rng, kind="colour") for _ in range(40)]
     answers = model.ask_batch([AskRequest(q.question, (Image.fromarray(render(q.scene)),), max_tokens=6) for q in asked])
     assert sum(answer.text in COLOURS for answer in answers) >= 30
+
+
+def test_a_warm_server_measures_nothing_in_a_request() -> None:
+    fresh = HyperBagel.from_pretrained("toybox", device="cpu")
+    warm_up(fresh)
+    answer = fresh.ask("Is there a car?", max_tokens=8)
+    assert "measure" not in answer.timings and answer.drafter is not None

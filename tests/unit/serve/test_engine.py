@@ -3,88 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import weakref
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
+from engine_world import Model, ends, engine_of, jobs, run
 from PIL import Image
 
-from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult, TextResult
-from hyperbagel.serve import worker
-from hyperbagel.serve.metrics import Metrics
+from hyperbagel.pipeline import AskRequest, ImageRequest
 from hyperbagel.serve.schemas import ApiError
-from hyperbagel.serve.worker import Done, Engine, Failed, Job, area_class, batch_key
-
-
-class Model:
-    """Pictures say in `thinking` whose they are. `hold` stops the work at each step; prompts "bad" and "broken" fail."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[str]] = []
-        self.hold = threading.Event()
-        self.hold.set()
-        self.inside = threading.Event()
-        self.steps = 0
-        tokenizer = SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: ""))
-        self.parts = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cpu")))
-        self.runner: Any = None
-        self.default_size = (64, 64)
-
-    def generate_batch(
-        self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None], on_token: Callable[[int, int], None], **more: Any
-    ) -> list[ImageResult]:
-        prompts = [request.prompt for request in requests]
-        self.batches.append(prompts)
-        if "bad" in prompts:
-            raise InputError("got a bad prompt")
-        if "broken" in prompts:
-            raise RuntimeError("secret inside")
-        for step in range(1000):
-            self.inside.set()
-            self.hold.wait(10)
-            self.steps = step + 1
-            on_step(step + 1, 1000, None)
-        return [ImageResult(Image.new("RGB", (1, 1)), r.seed, 1, {"denoise": 0.1}, r.prompt) for r in requests]
-
-    def ask_batch(self, requests: Sequence[AskRequest], on_token: Callable[[int, int], None]) -> list[TextResult]:
-        self.batches.append([request.question for request in requests])
-        for i in range(3):
-            self.inside.set()
-            self.hold.wait(10)
-            self.steps = i + 1
-            for row, request in enumerate(requests):
-                on_token(row, ord(request.question[i]))
-        return [TextResult(request.question[:3], 3, 1, {"decode": 0.1}) for request in requests]
+from hyperbagel.serve.worker import Done, Job, area_class, batch_key
 
 
 @pytest.fixture
 def model() -> Model:
     return Model()
-
-
-def engine_of(*models: Model, waiting: int = 10, batch: int = 4) -> Engine:
-    return Engine(models, waiting=waiting, batch=batch, metrics=Metrics())  # type: ignore[arg-type]
-
-
-def jobs(*prompts: str, **settings: Any) -> list[Job]:
-    return [Job([ImageRequest(prompt, **settings)]) for prompt in prompts]
-
-
-async def ends(job: Job) -> list[Any]:
-    """The events of a job of pictures, up to its end."""
-    events = [await asyncio.wait_for(job.events.get(), 10)]
-    while isinstance(events[-1], Done) and len(events) < len(job.units):
-        events.append(await asyncio.wait_for(job.events.get(), 10))
-    return events
-
-
-def run(main: Callable[[], Any]) -> Any:
-    return asyncio.run(main())
 
 
 def test_compatible_units_share_a_batch_in_order_of_arrival(model: Model) -> None:
@@ -103,117 +34,6 @@ def test_compatible_units_share_a_batch_in_order_of_arrival(model: Model) -> Non
             assert event.result.thinking == job.units[0].request.prompt  # type: ignore[union-attr]
         engine.close()
         assert model.batches == [["first"], ["a", "b", "c", "d"], ["other"], ["e"]]
-
-    run(main)
-
-
-def test_one_bad_request_does_not_take_its_neighbours_down(model: Model) -> None:
-    async def main() -> None:
-        engine = engine_of(model)
-        model.hold.clear()
-        [first, *others] = jobs("first", "good", "bad", "broken")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
-        for job in others:
-            engine.submit(job)
-        model.hold.set()
-        [good], [bad], [broken] = [await ends(job) for job in others]
-        assert good.result.thinking == "good"
-        assert isinstance(bad, Failed) and isinstance(bad.error, InputError)
-        assert isinstance(broken, Failed) and isinstance(broken.error, RuntimeError)
-        engine.close()
-        assert engine.metrics.get("hyperbagel_results_total", kind="image", outcome="failed") == 2
-
-    run(main)
-
-
-def test_what_failed_is_out_of_memory_before_it_is_tried_again(model: Model) -> None:
-    """A batch that ran out of memory must not keep its tensors while its requests are tried one by one."""
-    left: list[bool] = []
-
-    class Latents:
-        pass
-
-    kept: list[weakref.ref[Latents]] = []
-    original = model.generate_batch
-
-    def generate_batch(requests: Sequence[ImageRequest], *args: Any, **more: Any) -> list[ImageResult]:
-        if len(requests) == 1:
-            left.extend(ref() is not None for ref in kept)
-            return original(requests, *args, **more)
-        latents = Latents()
-        kept.append(weakref.ref(latents))
-        try:
-            raise RuntimeError("out of memory")
-        except RuntimeError as error:
-            raise RuntimeError("the batch failed") from error
-
-    model.generate_batch = generate_batch  # type: ignore[method-assign]
-
-    async def main() -> None:
-        engine = engine_of(model)
-        model.hold.clear()
-        [first, *others] = jobs("first", "one", "two")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
-        for job in others:
-            engine.submit(job)
-        model.hold.set()
-        for job in others:
-            [event] = await ends(job)
-            assert isinstance(event, Done)
-        engine.close()
-
-    run(main)
-    assert left == [False, False]
-
-
-def test_without_memory_kept_graphs_go_before_the_next_try(model: Model) -> None:
-    told: list[str] = []
-    model.runner = SimpleNamespace(forget=lambda: told.append("forget"))
-    original = model.generate_batch
-
-    def generate_batch(requests: Sequence[ImageRequest], *args: Any, **more: Any) -> list[ImageResult]:
-        told.append(str(len(requests)))
-        if len(requests) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(requests, *args, **more)
-
-    model.generate_batch = generate_batch  # type: ignore[method-assign]
-
-    async def main() -> None:
-        engine = engine_of(model)
-        job = Job([ImageRequest("one"), ImageRequest("two")])
-        engine.submit(job)
-        assert all(isinstance(event, Done) for event in await ends(job)) and not engine.broken
-        engine.close()
-
-    run(main)
-    assert told == ["2", "forget", "1", "1"]
-
-
-@pytest.mark.parametrize("works", [True, False])
-def test_a_device_that_no_longer_computes_is_told(model: Model, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the request's own leaves the server as it was; one that stays makes it refuse what comes, and say so to who watches."""
-    assert worker.device_works(torch.device("cpu")) and not worker.device_works(torch.device("meta"))
-    monkeypatch.setattr(worker, "device_works", lambda device: works)
-
-    async def main() -> None:
-        engine = engine_of(model)
-        [bad, broken, next_] = jobs("bad", "broken", "good")
-        for job in (bad, broken):
-            assert not engine.broken
-            engine.submit(job)
-            assert isinstance((await ends(job))[0], Failed)
-        assert engine.broken is not works
-        if works:
-            engine.submit(next_)
-            assert isinstance((await ends(next_))[0], Done)
-        else:
-            with pytest.raises(ApiError) as refused:
-                engine.submit(next_)
-            assert refused.value.status == 503 and "started again" in str(refused.value)
-        engine.close()
 
     run(main)
 

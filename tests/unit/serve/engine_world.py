@@ -1,0 +1,78 @@
+"""A stand-in for the model that does as the pipeline promises and can be held or made to fail; what tests of the engine do with it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult, TextResult
+from hyperbagel.serve.metrics import Metrics
+from hyperbagel.serve.worker import Done, Engine, Job
+
+
+class Model:
+    """Pictures say in `thinking` whose they are. `hold` stops the work at each step; prompts "bad" and "broken" fail."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.hold = threading.Event()
+        self.hold.set()
+        self.inside = threading.Event()
+        self.steps = 0
+        tokenizer = SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: ""))
+        self.parts = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cpu")))
+        self.runner: Any = None
+        self.default_size = (64, 64)
+
+    def generate_batch(
+        self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None], on_token: Callable[[int, int], None], **more: Any
+    ) -> list[ImageResult]:
+        prompts = [request.prompt for request in requests]
+        self.batches.append(prompts)
+        if "bad" in prompts:
+            raise InputError("got a bad prompt")
+        if "broken" in prompts:
+            raise RuntimeError("secret inside")
+        for step in range(1000):
+            self.inside.set()
+            self.hold.wait(10)
+            self.steps = step + 1
+            on_step(step + 1, 1000, None)
+        return [ImageResult(Image.new("RGB", (1, 1)), r.seed, 1, {"denoise": 0.1}, r.prompt) for r in requests]
+
+    def ask_batch(self, requests: Sequence[AskRequest], on_token: Callable[[int, int], None]) -> list[TextResult]:
+        self.batches.append([request.question for request in requests])
+        for i in range(3):
+            self.inside.set()
+            self.hold.wait(10)
+            self.steps = i + 1
+            for row, request in enumerate(requests):
+                on_token(row, ord(request.question[i]))
+        return [TextResult(request.question[:3], 3, 1, {"decode": 0.1}) for request in requests]
+
+
+def engine_of(*models: Model, waiting: int = 10, batch: int = 4) -> Engine:
+    return Engine(models, waiting=waiting, batch=batch, metrics=Metrics())  # type: ignore[arg-type]
+
+
+def jobs(*prompts: str, **settings: Any) -> list[Job]:
+    return [Job([ImageRequest(prompt, **settings)]) for prompt in prompts]
+
+
+async def ends(job: Job) -> list[Any]:
+    """The events of a job of pictures, up to its end."""
+    events = [await asyncio.wait_for(job.events.get(), 10)]
+    while isinstance(events[-1], Done) and len(events) < len(job.units):
+        events.append(await asyncio.wait_for(job.events.get(), 10))
+    return events
+
+
+def run(main: Callable[[], Any]) -> Any:
+    return asyncio.run(main())

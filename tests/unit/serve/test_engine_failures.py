@@ -1,0 +1,135 @@
+"""What fails does so alone, and gives back what it held."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine_world import Model, ends, engine_of, jobs, run
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.pipeline import ImageRequest, ImageResult
+from hyperbagel.serve import worker
+from hyperbagel.serve.schemas import ApiError
+from hyperbagel.serve.worker import Done, Failed, Job
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def test_one_bad_request_does_not_take_its_neighbours_down(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model)
+        model.hold.clear()
+        [first, *others] = jobs("first", "good", "bad", "broken")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        for job in others:
+            engine.submit(job)
+        model.hold.set()
+        [good], [bad], [broken] = [await ends(job) for job in others]
+        assert good.result.thinking == "good"
+        assert isinstance(bad, Failed) and isinstance(bad.error, InputError)
+        assert isinstance(broken, Failed) and isinstance(broken.error, RuntimeError)
+        engine.close()
+        assert engine.metrics.get("hyperbagel_results_total", kind="image", outcome="failed") == 2
+
+    run(main)
+
+
+def test_what_failed_is_out_of_memory_before_it_is_tried_again(model: Model) -> None:
+    """A batch that ran out of memory must not keep its tensors while its requests are tried one by one."""
+    left: list[bool] = []
+
+    class Latents:
+        pass
+
+    kept: list[weakref.ref[Latents]] = []
+    original = model.generate_batch
+
+    def generate_batch(requests: Sequence[ImageRequest], *args: Any, **more: Any) -> list[ImageResult]:
+        if len(requests) == 1:
+            left.extend(ref() is not None for ref in kept)
+            return original(requests, *args, **more)
+        latents = Latents()
+        kept.append(weakref.ref(latents))
+        try:
+            raise RuntimeError("out of memory")
+        except RuntimeError as error:
+            raise RuntimeError("the batch failed") from error
+
+    model.generate_batch = generate_batch  # type: ignore[method-assign]
+
+    async def main() -> None:
+        engine = engine_of(model)
+        model.hold.clear()
+        [first, *others] = jobs("first", "one", "two")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        for job in others:
+            engine.submit(job)
+        model.hold.set()
+        for job in others:
+            [event] = await ends(job)
+            assert isinstance(event, Done)
+        engine.close()
+
+    run(main)
+    assert left == [False, False]
+
+
+def test_without_memory_kept_graphs_go_before_the_next_try(model: Model) -> None:
+    told: list[str] = []
+    model.runner = SimpleNamespace(forget=lambda: told.append("forget"))
+    original = model.generate_batch
+
+    def generate_batch(requests: Sequence[ImageRequest], *args: Any, **more: Any) -> list[ImageResult]:
+        told.append(str(len(requests)))
+        if len(requests) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(requests, *args, **more)
+
+    model.generate_batch = generate_batch  # type: ignore[method-assign]
+
+    async def main() -> None:
+        engine = engine_of(model)
+        job = Job([ImageRequest("one"), ImageRequest("two")])
+        engine.submit(job)
+        assert all(isinstance(event, Done) for event in await ends(job)) and not engine.broken
+        engine.close()
+
+    run(main)
+    assert told == ["2", "forget", "1", "1"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_device_that_no_longer_computes_is_told(model: Model, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the request's own leaves the server as it was; one that stays makes it refuse what comes, and say so to who watches."""
+    assert worker.device_works(torch.device("cpu")) and not worker.device_works(torch.device("meta"))
+    monkeypatch.setattr(worker, "device_works", lambda device: works)
+
+    async def main() -> None:
+        engine = engine_of(model)
+        [bad, broken, next_] = jobs("bad", "broken", "good")
+        for job in (bad, broken):
+            assert not engine.broken
+            engine.submit(job)
+            assert isinstance((await ends(job))[0], Failed)
+        assert engine.broken is not works
+        if works:
+            engine.submit(next_)
+            assert isinstance((await ends(next_))[0], Done)
+        else:
+            with pytest.raises(ApiError) as refused:
+                engine.submit(next_)
+            assert refused.value.status == 503 and "started again" in str(refused.value)
+        engine.close()
+
+    run(main)
