@@ -210,7 +210,7 @@ class HyperBagel:
                     on_token(members[row], token)
 
             how: dict[str, Any] = {"temperature": temperature, "generators": generators, "on_token": report}
-            decoded = decode(sessions, max_tokens=max_tokens, **how, drafter=drafter, runner=self.runner)
+            decoded = decode(sessions, max_tokens=max_tokens, **how, drafter=drafter, runner=self.runner, spent=True)
             timings = {"prefill": middle - start, "decode": clock(where) - ready}
             if ready - middle > 0.01:
                 timings["measure"] = ready - middle

@@ -32,14 +32,14 @@ class Decoded:
 class Runner(Protocol):
     """The inner step of decoding: EagerRunner here, GraphRunner in generate.graphs."""
 
-    def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int) -> None:
-        """Takes the contexts of B rows, their next positions, and how many tokens may follow."""
+    def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int, spent: bool = False) -> None:
+        """Takes the contexts of B rows, their next positions, and how many tokens may follow. `spent`: see KVCache.stack."""
 
     def __call__(self, token: Tensor) -> Tensor:
         """token [B, 1] joins every row -> logits [B, V] of the next."""
 
     def end(self) -> None:
-        """The caches given to `begin` are as they were."""
+        """The caches given to `begin` are as they were, if they were not spent."""
 
 
 class EagerRunner:
@@ -48,8 +48,8 @@ class EagerRunner:
     def __init__(self, model: Bagel) -> None:
         self.model = model
 
-    def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int) -> None:
-        self.cache = caches[0] if len(caches) == 1 else KVCache.stack(caches, room)
+    def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int, spent: bool = False) -> None:
+        self.cache = caches[0] if len(caches) == 1 else KVCache.stack(caches, room, spent=spent)
         self.before = list(self.cache.lengths)
         self.cache.reserve(max(self.before) + room)
         self.position = torch.tensor(positions, device=self.model.device)[:, None]
@@ -77,10 +77,12 @@ def decode(
     on_token: OnToken | None = None,
     keep_logits: bool = False,
     runner: Runner | None = None,
+    spent: bool = False,
 ) -> list[Decoded]:
     """Starts from im_start behind each session's context, stops at im_end or after `max_tokens` tokens.
 
-    The sessions stay as they were: an answer joins a conversation as text (`Session.add_text`), as in the reference.
+    The sessions stay as they were: an answer joins a conversation as text (`Session.add_text`), as in the reference. But with `spent`
+    nobody needs them any more: where rows are copied into one cache, theirs go, of which at 7B a batch may hold ten gigabytes.
     `runner` is who makes the steps; None: EagerRunner.
     """
     parts = sessions[0].parts
@@ -88,7 +90,7 @@ def decode(
     for session in sessions:
         session.check_answer(max_tokens)
     step_once = EagerRunner(model) if runner is None else runner
-    step_once.begin([s.cache for s in sessions], [s.position for s in sessions], max_tokens + 1)
+    step_once.begin([s.cache for s in sessions], [s.position for s in sessions], max_tokens + 1, spent)
     token = torch.full((len(sessions), 1), tokenizer.im_start, device=model.device)
     results = [Decoded() for _ in sessions]
     alive = set(range(len(sessions)))

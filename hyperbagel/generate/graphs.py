@@ -135,9 +135,9 @@ class StaticStep(_Static):
         """Gives cache and graph back at once: `run` holds a method of this object, and so the object itself."""
         del self.run
 
-    def load(self, caches: Sequence[KVCache], positions: Sequence[int]) -> None:
+    def load(self, caches: Sequence[KVCache], positions: Sequence[int], spent: bool = False) -> None:
         """Takes other contexts; the buffers, and with them a recorded graph, stay."""
-        self.cache.load(caches)
+        self.cache.load(caches, spent)
         self.length.copy_(torch.tensor(self.cache.lengths)[:, None])
         self.position.copy_(torch.tensor(list(positions))[:, None])
         self.left = self.capacity - max(self.cache.lengths)
@@ -214,10 +214,10 @@ class GraphRunner:
         self.step: StaticStep | None = None
 
     @torch.inference_mode()
-    def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int) -> None:
+    def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int, spent: bool = False) -> None:
         key = len(positions), _capacity(caches, room)
         self.step = self._take(self.steps, key, lambda: StaticStep(self.model, *key, self.compiler))
-        self.step.load(caches, positions)
+        self.step.load(caches, positions, spent)
 
     def __call__(self, token: Tensor) -> Tensor:
         assert self.step is not None, "begin comes first"
@@ -227,11 +227,11 @@ class GraphRunner:
         self.step = None
 
     @torch.inference_mode()
-    def reader(self, caches: Sequence[KVCache], room: int) -> StaticRead:
+    def reader(self, caches: Sequence[KVCache], room: int, spent: bool = False) -> StaticRead:
         """For speculative decoding: who reads up to `room` tokens more behind these contexts, with the hidden states that they keep."""
         key = sum(len(cache.lengths) for cache in caches), _capacity(caches, room + SIZES[-1]), caches[0].taps
         read = self._take(self.reads, key, lambda: StaticRead(self.model, *key, self.compiler))
-        read.cache.load(caches)
+        read.cache.load(caches, spent)
         return read
 
     def forget(self) -> None:

@@ -160,10 +160,11 @@ class KVCache:
         return KVCache.stack([self], taps=self.taps)
 
     @staticmethod
-    def stack(caches: Sequence[KVCache], extra: int = 0, taps: Sequence[int] = ()) -> KVCache:
+    def stack(caches: Sequence[KVCache], extra: int = 0, taps: Sequence[int] = (), spent: bool = False) -> KVCache:
         """Rows of several caches in one, with room for `extra` more tokens a row. Copies; the originals stay as they are.
 
-        `taps`: () for none, else those of the caches.
+        `taps`: () for none, else those of the caches. `spent`: nobody needs the originals any more, so each gives its storage back as
+        soon as it is copied.
         """
         lengths = [n for cache in caches for n in cache.lengths]
         first = caches[0]
@@ -172,20 +173,20 @@ class KVCache:
         device, dtype = first.k[0].device, first.k[0].dtype
         whole = KVCache(len(first.k), heads, head_dim, rows=len(lengths), device=device, dtype=dtype, taps=taps, width=width)
         whole.reserve(max(lengths) + extra)
-        whole._copy(caches)
+        whole._copy(caches, spent)
         return whole
 
-    def load(self, caches: Sequence[KVCache]) -> None:
+    def load(self, caches: Sequence[KVCache], spent: bool = False) -> None:
         """Copies the rows of several caches, as many as there are here and none longer than the capacity. The storage stays in place.
 
         What lies behind them is wiped: steps of fixed shape only mask what the last request left, and 0 times nan is nan.
         """
-        self._copy(caches)
+        self._copy(caches, spent)
         for store in (*self.k, *self.v):
             for row, n in zip(store, self.lengths, strict=True):
                 row[:, n:].zero_()
 
-    def _copy(self, caches: Sequence[KVCache]) -> None:
+    def _copy(self, caches: Sequence[KVCache], spent: bool) -> None:
         at = 0
         for cache in caches:
             rows, top = len(cache.lengths), max(cache.lengths)
@@ -195,6 +196,9 @@ class KVCache:
                 for x, y in zip(mine, theirs, strict=True):
                     x[at : at + rows, :, :top] = y[:, :, :top]
             at += rows
+            if spent:
+                for store in cache._stores():
+                    store.clear()  # its lengths stay: they say how long the context was
         self.lengths = [n for cache in caches for n in cache.lengths]
 
 

@@ -42,6 +42,7 @@ def decode(
     keep_logits: bool = False,
     runner: Runner | None = None,
     drafter: Drafter | None = None,
+    spent: bool = False,
 ) -> list[Decoded]:
     """As `generate.decode.decode`; with a drafter the results are `Speculated`. `runner` makes plain decoding's steps; a GraphRunner reads
     drafts as well, chains of them, in fixed shapes.
@@ -63,12 +64,13 @@ def decode(
             on_token=on_token,
             keep_logits=keep_logits,
             runner=runner,
+            spent=spent,
         )
     for session in sessions:
         session.check_answer(max_tokens)
         check_taps(session, drafter)
     graphs = runner if isinstance(runner, GraphRunner) else None
-    work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, graphs=graphs)
+    work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, graphs=graphs, spent=spent)
     try:
         while work.alive:
             work.round()
@@ -122,8 +124,10 @@ class Rounds:
         drafter: Drafter,
         im_end: int | None = None,
         graphs: GraphRunner | None = None,
+        spent: bool = False,
     ) -> None:
-        """im_end: the token that ends an answer, if not the tokenizer's. graphs: who reads chains in fixed shapes."""
+        """im_end: the token that ends an answer, if not the tokenizer's. graphs: who reads chains in fixed shapes. spent: see `decode` of
+        generate.decode."""
         parts = sessions[0].parts
         self.model, self.im_end = parts.model, parts.tokenizer.im_end if im_end is None else im_end
         self.max_tokens, self.temperature, self.generators = max_tokens, temperature, generators
@@ -136,11 +140,11 @@ class Rounds:
         room = max_tokens + 1 + drafter.width
         drafter.begin(sessions, temperature, generators)  # first: a budget that measures reads with the same graphs
         caches = [s.cache for s in sessions]
-        self.read = None if graphs is None else graphs.reader(caches, room)
+        self.read = None if graphs is None else graphs.reader(caches, room, spent)
         if self.read is not None:
             self.cache = self.read.cache
         else:
-            self.cache = caches[0] if len(caches) == 1 else KVCache.stack(caches, room, taps=caches[0].taps)
+            self.cache = caches[0] if len(caches) == 1 else KVCache.stack(caches, room, caches[0].taps, spent)
         self.before = list(self.cache.lengths)
         self.cache.reserve(max(self.before) + room)
         device = self.model.device

@@ -264,6 +264,20 @@ def test_a_drafter_that_does_not_fit_is_a_warning_and_an_unknown_one_an_error(mo
         model.ask("what", max_tokens=4, drafter="nobody")
 
 
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_contexts_of_a_batch_are_held_once(model: HyperBagel, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While answers are written their rows lie in one cache alone."""
+    made: list[Session] = []
+    monkeypatch.setattr(model, "_context", lambda *given, own=model._context: made.append(own(*given)) or made[-1])
+    held: list[bool] = []
+    asked = [AskRequest(text, max_tokens=3, drafter=drafter) for text in ("what is it", "and what is that over there")]
+    together = model.ask_batch(asked, on_token=lambda row, token: held.append(any(s.cache.k for s in made)))
+    assert held and not any(held)
+    assert [(r.text, r.prompt_tokens) for r in together] == [
+        (r.text, r.prompt_tokens) for r in map(lambda one: model.ask_batch([one])[0], asked)
+    ]
+
+
 def test_streamed_tokens_are_the_answer(model: HyperBagel) -> None:
     seen: list[int] = []
     result = model.ask("what", max_tokens=5, on_token=lambda row, token: seen.append(token))

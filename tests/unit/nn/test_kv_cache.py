@@ -51,6 +51,25 @@ def test_ragged_rows_equal_each_row_alone(causal: bool) -> None:
         torch.testing.assert_close(together[i : i + 1, :, :n], alone)
 
 
+@pytest.mark.parametrize("load", [False, True])
+def test_spent_rows_give_their_storage_back(load: bool) -> None:
+    """Else all contexts of a batch would be held twice while it is decoded."""
+    singles = [fresh(1) for _ in range(3)]
+    for i, cache in enumerate(singles):
+        push(cache, *tokens(1, i + 2, seed=i), [i + 2])
+    want = KVCache.stack(singles, 4)
+    if load:
+        got = KVCache.stack([fresh(1) for _ in singles], 9)
+        got.load(singles, spent=True)
+    else:
+        got = KVCache.stack(singles, 4, spent=True)
+    assert got.lengths == want.lengths == [2, 3, 4] and [cache.lengths for cache in singles] == [[2], [3], [4]]
+    for mine, theirs in zip(got.k + got.v, want.k + want.v, strict=True):
+        for row, n in enumerate(got.lengths):
+            assert torch.equal(mine[row, :, :n], theirs[row, :, :n])
+    assert not any(cache.k or cache.v for cache in singles)
+
+
 def test_ragged_rows_over_several_appends() -> None:
     """Padding of one append must be overwritten by the next."""
     singles = [fresh(1), fresh(1)]
