@@ -16,6 +16,7 @@ const parts = {};
 
 function choose(name, { focus = false } = {}) {
   const chosen = tabs.find((tab) => panelOf(tab).id === name) ?? tabs[0];
+  if (chosen.getAttribute("aria-selected") !== "true") clearError();  // it was of another tab
   for (const tab of tabs) {
     tab.setAttribute("aria-selected", tab === chosen);
     tab.tabIndex = tab === chosen ? 0 : -1;
@@ -47,6 +48,7 @@ function editThis(blob) {
 
 /** Sets the page as it was when the picture was made. */
 async function restoreFrom(blob) {
+  if (!blob || !parts.draw) return;  // a folder was dropped, or the page is not ready
   clearError();
   try {
     await checkPicture(blob);
@@ -82,7 +84,6 @@ function listenForDrops() {
 }
 
 async function start() {
-  choose(location.hash.slice(1));
   const { data: [card] } = await getJson("v1/models");
   document.getElementById("model").textContent = card.id;
   const shared = { editThis, restoreFrom };
@@ -92,9 +93,20 @@ async function start() {
   setUpAsk(panel("ask"), card);
   setUpCompare(panel("compare"), card, shared);
   parts.live = setUpLive(panel("live"), card, shared);
-  listenForDrops();
+  document.querySelector("main").inert = false;
   document.body.dataset.ready = "true";
   choose(location.hash.slice(1));
 }
 
-start().catch(showError);
+/** Until the model's card is there nothing works, so nothing can be pressed; where it does not come, it is asked for again. */
+async function begin() {
+  try {
+    await start();
+  } catch (error) {
+    showError(error, { again: begin });
+  }
+}
+
+choose(location.hash.slice(1));
+listenForDrops();
+begin();

@@ -12,6 +12,7 @@ export function setUpAsk(panel, card) {
   let messages = [];
   let sent = new Set();  // pictures that the conversation holds already
   const hint = talk.innerHTML;
+  let talks = 0;  // conversations begun
 
   field("drafter").append(...["auto", ...card.drafters.filter((name) => name !== "auto")].map((name) => make("option", { value: name, textContent: name })));
   field("max_tokens").max = card.limits.max_tokens;
@@ -19,6 +20,7 @@ export function setUpAsk(panel, card) {
 
   panel.querySelector("[data-new]").addEventListener("click", () => {
     panel.querySelector("[data-cancel]").click();
+    talks += 1;
     messages = [];
     sent = new Set();
     talk.innerHTML = hint;
@@ -41,6 +43,8 @@ export function setUpAsk(panel, card) {
     const turn = make("div", { className: "turn" }, thought, text, facts);
     turn.dataset.state = "writing";
     talk.append(mine, turn);
+    turn.scrollIntoView({ block: "nearest" });
+    const asking = talks;
     field("prompt").value = "";
     const body = {
       messages: [...messages, asked], stream: true, drafter: field("drafter").value, think: field("think").checked,
@@ -53,21 +57,23 @@ export function setUpAsk(panel, card) {
         const [choice] = chunk.choices;
         if (!choice) continue;
         const piece = choice.delta;
+        const near = turn.getBoundingClientRect().bottom < innerHeight + 40;  // who has scrolled away reads something else
         if (first === null && (piece.content || piece.reasoning_content)) first = performance.now() - began;
         thought.textContent += piece.reasoning_content ?? "";
         text.textContent += piece.content ?? "";
         if (choice.finish_reason) facts.textContent = describe(choice, first, performance.now() - began);
         ended ||= Boolean(choice.finish_reason);
-        turn.scrollIntoView({ block: "nearest" });
+        if (near) turn.scrollIntoView({ block: "nearest" });
       }
       if (!ended) throw new ApiError("The connection broke off in the middle of the answer.");
+      if (asking !== talks) return;
       messages.push(asked, { role: "assistant", content: text.textContent });
       for (const blob of fresh) sent.add(blob);
       turn.dataset.state = "done";
     } catch (error) {
       turn.dataset.state = error.name === "AbortError" ? "cancelled" : "failed";
       facts.textContent = `${turn.dataset.state}; this question is not part of the conversation`;
-      field("prompt").value ||= question;
+      if (asking === talks) field("prompt").value ||= question;
       throw error;
     }
   });

@@ -30,6 +30,7 @@ export function setUpCompare(panel, card, { editThis }) {
       slot.element.dataset.who = name;
       return slot;
     });
+    for (const image of columns.querySelectorAll("img")) URL.revokeObjectURL(image.src);
     columns.replaceChildren(...slots.map((slot) => slot.element));
     columns.scrollIntoView({ block: "nearest" });
     let teacher = null;
@@ -42,7 +43,8 @@ export function setUpCompare(panel, card, { editThis }) {
       try {
         await drawInto([slot], "v1/images/generations", jsonBody(body), value, signal);
       } catch (error) {
-        for (const rest of slots.slice(i)) rest.end?.("cancelled", "cancelled");
+        const text = error.name === "AbortError" ? "cancelled" : "not drawn";
+        for (const rest of slots.slice(i + 1)) rest.end?.("cancelled", text);
         throw error;
       }
       const { prefill, denoise } = slot.item.timings;

@@ -63,7 +63,7 @@ export function setUpEdit(panel, card, { editThis, restoreFrom }) {
       const remarks = settings.restore(found);
       const missing = (found.pictures ?? 1) - pictures.list.length;
       if (missing > 0) remarks.push(`add the ${found.pictures > 1 ? `${found.pictures} pictures` : "picture"} it was made from`);
-      if (found.masked) remarks.push("paint its mask again");
+      if (found.masked && mask.empty) remarks.push("paint its mask again");
       return remarks;
     },
   };

@@ -1,7 +1,7 @@
 // Pictures that are chosen or dropped, with a thumbnail each.
 
 import { ApiError } from "./api.js";
-import { make, showError } from "./page.js";
+import { make, note, showError } from "./page.js";
 import { imageOf } from "./pictures.js";
 
 /** Refuses what the browser cannot show. */
@@ -39,12 +39,15 @@ export class Pictures {
       showError(error);
       return;
     }
+    const over = this.list.length + blobs.length - this.most;
+    if (this.most > 1 && over > 0) note(`At most ${this.most} pictures: the first ${over} were left out.`);
     if (blobs.length) this.set([...this.list, ...blobs].slice(-this.most));
   }
 
   set(list, { quiet = false } = {}) {
     if (!quiet) this.before(this.list);
     this.list = list;
+    for (const image of this.thumbs.querySelectorAll("img")) URL.revokeObjectURL(image.src);
     this.thumbs.replaceChildren(...list.map((blob, i) => {
       const remove = make("button", { type: "button", textContent: "✕", ariaLabel: `Remove picture ${i + 1}` });
       remove.addEventListener("click", () => this.set(this.list.filter((_, j) => j !== i)));

@@ -2,7 +2,7 @@
 
 import { address, ApiError, askKey, getKey } from "./api.js";
 import { Pictures } from "./files.js";
-import { ms, showError, showRanges } from "./page.js";
+import { clearError, ms, showError, showRanges } from "./page.js";
 import { download } from "./pictures.js";
 import { toDataUrl } from "./png.js";
 import { Seed } from "./settings.js";
@@ -16,9 +16,14 @@ export function setUpLive(panel, card, { editThis }) {
   const canvas = part("picture");
   const state = { id: 0, shown: 0, asked: new Map(), blob: null, seed: null, pause: 0, paused: false, preview: null, samples: [], source: Promise.resolve() };
   const seed = new Seed(part("seed"), { locked: true, changed: () => ask("preview") });
-  const line = new Line(panel, { json: take, picture: show, open: () => { sendSource(); ask("preview"); } });
+  const line = new Line(panel, { json: take, picture: show, open: () => { state.asked.clear(); settle(); sendSource(); ask("preview"); } });
 
   const pictures = new Pictures(panel, { most: 1, changed: (list) => {
+    if (list[0] && (list[0].size * 4) / 3 + 1000 > card.limits.body_bytes) {
+      pictures.set([]);
+      showError(new ApiError("This picture is too large for Live; make it smaller.", 413));
+      return;
+    }
     part("edit").hidden = !list.length;
     sendSource();
     ask("preview");
@@ -34,7 +39,7 @@ export function setUpLive(panel, card, { editThis }) {
   part("full").addEventListener("click", () => ask("full"));
   part("cancel").addEventListener("click", stop);
   panel.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
-  panel.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) stop(); });
   part("use").addEventListener("click", () => editThis(state.blob));
   part("save").addEventListener("click", () => download(state.blob, `hyperbagel-${state.seed}.png`));
 
@@ -52,7 +57,7 @@ export function setUpLive(panel, card, { editThis }) {
     clearTimeout(state.pause);
     const prompt = field("prompt").value.trim();
     if (!prompt || !line.ready) return;
-    const message = { type: "draw", id: ++state.id, tier, prompt, seed: seed.take(), text_scale: Number(field("text_scale").value) };
+    const message = { type: "draw", id: ++state.id, tier, prompt, seed: tier !== "preview" && seed.valid ? seed.input.value : seed.take(), text_scale: Number(field("text_scale").value) };
     if (pictures.list.length) message.image_scale = Number(field("image_scale").value);
     state.asked.set(message.id, since);
     state.source.then(() => line.send(message));
@@ -79,6 +84,7 @@ export function setUpLive(panel, card, { editThis }) {
     } else if (message.type === "error") {
       state.asked.delete(message.id);
       settle();
+      state.failed = true;
       showError(new ApiError(message.error.message, 400, message.error.code));
     }
   }
@@ -94,6 +100,10 @@ export function setUpLive(panel, card, { editThis }) {
     state.shown = header.id;
     const bitmap = await createImageBitmap(blob);
     if (header.id < state.shown) return;
+    if (state.failed) {
+      state.failed = false;
+      clearError();
+    }
     if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
     canvas.classList.toggle("tiny", bitmap.width <= 200);
     canvas.getContext("2d").drawImage(bitmap, 0, 0);
@@ -150,7 +160,8 @@ class Line {
     socket.onmessage = ({ data }) => {
       if (typeof data !== "string") {
         const length = new DataView(data).getUint32(0);
-        const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+        const text = new TextDecoder().decode(new Uint8Array(data, 4, length));
+        const header = { ...JSON.parse(text), seed: /"seed": ?(\d+)/.exec(text)[1] };  // as text: a number would not hold a large one
         this.on.picture(header, new Blob([new Uint8Array(data, 4 + length)], { type: "image/png" })).catch(showError);
         return;
       }

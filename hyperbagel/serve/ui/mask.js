@@ -1,5 +1,7 @@
 // A brush over a picture. What is painted may change; the server gets it as transparency, as OpenAI's API wants it.
 
+const PAINTED = 1024;  // longest side of what is painted on: each undo holds all of it
+
 export class Mask {
   constructor(place, { before = () => {} } = {}) {
     Object.assign(this, { place, before });
@@ -27,7 +29,9 @@ export class Mask {
     this.image.src = URL.createObjectURL(blob);
     await this.image.decode();
     this.image.classList.toggle("tiny", this.image.naturalWidth <= 200);
-    Object.assign(this.canvas, { width: this.image.naturalWidth, height: this.image.naturalHeight });  // this clears it, too
+    const { naturalWidth: width, naturalHeight: height } = this.image;
+    const scale = Math.min(1, PAINTED / Math.max(width, height));
+    Object.assign(this.canvas, { width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) });  // this clears it, too
     this.at = [this.canvas.width / 2, this.canvas.height / 2];
   }
 
@@ -47,14 +51,14 @@ export class Mask {
     if (snapshot && snapshot.width === this.canvas.width && snapshot.height === this.canvas.height) this.pen.putImageData(snapshot, 0, 0);
   }
 
-  /** A PNG that is transparent where it is painted; null without paint. */
+  /** A PNG of the picture's size that is transparent where it is painted; null without paint. */
   file() {
     if (this.empty) return Promise.resolve(null);
-    const out = new OffscreenCanvas(this.canvas.width, this.canvas.height);
+    const out = new OffscreenCanvas(this.image.naturalWidth, this.image.naturalHeight);
     const pen = out.getContext("2d");
     pen.fillRect(0, 0, out.width, out.height);
     pen.globalCompositeOperation = "destination-out";
-    pen.drawImage(this.canvas, 0, 0);
+    pen.drawImage(this.canvas, 0, 0, out.width, out.height);
     return out.convertToBlob({ type: "image/png" });
   }
 
@@ -84,7 +88,9 @@ export class Mask {
       return [((event.clientX - box.left) / box.width) * canvas.width, ((event.clientY - box.top) / box.height) * canvas.height];
     };
     let last = null;
+    let held = false;  // a key that is held down is one stroke, and one undo
     canvas.addEventListener("pointerdown", (event) => {
+      if (event.button !== 0) return;
       this.before();
       canvas.setPointerCapture(event.pointerId);
       last = point(event);
@@ -105,10 +111,15 @@ export class Mask {
         const reach = [canvas.width, canvas.height];
         this.at = this.at.map((value, i) => Math.min(reach[i], Math.max(0, value + way[i] * this.radius)));
       }
-      if (!way || event.shiftKey) { this.before(); this.stroke(from, this.at); }
+      if (!way || event.shiftKey) {
+        if (!held) this.before();
+        held = true;
+        this.stroke(from, this.at);
+      }
       this.showCursor();
     });
+    canvas.addEventListener("keyup", (event) => { if ([" ", "Shift"].includes(event.key)) held = false; });
     canvas.addEventListener("focus", () => this.showCursor());
-    canvas.addEventListener("blur", () => this.showCursor(false));
+    canvas.addEventListener("blur", () => { held = false; this.showCursor(false); });
   }
 }

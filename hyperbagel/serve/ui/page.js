@@ -2,11 +2,15 @@
 
 const alertBox = document.getElementById("alert");
 const noteBox = document.getElementById("note");
-alertBox.querySelector("button").addEventListener("click", () => { alertBox.hidden = true; });
+alertBox.querySelector("[data-close]").addEventListener("click", () => { alertBox.hidden = true; });
 
-export function showError(error) {
+/** again: what "Try again" does, where that may help. */
+export function showError(error, { again = null } = {}) {
   if (error?.name === "AbortError") return;
   console.warn(error);
+  const retry = alertBox.querySelector("[data-again]");
+  retry.hidden = !again;
+  retry.onclick = () => { clearError(); again(); };
   alertBox.querySelector("span").textContent = error?.status !== undefined ? error.message : `Something in the page went wrong: ${error?.message ?? error}`;
   alertBox.hidden = false;
 }
@@ -65,9 +69,12 @@ export function runner(panel, work) {
     }
   });
   cancel.addEventListener("click", () => controller?.abort());
+  // on the document: a button that is pressed is disabled then, and the focus is nowhere
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) controller?.abort(); });
+  // a wrong value behind a closed "More settings" could not be shown
+  form.addEventListener("invalid", (event) => event.target.closest("details")?.setAttribute("open", ""), true);
   panel.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") controller?.abort();
-    if (event.key === "Enter" && event.target.tagName === "TEXTAREA" && (event.ctrlKey || event.metaKey || form.dataset.enter)) {
+    if (event.key === "Enter" && !event.isComposing && event.target.tagName === "TEXTAREA" && (event.ctrlKey || event.metaKey || form.dataset.enter)) {
       if (event.shiftKey) return;
       event.preventDefault();
       form.requestSubmit();

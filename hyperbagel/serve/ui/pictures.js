@@ -1,6 +1,6 @@
 // One place for a picture that is being made: progress, previews, then the picture, what it took and what can be done with it.
 
-import { events } from "./api.js";
+import { ApiError, events } from "./api.js";
 import { fromBase64 } from "./png.js";
 import { make, ms } from "./page.js";
 
@@ -111,7 +111,7 @@ export async function drawInto(slots, path, options, seed, signal) {
       else if (kind === "partial_image") slot.preview(fromBase64(event.b64_json));
       else if (kind === "completed") slot.done(event, name(event.index ?? 0));
     }
-    if (slots.some((slot) => slot.element.dataset.state !== "done")) throw new Error("the answer ended before the picture came");
+    if (slots.some((slot) => slot.element.dataset.state !== "done")) throw new ApiError("The connection broke off in the middle of the answer.");
   } catch (error) {
     const cancelled = error.name === "AbortError";
     for (const slot of slots) slot.end(cancelled ? "cancelled" : "failed", cancelled ? "cancelled" : "failed");

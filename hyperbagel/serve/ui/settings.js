@@ -15,13 +15,15 @@ export class Seed {
     this.input.value = newSeed();
     this.lock.checked = locked;
     this.fresh = true;  // the seed that stands there has not been used
-    this.input.addEventListener("input", () => { this.fresh = true; this.lock.checked = true; changed(); });
+    this.input.addEventListener("input", () => { this.fresh = true; this.lock.checked = true; if (this.valid) changed(); });
     place.querySelector("[data-dice]").addEventListener("click", () => { this.input.value = newSeed(); this.fresh = true; changed(); });
   }
 
+  get valid() { return /^\d+$/.test(this.input.value); }
+
   /** The seed of a new start, as text: it may be larger than what a number holds exactly. */
   take() {
-    if (!/^\d+$/.test(this.input.value) || (!this.lock.checked && !this.fresh)) this.input.value = newSeed();
+    if (!this.valid || (!this.lock.checked && !this.fresh)) this.input.value = newSeed();
     this.fresh = false;
     return this.input.value;
   }
@@ -117,8 +119,10 @@ export class Settings {
     this.field("student").value = there ? who : "none";
     this.follow();
     const put = (name, value) => { if (value !== undefined && value !== null) this.field(name).value = value; };
-    put("steps", settings.num_steps);
-    put("shift", settings.shift);
+    // what is usual stays open: another student that is chosen next has its own
+    const own = (name, value) => put(name, String(value) === this.field(name).placeholder ? "" : value);
+    own("steps", settings.num_steps);
+    own("shift", settings.shift);
     if (who === "none") {
       put("low", settings.interval?.[0]);
       put("high", settings.interval?.[1]);

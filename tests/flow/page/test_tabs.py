@@ -151,7 +151,7 @@ def test_a_png_without_settings_is_explained(visit: Visit, photo: Path, tmp_path
     (tmp_path / "broken.png").write_bytes(b"nothing")
     page.set_input_files("#restore", tmp_path / "broken.png")
     page.wait_for_function("() => document.querySelector('#alert').textContent.includes('no picture')")
-    page.click("#alert button")
+    page.click("#alert [data-close]")
     assert not page.locator("#alert").is_visible()
 
 
