@@ -113,6 +113,11 @@ class TensorFolder:
                 f"{'; '.join(problems[:4])}{more}; check that the config files belong to these weights"
             )
 
+    def tensor(self, name: str) -> Tensor:
+        """One of them, on the CPU."""
+        with _open(self.file_of[name], "cpu") as file:
+            return file.get_tensor(name)
+
     def tensors(self, device: str) -> Iterable[tuple[str, Tensor]]:
         """Every tensor, one at a time, straight from the memory map to the device."""
         for path in dict.fromkeys(self.file_of.values()):

@@ -30,6 +30,7 @@ from hyperbagel.nn.masks import dense_mask
 from hyperbagel.train.contexts import some, split_sample
 from hyperbagel.train.discriminator import vit_input
 from hyperbagel.train.losses.refl import refl_loss
+from hyperbagel.train.reward_vlm import open_vlm
 
 # (pictures [B, 3, H, W] in [-1, 1], the samples they were drawn for) -> [B]; differentiable by the pictures
 Reward = Callable[[Tensor, Sequence[Sample]], Tensor]
@@ -38,8 +39,9 @@ Reward = Callable[[Tensor, Sequence[Sample]], Tensor]
 class RewardSettings(BaseModel):
     """Recipe keys of stages that go by a reward: which one, and how many pictures it sees."""
 
-    reward: Path | None = None  # folder of stage reward, or what `reward_entry` reads
-    reward_kind: Literal["preferences", "answers"] = "preferences"  # answers (ours): the base is asked about the picture; needs no folder
+    reward: Path | None = None  # folder of stage reward, of a reward model (vlm), or what `reward_entry` reads
+    # answers (ours): the base is asked about the picture, no folder; vlm: HPSv3 and its like (train.reward_vlm)
+    reward_kind: Literal["preferences", "answers", "vlm"] = "preferences"
     question: str | None = None  # answers: asked of pictures that bring no questions; {prompt} stands for what was asked for
     answer: str = "Yes"  # the right one to `question`
     reward_entry: str | None = None  # "module:function" of a reward model of your own (HPSv3 and the like)
@@ -153,6 +155,8 @@ def open_reward(settings: RewardSettings, base: Bagel, spec: PackSpec, tokenizer
         return foreign_reward(settings.reward_entry, settings.reward, base.device, tokenizer)
     if settings.reward_kind == "answers":
         return AnswerReward(base, spec, tokenizer, settings.question, settings.answer)
+    if settings.reward_kind == "vlm":
+        return of_prompts(open_vlm(settings.reward, base.device), tokenizer)
     if settings.reward is None:
         raise InputError("reward: got no folder, expected one of stage reward, set reward=RUN/export, reward_kind or reward_entry")
     return load_reward(settings.reward, base, spec)
@@ -229,10 +233,12 @@ def foreign_reward(entry: str, folder: Path | None, device: torch.device, tokeni
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"reward_entry: got {entry!r}, which cannot be used ({error}), expected module:function on the path") from error
 
-    def reward(pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
-        return score(pixels, [prompt_text(sample, tokenizer) for sample in samples])
+    return of_prompts(score, tokenizer)
 
-    return reward
+
+def of_prompts(score: Callable[[Tensor, list[str]], Tensor], tokenizer: Tokenizer) -> Reward:
+    """A reward that reads prompts as texts."""
+    return lambda pixels, samples: score(pixels, [prompt_text(sample, tokenizer) for sample in samples])
 
 
 def prompt_text(sample: Sample, tokenizer: Tokenizer) -> str:

@@ -20,7 +20,15 @@ from hyperbagel.flow.solvers import euler
 from hyperbagel.train.contexts import student_velocity
 from hyperbagel.train.losses.dmd import dmd_gradient
 from hyperbagel.train.losses.refl import refl_loss
-from hyperbagel.train.rewards import AnswerReward, checks_behind, foreign_reward, load_reward, prompt_text
+from hyperbagel.train.rewards import (
+    AnswerReward,
+    RewardSettings,
+    checks_behind,
+    foreign_reward,
+    load_reward,
+    open_reward,
+    prompt_text,
+)
 from hyperbagel.train.stage import Draws
 from hyperbagel.train.stages import adp, cfg, dmdo, reward
 
@@ -309,3 +317,21 @@ def test_a_reward_of_ones_own(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert found(torch.zeros(3, 3, 8, 8), stage.loader.next_group().samples).min() > 3
     with pytest.raises(InputError, match="reward_entry"):
         foreign_reward("no_such_module:build", None, torch.device("cpu"), stage.tokenizer)
+
+
+def test_a_recipe_can_name_a_reward_model(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`reward_kind: vlm`: it is asked about the pictures with what was asked for, in words."""
+    asked: list[tuple[Any, list[str]]] = []
+    opened: list[Any] = []
+
+    def score(pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        asked.append((pixels, prompts))
+        return pixels.mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr("hyperbagel.train.rewards.open_vlm", lambda *given: opened.append(given) or score)
+    stage: Any = make(cfg, base, data=only("t2i"))
+    chosen = RewardSettings(reward_kind="vlm", reward=Path("somewhere"))
+    found = open_reward(chosen, stage.base, stage.spec, stage.tokenizer)
+    samples, pixels = stage.loader.next_group().samples, torch.rand(3, 3, 32, 32)
+    torch.testing.assert_close(found(pixels, samples), pixels.mean(dim=(1, 2, 3)))
+    assert opened == [(Path("somewhere"), torch.device("cpu"))] and asked[0][1] == [prompt_text(s, stage.tokenizer) for s in samples]
