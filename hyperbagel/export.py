@@ -105,7 +105,7 @@ def export_student(
             shutil.copyfile(path, temporary / path.name)
         save_tensors(temporary / "ema.safetensors", tensors)
         _write_sampler(temporary, "merged", sampler, base)
-    stored = kept or max((_STORED.get(kind, torch.float32) for kind in kinds.values()), key=lambda kind: kind.itemsize)
+    stored = kept or min((_STORED.get(kind, torch.float32) for kind in kinds.values()), key=lambda kind: kind.itemsize)
     rounding = "" if stored == torch.float32 else f", up to the rounding of {str(stored).removeprefix('torch.')} weights"
     exact = f"text to image: what base and student draw together{rounding}"
     return Exported(out, sampler, text, image, (exact, edit_note(image, " (--verify measures it)"), _how(sampler)))

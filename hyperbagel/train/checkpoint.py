@@ -106,13 +106,24 @@ def save_checkpoint(
         _write(path, stage, progress, score, world)
     if not world.leads:
         return path
-    if not missing and progress.refused:  # the same weights, other batches to come
-        state = read_json(path / "state.json") | {"seconds": progress.seconds, "refused": progress.refused, "stage": stage.state()}
-        atomic_write_text(path / "state.json", json.dumps(state, indent=1))
+    if not missing:
+        _amend(path, stage, progress, score)
     if score is not None and score > best_score(folder):
         _note(folder, path, score, stage)
     _prune(folder, keep)
     return path
+
+
+def _amend(path: Path, stage: Stage, progress: Progress, score: float | None) -> None:
+    """What has become known of a checkpoint since it was written: its score, or that other batches are to come. The weights are the same."""
+    state = read_json(path / "state.json")
+    news: dict[str, Any] = {}
+    if score is not None and state.get("score") is None:
+        news["score"] = score
+    if progress.refused:
+        news |= {"seconds": progress.seconds, "refused": progress.refused, "stage": stage.state()}
+    if news:
+        atomic_write_text(path / "state.json", json.dumps(state | news, indent=1))
 
 
 def _write(path: Path, stage: Stage, progress: Progress, score: float | None, world: World) -> None:

@@ -257,3 +257,31 @@ def test_answers_stream(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "decode", watched)
     talk.say("tell me")
     assert inside[0].strip() and talk.text.startswith(inside[0])
+
+
+def test_a_seed_goes_on_behind_what_was_drawn_by_it(talk: Talk) -> None:
+    talk.say("/seed 3"), talk.say("why?")
+    assert talk.seed == 3, "a greedy answer draws nothing"
+    talk.say("/temperature 2"), talk.say("why?")
+    assert talk.seed == 4
+
+
+def test_a_new_conversation_is_asked_to_think_anew(talk: Talk) -> None:
+    talk.say("/think")
+    first = talk.answer("why?")
+    talk.say("/new")
+    assert talk.answer("why?") == first
+
+
+def test_a_picture_that_was_shown_is_saved_without_the_settings_of_the_one_before(talk: Talk, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    talk.say("/steps 1"), talk.say("/draw x"), talk.say(f"/image {tmp_path / 'a.png'}"), talk.say(f"/save {tmp_path / 'b.png'}")
+    with pytest.raises(InputError, match="without settings"):
+        read_settings(tmp_path / "b.png")
+
+
+def test_an_answer_that_may_not_fit_is_refused_before_its_question_is_read(talk: Talk) -> None:
+    talk.say(f"/tokens {talk.model.parts.model.config.llm.max_position_embeddings}")
+    with pytest.raises(InputError, match="expected at most"):
+        talk.say("why?")
+    assert talk.session.cache.lengths == [0] and talk.text == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 
 from hyperbagel import cli
 from hyperbagel.core.errors import InputError, Notice
-from hyperbagel.export import export_drafter, export_lora, export_student, verify
+from hyperbagel.export import _beside, _difference, export_drafter, export_lora, export_student, verify
 from hyperbagel.model.merge import as_low_rank
 from hyperbagel.model.student import PEFT_PREFIX, Kind, Sampler, Student, load_student, make_adapter, save_student
-from hyperbagel.model.weights import inspect_folder, load_folder, load_tensors
+from hyperbagel.model.weights import inspect_folder, load_folder, load_tensors, save_tensors
 from hyperbagel.nn.lora import factorise
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.drafters.config import DrafterConfig
@@ -216,3 +217,36 @@ def test_what_is_refused(made: Any, folder: Path, tmp_path: Path, capsys: pytest
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err, err
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_the_difference_of_two_pictures_knows_no_wrapping() -> None:
+    dark, light = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
+    light[0] = 0
+    assert _difference(dark, light) == _difference(light, dark) == (127.5, 255)
+
+
+def test_what_a_merged_folder_shares_with_its_base(tmp_path: Path) -> None:
+    """Not the base's weights, nor what says where they lie or how they are sampled."""
+    shared = ["ae-00001-of-00002.safetensors", "ae.safetensors", "ae.safetensors.index.json", "bagel_config.json", "merges.txt"]
+    own = ["ema.safetensors", "ema.safetensors.index.json", "model.safetensors.index.json", "sampler.json", "README.md"]
+    for name in (*shared, *own):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "students").mkdir()
+    assert [path.name for path in _beside(tmp_path)] == shared
+
+
+def test_the_worst_layer_misses_more_than_the_whole(made: dict[str, Student], folder: Path) -> None:
+    found = as_low_rank(load_folder(folder)[0], made["full"], 4.0, 1.0, 4)
+    assert found.worst[0] in found.layers and found.worst[1] >= found.error > 0
+
+
+def test_a_base_of_two_kinds_of_numbers_is_told_by_the_coarser(folder: Path, tmp_path: Path) -> None:
+    """Layers that are stored in bf16 round what is merged into them, however the others are stored."""
+    own = tmp_path / "base"
+    shutil.copytree(folder, own, ignore=shutil.ignore_patterns("students"))
+    tensors = load_tensors(own / "ema.safetensors")
+    mixed = {name: x.float() if name.startswith("time_embedder") else x.bfloat16() for name, x in tensors.items()}
+    save_tensors(own / "ema.safetensors", mixed)
+    base, _ = load_folder(own)
+    save_student(own / "students" / "full", Student.fresh(base, make_adapter(base, "full"), Sampler(nfe=3)), base)
+    assert "rounding of bfloat16" in export_student("full", tmp_path / "merged", model=str(own)).notes[0]

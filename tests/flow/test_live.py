@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from PIL import Image
 from server_world import KEY
 
 from hyperbagel.data.images import SETTINGS_KEY
-from hyperbagel.pipeline import HyperBagel
+from hyperbagel.pipeline import HyperBagel, ImageResult
 from hyperbagel.serve import realtime
 from hyperbagel.serve.app import create_app
 from hyperbagel.serve.schemas import Limits
@@ -235,3 +238,43 @@ def test_the_page_needs_no_key_and_everything_else_does(http: TestClient) -> Non
 def test_without_students_the_model_draws_in_fewer_steps(model: HyperBagel) -> None:
     chosen = realtime.tiers(HyperBagel(model.parts, "plain"))
     assert [(tier["student"], tier["steps"]) for tier in chosen.values()] == [("none", 4), ("none", 20), ("none", None)]
+
+
+def test_who_leaves_takes_the_work_along(http: TestClient, app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(realtime, "tiers", lambda model: {"better": {"student": "none", "steps": 900}})
+    metrics, end = app.state.metrics, time.monotonic() + 20
+    before = metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled")
+    with http.websocket_connect("/v1/live") as socket:
+        socket.send_json({"type": "hello", "key": KEY})
+        receive(socket)
+        socket.send_json(draw(1, tier="better"))
+        while metrics.get("hyperbagel_running") == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+    while metrics.get("hyperbagel_running") == 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled") == before + 1
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Any]]:
+    """A connection without a socket, and what it says."""
+    said: list[Any] = []
+
+    async def say(what: Any) -> None:
+        said.append(json.loads(what) if isinstance(what, str) else what)
+
+    monkeypatch.setattr(realtime, "tiers", lambda model: {"preview": {"student": None, "steps": 1}})
+    live: Any = SimpleNamespace(incoming=SimpleNamespace(model=None), engine=SimpleNamespace())
+    return realtime._Connection(SimpleNamespace(send_text=say, send_bytes=say), live), said  # type: ignore[arg-type]
+
+
+def test_only_previews_say_how_long_a_preview_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        connection, said = alone(monkeypatch)
+        result = ImageResult(Image.new("RGB", (2, 2)), 0, 1, {}, settings={"student": None})
+        asked = realtime.Draw(type="draw", id=1, prompt="x", seed=0, tier="full")
+        await connection._show(asked, result, time.perf_counter() - 9)
+        assert connection.last_preview == 0
+        await connection._show(asked.model_copy(update={"tier": "preview"}), result, time.perf_counter() - 9)
+        assert 9 <= connection.last_preview < 20 and len(said) == 2
+
+    asyncio.run(main())

@@ -21,9 +21,11 @@ from PIL import Image
 from server_world import KEY, png
 
 from hyperbagel.data.images import read_settings
-from hyperbagel.pipeline import HyperBagel
+from hyperbagel.pipeline import HyperBagel, ImageRequest
 from hyperbagel.serve.app import create_app
-from hyperbagel.serve.schemas import Limits
+from hyperbagel.serve.incoming import Incoming
+from hyperbagel.serve.outgoing import image_usage
+from hyperbagel.serve.schemas import ApiError, ChatBody, GenerationBody, Limits
 
 
 @pytest.fixture(scope="module")
@@ -342,3 +344,39 @@ def test_a_full_queue_says_when_to_come_back(remote: openai.OpenAI, address: tup
         assert int(caught.value.response.headers["retry-after"]) >= 1 and caught.value.code == "queue_full"
         for one in (blocker, *waiting):
             assert one.result().data
+
+
+def test_tokens_of_an_edit_are_those_of_its_context(model: HyperBagel) -> None:
+    request = ImageRequest("make it green", (Image.new("RGB", (40, 30)), Image.new("RGB", (32, 16))), steps=1)
+    [result] = model.generate_batch([request])
+    usage, session = image_usage(model, [request], [result]), model._prepare(request).session
+    details = usage["input_tokens_details"]
+    assert usage["input_tokens"] == details["text_tokens"] + details["image_tokens"] == session.cache.lengths[0]
+    assert details["text_tokens"] == len(session.texts[0])
+    assert usage["output_tokens"] == (result.image.width // 16) * (result.image.height // 16)
+
+
+def test_messages_of_one_speaker_in_a_row_are_one_turn(model: HyperBagel) -> None:
+    said = [("user", "a"), ("assistant", "b"), ("assistant", "c"), ("user", "d"), ("user", "e")]
+    body = ChatBody.model_validate({"messages": [{"role": role, "content": text} for role, text in said]})
+    [request] = Incoming(model, ("tiny",), Limits()).questions(body)
+    assert (request.turns, request.question) == ((("a", "b\nc"),), "d\ne")
+
+
+def test_a_chat_edits_the_last_picture_of_several(model: HyperBagel) -> None:
+    def shown(colour: str) -> dict[str, Any]:
+        return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(png(colour))}}]}
+
+    body = ChatBody.model_validate({"messages": [shown("red"), shown("blue"), {"role": "user", "content": "make it green"}]})
+    [request] = Incoming(model, ("tiny",), Limits()).chat_pictures(body)
+    picture, text = request.items()
+    assert isinstance(picture, Image.Image) and picture.getpixel((0, 0)) == (0, 0, 255) and text == "make it green"
+
+
+def test_a_plan_is_no_longer_than_an_answer_may_be(model: HyperBagel) -> None:
+    incoming = Incoming(model, ("tiny",), Limits(max_tokens=7))
+    for asked, given in ((None, 7), (3, 3)):
+        body = GenerationBody(prompt="x", think=True, max_think_tokens=asked)
+        assert incoming.drawing(body)[0].max_think_tokens == given
+    with pytest.raises(ApiError, match="expected at most 7"):
+        incoming.drawing(GenerationBody(prompt="x", max_think_tokens=8))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperbagel.core.config import Config, dump_config, load_config
+from hyperbagel.core.config import Config, check_weights, dump_config, load_config
 from hyperbagel.core.errors import InputError
 
 
@@ -78,3 +78,18 @@ def test_bad_overrides(tmp_path: Path, text: str) -> None:
 def test_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.yaml.*check the path"):
         load_config(Outer, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"a": -1.0, "b": 3.0}, "none below 0"),
+        ({"a": 0.0}, "a sum above"),
+        ({}, "a sum above"),
+        ({"c": 1.0}, "unknown kind 'c', use some of a, b"),
+    ],
+)
+def test_weights_that_nothing_can_be_drawn_by(weights: dict[str, float], words: str) -> None:
+    assert check_weights(None, "ab", "kind") is None and check_weights({"a": 0.0, "b": 2.0}, "ab", "kind") == {"a": 0.0, "b": 2.0}
+    with pytest.raises(ValueError, match=words):
+        check_weights(weights, "ab", "kind")

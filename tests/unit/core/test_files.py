@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hyperbagel.core import files
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_bytes, atomic_write_text, make_folder, plain_error, sole_writer
 
@@ -110,3 +111,30 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
             pass
     with sole_writer(tmp_path / "a"):
         pass
+
+
+def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    replace = os.replace
+    monkeypatch.setattr(files, "fsync_path", told.append)
+    monkeypatch.setattr(os, "replace", lambda source, target: (told.append("rename"), replace(source, target)))
+    with atomic_path(tmp_path / "f") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("x")
+    assert told == [temporary / "a", temporary, "rename", tmp_path]
+
+
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "old").write_text("")
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if ".tmp-" in Path(source).name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(InputError, match="full disk"), atomic_path(tmp_path / "f") as temporary:
+        temporary.mkdir()
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["f", "f/old"]

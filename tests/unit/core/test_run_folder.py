@@ -83,3 +83,13 @@ def test_an_open_run_folder_is_of_one_alone(tmp_path: Path) -> None:
             RunFolder(path, Settings(), seed=7, resume=True)
     with RunFolder(path, Settings(), seed=7, resume=True):
         pass
+
+
+def test_the_time_left_of_a_resumed_job_is_read_off_what_this_launch_did() -> None:
+    now, stream = [0.0], io.StringIO()
+    with ProgressReport("job", every=10, stream=stream, clock=lambda: now[0]) as report:
+        for second, share in ((0.0, 0.5), (10.0, 0.6)):
+            now[0] = second
+            report.update(share)
+    first, second = stream.getvalue().splitlines()
+    assert "time left unknown" in first and "0:10 passed, 0:40 left" in second

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.images import as_picture, captioned_grid, open_image, read_settings, save_png
+from hyperbagel.data.images import as_picture, captioned_grid, open_image, read_settings, save_png, to_rgb
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -164,3 +164,14 @@ def test_pictures_in_memory_that_need_nothing_stay_and_rotated_ones_are_turned(t
 def test_what_is_no_picture_is_refused(given: object, words: str) -> None:
     with pytest.raises(InputError, match=words):
         as_picture(given)
+
+
+@pytest.mark.parametrize(("values", "shown"), [([0.0, 0.5, 1.0], [0, 127, 255]), ([0.0, 100.0, 300.0], [0, 100, 255])])
+def test_numbers_up_to_one_and_up_to_255_are_both_whole_ranges(values: list[float], shown: list[int]) -> None:
+    assert np.asarray(to_rgb(Image.fromarray(np.array([values], np.float32))))[0, :, 0].tolist() == shown
+
+
+@pytest.mark.parametrize(("cells", "rows"), [(1, 1), (3, 1), (4, 2), (6, 2)])
+def test_a_sheet_has_as_many_rows_as_it_needs(cells: int, rows: int) -> None:
+    sheet = captioned_grid([(Image.new("RGB", (4, 4)), "x")] * cells, 3, side=40, lines=1)
+    assert sheet.size == (3 * 48 + 8, rows * (40 + 13 + 8) + 8)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.loader import BrokenRow, Loader, Phase, read_group
+from hyperbagel.data.loader import BrokenRow, Loader, Phase, draw_source, read_group
 from hyperbagel.data.plan import Sample, Text
 
 
@@ -156,3 +156,20 @@ def test_wrong_mixtures(phases: list[Phase], words: str) -> None:
 def test_a_foreign_position_is_refused() -> None:
     with pytest.raises(InputError, match="ranks"):
         make(world=2).load_state_dict(make().state_dict())
+
+
+def test_a_phase_ends_before_its_number() -> None:
+    phases = [Phase(1, {"a": 1.0}), Phase(3, {"b": 1.0}), Phase(None, {"a": 1.0})]
+    assert [draw_source(phases, 5, n) for n in range(5)] == ["a", "b", "b", "a", "a"]
+
+
+def test_broken_rows_are_counted_over_all_launches() -> None:
+    def loader() -> Loader:
+        return Loader({"a": Numbers(0, frozenset({1, 2, 9}))}, [Phase(None, {"a": 1})], {"a": 2}, seed=0)
+
+    first, second = loader(), loader()
+    take(first, 3)
+    second.load_state_dict(first.state_dict())
+    assert second.broken == first.broken == Counter(a=3)  # row 1's place asks for row 2 as well
+    take(first, 2), take(second, 2)
+    assert second.broken == first.broken == Counter(a=4)

@@ -3,7 +3,7 @@
 import pickle
 import random
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.types import PackedBatch
 from hyperbagel.data.packing import PackSpec, assign_rows, draw_timesteps, fill, lay_out, pack, stream_lengths
 from hyperbagel.data.plan import Dropout, Sample, Text, VaeImage, VitImage, apply_dropout, picture_items
+from hyperbagel.data.transforms import grid_positions
 from hyperbagel.nn.masks import dense_mask
 
 SPEC = PackSpec(1, 2, 3, 4, vit_patch=8, vit_per_side=8, latent_patch=2, latent_stride=16, latent_per_side=4, latent_values=16)
@@ -163,3 +164,15 @@ def test_a_layout_survives_another_process() -> None:
     for field in fields(PackedBatch):
         a, b = getattr(whole, field.name), getattr(again, field.name)
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, field.name
+
+
+def test_positions_of_a_model_that_spreads_small_pictures_over_its_table() -> None:
+    spec, sample = replace(SPEC, interpolate=True), edit(picture(0), picture(1))
+    arrays = lay_out([sample], spec).arrays
+    assert arrays["latent_positions"].tolist() == 2 * grid_positions(2, 2, 4, True).tolist() != 2 * grid_positions(2, 2, 4).tolist()
+    assert arrays["vit_positions"].tolist() == grid_positions(4, 4, 8, True).tolist()
+
+
+def test_a_tied_text_goes_with_the_one_before_it() -> None:
+    plan: Sample = [Text([0]), Text([1], enable_cfg=True), Text([2], tied=True), Text([3], tied=True)]
+    assert [item.dropped for item in apply_dropout(plan, Dropout(text=1.0), random.Random(0))] == [False, True, True, True]

@@ -7,6 +7,7 @@ import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from hyperbagel.evaluate import distillation
 from hyperbagel.evaluate.distillation import differences, run_distillation_eval
 from hyperbagel.evaluate.records import read_records
 from hyperbagel.evaluate.rows import ROWS, choose, parse_students
-from hyperbagel.evaluate.toybox import load_detector
-from hyperbagel.evaluate.wall_clock import IN_TURN, draw_behind, draw_in_turn, look
+from hyperbagel.evaluate.steer import steer_worker, steering
+from hyperbagel.evaluate.toybox import Settings, drawn, load_detector
+from hyperbagel.evaluate.wall_clock import IN_TURN, _figures, draw_behind, draw_in_turn, look
 from hyperbagel.generate.session import Parts
 from hyperbagel.generate.types import PAPER_EDIT, PAPER_TEXT_TO_IMAGE, ImageRequest
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
@@ -31,6 +33,7 @@ from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.student import Sampler, Student, make_adapter, save_student
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.toybox.items import edit_eval_items
 
 TOKENIZER = Path(hyperbagel.__file__).parent / "assets" / "toybox"
 CONFIG = BagelConfig(
@@ -206,3 +209,36 @@ def test_every_record_of_a_row_has_its_twin_in_the_teachers(table: tuple[dict[st
     for part in ("t2i", "edits", "diversity", "steer", "sheet"):
         ids = {name: [r["id"] for r in read_records(table[1] / name / f"{part}.jsonl")] for name in ("teacher", "cfg-6", "1")}
         assert ids["teacher"] == ids["cfg-6"] == ids["1"] and ids["teacher"]
+
+
+def test_each_figure_of_steering_has_its_own_name() -> None:
+    edit = {"edit": True, "text_scale": 0.2, "image_scale": 0.3, "from_source_weak": 0.4, "from_source_strong": 0.1}
+    found = steering([{"edit": False, "text_scale": 0.5}, {"edit": False, "text_scale": 0.7}, edit])
+    assert {name: value["mean"] for name, value in found.items()} == {
+        "text scale, prompts": pytest.approx(0.6),
+        "text scale, edits": 0.2,
+        "image scale, edits": 0.3,
+        "from the source, weak": 0.4,
+        "from the source, strong": 0.1,
+    }
+
+
+def test_steering_compares_the_weak_and_the_strong_picture_with_the_source_of_an_edit() -> None:
+    """A model that paints its image scale: weak 1 -> 10, strong 2.5 -> 25."""
+
+    def generate_batch(requests: list[ImageRequest]) -> list[Any]:
+        levels = [round(10 * (r.image_scale or 0)) for r in requests]
+        return [SimpleNamespace(image=Image.new("RGB", (64, 64), (level,) * 3)) for level in levels]
+
+    [item] = edit_eval_items(1, 0, "train")
+    [record] = steer_worker(SimpleNamespace(generate_batch=generate_batch), Settings())([item], [0])
+    source = np.asarray(drawn(item.source, 64)).astype(float)
+    for name, level in (("from_source_weak", 10), ("from_source_strong", 25)):
+        assert record[name] == pytest.approx(np.sqrt(((source - level) ** 2).mean()) / 255, rel=1e-5)
+    assert record["image_scale"] == pytest.approx(15 / 255) and record["edit"]
+
+
+def test_seconds_are_the_median_between_its_quarters() -> None:
+    table = _figures({IN_TURN: [8.0], "teacher": [4.0, 4.0], "1": [1.0, 2.0, 3.0]}, "teacher")
+    assert table["1"] == {"seconds": 2, "low": 1, "high": 3, "n": 3, "faster than in turn": 4, "faster than batched": 2}
+    assert (table[IN_TURN]["low"], table[IN_TURN]["high"], table["teacher"]["faster than batched"]) == (8, 8, 1)

@@ -12,7 +12,7 @@ import pytest
 from hyperbagel.evaluate.calibration import read_all
 from hyperbagel.evaluate.edits import GROUPS, EditScore, gain, match, overall, score_edit, untouched
 from hyperbagel.evaluate.toybox import load_detector
-from hyperbagel.toybox.detector import Detector
+from hyperbagel.toybox.detector import Detector, Reading
 from hyperbagel.toybox.items import EditItem, edit_eval_items
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene, Thing, sample_scene
@@ -116,3 +116,15 @@ def test_untouched_leaves_out_what_the_edit_changes() -> None:
 
 def test_items_cover_the_nine_groups(items: list[EditItem]) -> None:
     assert {i.group for i in items} == set(GROUPS)
+
+
+def test_a_sixteenth_of_stray_pixels_costs_a_quarter_of_the_second_quality_mark(items: list[EditItem]) -> None:
+    scene = Scene("gray", ())
+    picture = render(scene).copy()
+    picture[:4] = 0
+    marked = score_edit(replace(items[0], source=scene, target=scene), picture, Reading((), "gray", "plain", "normal"))
+    assert (marked.pq2, marked.sc1, marked.success) == (7.5, 10.0, True)
+
+
+def test_where_nothing_is_to_change_a_change_is_nothing() -> None:
+    assert gain(SCENE, SCENE, SCENE) == 1 and gain(SCENE, SCENE, replace(SCENE, tone="dark")) == 0

@@ -294,3 +294,15 @@ def test_broken_rows_are_counted_and_all_broken_is_an_error(tmp_path: Path) -> N
         run_gedit(Fake(), prompts(tmp_path / "data" / "f.jsonl", broken[1:3]), tmp_path / "nothing")
     with pytest.raises(InputError, match="language 'cn'"):
         run_gedit(Fake(), tmp_path / "data" / "e.jsonl", tmp_path / "edits", language="cn")
+
+
+def test_broken_rows_of_the_file_are_told_by_one_rank_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    suites: list[tuple[Any, list[Any]]] = [(run_gedit, [*edit_rows(data), "[1]"]), (run_geneval, [*GENEVAL, "[1]"])]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for run, rows in suites:
+        path, told = prompts(data / "rows.jsonl", rows), []
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            told.append(len(run(Fake(), path, tmp_path / run.__name__).broken))
+        assert told == [1, 0]

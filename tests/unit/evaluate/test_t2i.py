@@ -83,3 +83,8 @@ def test_overall_is_the_unweighted_mean_of_categories() -> None:
     table = overall(["single"] * 3 + ["counting"], [1, 1, 1, 0])
     assert table == {"single": 1.0, "counting": 0.0, "overall": 0.5}
     assert overall([], []) == {}
+
+
+def test_an_offset_within_the_shrinking_has_no_direction_whatever_its_length() -> None:
+    for dx in (0.01, 0.03, 0.05):
+        assert relations(seen("car", cx=0.5 + dx), seen("cup")) == relations(seen("car", cx=0.5 - dx), seen("cup")) == ()

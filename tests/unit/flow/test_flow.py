@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperbagel.flow import path
-from hyperbagel.flow.guidance import guidance_on, guide
+from hyperbagel.flow.guidance import guidance_on, guide, guide_each
 from hyperbagel.flow.schedule import segment_bounds, shift_time, time_grid, times_between, unshift_time
 from hyperbagel.flow.solvers import euler
 
@@ -86,3 +86,22 @@ def test_times_between_are_a_part_of_the_grid(shift: float) -> None:
     torch.testing.assert_close(times_between(grid[0], grid[-1], 6, shift), grid)
     rows = times_between(grid[:3], grid[2:5], 2, shift)  # two steps of the grid from each of three places
     torch.testing.assert_close(rows, torch.stack([grid[:3], grid[1:4], grid[2:5]]))
+
+
+@pytest.mark.parametrize("renorm", ["global", "channel", "text_channel"])
+def test_a_velocity_that_guidance_shortens_stays_short(renorm) -> None:
+    v = randn(2, 5, 4)
+    torch.testing.assert_close(guide(v, 1.1 * v, None, 4.0, 1.0, renorm), 0.7 * v)
+
+
+@pytest.mark.parametrize("renorm", ["global", "channel", "text_channel"])
+@pytest.mark.parametrize("with_image", [False, True])
+def test_samples_of_unlike_scales_are_guided_as_each_alone(renorm, with_image: bool) -> None:
+    v, v_t, v_i = (randn(4, 5, 4, seed=s) for s in range(3))
+    texts, images, guided = torch.tensor([4.0, 3.0, 1.0, 4.0]), torch.tensor([0.5, 2.0, 2.0, 2.0]), torch.tensor([True, True, True, False])
+    got = guide_each(v, v_t, v_i if with_image else None, texts, images, guided, renorm, 0.1)
+    for i in range(4):
+        one = slice(i, i + 1)
+        image = float(images[i]) if with_image else 1.0
+        expected = guide(v[one], v_t[one], v_i[one], float(texts[i]), image, renorm, 0.1) if guided[i] else v[one]
+        torch.testing.assert_close(got[one], expected)

@@ -14,8 +14,7 @@ from small_world import small_parts
 
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.images import to_rgb
-from hyperbagel.data.prompts import THINK_DRAW, split_thinking
-from hyperbagel.generate.decode import decode
+from hyperbagel.data.prompts import THINK_DRAW
 from hyperbagel.generate.image import GuidedVelocity, denoise, draw_noise
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.thinking import write_plan
@@ -104,10 +103,10 @@ def test_an_evaluation_count_is_a_pictures_own(model: HyperBagel) -> None:
     assert [r.nfe for r in model.generate_batch([draw, edit])] == [8, 12]
 
 
-@pytest.mark.parametrize("think", [False, True])
-def test_branches_in_turn_are_those_of_one_batch(model: HyperBagel, think: bool) -> None:
+@pytest.mark.parametrize(("think", "low", "nfe"), [(False, 0.0, 6), (True, 0.0, 9), (True, 0.7, 7)])
+def test_branches_in_turn_are_those_of_one_batch(model: HyperBagel, think: bool, low: float, nfe: int) -> None:
     """With a plan behind the prompt the image-dropped context is another one, without it the full one."""
-    request = ImageRequest("a red car", seed=3, think=think, max_think_tokens=4, image_scale=2.0, steps=3, interval=(0.0, 1.0))
+    request = ImageRequest("a red car", seed=3, think=think, max_think_tokens=4, image_scale=2.0, steps=3, interval=(low, 1.0))
     found = []
     for in_turn in (False, True):
         ready = model._prepare(request)
@@ -115,7 +114,7 @@ def test_branches_in_turn_are_those_of_one_batch(model: HyperBagel, think: bool)
         noise = draw_noise(model.parts, grid, ready.generator)
         found.append(denoise([ready.session], [grid], [noise], model.settings(request), in_turn=in_turn))
     (batched, n), (turned, m) = found
-    assert n == m == (9 if think else 6)
+    assert n == m == nfe
     torch.testing.assert_close(batched[0], turned[0], rtol=1e-4, atol=1e-4)
 
 
@@ -217,80 +216,6 @@ def test_blocks_of_a_picture_share_a_forward_and_nothing_changes(model: HyperBag
     torch.testing.assert_close(v[0], v[1], atol=1e-5, rtol=1e-4)
 
 
-@torch.inference_mode()
-def test_decoding_equals_a_fresh_prefill_of_what_was_decoded(model: HyperBagel) -> None:
-    session = Session.new(model.parts)
-    session.add_image(photo(20, 10), latents=False)
-    session.add_text("what is this")
-    length = session.cache.lengths[0]
-    out = decode([session], max_tokens=8, keep_logits=True)[0]
-    assert session.cache.lengths[0] == length
-    bag = model.parts.model
-    from hyperbagel.model.qwen2_mot import Streams
-
-    ids = torch.tensor([[model.parts.tokenizer.im_start, *out.ids]])
-    where = torch.arange(session.position, session.position + ids.shape[1])[None]
-    plan = session.cache.plan([ids.shape[1]], causal=True)
-    hidden = bag.backbone(Streams(bag.embed_text(ids), None), where, cache=session.cache, plan=plan).u
-    logits = bag.logits(hidden[0])
-    torch.testing.assert_close(torch.stack(out.logits)[: len(logits)], logits[: len(out.logits)], atol=1e-4, rtol=1e-4)
-    assert logits.argmax(-1)[: len(out.ids)].tolist() == out.ids
-
-
-def test_answers_of_a_batch_equal_each_alone(model: HyperBagel) -> None:
-    asked = [
-        AskRequest("what", (photo(20, 10),), max_tokens=6),
-        AskRequest("how many cars are there in the picture", max_tokens=6),
-        AskRequest("why", (photo(20, 10), photo(10, 10, 3)), max_tokens=6, turns=(("is it red", "yes"),)),
-        AskRequest("random", max_tokens=6, temperature=1.0, seed=3),
-    ]
-    together = model.ask_batch(asked)
-    assert [r.text for r in together] == [model.ask_batch([a])[0].text for a in asked]
-    assert all(r.tokens <= 6 for r in together)
-
-
-def test_a_drafter_changes_nothing_but_the_count_of_forwards(model: HyperBagel) -> None:
-    images = (photo(20, 10),)
-    plain = model.ask("what is this", images, max_tokens=24)
-    quick = model.ask("what is this", images, max_tokens=24, drafter="lookup")
-    assert quick.text == plain.text and quick.tokens == plain.tokens
-    assert plain.tau is None and quick.tau is not None and quick.tau >= 1
-
-
-def test_a_drafter_that_does_not_fit_is_a_warning_and_an_unknown_one_an_error(model: HyperBagel, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="answering without a drafter"):
-        assert model.ask("what", max_tokens=4, drafter=str(tmp_path)).tau is None
-    with pytest.raises(InputError, match="got drafter 'nobody'"):
-        model.ask("what", max_tokens=4, drafter="nobody")
-
-
-@pytest.mark.parametrize("drafter", ["none", "lookup"])
-def test_contexts_of_a_batch_are_held_once(model: HyperBagel, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While answers are written their rows lie in one cache alone."""
-    made: list[Session] = []
-    monkeypatch.setattr(model, "_context", lambda *given, own=model._context: made.append(own(*given)) or made[-1])
-    held: list[bool] = []
-    asked = [AskRequest(text, max_tokens=3, drafter=drafter) for text in ("what is it", "and what is that over there")]
-    together = model.ask_batch(asked, on_token=lambda row, token: held.append(any(s.cache.k for s in made)))
-    assert held and not any(held)
-    assert [(r.text, r.prompt_tokens) for r in together] == [
-        (r.text, r.prompt_tokens) for r in map(lambda one: model.ask_batch([one])[0], asked)
-    ]
-
-
-def test_streamed_tokens_are_the_answer(model: HyperBagel) -> None:
-    seen: list[int] = []
-    result = model.ask("what", max_tokens=5, on_token=lambda row, token: seen.append(token))
-    assert len(seen) == result.tokens and model.parts.tokenizer.decode(seen).strip() == result.text
-
-
-def test_thinking_is_split_off() -> None:
-    assert split_thinking("<think> two cars </think> 2", True) == ("two cars", "2")
-    assert split_thinking("<think> two cars", True) == ("two cars", "")  # cut off: a thought, and no answer yet
-    assert split_thinking("two cars", True) == (None, "two cars")
-    assert split_thinking("2", False) == (None, "2")
-
-
 def test_a_picture_says_all_that_it_was_asked_for(model: HyperBagel) -> None:
     """Else two pictures that differ would carry the same settings."""
     plain = model.generate("a car", seed=0, steps=1)[0].settings
@@ -365,30 +290,40 @@ def test_a_picture_that_is_not_finite_is_an_error_and_not_a_black_one() -> None:
         HyperBagel(parts, "broken").generate("a car", seed=0, steps=2)
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-7])
-@pytest.mark.parametrize("drafter", ["none", "lookup"])
-def test_a_temperature_of_nearly_zero_takes_the_likeliest_token(model: HyperBagel, temperature: float, drafter: str) -> None:
-    greedy = model.ask("what is this", max_tokens=12)
-    assert model.ask("what is this", max_tokens=12, temperature=temperature, drafter=drafter).text == greedy.text
+@torch.inference_mode()
+def test_a_small_picture_beside_a_large_one_has_the_velocity_it_has_alone(model: HyperBagel) -> None:
+    """Also where guidance takes its norm over the whole picture: what pads the small one is no part of it."""
+    sessions = [Session.new(model.parts) for _ in range(2)]
+    for session, text in zip(sessions, ("a red car", "two blue boats")):
+        session.add_text(text)
+    settings = replace(TEXT_TO_IMAGE, renorm="global", interval=(0.0, 1.0))
+    x = torch.randn(2, 36, model.parts.model.config.latent_channels, generator=torch.Generator().manual_seed(0))
+    x[0, 4:] = 0
+    both = GuidedVelocity(sessions, [(2, 2), (6, 6)], settings)(x, 0.7)
+    alone = GuidedVelocity(sessions[:1], [(2, 2)], settings)(x[:1, :4], 0.7)
+    torch.testing.assert_close(both[:1, :4], alone, atol=1e-5, rtol=1e-4)
+    assert (both[0, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("drafter", ["none", "lookup"])
-def test_an_answer_longer_than_the_context_is_told_how_long_it_may_be(model: HyperBagel, drafter: str) -> None:
-    with pytest.raises(InputError, match=r"got max_tokens 99999 behind .* expected at most (\d+) .* lower max_tokens"):
-        model.ask("what is this", max_tokens=99999, drafter=drafter)
+def test_tokens_of_a_batch_are_told_with_the_number_of_their_request(model: HyperBagel) -> None:
+    """Requests of other settings stand between those that are decoded together."""
+    asked = [AskRequest("what", max_tokens=3), AskRequest("how many", max_tokens=6), AskRequest("why is it", max_tokens=3)]
+    told: list[list[int]] = [[] for _ in asked]
+    results = model.ask_batch(asked, on_token=lambda row, token: told[row].append(token))
+    assert [model.parts.tokenizer.decode(ids).strip() for ids in told] == [result.text for result in results]
+    drawn = [ImageRequest(text, steps=1, think=think, max_think_tokens=3) for text, think in (("x", False), ("a", True), ("b", True))]
+    plans: list[list[int]] = [[] for _ in drawn]
+    with pytest.warns(Notice, match="cut"):
+        model.generate_batch(drawn, on_token=lambda row, token: plans[row].append(token))
+    assert [len(ids) for ids in plans] == [0, 3, 3]
 
 
-def test_fixed_shapes_change_no_answer() -> None:
-    """`graphs=True` on a CPU: the steps that a GPU replays, run as they are; unlike lengths together, and a plan before a picture."""
-    parts = small_parts()
-    plain, fixed = HyperBagel(parts, "small"), HyperBagel(parts, "small", graphs=True)
-    asked = [AskRequest("what is it", max_tokens=9), AskRequest("a longer question than the other one", max_tokens=9)]
-    assert [r.text for r in fixed.ask_batch(asked)] == [r.text for r in plain.ask_batch(asked)]
-    assert fixed.runner is not None and fixed.runner.steps and plain.runner is None
-    assert not fixed.runner.reads  # unasked nobody drafts: graphs are of plain steps first of all
-    drafted = [replace(request, drafter="lookup") for request in asked]
-    assert [r.text for r in fixed.ask_batch(drafted)] == [r.text for r in plain.ask_batch(asked)]
-    assert fixed.runner.reads and fixed.drafters.budgeted("lookup").graphs is fixed.runner
-    planned = ImageRequest("a fish", steps=2, think=True, max_think_tokens=5)
-    [a], [b] = fixed.generate_batch([planned]), plain.generate_batch([planned])
-    assert a.thinking == b.thinking and a.image.tobytes() == b.image.tobytes()
+def test_each_second_is_told_of_its_own_stage(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ticks(*times: float) -> None:
+        left = iter(times)
+        monkeypatch.setattr("hyperbagel.pipeline.clock", lambda device: next(left))
+
+    ticks(0, 1, 3, 7)
+    assert model.generate("a car", seed=0, steps=1)[0].timings == {"prefill": 1, "denoise": 2, "decode": 4}
+    ticks(0, 1, 3, 7)
+    assert model.ask("what", max_tokens=2).timings == {"prefill": 1, "measure": 2, "decode": 4}

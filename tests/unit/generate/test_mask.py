@@ -129,3 +129,11 @@ def test_masks_that_are_refused(model: HyperBagel, settings: dict, told: str) ->
         model.edit(picture(), "x", seed=0, steps=1, **settings)
     with pytest.raises(InputError, match="without a picture"):
         model.generate("x", seed=0, steps=1, mask=box())
+
+
+def test_a_mask_stays_with_its_request_behind_others(model: HyperBagel) -> None:
+    """Those that are drawn apart from it."""
+    masked = ImageRequest("x", (picture(),), seed=2, steps=3, mask=box())
+    behind = model.generate_batch([ImageRequest("a car", seed=1, steps=2), masked])[1].image
+    alone = model.generate_batch([masked])[0].image
+    assert np.array_equal(np.asarray(behind), np.asarray(alone))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from engine_world import Model, ends, engine_of, jobs, run
 from PIL import Image
 
-from hyperbagel.pipeline import AskRequest, ImageRequest
+from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult
+from hyperbagel.serve import worker
 from hyperbagel.serve.schemas import ApiError
-from hyperbagel.serve.worker import Done, Job, area_class, batch_key
+from hyperbagel.serve.worker import Cancelled, Done, Failed, Job, Preview, Progress, area_class, batch_key
 
 
 @pytest.fixture
@@ -191,6 +196,8 @@ def test_which_requests_fit_together() -> None:
         ImageRequest("a", student="6", steps=3),
         AskRequest("a"),
         AskRequest("a", max_tokens=2),
+        AskRequest("a", temperature=1.0),
+        AskRequest("a", drafter="none"),
     ]
     keys = {batch_key(request) for request in (plain, *different)}
     assert len(keys) == len(different) + 1
@@ -229,5 +236,122 @@ def test_a_large_picture_waits_for_its_like(model: Model) -> None:
             assert isinstance((await ends(job))[0], Done)
         engine.close()
         assert model.batches == [["first"], ["a", "b"], ["large", "wide"]]
+
+    run(main)
+
+
+def test_who_leaves_a_batch_does_not_end_it_for_the_others(model: Model) -> None:
+    original = model.generate_batch
+
+    async def main() -> None:
+        engine = engine_of(model)
+        leaving, staying = jobs("leaves", "stays")
+
+        def generate_batch(requests: Sequence[ImageRequest], *args: Any, **more: Any) -> list[ImageResult]:
+            if len(requests) == 2:
+                leaving.cancel()  # in the middle of the work
+            return original(requests, *args, **more)
+
+        model.generate_batch = generate_batch  # type: ignore[method-assign]
+        model.hold.clear()
+        [first] = jobs("first")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        for job in (leaving, staying):
+            engine.submit(job)
+        model.hold.set()
+        assert (await ends(staying))[0].result.thinking == "stays"
+        await asyncio.to_thread(engine.close)
+        assert model.batches == [["first"], ["leaves", "stays"]]
+        outcomes = {name: engine.metrics.get("hyperbagel_results_total", kind="image", outcome=name) for name in ("done", "cancelled")}
+        assert outcomes == {"done": 2, "cancelled": 1}
+
+    run(main)
+
+
+def test_what_still_waits_when_the_time_to_close_is_over_is_cancelled(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model)
+        model.hold.clear()
+        [first, second] = jobs("first", "second")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        engine.submit(second)
+        await asyncio.to_thread(engine.close, 0.05)
+        assert isinstance((await ends(second))[0], Cancelled) and second.over
+        model.hold.set()
+        await asyncio.to_thread(engine.close, 10)
+        assert model.batches == [["first"]]
+
+    run(main)
+
+
+def test_when_to_come_back_is_read_off_the_seconds_of_a_unit(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of four took 40 s: 10 s a unit, of which a fifth is believed at once; two wait."""
+    ticks = iter((0.0, 40.0, 0.0, 0.0))
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=time.monotonic))
+
+    async def main() -> None:
+        engine = engine_of(model, waiting=2)
+        four = Job([ImageRequest("x") for _ in range(4)])
+        engine.submit(four)
+        await ends(four)
+        model.inside.clear()
+        model.hold.clear()
+        [first, *waiting, late] = jobs("first", "a", "b", "late")
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        for job in waiting:
+            engine.submit(job)
+        with pytest.raises(ApiError) as caught:
+            engine.submit(late)
+        assert caught.value.headers["retry-after"] == "6"  # 2 x (1 + 0.2 x (10 - 1)) = 5.6
+        for job in (first, *waiting):
+            job.cancel()
+        model.hold.set()
+        await asyncio.to_thread(engine.close)
+
+    run(main)
+
+
+def test_what_was_told_of_its_progress_is_not_started_again(model: Model) -> None:
+    def generate_batch(requests: Sequence[ImageRequest], *, on_step: Callable[[int, int, Any], None], **more: Any) -> list[ImageResult]:
+        model.batches.append([request.prompt for request in requests])
+        on_step(1, 2, None)
+        raise RuntimeError("in the middle")
+
+    model.generate_batch = generate_batch  # type: ignore[assignment, method-assign]
+
+    async def main() -> None:
+        engine = engine_of(model)
+        job = Job([ImageRequest("a"), ImageRequest("b")], progress=True)
+        engine.submit(job)
+        await asyncio.to_thread(engine.close)
+        events = [job.events.get_nowait() for _ in range(job.events.qsize())]
+        assert [type(event) for event in events] == [Progress, Progress, Failed] and model.batches == [["a", "b"]]
+
+    run(main)
+
+
+def test_a_preview_says_which_picture_of_its_own_request_it_is(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its row in the batch is: two requests of one picture each, and a preview of the second row."""
+    due = [(1, 0, Image.new("RGB", (1, 1)))]
+    monkeypatch.setattr(worker, "Previews", lambda *args: SimpleNamespace(at=lambda done, *rest: due if done == 1 else []))
+
+    async def main() -> None:
+        engine = engine_of(model)
+        model.hold.clear()
+        [first] = jobs("first", steps=2)
+        engine.submit(first)
+        await asyncio.to_thread(model.inside.wait, 10)
+        one, two = jobs("one", "two")
+        for job in (one, two):
+            engine.submit(job)
+        first.cancel()
+        model.hold.set()
+        event = await asyncio.wait_for(two.events.get(), 10)
+        assert isinstance(event, Preview) and (event.index, event.number) == (0, 0)
+        assert isinstance((await ends(one))[0], Done)
+        await asyncio.to_thread(engine.close)
 
     run(main)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import random
-from typing import Annotated
+from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Annotated, Any
 
+import numpy as np
 import pytest
 import torch
-from fastapi import Body, FastAPI
+from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
@@ -16,13 +20,19 @@ from PIL import Image
 from pydantic import ValidationError
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import TextResult
+from hyperbagel.flow.schedule import time_grid
+from hyperbagel.pipeline import ImageRequest, TextResult
+from hyperbagel.serve import previews, streams
+from hyperbagel.serve.forms import _add, read_edit
+from hyperbagel.serve.guard import Guard
 from hyperbagel.serve.incoming import Incoming
 from hyperbagel.serve.metrics import Metrics
-from hyperbagel.serve.outgoing import ThinkSplitter, chat_message, sse
+from hyperbagel.serve.outgoing import ThinkSplitter, chat_message, file_of, sse
 from hyperbagel.serve.previews import Previews, due_after
+from hyperbagel.serve.realtime import _same_origin, tiers
 from hyperbagel.serve.schemas import ApiError, ChatBody, EditFields, GenerationBody, Limits
-from hyperbagel.serve.streams import as_api_error
+from hyperbagel.serve.streams import as_api_error, collect, follow, usage_of
+from hyperbagel.serve.worker import Done, Job, Progress
 
 TEXTS = {
     "<think> a b </think> c d ": ("a b", "c d"),
@@ -171,3 +181,134 @@ def test_metrics_text() -> None:
     assert 'hyperbagel_requests_total{path="/health",status="200"} 2' in lines
     assert {"hyperbagel_batch_size_sum 3", "hyperbagel_batch_size_count 1", "hyperbagel_waiting 2"} <= set(lines)
     assert metrics.get("hyperbagel_batch_size_sum") == 3 and metrics.get("hyperbagel_running") == 0
+
+
+def through_guard(app: Any, messages: list[dict[str, Any]], **scope: Any) -> tuple[list[dict[str, Any]], Metrics]:
+    """What is sent for a request whose messages are these."""
+    metrics, sent, left = Metrics(), [], iter(messages)  # type: ignore[var-annotated]
+
+    async def receive() -> dict[str, Any]:
+        return next(left)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    guard = Guard(app, api_key="key", body_bytes=10, metrics=metrics, paths={"/health"})
+    asyncio.run(guard({"type": "http", "method": "POST", "path": "/health", "headers": []} | scope, receive, send))
+    return sent, metrics
+
+
+async def reads_all(scope: Any, receive: Any, send: Any) -> None:
+    """An app that reads its body, and answers unless its client is gone."""
+    while (message := await receive())["type"] != "http.disconnect":
+        if not message.get("more_body"):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            return
+
+
+async def fails_when_left(scope: Any, receive: Any, send: Any) -> None:
+    await reads_all(scope, receive, send)
+    raise RuntimeError("nobody reads any more")
+
+
+def test_a_body_in_pieces_is_measured_whole() -> None:
+    body = [{"type": "http.request", "body": b"x" * 6, "more_body": more} for more in (True, False)]
+    sent, _ = through_guard(reads_all, body)
+    assert sent[0]["status"] == 413
+    assert through_guard(reads_all, body[1:])[0][0]["status"] == 200
+
+
+@pytest.mark.parametrize("app", [reads_all, fails_when_left])
+def test_who_left_is_told_nothing_and_counted_as_such(app: Any) -> None:
+    sent, metrics = through_guard(app, [{"type": "http.disconnect"}])
+    assert sent == [] and metrics.get("hyperbagel_requests_total", path="/health", status="499") == 1
+
+
+def test_open_paths_stay_open_behind_a_proxy_s_prefix() -> None:
+    told = [through_guard(reads_all, [{"type": "http.request"}], path=path, root_path="/x")[0][0] for path in ("/x/health", "/x/v1/models")]
+    assert [message["status"] for message in told] == [200, 401]
+
+
+def test_tokens_of_several_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt counts once, what was said or drawn as often as it was."""
+    said: list[Any] = [TextResult("a", 3, 7, {}), TextResult("b", 5, 7, {})]
+    assert usage_of(None, [], said) == {"prompt_tokens": 7, "completion_tokens": 8, "total_tokens": 15}  # type: ignore[arg-type]
+    monkeypatch.setattr(streams, "image_usage", lambda *args: {"input_tokens": 20, "output_tokens": 8})
+    assert usage_of(None, [], [None, None])["prompt_tokens"] == 10  # type: ignore[arg-type]
+
+
+def test_a_reader_that_stops_early_ends_the_job() -> None:
+    async def main() -> bool:
+        job = Job([ImageRequest("x")], progress=True)
+        request: Any = SimpleNamespace(receive=asyncio.Event().wait)
+        job.tell(Progress(0, 1, 2))
+        async with aclosing(follow(job, request)) as events:
+            await anext(events)
+        return job.over
+
+    assert asyncio.run(main())
+
+
+def test_results_come_in_the_order_of_the_request() -> None:
+    async def main() -> list[Any] | None:
+        job = Job([ImageRequest("x"), ImageRequest("y")])
+        for index in (1, 0):
+            job.tell(Done(index, index))  # type: ignore[arg-type]
+        return await collect(job, SimpleNamespace(receive=asyncio.Event().wait))  # type: ignore[arg-type]
+
+    assert asyncio.run(main()) == [0, 1]
+
+
+def test_previews_are_cut_to_their_own_picture_at_the_requests_own_shift(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(previews, "decode_latents", lambda parts, latents, grid: (latents, grid))
+    grids = {"wide": (1, 3), "high": (2, 2)}
+    model: Any = SimpleNamespace(grid=lambda r: grids[r.prompt], settings=lambda r, warn: SimpleNamespace(shift=3.0), parts=None)
+    watch = Previews(model, [ImageRequest("wide"), ImageRequest("high")], [1, 1])
+    x0, eps = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    shown: list[Any] = []
+    for done, t in enumerate(time_grid(4, 3.0)[1:], start=1):
+        shown += watch.at(done, 4, (1 - t) * x0 + t * eps)
+    assert [(row, number, grid) for row, number, (_, grid) in shown] == [(0, 0, (1, 3)), (1, 0, (2, 2))]
+    for row, _, (latents, (h, w)) in shown:
+        torch.testing.assert_close(latents, x0[row, : h * w], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("values", [["0.2", "1"], ["0.2,1"], ["[0.2, 1]"]])
+def test_lists_in_forms(values: list[str]) -> None:
+    fields: dict[str, Any] = {"prompt": "x"}
+    for value in values:
+        _add(fields, "interval", value)
+    assert EditFields.model_validate(fields).interval == (0.2, 1.0)
+
+
+def test_the_strongest_compression_is_zero_and_the_usual_one_is_not() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    sizes = [len(file_of(image, "jpeg", compression)) for compression in (0, 50, 90, None)]
+    assert sizes[0] < sizes[1] < sizes[2] == sizes[3]
+
+
+def test_tiers_go_by_evaluations_and_not_by_names() -> None:
+    students = SimpleNamespace(names=lambda: ["1", "10", "6"], sampler=lambda name: SimpleNamespace(nfe=int(name)))
+    chosen = tiers(SimpleNamespace(students=students, sampler=None))  # type: ignore[arg-type]
+    assert [tier["student"] for tier in chosen.values()] == ["1", "6", "none"]
+
+
+def test_a_form_may_hold_as_many_pictures_as_the_limit_says_and_a_mask() -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    async def read(request: Request) -> int:
+        return len((await read_edit(request, Limits(images=2)))[1])
+
+    client, picture = TestClient(app), ("image[]", ("a.png", b"x"))
+    assert client.post("/", data={"prompt": "x"}, files=[picture, picture, ("mask", ("m.png", b"x"))]).json() == 2
+    with pytest.raises(ApiError, match="got 3 pictures, expected at most 2"):
+        client.post("/", data={"prompt": "x"}, files=[picture] * 3)
+
+
+@pytest.mark.parametrize(
+    ("origin", "same"), [(None, True), ("http://here:8000", True), ("http://here", False), ("http://here:8001", False), ("null", False)]
+)
+def test_a_page_is_the_server_s_own_by_name_and_port(origin: str | None, same: bool) -> None:
+    headers = {"host": "here:8000"} | ({} if origin is None else {"origin": origin})
+    assert _same_origin(SimpleNamespace(headers=headers)) is same  # type: ignore[arg-type]

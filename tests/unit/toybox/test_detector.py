@@ -170,3 +170,9 @@ def test_a_prompt_wrong_by_one_word_is_false_of_its_scene() -> None:
         wrong = wrong_by_one(item, rng)
         assert len(wrong) >= 2
         assert all(what_is_wrong(w, reading_of(item.scene)) for w in wrong)
+
+
+def test_no_more_things_are_drawn_again_than_asked_for() -> None:
+    scene = sample_scene(random.Random(0), n=3)
+    again = rerender(render(scene), reading_of(scene), limit=2)
+    assert len(again.scene.things) == 2

@@ -90,3 +90,7 @@ def test_alarms() -> None:
     assert "past_best" in alarms(HEALTHY, [-0.5, -0.1] + [-0.2] * FALLING)
     assert alarms(HEALTHY, [-0.5, -0.1] + [-0.2] * (FALLING - 1)) == {} == alarms(HEALTHY, [-0.9 + 0.01 * i for i in range(20)])
     assert "past_best" not in alarms(HEALTHY, [-0.1] * 20)  # level is not falling
+
+
+def test_no_alarm_for_what_was_not_measured() -> None:
+    assert alarms({}) == {} == alarms(HEALTHY, [-0.1] * FALLING), "and none without an evaluation before the last ones"

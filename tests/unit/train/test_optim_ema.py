@@ -8,7 +8,7 @@ from torch import nn
 
 from hyperbagel.train.ema import Ema, decay_at
 from hyperbagel.train.muon import Muon, orthogonalise
-from hyperbagel.train.optim import OptimConfig, decay_groups, lr_factor
+from hyperbagel.train.optim import OptimConfig, decay_groups, lr_factor, make_optimizer
 from hyperbagel.train.stage import Draws
 
 
@@ -113,3 +113,23 @@ def test_draws_depend_on_the_key_only() -> None:
 
     assert numbers(1, 2, 3) == numbers(1, 2, 3)
     assert len({numbers(1, 2, 3), numbers(1, 3, 2), numbers(0, 2, 3), numbers(1, 2, 4)}) == 4
+
+
+@pytest.mark.parametrize(("shape", "size"), [((16, 4), 2.0), ((4, 16), 1.0)])
+def test_a_muon_step_is_as_long_as_the_shape_asks_for(shape: tuple[int, int], size: float) -> None:
+    """More outputs than inputs: sqrt(outputs / inputs), so that what comes out of a layer moves alike whatever its shape."""
+    weight = nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    Muon([weight], [], 1.0).step()
+    moved = torch.linalg.svdvals(weight.detach())
+    assert ((moved > 0.6 * size) & (moved < 1.3 * size)).all()
+
+
+def test_a_recipe_s_muon_takes_matrices_and_all_its_numbers() -> None:
+    module = nn.ModuleDict({"first": nn.Linear(4, 4), "middle": nn.Linear(4, 4), "words": nn.Embedding(3, 4)})
+    config = OptimConfig(kind="muon", lr=0.02, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1)
+    matrices, others = make_optimizer(module, config, plain=("first",)).param_groups
+    assert [id(p) for p in matrices["params"]] == [id(module["middle"].weight)] and matrices["muon"]
+    assert len(others["params"]) == 4 and not others["muon"]
+    for group in (matrices, others):
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.02, (0.8, 0.9), 1e-3, 0.1)

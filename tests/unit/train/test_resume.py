@@ -17,8 +17,10 @@ from tiny_stage import TinyStage, run
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import read_metrics
-from hyperbagel.train.checkpoint import Progress, best_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from hyperbagel.train.stage import Draws, Player
+from hyperbagel.train.checkpoint import Progress, best_checkpoint, list_checkpoints, load_checkpoint, note_best, save_checkpoint
+from hyperbagel.train.distributed import World
+from hyperbagel.train.loop import _Loop
+from hyperbagel.train.stage import Draws, Player, TrainRecipe
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -170,6 +172,17 @@ def test_a_resume_never_meets_a_refused_batch_again(tmp_path: Path, every: float
     assert state["step"] == 14 and state["refused"] == 0
 
 
+def test_a_score_that_comes_after_the_checkpoint_is_kept_in_it(tmp_path: Path) -> None:
+    """The last step is saved by the clock, and evaluated then: a kill before best.json must not lose its score."""
+    stage = TinyStage()
+    path = save_checkpoint(tmp_path, stage, Progress(7, 1.0), keep=2)
+    before = json.loads((path / "state.json").read_text())
+    save_checkpoint(tmp_path, stage, Progress(7, 2.0), keep=2, score=0.5)
+    assert json.loads((path / "state.json").read_text()) == before | {"score": 0.5}
+    save_checkpoint(tmp_path, stage, Progress(7, 3.0), keep=2, score=0.9)  # the same weights have one score
+    assert json.loads((path / "state.json").read_text())["score"] == 0.5
+
+
 def test_best_is_found_again_after_a_kill_before_it_was_noted(tmp_path: Path) -> None:
     run(tmp_path / "run", 7)
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -267,3 +280,27 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_a_line(tmp_path: Path) -> Non
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list_checkpoints(tmp_path) == [kept]
+
+
+def test_no_two_ranks_draw_the_same_batch() -> None:
+    drawn = set()
+    for rank in range(2):
+        loop = _Loop.__new__(_Loop)
+        loop.recipe, loop.world, loop.step, loop.refused = TrainRecipe(accumulate=2), World(rank, 2), 3, 0
+        drawn |= {loop.draws(micro).python.random() for micro in range(2)}
+    assert len(drawn) == 4
+
+
+def test_a_checkpoint_between_two_evaluations_has_no_score(tmp_path: Path) -> None:
+    run(tmp_path / "run", 9, checkpoint_every_seconds=1e-9, keep=9)
+    states = [json.loads((path / "state.json").read_text()) for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    scores = {state["step"]: state["score"] for state in states}
+    assert scores[7] == 0 and scores[6] is scores[8] is None
+
+
+def test_of_equal_scores_the_first_is_the_best(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, TinyStage(), Progress(step, 0.0), keep=2, score=0.5)
+    note_best(tmp_path, TinyStage())  # as a resume does
+    best = best_checkpoint(tmp_path)
+    assert best is not None and best.name == "step-00000001"

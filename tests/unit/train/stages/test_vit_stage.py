@@ -81,3 +81,10 @@ def test_a_grid_that_does_not_fit_the_targets_is_refused() -> None:
         load_config(Recipe, None, [*SMALL, "resolution=96"])
     with pytest.raises(InputError, match="unknown key 'hiden_size', did you mean 'hidden_size'"):
         load_config(Recipe, None, [*SMALL, "vit.hiden_size=64"])
+
+
+def test_a_resume_without_a_recipe_takes_the_run_s_own_settings(tmp_path: Path) -> None:
+    run_training("vit", None, [*TINY, "max_steps=1"], tmp_path / "run")
+    assert run_training("vit", None, ["max_steps=2"], tmp_path / "run", resume=True).step == 2
+    settings = (tmp_path / "run" / "config.yaml").read_text()
+    assert "resolution: 32\n" in settings and "max_steps: 2\n" in settings

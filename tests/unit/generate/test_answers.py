@@ -1,0 +1,142 @@
+"""Answers on a model of another shape than the golden one: decoded alone, in batches, with drafters, in fixed shapes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_world import small_parts
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.prompts import split_thinking
+from hyperbagel.generate.decode import decode
+from hyperbagel.generate.session import Session
+from hyperbagel.generate.types import AskRequest, ImageRequest
+from hyperbagel.pipeline import HyperBagel
+
+
+@pytest.fixture(scope="module")
+def model() -> HyperBagel:
+    return HyperBagel(small_parts(), "test")
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@torch.inference_mode()
+def test_decoding_equals_a_fresh_prefill_of_what_was_decoded(model: HyperBagel) -> None:
+    session = Session.new(model.parts)
+    session.add_image(photo(20, 10), latents=False)
+    session.add_text("what is this")
+    length = session.cache.lengths[0]
+    out = decode([session], max_tokens=8, keep_logits=True)[0]
+    assert session.cache.lengths[0] == length
+    bag = model.parts.model
+    from hyperbagel.model.qwen2_mot import Streams
+
+    ids = torch.tensor([[model.parts.tokenizer.im_start, *out.ids]])
+    where = torch.arange(session.position, session.position + ids.shape[1])[None]
+    plan = session.cache.plan([ids.shape[1]], causal=True)
+    hidden = bag.backbone(Streams(bag.embed_text(ids), None), where, cache=session.cache, plan=plan).u
+    logits = bag.logits(hidden[0])
+    torch.testing.assert_close(torch.stack(out.logits)[: len(logits)], logits[: len(out.logits)], atol=1e-4, rtol=1e-4)
+    assert logits.argmax(-1)[: len(out.ids)].tolist() == out.ids
+
+
+def test_answers_of_a_batch_equal_each_alone(model: HyperBagel) -> None:
+    asked = [
+        AskRequest("what", (photo(20, 10),), max_tokens=6),
+        AskRequest("how many cars are there in the picture", max_tokens=6),
+        AskRequest("why", (photo(20, 10), photo(10, 10, 3)), max_tokens=6, turns=(("is it red", "yes"),)),
+        AskRequest("random", max_tokens=6, temperature=1.0, seed=3),
+    ]
+    together = model.ask_batch(asked)
+    assert [r.text for r in together] == [model.ask_batch([a])[0].text for a in asked]
+    assert all(r.tokens <= 6 for r in together)
+
+
+def test_a_drafter_changes_nothing_but_the_count_of_forwards(model: HyperBagel) -> None:
+    images = (photo(20, 10),)
+    plain = model.ask("what is this", images, max_tokens=24)
+    quick = model.ask("what is this", images, max_tokens=24, drafter="lookup")
+    assert quick.text == plain.text and quick.tokens == plain.tokens
+    assert plain.tau is None and quick.tau is not None and quick.tau >= 1
+
+
+def test_a_drafter_that_does_not_fit_is_a_warning_and_an_unknown_one_an_error(model: HyperBagel, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="answering without a drafter"):
+        assert model.ask("what", max_tokens=4, drafter=str(tmp_path)).tau is None
+    with pytest.raises(InputError, match="got drafter 'nobody'"):
+        model.ask("what", max_tokens=4, drafter="nobody")
+
+
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_contexts_of_a_batch_are_held_once(model: HyperBagel, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While answers are written their rows lie in one cache alone."""
+    made: list[Session] = []
+    monkeypatch.setattr(model, "_context", lambda *given, own=model._context: made.append(own(*given)) or made[-1])
+    held: list[bool] = []
+    asked = [AskRequest(text, max_tokens=3, drafter=drafter) for text in ("what is it", "and what is that over there")]
+    together = model.ask_batch(asked, on_token=lambda row, token: held.append(any(s.cache.k for s in made)))
+    assert held and not any(held)
+    assert [(r.text, r.prompt_tokens) for r in together] == [
+        (r.text, r.prompt_tokens) for r in map(lambda one: model.ask_batch([one])[0], asked)
+    ]
+
+
+def test_streamed_tokens_are_the_answer(model: HyperBagel) -> None:
+    seen: list[int] = []
+    result = model.ask("what", max_tokens=5, on_token=lambda row, token: seen.append(token))
+    assert len(seen) == result.tokens and model.parts.tokenizer.decode(seen).strip() == result.text
+
+
+def test_thinking_is_split_off() -> None:
+    assert split_thinking("<think> two cars </think> 2", True) == ("two cars", "2")
+    assert split_thinking("<think> two cars", True) == ("two cars", "")  # cut off: a thought, and no answer yet
+    assert split_thinking("two cars", True) == (None, "two cars")
+    assert split_thinking("2", False) == (None, "2")
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-7])
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_a_temperature_of_nearly_zero_takes_the_likeliest_token(model: HyperBagel, temperature: float, drafter: str) -> None:
+    greedy = model.ask("what is this", max_tokens=12)
+    assert model.ask("what is this", max_tokens=12, temperature=temperature, drafter=drafter).text == greedy.text
+
+
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_an_answer_longer_than_the_context_is_told_how_long_it_may_be(model: HyperBagel, drafter: str) -> None:
+    with pytest.raises(InputError, match=r"got max_tokens 99999 behind .* expected at most (\d+) .* lower max_tokens"):
+        model.ask("what is this", max_tokens=99999, drafter=drafter)
+
+
+def test_fixed_shapes_change_no_answer() -> None:
+    """`graphs=True` on a CPU: the steps that a GPU replays, run as they are; unlike lengths together, and a plan before a picture."""
+    parts = small_parts()
+    plain, fixed = HyperBagel(parts, "small"), HyperBagel(parts, "small", graphs=True)
+    asked = [AskRequest("what is it", max_tokens=9), AskRequest("a longer question than the other one", max_tokens=9)]
+    assert [r.text for r in fixed.ask_batch(asked)] == [r.text for r in plain.ask_batch(asked)]
+    assert fixed.runner is not None and fixed.runner.steps and plain.runner is None
+    assert not fixed.runner.reads  # unasked nobody drafts: graphs are of plain steps first of all
+    drafted = [replace(request, drafter="lookup") for request in asked]
+    assert [r.text for r in fixed.ask_batch(drafted)] == [r.text for r in plain.ask_batch(asked)]
+    assert fixed.runner.reads and fixed.drafters.budgeted("lookup").graphs is fixed.runner
+    planned = ImageRequest("a fish", steps=2, think=True, max_think_tokens=5)
+    [a], [b] = fixed.generate_batch([planned]), plain.generate_batch([planned])
+    assert a.thinking == b.thinking and a.image.tobytes() == b.image.tobytes()
+
+
+def test_the_longest_answer_that_is_told_can_be_given(model: HyperBagel) -> None:
+    with pytest.raises(InputError) as caught:
+        model.ask("what is this", max_tokens=99999)
+    told = re.search(r"behind a context of (\d+), expected at most (\d+) ", str(caught.value))
+    assert told is not None and int(told[1]) + 1 + int(told[2]) == model.parts.model.config.llm.max_position_embeddings
+    assert model.ask("what is this", max_tokens=int(told[2])).tokens <= int(told[2])
+    with pytest.raises(InputError, match="lower max_tokens"):
+        model.ask("what is this", max_tokens=int(told[2]) + 1)
