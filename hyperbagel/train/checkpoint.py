@@ -115,7 +115,7 @@ def save_checkpoint(
 
 
 def _amend(path: Path, stage: Stage, progress: Progress, score: float | None) -> None:
-    """What has become known of a checkpoint since it was written: its score, or that other batches are to come. The weights are the same."""
+    """What has become known of a checkpoint since it was written: its score, or that other batches are to come. Its weights stay."""
     state = read_json(path / "state.json")
     news: dict[str, Any] = {}
     if score is not None and state.get("score") is None:
