@@ -66,6 +66,18 @@ def jobs(*prompts: str, **settings: Any) -> list[Job]:
     return [Job([ImageRequest(prompt, **settings)]) for prompt in prompts]
 
 
+async def submit_together(engine: Engine, model: Model, others: Sequence[Job]) -> Job:
+    """Submits them while the engine is busy with a job of its own, which is given back: so all of them wait when it next takes some."""
+    model.hold.clear()
+    [first] = jobs("first")
+    engine.submit(first)
+    await asyncio.to_thread(model.inside.wait, 10)
+    for job in others:
+        engine.submit(job)
+    model.hold.set()
+    return first
+
+
 async def ends(job: Job) -> list[Any]:
     """The events of a job of pictures, up to its end."""
     events = [await asyncio.wait_for(job.events.get(), 10)]

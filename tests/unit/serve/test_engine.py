@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_world import Model, ends, engine_of, jobs, run
+from engine_world import Model, ends, engine_of, jobs, run, submit_together
 from PIL import Image
 
 from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult
@@ -26,14 +26,8 @@ def model() -> Model:
 def test_compatible_units_share_a_batch_in_order_of_arrival(model: Model) -> None:
     async def main() -> None:
         engine = engine_of(model, waiting=20)
-        model.hold.clear()
-        [first] = jobs("first")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
         others = [*jobs("a", "b"), *jobs("other", steps=3), *jobs("c", "d", "e")]
-        for job in others:
-            engine.submit(job)
-        model.hold.set()
+        first = await submit_together(engine, model, others)
         for job in (first, *others):
             [event] = await ends(job)
             assert event.result.thinking == job.units[0].request.prompt  # type: ignore[union-attr]
@@ -224,14 +218,8 @@ def test_pictures_of_very_unlike_sizes_are_apart() -> None:
 def test_a_large_picture_waits_for_its_like(model: Model) -> None:
     async def main() -> None:
         engine = engine_of(model, waiting=20)
-        model.hold.clear()
-        [first] = jobs("first")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
         others = [*jobs("a"), *jobs("large", size=(1024, 1024)), *jobs("b", size=(256, 256)), *jobs("wide", size=(512, 2048))]
-        for job in others:
-            engine.submit(job)
-        model.hold.set()
+        first = await submit_together(engine, model, others)
         for job in (first, *others):
             assert isinstance((await ends(job))[0], Done)
         engine.close()
