@@ -21,7 +21,10 @@ def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generato
     """logits [B, V] -> [B] tokens: argmax for T = 0, else one draw a row from that row's own generator (on the CPU)."""
     if temperature == 0:
         return logits.argmax(-1)
-    return draw_rows(probabilities(logits, temperature), generators)
+    p = probabilities(logits, temperature)
+    if p.device.type != "cpu" and not bool(p.isfinite().all()):  # on a CPU the draw itself refuses them
+        raise RuntimeError("got probabilities that are not finite from the model, expected finite ones; its weights or caches are damaged")
+    return draw_rows(p, generators)
 
 
 def draw_rows(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

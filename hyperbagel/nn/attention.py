@@ -6,13 +6,14 @@ Shape legend: B rows, Hq query heads, Hk key-value heads (Hq a multiple of Hk), 
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.nn.layers import quick
@@ -60,10 +61,29 @@ def prepared(mask: Any, causal: bool, sq: int, sk: int, like: Tensor, backend: s
     return mask, causal
 
 
-def readers() -> AbstractContextManager[None]:
+class _Readers:
+    """How many threads read texts now, and what cuDNN's switch stood at before: it is the whole process's, and a server has a thread for
+    each GPU."""
+
+    lock, inside, before = threading.Lock(), 0, True
+
+
+@contextmanager
+def readers() -> Iterator[None]:
     """Around forwards of texts alone on a GPU: no attention of cuDNN's, which plans every new number of keys anew (a tenth of a second on
     an H200), and while an answer grows each token brings a new one. Pictures keep their sizes, so their plans are found again."""
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with _Readers.lock:
+        if _Readers.inside == 0:
+            _Readers.before = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _Readers.inside += 1
+    try:
+        yield
+    finally:
+        with _Readers.lock:
+            _Readers.inside -= 1
+            if _Readers.inside == 0:
+                torch.backends.cuda.enable_cudnn_sdp(_Readers.before)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -16,13 +16,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from hyperbagel.core.errors import InputError, Notice
+from hyperbagel.core.files import one_line
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import DRAIN_SECONDS
 
 
 def warm_up(model: HyperBagel) -> None:
     """An answer that nobody waits for: libraries find their kernels, and what drafting costs here is measured (1 to 2 s on a CPU)."""
-    model.ask("hello", max_tokens=2)
+    try:
+        model.ask("hello", max_tokens=2)
+    except Exception as error:  # of a request it would be that request's; pictures may well be drawn
+        warnings.warn(f"the first answer failed ({one_line(error)}), and others may", Notice, stacklevel=2)
 
 
 def bind(host: str, port: int) -> socket.socket:

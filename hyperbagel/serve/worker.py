@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -146,19 +146,19 @@ def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     return "draw", request.is_edit, student, *(getattr(request, name) for name in sorted(own))
 
 
-def area_class(request: ImageRequest | AskRequest, usual: tuple[int, int]) -> int:
-    """By which power of two a picture is larger than 512 x 512: 0 up to there and for answers, 3 for a megapixel and more.
+def area_class(request: ImageRequest | AskRequest, usual: tuple[int, int], resized: Callable[[int, int], tuple[int, int]]) -> int:
+    """0 for pictures of up to 512 x 512 pixels and for answers, 1 for up to twice that, 2 above.
 
     Rows of a batch are padded to the longest: beside one of 1024 x 1024 each of 256 x 256 would take sixteen times its work. usual: the
-    size of pictures that nobody gave one.
+    size of pictures that nobody gave one. resized: what a picture's (width, height) become when it is edited.
     """
     if isinstance(request, AskRequest):
         return 0
     size = request.size
     if size is None:
         pictures = [item for item in request.items() if isinstance(item, Image)]
-        size = pictures[-1 if request.mask is None else 0].size if pictures else usual
-    return (min(size[0] * size[1], 1 << 20) >> 18).bit_length()
+        size = resized(*pictures[-1 if request.mask is None else 0].size) if pictures else usual
+    return (min(size[0] * size[1], 1 << 20) - 1 >> 18).bit_length()
 
 
 class Engine:
@@ -243,8 +243,8 @@ class Engine:
                 if self._closed:
                     return []
                 self._change.wait()
-            usual = self.models[0].default_size
-            fits = [(unit.key, area_class(unit.request, usual)) for unit in self._waiting]
+            usual, resized = self.models[0].default_size, self.models[0].parts.vae_transform.size
+            fits = [(unit.key, area_class(unit.request, usual, resized)) for unit in self._waiting]
             units = [unit for unit, fit in zip(self._waiting, fits, strict=True) if fit == fits[0]][: self.batch]
             taken = {id(unit) for unit in units}
             self._waiting = deque(unit for unit in self._waiting if id(unit) not in taken)

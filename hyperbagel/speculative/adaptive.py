@@ -63,6 +63,8 @@ class Adaptive:
         self.given, self.measured = costs, dict[tuple[int, bool], Costs]()
         self.phases: dict[tuple[int, bool, int], _Phase] = {}  # (batch size, sampled, how far the answer has come)
         self.rounds_drafted = dict.fromkeys(drafters, 0)  # in this request
+        self.last: _Last | None = None
+        self.news: dict[str, Seen | None] = dict.fromkeys(self.drafters)  # what each has not been shown yet
 
     # -- costs -----------------------------------------------------------------------------------------------------------------
 
@@ -87,8 +89,7 @@ class Adaptive:
         self.costs = self.prepare(sessions[0], len(sessions), temperature)
         self.sampled, self.rows = temperature > 0, len(sessions)
         self.contexts = [session.cache.lengths[0] for session in sessions]
-        self.news: dict[str, Seen | None] = dict.fromkeys(self.drafters)  # what each has not been shown yet
-        self.last: _Last | None = None
+        self.news, self.last = dict.fromkeys(self.drafters), None
         self.rounds_drafted = dict.fromkeys(self.drafters, 0)
         for drafter in self.drafters.values():
             drafter.begin(sessions, temperature, generators)

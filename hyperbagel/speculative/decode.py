@@ -70,8 +70,9 @@ def decode(
         session.check_answer(max_tokens)
         check_taps(session, drafter)
     graphs = runner if isinstance(runner, GraphRunner) else None
-    work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, graphs=graphs, spent=spent)
+    work = None
     try:
+        work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, graphs=graphs, spent=spent)
         while work.alive:
             work.round()
         drafter.end(work.counts)
@@ -79,7 +80,8 @@ def decode(
         drafter.end([0] * len(sessions))  # nothing to learn; what it holds of this request goes
         raise
     finally:
-        work.cache.truncate(work.before)
+        if work is not None:
+            work.cache.truncate(work.before)
     return list(work.results)
 
 

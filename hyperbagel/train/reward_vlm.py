@@ -93,6 +93,7 @@ class VlmReward:
             raise InputError(
                 f"{folder}: got id {self.mark} for {self.asking.token!r}, expected below {known}, copy the reward's own tokenizer"
             )
+        self.special = sorted({str(token) for token in self.tokenizer.added_tokens_decoder.values()} | {self.asking.token})
         self.core = model.model.to(device).eval().requires_grad_(False)
         self.head = make_head(tensors, folder).to(device).eval().requires_grad_(False)
         vision = config.vision_config
@@ -116,11 +117,14 @@ class VlmReward:
         # HPSv3 counts positions one by one, through pictures too: none are given
         hidden = self.core.language_model(inputs_embeds=x, attention_mask=seen.long(), use_cache=False).last_hidden_state
         at = torch.tensor([row.index(self.mark) for row in rows], device=self.device)
-        return self.head(hidden[torch.arange(len(rows), device=self.device), at].float())[:, self.asking.output]
+        with torch.autocast(self.device.type, enabled=False):  # near 6 the steps of bf16 are 1/32
+            return self.head(hidden[torch.arange(len(rows), device=self.device), at].float())[:, self.asking.output]
 
     def ids(self, prompt: str, tokens: int) -> list[int]:
         """What the model reads for one picture of so many tokens."""
-        words = self.asking.template.replace("{prompt}", prompt.replace(self.asking.token, ""))
+        for special in self.special:  # a caption is words
+            prompt = prompt.replace(special, "")
+        words = self.asking.template.replace("{prompt}", prompt)
         content = [{"type": "image"}, {"type": "text", "text": words}]
         text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
         pad = self.tokenizer.convert_ids_to_tokens(self.picture)

@@ -54,6 +54,7 @@ class Draws:
     python: random.Random
     numpy: np.random.Generator
     torch: torch.Generator  # on the CPU
+    key: tuple[int, ...] = ()  # what they were made from
 
     @classmethod
     def at(cls, *key: int) -> Draws:
@@ -61,7 +62,7 @@ class Draws:
         words = [int(w) for w in np.random.SeedSequence(key).generate_state(3, np.uint64)]
         generator = torch.Generator()
         generator.manual_seed(words[2] >> 1)
-        return cls(random.Random(words[0]), np.random.default_rng(words[1]), generator)
+        return cls(random.Random(words[0]), np.random.default_rng(words[1]), generator, key)
 
     def on(self, device: Device) -> Generator:
         """`torch` itself on a CPU; elsewhere a generator there, begun from its seed: millions of normal draws are slow on a CPU."""

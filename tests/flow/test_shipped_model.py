@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import hyperbagel
+from hyperbagel.core.errors import Notice
 from hyperbagel.model.weights import inspect_folder
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.run import warm_up
@@ -32,7 +33,6 @@ import sys
 import numpy as np
 from PIL import Image
 from hyperbagel.pipeline import HyperBagel
-from hyperbagel.serve.run import warm_up
 model = HyperBagel.from_pretrained("toybox", device="cpu")
 picture = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
 model.ask("What is this?", [picture], max_tokens=4, drafter="block")
@@ -88,6 +88,15 @@ def test_it_has_learned_the_language_of_answers(model: HyperBagel) -> None:
     asked = [sample_question(rng, kind="colour") for _ in range(40)]
     answers = model.ask_batch([AskRequest(q.question, (Image.fromarray(render(q.scene)),), max_tokens=6) for q in asked])
     assert sum(answer.text in COLOURS for answer in answers) >= 30
+
+
+def test_a_server_starts_though_its_first_answer_failed(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object, **more: object) -> None:
+        raise RuntimeError("no room for\nanswers")
+
+    monkeypatch.setattr(model, "ask", fails)
+    with pytest.warns(Notice, match="the first answer failed .no room for answers."):
+        warm_up(model)
 
 
 def test_a_warm_server_measures_nothing_in_a_request() -> None:

@@ -171,6 +171,25 @@ def test_a_request_that_is_over_holds_no_cache(stops: bool, parts: Parts) -> Non
     same(plain_decode(sessions, max_tokens=12), decode(sessions, max_tokens=12, drafter=adaptive))
 
 
+def test_a_request_that_fails_as_it_begins_holds_no_cache(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the drafter's start and the first round lies what takes most memory."""
+    sessions = text_sessions(parts, 3, taps=TAPS)
+    block = random_drafter("block", parts)
+    adaptive = Adaptive({"block": block}, costs=costs("block"))
+
+    def none_left(*given: Any, **more: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "stack", none_left)
+        with pytest.raises(torch.OutOfMemoryError):
+            decode(sessions, max_tokens=5, drafter=adaptive)
+    assert "cache" not in vars(block) and not any(adaptive.news.values())
+    monkeypatch.setattr(block, "begin", none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode(sessions, max_tokens=5, drafter=Adaptive({"block": block}, costs=costs("block")))
+
+
 def test_measured_costs_are_sane(parts: Parts) -> None:
     """More tokens never cost less; a drafter costs something; the context stays as it was."""
     context = Session.new(parts, TAPS)

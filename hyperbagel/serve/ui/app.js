@@ -16,7 +16,7 @@ const parts = {};
 
 function choose(name, { focus = false } = {}) {
   const chosen = tabs.find((tab) => panelOf(tab).id === name) ?? tabs[0];
-  if (chosen.getAttribute("aria-selected") !== "true") clearError();  // it was of another tab
+  if (document.body.dataset.ready && chosen.getAttribute("aria-selected") !== "true") clearError();  // it was of another tab
   for (const tab of tabs) {
     tab.setAttribute("aria-selected", tab === chosen);
     tab.tabIndex = tab === chosen ? 0 : -1;

@@ -10,6 +10,7 @@ export function showError(error, { again = null } = {}) {
   console.warn(error);
   const retry = alertBox.querySelector("[data-again]");
   retry.hidden = !again;
+  alertBox.querySelector("[data-close]").hidden = Boolean(again);  // nothing else would help
   retry.onclick = () => { clearError(); again(); };
   alertBox.querySelector("span").textContent = error?.status !== undefined ? error.message : `Something in the page went wrong: ${error?.message ?? error}`;
   alertBox.hidden = false;

@@ -136,7 +136,7 @@ class DmdoStage(DistillStage):
     def prepare(self, step: int, rng: Draws) -> Prepared:
         if self.turn(step) == "fake":
             if self.kept_from is None or self.kept_from["step"] != step:
-                self.kept, self.kept_from = [], {"step": step, "loader": self.loader.state_dict()}
+                self.kept, self.kept_from = [], {"step": step, "loader": self.loader.state_dict(), "tail": list(rng.key[3:])}
             trajectory = self.trajectory(rng)
             self.kept.append(trajectory)
         else:  # 3.2.3: the generator step reuses the fake step's trajectories
@@ -166,14 +166,15 @@ class DmdoStage(DistillStage):
         """In the middle of a cycle: how to make the kept trajectories again (the student has not moved since)."""
         if not self.kept or self.kept_from is None:
             return super().state()
-        return {"loader": self.kept_from["loader"], "redo": {"step": self.kept_from["step"], "count": len(self.kept)}}
+        redo = {"step": self.kept_from["step"], "count": len(self.kept), "tail": self.kept_from["tail"]}
+        return {"loader": self.kept_from["loader"], "redo": redo}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         if "redo" in state:
-            step = state["redo"]["step"]
+            step, tail = state["redo"]["step"], state["redo"].get("tail", [])  # tail: of a step that had been refused
             for micro in range(state["redo"]["count"]):  # the loop's own draws
-                self.batch(step, Draws.at(self.recipe.seed, step, self.world.rank * self.recipe.accumulate + micro))
+                self.batch(step, Draws.at(self.recipe.seed, step, self.world.rank * self.recipe.accumulate + micro, *tail))
 
     # -- losses ----------------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperbagel.nn.attention import attend, causal_mask, prepared, reference, without_groups
+from hyperbagel.nn.attention import attend, causal_mask, prepared, readers, reference, without_groups
 
 
 def inputs(sq: int, sk: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,3 +63,21 @@ def test_prepared_once_is_what_each_call_would_make(sq: int, sk: int, causal: bo
         assert prepared(given, causal, sq, sk, q, "flash") == (given, causal)
     if given is not None:
         assert prepared(given, False, sq, sk, q.bfloat16(), "sdpa")[0] is given  # numbers to add serve fp32 on a CPU alone
+
+
+def test_readers_in_several_threads_leave_the_switch_as_it_was() -> None:
+    """cuDNN's switch is the whole process's: the last who reads texts turns it back, not the first."""
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for begun in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(begun)
+            one, other = readers(), readers()
+            one.__enter__()
+            other.__enter__()
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            one.__exit__(None, None, None)
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            other.__exit__(None, None, None)
+            assert torch.backends.cuda.cudnn_sdp_enabled() is begun
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was)

@@ -27,7 +27,8 @@ class Model:
         self.inside = threading.Event()
         self.steps = 0
         tokenizer = SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: ""))
-        self.parts = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cpu")))
+        same = SimpleNamespace(size=lambda width, height: (width, height))
+        self.parts = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cpu")), vae_transform=same)
         self.runner: Any = None
         self.default_size = (64, 64)
 

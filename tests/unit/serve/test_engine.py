@@ -12,6 +12,7 @@ import pytest
 from engine_world import Model, ends, engine_of, jobs, run, submit_together
 from PIL import Image
 
+from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult
 from hyperbagel.serve import worker
 from hyperbagel.serve.schemas import ApiError
@@ -199,20 +200,25 @@ def test_which_requests_fit_together() -> None:
 
 
 def test_pictures_of_very_unlike_sizes_are_apart() -> None:
-    """Rows are padded to the longest. A picture to edit says how large the result will be."""
+    """Rows are padded to the longest. A picture to edit says how large the result will be, which is not what its file has."""
     small, large, wide = (Image.new("RGB", size) for size in ((200, 300), (1024, 1024), (4000, 3000)))
-    mask = Image.new("L", small.size)
+    resized = ImageTransform(1024, 512, 16).size  # BAGEL's rule for latents
     classes = {
-        0: [ImageRequest("a", size=(256, 256)), ImageRequest("a", size=(500, 500)), ImageRequest("a"), AskRequest("a", (large,))],
-        1: [ImageRequest("a", size=(512, 512)), ImageRequest("a", size=(1023, 512))],
-        2: [ImageRequest("a", size=(1024, 512))],
-        3: [ImageRequest("a", (large,)), ImageRequest("a", (small, wide)), ImageRequest("a", (small,), size=(1024, 1024))],
+        0: [ImageRequest("a", size=(256, 256)), ImageRequest("a", size=(512, 512)), ImageRequest("a"), AskRequest("a", (large,))],
+        1: [ImageRequest("a", size=(512, 528)), ImageRequest("a", size=(1024, 512)), ImageRequest("a", (small,))],
+        2: [ImageRequest("a", (large,)), ImageRequest("a", (small, wide)), ImageRequest("a", (small,), size=(1024, 1024))],
     }
     for number, requests in classes.items():
-        assert [area_class(request, (64, 64)) for request in requests] == [number] * len(requests)
-    assert area_class(ImageRequest("a"), (1024, 1024)) == 3
-    assert area_class(ImageRequest("a", (large,), size=(256, 256)), (64, 64)) == 0
-    assert area_class(ImageRequest("a", (small, wide), mask=mask), (64, 64)) == 0  # of the picture under the mask
+        assert [area_class(request, (64, 64), resized) for request in requests] == [number] * len(requests)
+    assert area_class(ImageRequest("a"), (1024, 1024), resized) == 2
+    square = Image.new("RGB", (256, 256))  # drawn at 512 x 512
+    assert (
+        area_class(ImageRequest("a", (square,)), (64, 64), resized)
+        == 0
+        == area_class(ImageRequest("a", (large,), size=(256, 256)), (64, 64), resized)
+    )
+    masked = ImageRequest("a", (square, wide), mask=Image.new("L", square.size))
+    assert area_class(masked, (64, 64), resized) == 0  # of the picture under the mask
 
 
 def test_a_large_picture_waits_for_its_like(model: Model) -> None:

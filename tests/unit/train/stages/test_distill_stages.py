@@ -205,6 +205,18 @@ def test_held_out_figures_cover_every_source_alike(base: Path) -> None:
         assert {"t2i_score", "edit_score", "score"} <= set(stage.evaluate(0))
 
 
+def test_trajectories_of_a_step_that_was_refused_once_are_made_again_as_they_were(base: Path, student: Path) -> None:
+    """The batch after a refused one draws anew, and so must a resume in the middle of that cycle."""
+    keys = {"init": student, "teacher": student, "nfe": 2}
+    one, again = (make(dmdo, base, **keys) for _ in range(2))
+    one.batch(0, Draws.at(0, 0, 0))
+    one.refuse()
+    one.batch(0, Draws.at(0, 0, 0, 1))
+    again.load_state(json.loads(json.dumps(one.state())))
+    for mine, theirs in zip(one.kept[0].states, again.kept[0].states, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_builds_repeat(base: Path) -> None:
     a, b = (make(cfg, base, kind="lora") for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(a.student.parameters(), b.student.parameters(), strict=True))
