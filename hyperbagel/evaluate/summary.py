@@ -40,17 +40,13 @@ def summarise_questions(records: Sequence[Record]) -> dict[str, Any]:
     """Mean score of each kind; of descriptions and counts also the share of stated facts that are right; of yes/no pairs and of rotated
     choices also the share of whole sets right."""
     kinds = list(dict.fromkeys(r["kind"] for r in records))
-    sets: dict[tuple[str, str], list[float]] = {}
-    for r in records:
-        if r["pair"]:
-            sets.setdefault((r["kind"], r["pair"]), []).append(r["score"])
-    together = [{"kind": kind, "score": float(all(s == 1.0 for s in scores))} for (kind, _), scores in sets.items()]
     units = question_units(records)
+    together = [unit for unit in units if unit["pair"]]
     stated = [{"kind": r["kind"], "score": r["right"] / max(r["stated"], 1)} for r in records if r["kind"] in DENSE]
     short = [k for k in kinds if k not in DENSE]
     table = {"right": _means(units, "kind", "score", kinds, shares=short)}
     if together:
-        table["whole sets right"] = _means(together, "kind", "score", kinds, shares=short)
+        table["whole sets right"] = _means(together, "kind", "whole", kinds, shares=short)
     if stated:
         table["stated facts right"] = _means(stated, "kind", "score", kinds)
     return table
@@ -58,11 +54,16 @@ def summarise_questions(records: Sequence[Record]) -> dict[str, Any]:
 
 def question_units(records: Sequence[Record]) -> list[Record]:
     """Records of questions that share a picture and a fate (both sides of a yes/no pair, the rotations of a choice) as one, with their mean
-    score: what is independent, and so what intervals count."""
+    score and whether all are right (`whole`): what is independent, and so what intervals count."""
     units: dict[tuple[str, str], list[Record]] = {}
     for r in records:
         units.setdefault((r["kind"], r["pair"] or r["id"]), []).append(r)
-    return [{"id": f"{kind}/{name}", "kind": kind, "score": sum(r["score"] for r in u) / len(u)} for (kind, name), u in units.items()]
+    found = []
+    for (kind, name), of in units.items():
+        scores = [r["score"] for r in of]
+        row = {"id": f"{kind}/{name}", "kind": kind, "pair": of[0]["pair"], "score": sum(scores) / len(scores)}
+        found.append(row | {"whole": all(score == 1.0 for score in scores)})
+    return found
 
 
 def _shares(records: Sequence[Record], by: str, figure: str, order: Sequence[str]) -> dict[str, dict[str, float | int]]:

@@ -132,7 +132,7 @@ class Unit:
 
     def __init__(self, job: Job, index: int, request: ImageRequest | AskRequest) -> None:
         self.job, self.index, self.request = job, index, request
-        self.key = batch_key(request)
+        self.fit: Hashable = None  # shares a batch with its equals; set when it is submitted
 
 
 def batch_key(request: ImageRequest | AskRequest) -> Hashable:
@@ -197,6 +197,9 @@ class Engine:
                     code="queue_full",
                     headers={"retry-after": str(seconds)},
                 )
+            usual, resized = self.models[0].default_size, self.models[0].parts.vae_transform.size
+            for unit in job.units:
+                unit.fit = batch_key(unit.request), area_class(unit.request, usual, resized)
             self._waiting.extend(job.units)
             if not self._threads:
                 self._threads = [threading.Thread(target=self._work, args=(m,), name="hyperbagel-engine", daemon=True) for m in self.models]
@@ -243,9 +246,8 @@ class Engine:
                 if self._closed:
                     return []
                 self._change.wait()
-            usual, resized = self.models[0].default_size, self.models[0].parts.vae_transform.size
-            fits = [(unit.key, area_class(unit.request, usual, resized)) for unit in self._waiting]
-            units = [unit for unit, fit in zip(self._waiting, fits, strict=True) if fit == fits[0]][: self.batch]
+            fit = self._waiting[0].fit
+            units = [unit for unit in self._waiting if unit.fit == fit][: self.batch]
             taken = {id(unit) for unit in units}
             self._waiting = deque(unit for unit in self._waiting if id(unit) not in taken)
             self._running += len(units)

@@ -15,7 +15,6 @@ Shape legend: B pictures, n patches of one (merged four to a token), L tokens, E
 from __future__ import annotations
 
 import importlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,7 +176,4 @@ def open_vlm(folder: Path | None, device: torch.device) -> VlmReward:
     if folder is None or not folder.is_dir():
         got = "no folder" if folder is None else f"{folder}, which is no folder"
         raise InputError(f"reward: got {got}, expected that of a reward model (HPSv3), set reward=FOLDER")
-    try:
-        return VlmReward(folder, device)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder}: got a damaged file ({error}), expected JSON, restore it") from error
+    return VlmReward(folder, device)

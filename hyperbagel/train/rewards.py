@@ -242,8 +242,13 @@ def of_prompts(score: Callable[[Tensor, list[str]], Tensor], tokenizer: Tokenize
 
 
 def prompt_text(sample: Sample, tokenizer: Tokenizer) -> str:
-    """The text that asks for the picture."""
-    before, _, i = split_sample(sample)
-    text = before[i]
-    assert isinstance(text, Text)
-    return tokenizer.decode(list(text.ids))
+    """What the picture was asked for with, in words."""
+    return tokenizer.decode(list(prompt_of(sample).ids))
+
+
+def prompt_of(sample: Sample) -> Text:
+    """The text that asks for the first picture to draw."""
+    before, _, at = split_sample(sample)
+    prompt = before[at]
+    assert isinstance(prompt, Text)
+    return prompt

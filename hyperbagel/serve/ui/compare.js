@@ -2,7 +2,7 @@
 
 import { jsonBody } from "./api.js";
 import { make, runner, showRanges } from "./page.js";
-import { drawInto, Slot, STREAM } from "./pictures.js";
+import { drawInto, letGo, Slot, STREAM } from "./pictures.js";
 import { KNOWN, Seed } from "./settings.js";
 
 export function setUpCompare(panel, card, { editThis }) {
@@ -30,7 +30,7 @@ export function setUpCompare(panel, card, { editThis }) {
       slot.element.dataset.who = name;
       return slot;
     });
-    for (const image of columns.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+    letGo(columns);
     columns.replaceChildren(...slots.map((slot) => slot.element));
     columns.scrollIntoView({ block: "nearest" });
     let teacher = null;

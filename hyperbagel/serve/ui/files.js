@@ -2,7 +2,7 @@
 
 import { ApiError } from "./api.js";
 import { make, note, showError } from "./page.js";
-import { imageOf } from "./pictures.js";
+import { imageOf, letGo } from "./pictures.js";
 
 /** Refuses what the browser cannot show. */
 export async function checkPicture(blob) {
@@ -47,7 +47,7 @@ export class Pictures {
   set(list, { quiet = false } = {}) {
     if (!quiet) this.before(this.list);
     this.list = list;
-    for (const image of this.thumbs.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+    letGo(this.thumbs);
     this.thumbs.replaceChildren(...list.map((blob, i) => {
       const remove = make("button", { type: "button", textContent: "✕", ariaLabel: `Remove picture ${i + 1}` });
       remove.addEventListener("click", () => this.set(this.list.filter((_, j) => j !== i)));

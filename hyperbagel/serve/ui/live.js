@@ -2,7 +2,7 @@
 
 import { address, ApiError, askKey, getKey } from "./api.js";
 import { Pictures } from "./files.js";
-import { clearError, ms, showError, showRanges } from "./page.js";
+import { clearError, ms, onEscape, showError, showRanges } from "./page.js";
 import { download } from "./pictures.js";
 import { toDataUrl } from "./png.js";
 import { Seed } from "./settings.js";
@@ -39,7 +39,7 @@ export function setUpLive(panel, card, { editThis }) {
   part("full").addEventListener("click", () => ask("full"));
   part("cancel").addEventListener("click", stop);
   panel.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) stop(); });
+  onEscape(panel, stop);
   part("use").addEventListener("click", () => editThis(state.blob));
   part("save").addEventListener("click", () => download(state.blob, `hyperbagel-${state.seed}.png`));
 

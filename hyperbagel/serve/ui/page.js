@@ -44,6 +44,11 @@ export function showRanges(root) {
   root.addEventListener("input", (event) => { if (event.target.closest("label.range")) update(event.target); });
 }
 
+/** While the panel is shown; on the document, since a button that is pressed is disabled then, and the focus is nowhere. */
+export function onEscape(panel, stop) {
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) stop(); });
+}
+
 /** Submitting starts `work(signal)`; Cancel, Escape and a second start end it. Ctrl+Enter in a text submits. */
 export function runner(panel, work) {
   const form = panel.querySelector("form");
@@ -70,8 +75,7 @@ export function runner(panel, work) {
     }
   });
   cancel.addEventListener("click", () => controller?.abort());
-  // on the document: a button that is pressed is disabled then, and the focus is nowhere
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) controller?.abort(); });
+  onEscape(panel, () => controller?.abort());
   // a wrong value behind a closed "More settings" could not be shown
   form.addEventListener("invalid", (event) => event.target.closest("details")?.setAttribute("open", ""), true);
   panel.addEventListener("keydown", (event) => {

@@ -32,7 +32,7 @@ from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.refl import preference_loss
 from hyperbagel.train.optim import OptimConfig
-from hyperbagel.train.rewards import RewardHead, save_reward, understand
+from hyperbagel.train.rewards import RewardHead, prompt_of, save_reward, understand
 from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
 
 
@@ -137,14 +137,6 @@ class RewardStage(Stage):
 
     def close(self) -> None:
         self.loader.close()
-
-
-def prompt_of(sample: Sample) -> Text:
-    """What the first picture to draw was asked for with."""
-    before, _, at = split_sample(sample)
-    prompt = before[at]
-    assert isinstance(prompt, Text)
-    return prompt
 
 
 def with_prompt(sample: Sample, prompt: Text) -> Sample:

@@ -67,12 +67,17 @@ def jobs(*prompts: str, **settings: Any) -> list[Job]:
     return [Job([ImageRequest(prompt, **settings)]) for prompt in prompts]
 
 
+async def keep_busy(engine: Engine, model: Model, job: Job) -> None:
+    """Submits a job and waits until it is being worked on, where it stays until `model.hold` is set."""
+    model.hold.clear()
+    engine.submit(job)
+    await asyncio.to_thread(model.inside.wait, 10)
+
+
 async def submit_together(engine: Engine, model: Model, others: Sequence[Job]) -> Job:
     """Submits them while the engine is busy with a job of its own, which is given back: so all of them wait when it next takes some."""
-    model.hold.clear()
     [first] = jobs("first")
-    engine.submit(first)
-    await asyncio.to_thread(model.inside.wait, 10)
+    await keep_busy(engine, model, first)
     for job in others:
         engine.submit(job)
     model.hold.set()

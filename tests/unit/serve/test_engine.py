@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engine_world import Model, ends, engine_of, jobs, run, submit_together
+from engine_world import Model, ends, engine_of, jobs, keep_busy, run, submit_together
 from PIL import Image
 
 from hyperbagel.data.transforms import ImageTransform
@@ -41,10 +41,8 @@ def test_compatible_units_share_a_batch_in_order_of_arrival(model: Model) -> Non
 def test_cancelled_work_ends_at_the_next_step_and_never_starts(model: Model) -> None:
     async def main() -> None:
         engine = engine_of(model)
-        model.hold.clear()
         [first, second] = jobs("first", "second")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
+        await keep_busy(engine, model, first)
         engine.submit(second)
         first.cancel()
         second.cancel()
@@ -77,10 +75,8 @@ def test_a_batch_goes_on_while_somebody_waits_for_it(model: Model) -> None:
 def test_a_full_queue_refuses_and_makes_room_for_the_cancelled(model: Model) -> None:
     async def main() -> None:
         engine = engine_of(model, waiting=2)
-        model.hold.clear()
         [first, *waiting, late] = jobs("first", "a", "b", "late")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
+        await keep_busy(engine, model, first)
         for job in waiting:
             engine.submit(job)
         with pytest.raises(ApiError) as caught:
@@ -247,13 +243,7 @@ def test_who_leaves_a_batch_does_not_end_it_for_the_others(model: Model) -> None
             return original(requests, *args, **more)
 
         model.generate_batch = generate_batch  # type: ignore[method-assign]
-        model.hold.clear()
-        [first] = jobs("first")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
-        for job in (leaving, staying):
-            engine.submit(job)
-        model.hold.set()
+        await submit_together(engine, model, [leaving, staying])
         assert (await ends(staying))[0].result.thinking == "stays"
         await asyncio.to_thread(engine.close)
         assert model.batches == [["first"], ["leaves", "stays"]]
@@ -266,10 +256,8 @@ def test_who_leaves_a_batch_does_not_end_it_for_the_others(model: Model) -> None
 def test_what_still_waits_when_the_time_to_close_is_over_is_cancelled(model: Model) -> None:
     async def main() -> None:
         engine = engine_of(model)
-        model.hold.clear()
         [first, second] = jobs("first", "second")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
+        await keep_busy(engine, model, first)
         engine.submit(second)
         await asyncio.to_thread(engine.close, 0.05)
         assert isinstance((await ends(second))[0], Cancelled) and second.over
@@ -291,10 +279,8 @@ def test_when_to_come_back_is_read_off_the_seconds_of_a_unit(model: Model, monke
         engine.submit(four)
         await ends(four)
         model.inside.clear()
-        model.hold.clear()
         [first, *waiting, late] = jobs("first", "a", "b", "late")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
+        await keep_busy(engine, model, first)
         for job in waiting:
             engine.submit(job)
         with pytest.raises(ApiError) as caught:
@@ -334,10 +320,8 @@ def test_a_preview_says_which_picture_of_its_own_request_it_is(model: Model, mon
 
     async def main() -> None:
         engine = engine_of(model)
-        model.hold.clear()
         [first] = jobs("first", steps=2)
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
+        await keep_busy(engine, model, first)
         one, two = jobs("one", "two")
         for job in (one, two):
             engine.submit(job)

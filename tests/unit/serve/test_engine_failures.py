@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_world import Model, ends, engine_of, jobs, run
+from engine_world import Model, ends, engine_of, jobs, keep_busy, run
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import ImageRequest, ImageResult
@@ -27,10 +26,8 @@ def model() -> Model:
 def test_one_bad_request_does_not_take_its_neighbours_down(model: Model) -> None:
     async def main() -> None:
         engine = engine_of(model)
-        model.hold.clear()
         [first, *others] = jobs("first", "good", "bad", "broken")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
+        await keep_busy(engine, model, first)
         for job in others:
             engine.submit(job)
         model.hold.set()
@@ -69,10 +66,8 @@ def test_what_failed_is_out_of_memory_before_it_is_tried_again(model: Model) -> 
 
     async def main() -> None:
         engine = engine_of(model)
-        model.hold.clear()
         [first, *others] = jobs("first", "one", "two")
-        engine.submit(first)
-        await asyncio.to_thread(model.inside.wait, 10)
+        await keep_busy(engine, model, first)
         for job in others:
             engine.submit(job)
         model.hold.set()
