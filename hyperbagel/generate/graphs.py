@@ -94,6 +94,12 @@ class Captured:
         return True
 
 
+def causal_plan(at: Tensor, capacity: int) -> Plan:
+    """New tokens in slots `at` [B, n] of a cache with K = `capacity` slots a row: each sees all slots up to its own."""
+    slots = torch.arange(capacity, device=at.device)
+    return Plan(at, capacity, (slots <= at.unsqueeze(-1)).unsqueeze(1), causal=False)  # mask [B, 1, n, K]
+
+
 class _Static:
     """Rows of a cache of K slots whose lengths and positions lie on the device, so that no shape and no address depends on them."""
 
@@ -104,13 +110,11 @@ class _Static:
         self.cache.reserve(capacity)
         self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # keys before the new ones
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.slots = torch.arange(capacity, device=device)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, n] behind each row's keys, causal among themselves -> logits [B, n, V]."""
         ahead = torch.arange(tokens.shape[1], device=tokens.device)
-        at = self.length + ahead  # [B, n]
-        plan = Plan(at, self.capacity, (self.slots <= at.unsqueeze(-1)).unsqueeze(1), causal=False)  # seen: [B, 1, n, K]
+        plan = causal_plan(self.length + ahead, self.capacity)
         u = self.model.embed_text(tokens)
         hidden = self.model.backbone(Streams(u, None), self.position + ahead, cache=self.cache, plan=plan).u
         assert hidden is not None
@@ -159,6 +163,17 @@ class StaticStep(_Static):
 SIZES = (1, 4, 8, 16)  # tokens a row that are read at once; others are padded to the next one, so that few graphs are recorded
 
 
+def padded(n: int) -> int:
+    """The size that n tokens are padded to."""
+    return next((size for size in SIZES if size >= n), -(-n // SIZES[-1]) * SIZES[-1])
+
+
+class Kept(Protocol):
+    """What reads a StaticRead's cache and goes with it."""
+
+    def release(self) -> None: ...
+
+
 class StaticRead(_Static):
     """Several new tokens a row at once, a draft that is verified: causal among themselves, over a cache of K slots.
 
@@ -175,15 +190,19 @@ class StaticRead(_Static):
         super().__init__(model, rows, capacity, taps)
         self.compiler = compiler
         self.runs: dict[int, tuple[Tensor, Captured]] = {}  # by size: the tokens' buffer, and the step that reads it
+        self.drafts: dict[object, Kept] = {}  # by drafter: its graphs, which hold the addresses of this cache
 
     def release(self) -> None:
         """Gives graphs and buffers back at once: each holds a method of this object, and so the object itself."""
+        for draft in self.drafts.values():
+            draft.release()
+        self.drafts.clear()
         self.runs.clear()
 
     def __call__(self, tokens: Tensor, position: Tensor) -> Tensor:
         """tokens [B, n] (-1 as 0), the first of each row at position [B] -> logits [B, n, V]; the cache grows by n a row."""
         rows, n = tokens.shape
-        size = next((size for size in SIZES if size >= n), -(-n // SIZES[-1]) * SIZES[-1])
+        size = padded(n)
         assert max(self.cache.lengths) + size <= self.capacity, f"got {size} tokens more than the {self.capacity} slots hold"
         if size not in self.runs:
             buffer = torch.zeros(rows, size, dtype=torch.long, device=self.model.device)

@@ -163,7 +163,7 @@ class Rounds:
         limit = left - 1 + self.keep_logits  # a token more comes from the target itself
         draft = None
         if limit > 0:
-            draft = self.drafter.propose(Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position), limit)
+            draft = self.drafter.propose(Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position, self.read), limit)
         else:  # the last token of all: what became of the draft before is known, and no other follows
             self.drafter.end(self.counts)
         if draft is None or draft.tokens.shape[1] == 0:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.graphs import StaticRead
 from hyperbagel.generate.session import Session
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.tree import Tree
@@ -32,6 +33,7 @@ class Seen:
     ids: list[list[int]]  # tokens of the new slots; empty at first, when a context may hold pictures
     root: Tensor  # [B] the token that the target reads next
     position: Tensor  # [B] its RoPE position
+    read: StaticRead | None = None  # who reads the drafts in fixed shapes; `cache` is its, and stays in place from request to request
 
     def after(self, earlier: Seen | None) -> Seen:
         """These news and, before them, earlier ones that were not shown."""

@@ -34,7 +34,7 @@ CONFIG = BagelConfig(
 )  # fmt: skip
 
 
-def make_parts(dtype: torch.dtype = torch.float32) -> Parts:
+def make_parts(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Parts:
     """The model says im_end now and then, so that answers stop at any place."""
     torch.manual_seed(0)
     model = fresh_bagel(CONFIG, torch.Generator().manual_seed(0), std=0.3).eval()
@@ -42,7 +42,7 @@ def make_parts(dtype: torch.dtype = torch.float32) -> Parts:
     with torch.no_grad():
         model.language_model.lm_head.weight[tokenizer.im_end] *= 2.5
     vae = AutoEncoder(CONFIG.vae).eval()
-    return Parts(model.to(dtype), vae, tokenizer, ImageTransform(32, 8, 4), ImageTransform(40, 10, 10))
+    return Parts(model.to(device, dtype), vae.to(device), tokenizer, ImageTransform(32, 8, 4), ImageTransform(40, 10, 10))
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:

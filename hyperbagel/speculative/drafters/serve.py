@@ -6,21 +6,25 @@ Shape legend: B rows, n new slots of a round (padded), T tapped layers, E hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import COLDEST, draw_rows, probabilities
+from hyperbagel.generate.graphs import SIZES, StaticRead, causal_plan, padded
+from hyperbagel.generate.sampling import COLDEST
 from hyperbagel.generate.session import Session
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.speculative.drafters.autoregressive import DraftModule
 from hyperbagel.speculative.drafters.block import BlockDrafter
+from hyperbagel.speculative.drafters.choice import Chosen, Pick, choose, confidence
 from hyperbagel.speculative.drafters.expand import Level, best_nodes, grow, level_plan
 from hyperbagel.speculative.drafters.layers import Served, Sight
+from hyperbagel.speculative.drafters.static import StaticDraft, Tokens
 from hyperbagel.speculative.types import Draft, Seen
 
 _TABLE = 2048  # largest vocabulary whose pairs are tabled
@@ -35,17 +39,25 @@ class News(NamedTuple):
 
 
 def gather_news(seen: Seen, layers: Sequence[int], root: Tensor | None) -> News:
-    """Reads the taps of seen's new slots. `root` [B, E]: embedding of the roots, if `following` is wanted (needs tap 0)."""
+    """Reads the taps of seen's new slots. `root`: as of `gather`."""
     cache, device = seen.cache, seen.root.device
     n = max(seen.counts)
     if root is None and len(set(seen.start)) == len(set(seen.counts)) == 1:  # as they lie
         new = slice(seen.start[0], seen.start[0] + n)
         states = [cache.tapped[cache.taps.index(layer)][:, 0, new] for layer in layers]
         return News(torch.stack(states, dim=2), None, cache.positions[0][:, 0, new, 0])
-    start = torch.tensor(seen.start, device=device)[:, None]
-    end = start + torch.tensor(seen.counts, device=device)[:, None]  # [B, 1]
-    slots = (start + torch.arange(n, device=device)).minimum((end - 1).clamp(min=0))
-    rows = torch.arange(len(slots), device=device)[:, None]
+    start, counts = torch.tensor([seen.start, seen.counts], device=device)[..., None]
+    return gather(cache, layers, start, counts, n, root)
+
+
+def gather(cache: KVCache, layers: Sequence[int], start: Tensor, counts: Tensor, n: int, root: Tensor | None) -> News:
+    """Reads the taps of slots [start, start + counts), each [B, 1], of the target's cache, padded to n a row.
+
+    root: embeddings of the roots [B, E], if `following` is wanted (needs tap 0).
+    """
+    end, ahead = start + counts, torch.arange(n, device=start.device)
+    slots = (start + ahead).minimum((end - 1).clamp(min=0))
+    rows = torch.arange(len(slots), device=start.device)[:, None]
 
     def read(store: Tensor, at: Tensor) -> Tensor:
         return store[:, 0][rows, at]  # [B, n, *]
@@ -59,24 +71,6 @@ def gather_news(seen: Seen, layers: Sequence[int], root: Tensor | None) -> News:
     return News(features, following, positions)
 
 
-def choose(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor | None]:
-    """Logits [B, V] -> a token a row [B] and what it was drawn from [B, V] (greedy: None)."""
-    if temperature == 0:
-        return logits.argmax(-1), None
-    q = probabilities(logits, temperature)
-    q = torch.where(q.isfinite().all(-1, keepdim=True), q, 1 / q.shape[-1])  # a broken drafter costs speed, no request
-    return draw_rows(q, generators), q
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """How likely the drafter's greedy choice is the target's: logits [..., V] -> [...] in [0.5, 1].
-
-    That is not its probability: where many tokens may follow, both may still have the same favourite. The first choice against the second.
-    """
-    best = logits.float().topk(2, dim=-1).values
-    return (best[..., 0] - best[..., 1]).sigmoid()
-
-
 def _drafts(tokens: list[Tensor], qs: list[Tensor | None], like: Tensor) -> Draft:
     if not tokens:
         return Draft(torch.empty(len(like), 0, dtype=torch.long, device=like.device))
@@ -84,8 +78,11 @@ def _drafts(tokens: list[Tensor], qs: list[Tensor | None], like: Tensor) -> Draf
     return Draft(torch.stack(tokens, dim=1), None, torch.stack(kept, dim=1) if kept else None)
 
 
-class _Proposer:
-    """What serving drafters share: the target's embeddings and a cache of the drafter's own."""
+class _Proposer(ABC):
+    """What serving drafters share: the target's embeddings, a cache of the drafter's own, and rounds in fixed shapes where the target's
+    cache stays in place."""
+
+    depth: int  # most tokens in line
 
     def __init__(self, module: DraftModule | BlockDrafter, target: Bagel) -> None:
         module.config.check_target(target.config.llm)
@@ -93,10 +90,44 @@ class _Proposer:
         self.threshold = 0.0
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
-        c, model = self.config, self.target
         self.temperature, self.generators, self.im_end = temperature, generators, sessions[0].parts.tokenizer.im_end
-        self.cache = KVCache(self.memory_layers, c.kv_heads, c.head_dim, rows=len(sessions), device=model.device, dtype=model.dtype)
-        self.cache.reserve(max(s.cache.lengths[0] for s in sessions) + 64)
+        self.__dict__.pop("cache", None)
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        fixed = None if seen.read is None else self._fixed(seen.read)
+        if "cache" not in self.__dict__:  # a request's first draft
+            self.cache = self.new_cache(len(seen.counts), max(seen.counts) + 64) if fixed is None else fixed.empty_cache()
+        if fixed is not None and max(seen.counts) <= SIZES[-1]:  # more: a context, read once
+            return fixed(seen, limit)
+        return self._propose(seen, min(self.depth, limit))
+
+    def _fixed(self, read: StaticRead) -> StaticDraft | None:
+        """This drafter's rounds behind the cache of `read`."""
+        if self not in read.drafts:
+            read.drafts[self] = StaticDraft(self, read)
+        found = read.drafts[self]
+        assert isinstance(found, StaticDraft)
+        return found
+
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        c, model = self.config, self.target
+        cache = KVCache(self.memory_layers, c.kv_heads, c.head_dim, rows=rows, device=model.device, dtype=model.dtype)
+        cache.reserve(slots)
+        return cache
+
+    def static_depth(self, depth: int) -> int:
+        return min(padded(depth), self.depth)
+
+    def _pick(self, logits: Tensor, d: int) -> Chosen:
+        return choose(logits, self.temperature, self.generators)
+
+    @abstractmethod
+    def _propose(self, seen: Seen, depth: int) -> Draft:
+        """A draft of at most `depth` tokens in line, in shapes of its own."""
+
+    @abstractmethod
+    def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
+        """As of StaticDrafter."""
 
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing, and its cache goes."""
@@ -112,49 +143,69 @@ class AutoregressiveDrafter(_Proposer):
         self.taps: tuple[int, ...] = tuple(sorted({0, *module.layers_read}))
         self.width = nodes or depth
 
-    def propose(self, seen: Seen, limit: int) -> Draft:
-        h = self._read(seen)
-        depth = min(self.depth, limit)
+    def _fixed(self, read: StaticRead) -> StaticDraft | None:
+        """Chains alone: a tree's shape hangs on what it finds."""
+        return None if self.nodes else super()._fixed(read)
+
+    def _propose(self, seen: Seen, depth: int) -> Draft:
+        news = gather_news(seen, self.module.layers_read, self.target.embed_text(seen.root))
+        counts = torch.tensor(seen.counts, device=seen.root.device)
+        h = self._read(news, counts, self.cache.plan(seen.counts, causal=True))
+        self.cache.advance(seen.counts)
         committed = list(self.cache.lengths)
-        draft = self._tree(h, seen.position, depth) if self.nodes else self._chain(h, seen.position, depth)
+        draft = self._tree(h, seen.position, depth) if self.nodes else self._grown_chain(h, seen.position, depth)
         self.cache.truncate(committed)
         return draft
 
-    def _read(self, seen: Seen) -> Tensor:
-        """The committed slots join the memory; h [B, E] of each row's last one."""
-        news = gather_news(seen, self.module.layers_read, self.target.embed_text(seen.root))
-        assert news.following is not None
-        sight = Sight.at(news.positions, self.config, news.features.dtype, Served(self.cache, self.cache.plan(seen.counts, causal=True)))
-        h = self.module.step(self.module.encode(news.features, sight), news.following, sight)
-        self.cache.advance(seen.counts)
-        last = (torch.tensor(seen.counts, device=h.device) - 1).clamp(min=0)
-        return h[torch.arange(len(h), device=h.device), last]
+    def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
+        news = gather(at.seen, self.module.layers_read, at.start, at.counts, n, self.target.embed_text(at.root))
+        new = torch.arange(n, device=at.have.device)
+        h = self._read(news, at.counts[:, 0], causal_plan(at.have + new, at.capacity), at.cache)
+        ends = at.have + at.counts  # padding of the news is written over, or lies behind and is not seen
 
-    def _chain(self, h: Tensor, position: Tensor, depth: int) -> Draft:
+        return self._chain(h, at.position, k, pick, lambda d: Served(at.cache, causal_plan(ends + d, at.capacity)), waits=False)
+
+    def _read(self, news: News, counts: Tensor, plan: Plan, cache: KVCache | None = None) -> Tensor:
+        """The committed slots, counts [B] of each row, join the memory; h [B, E] of each row's last one."""
+        assert news.following is not None
+        sight = Sight.at(news.positions, self.config, news.features.dtype, Served(self.cache if cache is None else cache, plan))
+        h = self.module.step(self.module.encode(news.features, sight), news.following, sight)
+        return h[torch.arange(len(h), device=h.device), (counts - 1).clamp(min=0)]
+
+    def _grown_chain(self, h: Tensor, position: Tensor, depth: int) -> Draft:
+        """A chain whose cache grows with it."""
         ones = [1] * len(h)
+
+        def memory(d: int) -> Served:
+            if d:
+                self.cache.advance(ones)
+            return Served(self.cache, self.cache.plan(ones, causal=True))
+
+        return _drafts(*self._chain(h, position, depth, self._pick, memory, waits=h.device.type == "cpu"), h)
+
+    def _chain(self, h: Tensor, position: Tensor, depth: int, pick: Pick, memory: Callable[[int], Served], waits: bool) -> Tokens:
+        """Tokens below h [B, E], the first of them at position [B]. memory(d): where the d-th goes and what it sees. waits: whether a look
+        at the chances is no wait for the device, so that a draft may end early."""
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
-        # The look at the chances is a wait for the device, so on a CPU only. Greedy only: a sampled draft may be good at low confidence,
-        # and what is drafted must not depend on how likely the drawn token was.
-        careful = self.threshold > 0 and self.temperature == 0 and h.device.type == "cpu"
+        # Greedy only: a sampled draft may be good at low confidence, and what is drafted must not depend on how likely the drawn token was.
+        careful = waits and self.threshold > 0 and self.temperature == 0
         chance, ended = torch.ones(len(h)), torch.zeros(len(h), dtype=torch.bool)
         for d in range(depth):
             logits = self.module.head(h)
-            token, q = choose(logits, self.temperature, self.generators)
+            token, q = pick(logits, d)
             if careful:
                 chance = chance * confidence(logits)
                 if chance.mean() < self.threshold:
                     break
             tokens.append(token)
             qs.append(q)
-            if h.device.type == "cpu" and (ended := ended | (token == self.im_end)).all():  # nothing follows
+            if waits and (ended := ended | (token == self.im_end)).all():  # nothing follows
                 break
             if d + 1 < depth:
-                plan = self.cache.plan(ones, causal=True)
-                sight = Sight.at((position + d)[:, None], self.config, h.dtype, Served(self.cache, plan))
+                sight = Sight.at((position + d)[:, None], self.config, h.dtype, memory(d))
                 h = self.module.step(h[:, None], self.target.embed_text(token)[:, None], sight)[:, 0]
-                self.cache.advance(ones)
-        return _drafts(tokens, qs, h)
+        return tokens, qs
 
     def _tree(self, h: Tensor, position: Tensor, depth: int) -> Draft:
         """EAGLE-2's growth: each level expands the `branch` most probable nodes; then the best `nodes` of all are kept."""
@@ -178,15 +229,18 @@ def block_plan(cache: KVCache, counts: Sequence[int], k: int) -> Plan:
     Rows are padded to the longest count; padding goes behind the block, where nobody looks.
     """
     n, ends = max(counts), [have + new for have, new in zip(cache.lengths, counts, strict=True)]
-    cache.grow(max(ends) + k + n)
+    cache.grow(max(cache.lengths) + n + k)
     if len(set(cache.lengths)) == len(set(counts)) == 1:
         return Plan(slice(cache.lengths[0], ends[0] + k), ends[0] + k, None, True)
-    device = cache.k[0].device
-    start, end = torch.tensor([cache.lengths, ends], device=device)[..., None]  # each [B, 1]
-    new, own = torch.arange(n, device=device), end + torch.arange(k, device=device)
-    slots = torch.cat([torch.where(start + new < end, start + new, end + k + new), own], dim=1)
-    visible = max(ends) + k
-    return Plan(slots, visible, (torch.arange(visible, device=device) <= own[..., None]).unsqueeze(1), False)
+    have, new = torch.tensor([cache.lengths, counts], device=cache.k[0].device)[..., None]  # each [B, 1]
+    return rows_plan(have, new, n, k, max(ends) + k)
+
+
+def rows_plan(have: Tensor, counts: Tensor, n: int, k: int, visible: int) -> Plan:
+    """The same from numbers on the device, have and counts [B, 1], with n slots a row for the new ones."""
+    ahead, own = torch.arange(n, device=have.device), have + counts + torch.arange(k, device=have.device)
+    slots = torch.cat([have + ahead + k * (ahead >= counts), own], dim=1)
+    return Plan(slots, visible, (torch.arange(visible, device=have.device) <= own[..., None]).unsqueeze(1), False)
 
 
 class BlockProposer(_Proposer):
@@ -204,35 +258,53 @@ class BlockProposer(_Proposer):
         self.taps: tuple[int, ...] = tuple(sorted(set(module.layers_read)))
         self.width = self.depth
 
-    def propose(self, seen: Seen, limit: int) -> Draft:
+    def _propose(self, seen: Seen, depth: int) -> Draft:
         news = gather_news(seen, self.module.layers_read, None)
-        depth = min(self.depth, limit)
-        plan = block_plan(self.cache, seen.counts, depth)
-        root = self.target.embed_text(seen.root)[:, None]
-        out = self.module(news.features, news.positions, root, seen.position[:, None], Served(self.cache, plan), depth)
+        memory = Served(self.cache, block_plan(self.cache, seen.counts, depth))
+        logits, out = self._block(news, seen.root, seen.position, memory, depth)
         self.cache.advance(seen.counts)  # the block leaves no trace
-        logits = self.module.lm_head(out)
-        if len(root) == 1 and self.links is not None and _plain_numbers(logits):
+        if len(logits) == 1 and self.links is not None and _plain_numbers(logits):
             if self.temperature > 0:
                 return self._sampled_row(logits[0], out[0], int(seen.root[0]))
             return Draft(torch.tensor([self._greedy_row(logits[0], int(seen.root[0]))], dtype=torch.long))
-        previous, trust, ended = seen.root, torch.ones_like(seen.root, dtype=torch.float32), torch.zeros_like(seen.root, dtype=torch.bool)
+        least = self.threshold if self.threshold > 0 else None
+        return _drafts(*self._tokens(logits, out, seen.root, self._pick, least, waits=out.device.type == "cpu"), out)
+
+    def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
+        news = gather(at.seen, self.module.layers_read, at.start, at.counts, n, None)
+        memory = Served(at.cache, rows_plan(at.have, at.counts, n, k, at.capacity))
+        logits, out = self._block(news, at.root, at.position, memory, k)
+        return self._tokens(logits, out, at.root, pick, at.least, waits=False)
+
+    def static_depth(self, depth: int) -> int:
+        """All of the block: its tokens come of one pass."""
+        return self.depth
+
+    def _block(self, news: News, root: Tensor, position: Tensor, memory: Served, k: int) -> tuple[Tensor, Tensor]:
+        """One pass over new slots and blocks of k tokens below root [B] at position [B] -> logits [B, K, V] and outputs [B, K, E]."""
+        embedded = self.target.embed_text(root)[:, None]
+        out = self.module(news.features, news.positions, embedded, position[:, None], memory, k)
+        return self.module.lm_head(out), out
+
+    def _tokens(self, logits: Tensor, out: Tensor, root: Tensor, pick: Pick, least: Tensor | float | None, waits: bool) -> Tokens:
+        """The tokens of blocks, logits [B, K, V] and outputs [B, K, E], one after the other. least: the trust below which a row ends.
+        waits: as of a chain; where it would be a wait, each row ends its own draft with -1."""
+        previous, trust, ended = root, torch.ones_like(root, dtype=torch.float32), torch.zeros_like(root, dtype=torch.bool)
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
-        for d in range(depth):
+        for d in range(logits.shape[1]):
             mine = logits[:, d] + (self.module.link(previous) if self.links is None else self.links[previous])
-            if self.threshold > 0:  # decided before the token is drawn, so that it does not bend the distribution
+            if least is not None:  # decided before the token is drawn, so that it does not bend the distribution
                 sure = self.module.trust(out[:, d], previous).float().sigmoid() if self.temperature > 0 else confidence(mine)
                 trust = trust * sure
-                if trust.device.type == "cpu" and trust.mean() < self.threshold:
+                if waits and trust.mean() < least:
                     break
-            previous, q = choose(mine, self.temperature, self.generators)
-            # where a look at the chances would be a wait for the device, each row ends its own draft
-            tokens.append(previous if trust.device.type == "cpu" else torch.where(trust >= self.threshold, previous, -1))
+            previous, q = pick(mine, d)
+            tokens.append(previous if waits or least is None else torch.where(trust >= least, previous, -1))
             qs.append(q)
-            if root.device.type == "cpu" and (ended := ended | (previous == self.im_end)).all():  # nothing follows
+            if waits and (ended := ended | (previous == self.im_end)).all():  # nothing follows
                 break
-        return _drafts(tokens, qs, root)
+        return tokens, qs
 
     def _greedy_row(self, logits: Tensor, root: int) -> list[int]:
         """The greedy tokens after `root`, logits [K, V]: as the loop above, for one request on a CPU, where ten calls of PyTorch a token

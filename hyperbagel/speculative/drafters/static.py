@@ -1,0 +1,112 @@
+"""A drafter's rounds in fixed shapes and fixed buffers: new slots read, tokens drafted and chosen without a look at any number, so that a
+GPU replays a round as one CUDA graph (generate.graphs). On a CPU the same rounds run as they are.
+
+Shape legend: B rows, n new slots of a round (padded), k drafted tokens, K slots of the drafter's cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hyperbagel.generate.graphs import SIZES, Captured, StaticRead, padded
+from hyperbagel.generate.sampling import COLDEST
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.speculative.drafters.choice import Chosen, Pick, choose_by
+from hyperbagel.speculative.types import Draft, Seen
+
+Tokens = tuple[list[Tensor], list[Tensor | None]]  # of each drafted token: its ids [B], and what they were drawn from [B, V] (greedy: None)
+
+
+class StaticDrafter(Protocol):
+    """What is asked of a drafter."""
+
+    target: Bagel
+    depth: int
+    threshold: float
+    temperature: float
+    generators: Sequence[torch.Generator]
+
+    def new_cache(self, rows: int, slots: int) -> KVCache: ...
+
+    def static_depth(self, depth: int) -> int:
+        """How deep it drafts where `depth` tokens are wanted: few depths, so that few rounds are recorded."""
+
+    def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
+        """k tokens behind n new slots a row, from the buffers of `at` alone."""
+
+
+class StaticDraft:
+    """Rounds of one drafter behind the target's cache of `read`, and the drafter's own cache. Both stay in place from request to request.
+
+    A round is recorded for each padded (n, k), greedy and sampled apart. Numbers that change between rounds lie in buffers.
+    """
+
+    def __init__(self, drafter: StaticDrafter, read: StaticRead) -> None:
+        rows, device = len(read.cache.lengths), drafter.target.device
+        self.drafter, self.seen = drafter, read.cache
+        self.capacity = read.capacity + SIZES[-1] + drafter.depth  # padded news, and behind them a draft
+        self.cache = drafter.new_cache(rows, self.capacity)
+        # Of each row: its new slots in the target's cache and how many they are, slots before them in the drafter's.
+        self.start, self.counts, self.have = (torch.zeros(rows, 1, dtype=torch.long, device=device) for _ in range(3))
+        self.root, self.position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
+        self.uniforms = torch.zeros(rows, drafter.depth, dtype=torch.float64, device=device)
+        self.least, self.temperature = torch.zeros((), device=device), torch.ones((), device=device)
+        self.q: dict[tuple[int, int, bool], Tensor] = {}
+        self.runs: dict[tuple[int, int, bool], Captured] = {}
+
+    def release(self) -> None:
+        """Gives graphs and what they hold back at once."""
+        self.runs.clear()
+        self.q.clear()
+
+    def empty_cache(self) -> KVCache:
+        """The drafter's cache for a new request. It is wiped: slots beyond a row's length are only masked, and 0 times nan is nan."""
+        self.cache.truncate([0] * len(self.cache.lengths))
+        for store in (*self.cache.k, *self.cache.v):
+            store.zero_()
+        return self.cache
+
+    def __call__(self, seen: Seen, limit: int) -> Draft:
+        """A chain of at most `limit` tokens, [B, k]; -1 from where a row is too unsure."""
+        drafter, sampled = self.drafter, self.drafter.temperature > 0
+        assert seen.cache is self.seen, "got news of another cache"
+        if self.cache.capacity > self.capacity:  # many new slots at once had it grow: recorded rounds hold the old one's addresses
+            self.release()
+            self.capacity = self.cache.capacity
+        k = min(limit, drafter.depth)
+        key = padded(max(seen.counts)), drafter.static_depth(k), sampled
+        lists = torch.tensor([seen.start, seen.counts, self.cache.lengths], device=self.root.device)[..., None]
+        for buffer, new in zip((self.start, self.counts, self.have), lists, strict=True):
+            buffer.copy_(new)
+        self.root.copy_(seen.root)
+        self.position.copy_(seen.position)
+        self.least.fill_(drafter.threshold)
+        if sampled:
+            self.temperature.fill_(max(drafter.temperature, COLDEST))
+            drawn = [torch.rand(key[1], generator=g, dtype=torch.float64) for g in drafter.generators]
+            self.uniforms[:, : key[1]].copy_(torch.stack(drawn))
+        if key not in self.runs:
+            self.runs[key] = Captured(partial(self._round, *key), self.root.device)
+        tokens = self.runs[key]()
+        self.cache.advance(seen.counts)  # the draft leaves no trace
+        return Draft(tokens[:, :k], None, self.q[key][:, :k].clone() if sampled else None)  # the next replay writes over q
+
+    def _round(self, n: int, k: int, sampled: bool) -> Tensor:
+        """Buffers in, tokens [B, k] out."""
+        tokens, qs = self.drafter.draft_static(self, n, k, self._draw if sampled else _greedy)
+        if sampled:
+            self.q[n, k, sampled] = torch.stack([q for q in qs if q is not None], dim=1)
+        return torch.stack(tokens, dim=1)
+
+    def _draw(self, logits: Tensor, d: int) -> Chosen:
+        return choose_by(logits, self.temperature, self.uniforms[:, d])
+
+
+def _greedy(logits: Tensor, d: int) -> Chosen:
+    return logits.argmax(-1), None

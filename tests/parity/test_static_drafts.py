@@ -1,0 +1,212 @@
+"""Drafters' rounds in fixed shapes against the eager ones: on the CPU the rounds themselves, on a GPU the recorded graphs too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from parity_world import CONFIG, Stub, make_parts, text_sessions
+
+from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.graphs import GraphRunner, StaticRead
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.drafters.choice import choose_by
+from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
+from hyperbagel.speculative.drafters.folder import make_drafter, make_module
+from hyperbagel.speculative.drafters.serve import AutoregressiveDrafter, BlockProposer
+from hyperbagel.speculative.drafters.static import StaticDraft
+from hyperbagel.speculative.types import Draft, Seen
+
+DEPTH = 6
+WRONG = 1  # a token that is hardly ever the target's
+KINDS: tuple[Kind, ...] = ("eagle3", "hyper-bagel", "block")
+Served = AutoregressiveDrafter | BlockProposer
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return make_parts()
+
+
+def module_of(kind: Kind) -> torch.nn.Module:
+    """Random weights, large enough that drafts vary."""
+    own = {"block": DEPTH, "rank": 8} if kind == "block" else {"zero_init": False} if kind == "hyper-bagel" else {"draft_vocab": 700}
+    module = make_module(DrafterConfig.for_target(kind, CONFIG.llm, **own))
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weights in module.named_parameters():
+            if "norm" not in name:
+                weights.copy_(torch.randn(weights.shape, generator=draws) * (1.0 if name.startswith("markov") else 0.2))
+    return module.eval().requires_grad_(False)
+
+
+def drafter_of(kind: Kind, parts: Parts) -> Served:
+    made = make_drafter(module_of(kind).to(parts.model.device), parts.model, depth=DEPTH)  # type: ignore[arg-type]
+    assert isinstance(made, AutoregressiveDrafter | BlockProposer)
+    return made
+
+
+class Both(Stub):
+    """Asks `fixed`, and a twin that never hears of fixed shapes, compares them, and drafts the target's own tokens up to a random one. So
+    rounds have every number of new slots. Now and then nobody is asked, and more is new the next time."""
+
+    width = DEPTH
+
+    def __init__(self, fixed: Served, twin: Served, plain: Sequence[Decoded], parts: Parts) -> None:
+        super().__init__(plain, parts.tokenizer.im_end, CONFIG.llm.vocab_size)
+        self.fixed, self.twin, self.taps, self.compared = fixed, twin, fixed.taps, 0
+
+    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        super().begin(sessions, temperature, generators)
+        self.news: Seen | None = None
+        for one in (self.fixed, self.twin):
+            one.begin(sessions, temperature, [torch.Generator().manual_seed(row) for row in range(len(sessions))])
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        self.news = seen.after(self.news)
+        if self.rng.random() < 0.8:
+            self.compare(self.news, limit)
+            self.news = None
+        n = self.rng.randint(0, min(limit, DEPTH))
+        right = [ids[: self.rng.randint(0, n)] for ids in self.ahead(seen, limit)]
+        rows = [[*ids, *[WRONG] * n][:n] for ids in right]
+        return Draft(torch.tensor(rows, dtype=torch.long, device=seen.root.device).view(len(rows), n))
+
+    def compare(self, news: Seen, limit: int) -> None:
+        alive = [row for row, n in enumerate(news.counts) if n]
+        fixed, eager = self.fixed.propose(news, limit), self.twin.propose(replace(news, read=None), limit)
+        assert self.fixed.cache.lengths == self.twin.cache.lengths
+        drafted = eager.tokens.shape[1]  # on a CPU the eager one stops where all rows have ended
+        assert 0 < drafted <= fixed.tokens.shape[1] <= min(limit, DEPTH)
+        if eager.q is None:
+            assert fixed.q is None and fixed.tokens[alive, :drafted].tolist() == eager.tokens[alive].tolist()
+        else:  # other draws; but the first token of each draft is drawn from the same probabilities
+            assert fixed.q is not None and fixed.q.shape[:2] == fixed.tokens.shape
+            torch.testing.assert_close(fixed.q[alive, 0], eager.q[alive, 0], atol=1e-5, rtol=1e-3)
+        self.compared += len(alive)
+
+    def end(self, counts: Sequence[int]) -> None:
+        self.fixed.end(counts)
+        self.twin.end(counts)
+
+
+def same_drafts(kind: Kind, temperature: float, parts: Parts) -> None:
+    """Batches of rows of unlike lengths, lone rows, one runner for all: later requests find buffers and graphs used."""
+    fixed, twin = drafter_of(kind, parts), drafter_of(kind, parts)
+    sessions = list({s.cache.lengths[0]: s for s in text_sessions(parts, 12, taps=fixed.taps)}.values())[:3]
+    assert len(sessions) == 3
+    runner = GraphRunner(parts.model)
+    for group in (sessions, sessions[:1], sessions[::-1], sessions[1:2]):
+        answers = plain_decode(group, max_tokens=40)
+        both = Both(fixed, twin, answers, parts)
+        generators = [torch.Generator().manual_seed(row) for row in range(len(group))]
+        out = decode(group, max_tokens=40, temperature=temperature, generators=generators, drafter=both, runner=runner)
+        assert both.compared >= 4 and (temperature > 0 or [o.ids for o in out] == [a.ids for a in answers])
+    assert len(runner.reads) == 2  # three rows, and one
+    for read in runner.reads.values():
+        draft = read.drafts[fixed]
+        assert isinstance(draft, StaticDraft) and len({n for n, _, _ in draft.runs}) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_in_fixed_shapes_are_the_eager_ones(kind: Kind, temperature: float, parts: Parts) -> None:
+    same_drafts(kind, temperature, parts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_drafts_are_the_eager_ones(kind: Kind) -> None:
+    same_drafts(kind, 0.0, make_parts(device="cuda"))
+
+
+@torch.inference_mode()
+def first_draft(drafter: Served, session: Session, read: StaticRead, limit: int = DEPTH) -> list[Seen]:
+    """A request's first draft, eager since a context is read, and the news of a round that accepted nothing."""
+    drafter.begin([session], 0.0, ())
+    root, position = torch.tensor([session.parts.tokenizer.im_start]), torch.tensor([session.position])
+    n = session.cache.lengths[0]
+    drafter.propose(Seen(read.cache, [0], [n], [[]], root, position, read), limit)
+    read(root[:, None], position)
+    return [Seen(read.cache, [n], [1], [[int(root)]], root + 6, position + 1, read)]
+
+
+def reader(session: Session, parts: Parts) -> StaticRead:
+    return GraphRunner(parts.model).reader([session.cache], 40)
+
+
+@torch.inference_mode()
+def test_a_row_ends_where_it_is_unsure(parts: Parts) -> None:
+    """What one is sure of may change between rounds, and the shapes stay: -1 from the first token whose chance is too small."""
+    drafter = drafter_of("block", parts)
+    [session] = text_sessions(parts, 1, seed=2, taps=drafter.taps)
+    read = reader(session, parts)
+    [news] = first_draft(drafter, session, read)
+    found, committed = {}, list(drafter.cache.lengths)
+    for least in (0.0, 0.8, 1.1, 0.0):
+        drafter.threshold = least
+        drafter.cache.truncate(committed)
+        found[least] = drafter.propose(news, DEPTH).tokens[0].tolist()
+    sure = found[0.8].index(-1)
+    assert 0 < sure < DEPTH and found[0.8] == [*found[0.0][:sure], *[-1] * (DEPTH - sure)]
+    assert found[1.1] == [-1] * DEPTH and -1 not in found[0.0]
+    drafter.threshold = 0.8
+    drafter.cache.truncate(committed)
+    assert drafter.propose(replace(news, read=None), DEPTH).tokens[0].tolist() == found[0.0][:sure]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_one_request_leaves_nothing_in_the_next(kind: Kind, parts: Parts) -> None:
+    """Slots behind a row's end are only masked, so what the last request left there is wiped."""
+    drafter = drafter_of(kind, parts)
+    [session] = text_sessions(parts, 1, seed=2, taps=drafter.taps)
+    read, drafts = reader(session, parts), []
+    for _ in range(2):
+        [news] = first_draft(drafter, session, read)
+        drafts.append(drafter.propose(news, DEPTH).tokens.tolist())
+        for store in (*drafter.cache.k, *drafter.cache.v):
+            store.fill_(float("nan"))
+        drafter.end([0])
+        assert not hasattr(drafter, "cache")
+        read.cache.truncate(session.cache.lengths)
+    assert drafts[0] == drafts[1] and len(read.drafts) == 1
+
+
+@torch.inference_mode()
+def test_a_cache_that_grew_is_recorded_anew(parts: Parts) -> None:
+    """Recorded rounds hold addresses: where many new slots at once had the drafter's cache grow, they go."""
+    drafter = drafter_of("block", parts)
+    [session] = text_sessions(parts, 1, seed=2, taps=drafter.taps)
+    read = reader(session, parts)
+    [news] = first_draft(drafter, session, read)
+    committed = list(drafter.cache.lengths)
+    before = drafter.propose(news, DEPTH).tokens.tolist()
+    static = read.drafts[drafter]
+    assert isinstance(static, StaticDraft)
+    recorded = list(static.runs.values())
+    drafter.cache.truncate(committed)
+    drafter.cache.grow(drafter.cache.capacity + 1)
+    assert drafter.propose(news, DEPTH).tokens.tolist() == before
+    assert not set(recorded) & set(static.runs.values()) and static.capacity == drafter.cache.capacity
+    read.release()
+    assert not static.runs and not read.drafts
+
+
+def test_tokens_drawn_on_the_device_are_distributed_as_they_say() -> None:
+    """Chi-square of 20,000 draws by inversion; a row that is not finite is drawn evenly."""
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tokens, q = choose_by(logits.expand(20_000, -1), torch.tensor(0.7), uniforms)
+    assert q is not None
+    torch.testing.assert_close(q[0], (logits / 0.7).softmax(-1))
+    expected, seen = q[0].double() * 20_000, torch.bincount(tokens, minlength=50).double()
+    likely = expected > 5
+    freedom = int(likely.sum()) - 1
+    assert freedom > 20 and ((seen - expected) ** 2 / expected)[likely].sum() < freedom + 4.5 * (2 * freedom) ** 0.5
+    logits[3] = float("nan")
+    assert torch.equal(choose_by(logits[None], torch.tensor(1.0), uniforms[:1])[1], torch.full((1, 50), 1 / 50))
