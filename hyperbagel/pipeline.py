@@ -79,8 +79,8 @@ class HyperBagel:
             device: "cpu", "cuda", ...; default: a GPU if there is one.
             dtype: of the weights and the computation; default: float32 on a CPU, bfloat16 on a GPU. The autoencoder is always float32.
             attention: "sdpa" everywhere; "flash" uses flash-attn, if installed, where no mask is needed; "reference" is slow and plain.
-            graphs: text that no drafter drafts is decoded in steps of fixed shapes, on a GPU replayed as CUDA graphs: there launching
-                the kernels of one token takes longer than running them. On a CPU slower.
+            graphs: text is decoded, and the drafts of a named drafter are made and read, in steps of fixed shapes, on a GPU replayed as
+                CUDA graphs: there launching the kernels of one token takes longer than running them. On a CPU slower.
         Raises:
             InputError: the folder, device or dtype cannot be used.
         """

@@ -1,6 +1,6 @@
 """Alarms of a distillation: what the held-out figures say when a student goes wrong, before anyone looks at a picture.
 
-Thresholds are on ratios student / teacher of `train.distill.compare`; docs/training/diagnostics.md says what to do about each.
+Thresholds are on ratios student / teacher of `train.compare`; docs/training/diagnostics.md says what to do about each.
 """
 
 from __future__ import annotations
