@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hyperbagel.core.files import atomic_path, atomic_write_text, read_json
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.vae import AutoEncoder
+
+_UNREAD = (".gguf", ".bin", ".pt", ".pth", ".ckpt")  # how files of weights end elsewhere
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -81,12 +84,13 @@ class TensorFolder:
         self.folder = folder
         index = folder / f"{stem}.safetensors.index.json"
         single = folder / f"{stem}.safetensors"
-        if single.exists():
+        if single.exists() or single.is_symlink():  # a link into a cache that was emptied is told as such
             files = [single]
         elif index.exists():
             files = [folder / name for name in _index_files(index)]
         else:
-            raise InputError(f"{folder}: neither {single.name} nor {index.name} is there; give a folder in BAGEL's layout")
+            told = _other_weights(folder) if stem == "ema" else ""
+            raise InputError(f"{folder}: neither {single.name} nor {index.name} is there{told}; give a folder in BAGEL's layout")
         self.file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -105,12 +109,22 @@ class TensorFolder:
         missing = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in self.shapes]
         extra = [f"unexpected {n} {list(s)}" for n, s in self.shapes.items() if n not in expected]
         shape = [f"{n} is {list(self.shapes[n])}, expected {list(s)}" for n, s in expected.items() if self.shapes.get(n, s) != s]
-        problems = missing + shape + extra
+        problems = [told for row in zip_longest(missing, shape, extra) for told in row if told]  # in turn: a prefix shows at once
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
             raise InputError(
-                f"{self.folder}: {len(problems)} of {len(expected)} tensors do not fit the folder's config: "
+                f"{self.folder}: {len(problems)} of {len(self.shapes.keys() | expected.keys())} tensors do not fit the folder's config: "
                 f"{'; '.join(problems[:4])}{more}; check that the config files belong to these weights"
+            )
+
+    def check_numbers(self) -> None:
+        """Raises InputError for tensors of whole numbers: quantised ones, which mean nothing without their scales."""
+        whole = {name: kind for name, kind in self.dtypes.items() if not kind.startswith(("F", "BF"))}
+        if whole:
+            name, kind = next(iter(whole.items()))
+            raise InputError(
+                f"{self.folder}: got {len(whole)} tensors that are not floating-point numbers, first {name} as {kind}, expected weights that "
+                "are not quantised; give the model that they were made from"
             )
 
     def tensor(self, name: str) -> Tensor:
@@ -133,6 +147,7 @@ def fill(module: nn.Module, source: TensorFolder, device: torch.device, dtype: t
     """
     slots = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     source.check({name: tuple(slot.shape) for name, slot in slots.items()})
+    source.check_numbers()
     for name, tensor in source.tensors(str(device)):
         value = tensor.to(dtype)
         if not torch.isfinite(value).all():
@@ -205,6 +220,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     for stem, module in parts.items():
         source = TensorFolder(folder, stem)
         source.check({name: tuple(p.shape) for name, p in module.named_parameters()})
+        source.check_numbers()
         report["weights"][stem] = {
             "tensors": len(source.shapes),
             "parameters": sum(p.numel() for p in module.parameters()),
@@ -237,6 +253,16 @@ def _open(path: Path, device: str) -> safe_open:  # type: ignore[valid-type]
         raise InputError(f"{path}: missing; restore the file") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); download or export it again") from error
+
+
+def _other_weights(folder: Path) -> str:
+    """What a folder without a model's own file of weights has in its place, as the end of a sentence."""
+    by_size = sorted(folder.glob("*"), key=lambda path: (-path.lstat().st_size, path.name))  # the largest is the model's
+    for path in by_size:
+        if path.name.endswith(".safetensors") and path.name != "ae.safetensors":
+            return f", but {path.name} is (rename it, if its tensors have BAGEL's names)"
+    unread = [path.name for path in by_size if path.name.endswith(_UNREAD)]
+    return f", but {unread[0]} is, which is not read here (only safetensors are)" if unread else ""
 
 
 def _index_files(index: Path) -> list[str]:

@@ -113,6 +113,30 @@ def test_wrong_tensors_are_named(folder: Path) -> None:
     refused(folder, "3 of", "missing llm2vae.bias", "vae2llm.bias is [7], expected [24]", "unexpected extra.one")
 
 
+def test_a_prefix_before_every_name_shows(folder: Path) -> None:
+    tensors = load_tensors(folder / "ema.safetensors")
+    save_tensors(folder / "ema.safetensors", {f"_fsdp_wrapped_module.{name}": tensor for name, tensor in tensors.items()})
+    refused(folder, f"{2 * len(tensors)} of {2 * len(tensors)} tensors", "missing ", "unexpected _fsdp_wrapped_module.")
+
+
+def test_quantised_weights_are_refused(folder: Path) -> None:
+    change(folder, llm2vae__bias=torch.ones(8, dtype=torch.int8))
+    refused(folder, "1 tensors that are not floating-point numbers, first llm2vae.bias as I8")
+    with pytest.raises(InputError, match="not quantised"):
+        inspect_folder(folder)
+    change(folder, llm2vae__bias=torch.zeros(8, dtype=torch.float8_e4m3fn))
+    load_folder(folder)
+
+
+def test_weights_under_another_name_or_behind_a_broken_link(folder: Path) -> None:
+    (folder / "ema.safetensors").rename(folder / "model.safetensors")
+    refused(folder, "neither ema.safetensors nor ema.safetensors.index.json is there, but model.safetensors is (rename it")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "but pytorch_model.bin is, which is not read here")
+    (folder / "ema.safetensors").symlink_to("../../blobs/gone")
+    refused(folder, "ema.safetensors: missing; restore the file")
+
+
 def test_values_that_are_not_finite(folder: Path) -> None:
     change(folder, llm2vae__bias=torch.full((8,), float("nan")))
     refused(folder, "llm2vae.bias", "not finite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,18 @@ def test_damaged_records_of_a_run_are_named(tmp_path: Path, name: str, content: 
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match="restore the file"):
         describe_folder(tmp_path)
+
+
+def test_a_model_without_its_weights_is_no_autoencoder(tmp_path: Path) -> None:
+    """A model's weights under another program's name, its autoencoder beside them."""
+    for path in model_folder("toybox").iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path / path.name)
+    (tmp_path / "ema.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"neither ema\.safetensors nor .* but model\.safetensors is"):
+        describe_folder(tmp_path)
+    (tmp_path / "llm_config.json").unlink()
+    assert "autoencoder" in describe_folder(tmp_path)["part"]
 
 
 def test_a_checkpoint_without_players_is_named(tmp_path: Path) -> None:
