@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder, shelf
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.merge import as_low_rank, check_scales, folded_sampler, merged_tensors
 from hyperbagel.model.student import PEFT_PREFIX, Sampler, Student, fingerprint, load_student, peft_config
@@ -57,13 +57,13 @@ def _read(
 
 def _find(folder: Path, what: str, name: Path | str) -> Path:
     """The folder of a student or drafter: one that came with the model, or the caller's. Raises InputError before any weight is read."""
-    shelf = folder / f"{what}s"
-    found = shelf / str(name)
+    beside = folder / f"{what}s"
+    found = beside / str(name)
     if found.is_dir() or Path(name).is_dir() or not folder.is_dir():  # a missing model is told of when it is loaded
         return found if found.is_dir() else Path(name)
     file = {"student": "sampler.json", "drafter": "drafter.json"}[what]
     kinds = {"student": "", "drafter": '"eagle3"'}  # a drafter of another kind cannot be exported, so it is not offered
-    names = sorted(path.parent.name for path in shelf.glob(f"*/{file}") if kinds[what] in path.read_text(encoding="utf-8"))
+    names = [one for one in shelf(beside, file) if kinds[what] in (beside / one / file).read_text(encoding="utf-8")]
     own = f"one of this model's own ({', '.join(names)}) or " if names else ""
     raise InputError(f"got {what} {str(name)!r}, expected {own}a {what}'s folder, check the name")
 

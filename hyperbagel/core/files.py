@@ -1,6 +1,7 @@
 """Files that are whole or absent: write to a neighbour, fsync, rename, fsync the folder.
 
-A process killed at any moment leaves either the old file (or folder) or the new one, never half of one.
+A process killed at any moment leaves either the old file (or folder) or the new one, never half of one. What it had begun, and a folder
+that it was replacing at that very moment, stay beside it under a name that begins with a dot.
 """
 
 from __future__ import annotations
@@ -129,18 +130,28 @@ def _remove(path: Path) -> None:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Rename over whatever is at `path`. A folder cannot replace a full folder in one step, so the old one steps aside first."""
-    if not (temporary.is_dir() and path.is_dir()):
-        os.replace(temporary, path)
+    """Rename over whatever is at `path`. A folder cannot replace a full folder in one step, so the old one steps aside first; another
+    process may do the same meanwhile, and the last one stays."""
+    while True:
+        aside = None
+        if temporary.is_dir() and path.is_dir():
+            aside = path.with_name(f"{_beside(path)}old-{uuid.uuid4().hex[:8]}")
+            try:
+                os.replace(path, aside)
+            except FileNotFoundError:  # another process has moved it
+                continue
+        try:
+            os.replace(temporary, path)
+        except BaseException as error:
+            put = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # another process has put its own there
+            if aside is not None:
+                _remove(aside) if put else os.replace(aside, path)
+            if put and path.is_dir() and temporary.is_dir():
+                continue
+            raise
+        if aside is not None:
+            _remove(aside)
         return
-    aside = path.with_name(f"{_beside(path)}old-{uuid.uuid4().hex[:8]}")
-    os.replace(path, aside)
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        os.replace(aside, path)
-        raise
-    _remove(aside)
 
 
 @contextmanager
@@ -188,6 +199,13 @@ def make_folder(path: Path | str) -> Path:
         except FileExistsError as error:
             raise InputError(f"{folder}: got a file, expected a folder or nothing, choose another name") from error
     return folder
+
+
+def shelf(folder: Path | None, file: str) -> list[str]:
+    """Names of the folders in `folder` that have such a file. Not those that begin with a dot: what a killed process left of its writing."""
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted(path.parent.name for path in folder.glob(f"*/{file}") if not path.parent.name.startswith("."))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import shelf
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.student import Sampler, StudentNetwork, load_student, read_sampler
 from hyperbagel.nn.projections import store_by_columns
@@ -33,9 +34,7 @@ class Students:
 
     def names(self) -> list[str]:
         """Those that came with the model."""
-        if self.folder is None or not self.folder.is_dir():
-            return []
-        return sorted(path.parent.name for path in self.folder.glob("*/sampler.json"))
+        return shelf(self.folder, "sampler.json")
 
     def get(self, name: str) -> Ready:
         """Raises InputError if there is none of that name, or if it is of another base."""

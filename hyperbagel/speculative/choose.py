@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from hyperbagel.core.errors import InputError, Notice
+from hyperbagel.core.files import shelf
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.speculative.adaptive import Adaptive
@@ -30,7 +31,7 @@ class Drafters:
 
     def shipped(self) -> list[str]:
         """Those that came with the model."""
-        return [] if self.folder is None else sorted(path.parent.name for path in self.folder.glob("*/drafter.json"))
+        return shelf(self.folder, "drafter.json")
 
     def names(self) -> list[str]:
         """All names that need no folder of the caller's."""

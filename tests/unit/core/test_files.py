@@ -138,3 +138,39 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match="full disk"), atomic_path(tmp_path / "f") as temporary:
         temporary.mkdir()
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["f", "f/old"]
+
+
+@pytest.mark.parametrize("moment", ["before the old one is aside", "after"])
+def test_two_that_replace_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Another process puts its own folder there between any two steps: no error, nothing left beside it."""
+    target, replace, others = tmp_path / "f", os.replace, iter(["once"])
+
+    def other() -> None:
+        replace(target, tmp_path / "gone") if target.exists() else None
+        if moment == "after":
+            target.mkdir()
+            (target / "theirs").write_text("")
+
+    def meanwhile(source: Path, to: Path) -> None:
+        aside = ".old-" in Path(to).name
+        if aside == (moment != "after") and next(others, None):
+            other()
+        replace(source, to)
+
+    target.mkdir()
+    (target / "old").write_text("")
+    monkeypatch.setattr(os, "replace", meanwhile)
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        (temporary / "mine").write_text("")
+    assert next(others, None) is None, "the other was there"
+    assert [p.name for p in target.iterdir()] == ["mine"] and {p.name for p in tmp_path.iterdir()} <= {"f", "gone"}
+
+
+def test_a_shelf_knows_nothing_of_what_a_killed_process_left(tmp_path: Path) -> None:
+    for name in ("6", "1", ".6.tmp-1a2b3c4d", ".6.old-1a2b3c4d", "empty"):
+        (tmp_path / name).mkdir()
+        if name != "empty":
+            (tmp_path / name / "sampler.json").write_text("{}")
+    assert files.shelf(tmp_path, "sampler.json") == ["1", "6"]
+    assert files.shelf(tmp_path / "none", "sampler.json") == files.shelf(None, "sampler.json") == []

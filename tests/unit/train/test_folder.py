@@ -12,6 +12,7 @@ import torch
 import hyperbagel
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.session import Parts
+from hyperbagel.generate.students import Students
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
@@ -106,3 +107,10 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
         shutil.copy(Path(hyperbagel.__file__).parent / "assets" / "toybox" / name, folder)
     with pytest.raises(InputError, match=r"expected below 50 \(vocab_size"):
         Parts.load(folder)
+
+
+def test_what_a_killed_install_left_has_no_name(folder: Path, student: Path) -> None:
+    install_student(student, folder)
+    for left in (".6.tmp-1a2b3c4d", ".6.old-1a2b3c4d"):
+        shutil.copytree(folder / "students" / "6", folder / "students" / left)
+    assert Students(load_folder(folder)[0], folder / "students").names() == ["6"]
