@@ -15,8 +15,7 @@ from typing import Any
 from PIL import Image
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import make_folder
-from hyperbagel.data.images import open_image, save_png
+from hyperbagel.data.images import open_image
 from hyperbagel.evaluate.pictures import Job, Outcome, check_settings, depends_on, make_pictures, place, read_lines
 from hyperbagel.evaluate.records import item_seed
 from hyperbagel.generate.types import ImageRequest
@@ -57,20 +56,21 @@ def run_gedit(
     def jobs() -> Iterator[Job]:
         for row in chosen:
             folder = out / "fullset" / row["task_type"] / row["instruction_language"]
-            yield Job(folder / f"{row['key']}.png", partial(_request, row, prompts.parent, folder, seed, asked))
+            request = partial(_request, row, prompts.parent, seed, asked)
+            yield Job(folder / f"{row['key']}.png", request, source=folder / f"{row['key']}_SRCIMG.png")
 
     return make_pictures(model, jobs(), rank=rank, ranks=ranks, batch=batch, broken=broken if rank == 0 else ())
 
 
-def _request(row: dict[str, Any], where: Path, folder: Path, seed: int, asked: dict[str, Any]) -> ImageRequest:
-    """Reads the source, puts it where the scorer looks for it, and asks for the edit."""
+def _request(row: dict[str, Any], where: Path, seed: int, asked: dict[str, Any]) -> ImageRequest:
+    """Reads the source and asks for the edit."""
     named = [row["image"]] if isinstance(row.get("image"), str) else [f"{row['key']}_SRCIMG.png", f"{row['key']}.png"]
     path = next((where / name for name in named if (where / name).is_file()), None)
     if path is None:
         raise InputError(f"no picture {' or '.join(named)} in {where}")
-    source = open_image(path)
-    save_png(source, make_folder(folder) / f"{row['key']}_SRCIMG.png")
-    return ImageRequest(row["instruction"], (source,), seed=item_seed(seed, f"{row['instruction_language']}/{row['key']}"), **asked)
+    return ImageRequest(
+        row["instruction"], (open_image(path),), seed=item_seed(seed, f"{row['instruction_language']}/{row['key']}"), **asked
+    )
 
 
 def _usable(name: str) -> bool:

@@ -34,7 +34,8 @@ def run_geneval(
     if rank == 0:
         for row in rows:
             about = {key: value for key, value in row.items() if key != "_row"}
-            atomic_write_text(make_folder(out / f"{row['_row']:05d}") / "metadata.jsonl", json.dumps(about, ensure_ascii=False) + "\n")
+            folder = make_folder(out / f"{row['_row']:05d}" / "samples").parent  # the scorer lists it, also where no picture was made
+            atomic_write_text(folder / "metadata.jsonl", json.dumps(about, ensure_ascii=False) + "\n")
 
     def jobs() -> Iterator[Job]:
         for row in rows:

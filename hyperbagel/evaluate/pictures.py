@@ -27,10 +27,12 @@ SHOWN = 5  # broken rows that are named one by one
 
 @dataclass(frozen=True)
 class Job:
-    """A picture to make at `path`. `request` is called when it is its turn, so that source pictures are read then; may raise InputError."""
+    """A picture to make at `path`. `request` is called when it is its turn, so that source pictures are read then; may raise InputError.
+    source: where the scorer looks for the picture that is edited."""
 
     path: Path
     request: Callable[[], ImageRequest]
+    source: Path | None = None
 
 
 @dataclass
@@ -126,6 +128,10 @@ def make_pictures(model: Any, jobs: Iterable[Job], *, rank: int, ranks: int, bat
                     ready.append((job, job.request()))
                 except InputError as error:
                     outcome.broken.append(f"{_named(job)}: {error}")
+                    continue
+                if job.source is not None:  # a place that cannot be written is no broken row: it ends the run
+                    make_folder(job.source.parent)
+                    save_png(ready[-1][1].images[0], job.source)
             for job, result in _drawn(model, ready, outcome.broken):
                 make_folder(job.path.parent)
                 save_png(result.image, job.path, result.settings)

@@ -123,8 +123,8 @@ class TensorFolder:
         if whole:
             name, kind = next(iter(whole.items()))
             raise InputError(
-                f"{self.folder}: got {len(whole)} tensors that are not floating-point numbers, first {name} as {kind}, expected weights that "
-                "are not quantised; give the model that they were made from"
+                f"{self.folder}: got {len(whole)} tensors that are not floating-point numbers, first {name} as {kind}, expected weights "
+                "that are not quantised; give the model that they were made from"
             )
 
     def tensor(self, name: str) -> Tensor:

@@ -15,6 +15,8 @@ from PIL import Image
 
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.images import read_settings
+from hyperbagel.evaluate import gedit
+from hyperbagel.evaluate import pictures as pictures_of_scorers
 from hyperbagel.evaluate.gedit import run_gedit
 from hyperbagel.evaluate.geneval import run_geneval
 from hyperbagel.evaluate.pictures import place, read_lines
@@ -175,6 +177,7 @@ def test_a_prompt_that_the_model_refuses_costs_only_its_own_picture(tmp_path: Pa
     outcome = run_geneval(model, prompts(tmp_path / "p.jsonl", [GENEVAL[0], long, *GENEVAL[1:]]), out, n=1, batch=3)
     assert outcome.made == 3 and outcome.broken == ["00001/samples/00000.png: got a prompt that is too long"]
     assert [r.prompt for r in model.seen] == [row["prompt"] for row in GENEVAL]
+    assert list((out / "00001" / "samples").iterdir()) == [], "the scorer lists this folder"
     again = run_geneval(Fake(), tmp_path / "p.jsonl", out, n=1, batch=3)
     assert (again.made, again.found, len(again.broken)) == (0, 3, 1)
     with pytest.raises(InputError, match=r"no other.*too long"):
@@ -248,6 +251,24 @@ def test_the_folders_of_gedit(tmp_path: Path, six: Path) -> None:
     ]
     assert len({r.seed for r in model.seen}) == 3
     assert run_gedit(Fake(), data / "info.jsonl", tmp_path / "cn", language="cn").made == 1
+
+
+def test_a_source_that_cannot_be_written_is_no_broken_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk ends the run; a row is broken by what it says, not by where its picture goes."""
+    path, save = prompts(tmp_path / "data" / "info.jsonl", edit_rows(tmp_path / "data")), pictures_of_scorers.save_png
+
+    def full(image: Image.Image, to: Path, *settings: Any) -> None:
+        if to.name == "k2_SRCIMG.png":
+            raise InputError(f"{to}: got a full disk")
+        save(image, to, *settings)
+
+    monkeypatch.setattr(pictures_of_scorers, "save_png", full)
+    monkeypatch.setattr(gedit, "save_png", full, raising=False)
+    with pytest.raises(InputError, match="full disk"):
+        run_gedit(Fake(), path, tmp_path / "out", batch=1)
+    monkeypatch.undo()
+    outcome = run_gedit(Fake(), path, tmp_path / "out", batch=1)
+    assert (outcome.made, outcome.found, outcome.broken) == (1, 2, [])
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
