@@ -51,7 +51,7 @@ def run_gedit(
     if not chosen:
         raise InputError(f"{prompts}: got no usable row of language {language!r}, expected some; the file has {_languages(rows)}")
     sample = ImageRequest("an edit", (Image.new("RGB", (16, 16)),), **asked)
-    check_settings(out, depends_on(model, sample, rows) | {"suite": "gedit", "seed": seed, **asked}, rank)
+    check_settings(out, depends_on(model, sample, rows) | {"suite": "gedit", "seed": seed}, rank)
 
     def jobs() -> Iterator[Job]:
         for row in chosen:

@@ -29,7 +29,7 @@ def run_geneval(
     rank, ranks, _ = place()
     asked = settings or {}
     rows, broken = read_lines(prompts, ["prompt"])
-    noted = depends_on(model, ImageRequest("a picture", **asked), rows) | {"suite": "geneval", "n": n, "seed": seed, **asked}
+    noted = depends_on(model, ImageRequest("a picture", **asked), rows) | {"suite": "geneval", "n": n, "seed": seed}
     check_settings(out, noted, rank)
     if rank == 0:
         for row in rows:

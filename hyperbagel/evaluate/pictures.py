@@ -10,12 +10,12 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hyperbagel.core.errors import InputError, Notice
-from hyperbagel.core.files import atomic_write_text, make_folder
+from hyperbagel.core.files import atomic_write_text, make_folder, read_json
 from hyperbagel.core.progress import ProgressReport
 from hyperbagel.data.images import save_png
 from hyperbagel.evaluate.records import unlike
@@ -23,6 +23,7 @@ from hyperbagel.evaluate.toybox import weights_of
 from hyperbagel.generate.types import ImageRequest, ImageResult
 
 SHOWN = 5  # broken rows that are named one by one
+NAMED = "named"  # of settings.json: how the model and its student were called, which no picture depends on
 
 
 @dataclass(frozen=True)
@@ -89,26 +90,37 @@ def read_lines(path: Path, needed: Sequence[str]) -> tuple[list[dict[str, Any]],
 
 
 def depends_on(model: Any, sample: ImageRequest, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What pictures of these rows depend on besides what was asked, for `check_settings`.
+    """What pictures of these rows depend on besides seed and suite, for `check_settings`: settings with every default filled in, of which
+    some are the model's own; weights by what they are, and under `NAMED` how they were called.
 
     Raises InputError if the model refuses the settings of `sample`, so that they are not noted before.
     """
-    model.settings(sample, warn=False)
+    denoising = asdict(model.settings(sample, warn=False))
+    student = denoising.pop("student")
     if sample.size is not None:
         model.grid(sample)
+    size = sample.size or (None if sample.is_edit else model.default_size)
+    asked = {"denoising": denoising, "size": size, "think": sample.think and {"max_tokens": sample.max_think_tokens}}
+    weights = weights_of(model, sample.student)
+    weights["students"] = sorted(weights["students"].values())
     told = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-    return {"model": model.name, "rows": len(rows), "prompts": told} | weights_of(model, sample.student)
+    return {NAMED: {"model": model.name, "student": student}, "rows": len(rows), "prompts": told} | asked | weights
 
 
 def check_settings(out: Path, settings: dict[str, Any], rank: int) -> None:
     """Notes beside the pictures what they depend on. Raises InputError if there are pictures made otherwise."""
-    path, text = make_folder(out) / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
+    path = make_folder(out) / "settings.json"
     if path.is_file():
-        if (found := path.read_text("utf-8")) != text:
-            got, asked = unlike(found, text)
-            raise InputError(f"{path}: got pictures made with {got}, expected {asked}; give another folder")
+        found, asked = read_json(path, "give another folder"), json.loads(json.dumps(settings))
+        if (made := _unnamed(found)) != (now := _unnamed(asked)):
+            got, wanted = unlike(json.dumps(made), json.dumps(now))
+            raise InputError(f"{path}: got pictures made with {got}, expected {wanted}; give another folder")
     elif rank == 0:
-        atomic_write_text(path, text)
+        atomic_write_text(path, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+
+
+def _unnamed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != NAMED}
 
 
 def make_pictures(model: Any, jobs: Iterable[Job], *, rank: int, ranks: int, batch: int, broken: Sequence[str] = ()) -> Outcome:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -35,6 +36,8 @@ class Fake:
     students: where they are; a folder named "6" always is."""
 
     name = "fake"
+    default_size = (16, 16)
+    usual: ClassVar[dict[str, Any]] = {}  # the model's own settings, where a request says nothing
 
     def __init__(self, dies: int = 10**9, *, students: Path | None = None, weights: torch.nn.Module | None = None) -> None:
         self.seen: list[ImageRequest] = []
@@ -46,7 +49,8 @@ class Fake:
     def settings(self, request: ImageRequest, *, warn: bool = True) -> Denoising:
         if request.student is not None and request.student not in self.students.names():
             raise InputError(f"got student {request.student!r}, expected one of {self.students.names()}")
-        return request.denoising()
+        own = request.denoising()
+        return replace(own, **{name: value for name, value in self.usual.items() if getattr(request, name) is None})
 
     def grid(self, request: ImageRequest) -> tuple[int, int]:
         if request.size != (16, 16):
@@ -140,6 +144,32 @@ def test_pictures_of_other_weights_or_prompts_are_not_mixed(tmp_path: Path, six:
         (six / "6" / "weights").write_bytes(b"another")
         with pytest.raises(InputError, match="pictures made with"):
             run(Fake(students=six), path, out, settings=asked)
+
+
+def test_pictures_depend_on_the_models_own_settings_and_not_on_its_name(tmp_path: Path, six: Path) -> None:
+    """A model's own guidance and size count as if they had been asked for; how the model and its student are called does not."""
+    data = tmp_path / "data"
+    suites: list[tuple[Any, list[dict[str, Any]]]] = [(run_geneval, GENEVAL), (run_gedit, edit_rows(data))]
+    for run, rows in suites:
+        path, out = prompts(data / "rows.jsonl", rows), tmp_path / run.__name__
+        made = run(Fake(), path, out).made
+        moved = Fake()
+        moved.name = "elsewhere/fake"
+        assert run(moved, path, out, settings={"text_scale": 4.0}).found == made, "the same, spelt out"
+        other = Fake()
+        other.usual = {"text_scale": 2.0}
+        with pytest.raises(InputError, match=r"denoising\.text_scale 4\.0, expected denoising\.text_scale 2\.0"):
+            run(other, path, out)
+        (six.parent / "again").mkdir(exist_ok=True)
+        (six.parent / "again" / "weights").write_bytes((six / "6" / "weights").read_bytes())
+        run(Fake(students=six), path, tmp_path / f"{run.__name__}-6", settings={"student": "6"})
+        same = Fake(students=six)
+        same.students = SimpleNamespace(names=lambda: ["mine"], find=lambda name: six.parent / "again")
+        assert run(same, path, tmp_path / f"{run.__name__}-6", settings={"student": "mine"}).found == made
+    larger = Fake()
+    larger.default_size = (32, 32)
+    with pytest.raises(InputError, match=r"size \[16, 16\], expected size \[32, 32\]"):
+        run_geneval(larger, prompts(data / "rows.jsonl", GENEVAL), tmp_path / "run_geneval")
 
 
 def test_pictures_of_another_number_type_are_not_mixed(tmp_path: Path) -> None:
