@@ -34,6 +34,17 @@ class LLMConfig(_Shape):
     vocab_size: Count = 152064
     max_position_embeddings: Count = 32768
 
+    @model_validator(mode="before")
+    @classmethod
+    def _newer_form(cls, value: Any) -> Any:
+        """transformers 5 writes the rotary base one level down; both forms can ask for stretched positions, which are not run here."""
+        nested = value.get("rope_parameters") or value.get("rope_scaling") if isinstance(value, dict) else None
+        if not isinstance(nested, dict):
+            return value
+        if (kind := nested.get("rope_type", nested.get("type", "default"))) != "default":
+            raise ValueError(f"got rope_type {kind!r}, expected 'default', all that is run here")
+        return {"rope_theta": nested.get("rope_theta", cls.model_fields["rope_theta"].default)} | value
+
     @model_validator(mode="after")
     def _heads_fit(self) -> LLMConfig:
         e, h, k = self.hidden_size, self.num_attention_heads, self.num_key_value_heads

@@ -190,6 +190,9 @@ def test_the_eagle3_drafter(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert all(torch.equal(own[name], x) for name, x in again.state_dict().items())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    nested = {"rope_parameters": {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}}  # as transformers 5 writes it
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | nested))
+    assert import_eagle3(tmp_path / "out", target.config.llm).config == again.config
     with pytest.raises(InputError, match="kind block, expected eagle3"):
         export_drafter(tmp_path / "block", tmp_path / "other", model=str(folder))
     assert not (tmp_path / "other").exists()

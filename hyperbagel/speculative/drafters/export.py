@@ -67,7 +67,8 @@ def import_eagle3(folder: Path, llm: LLMConfig) -> Eagle3:
         small = got.get("draft_vocab_size", got["vocab_size"])
         sizes = {"hidden_size": got["hidden_size"], "intermediate_size": got["intermediate_size"], "vocab_size": got["vocab_size"]}
         heads = {"heads": got["num_attention_heads"], "kv_heads": got.get("num_key_value_heads", got["num_attention_heads"])}
-        scales = {"rope_theta": got.get("rope_theta", 10000.0), "eps": got["rms_norm_eps"]}
+        newer = got.get("rope_parameters") or {}  # where transformers 5 writes the rotary base
+        scales = {"rope_theta": got.get("rope_theta", newer.get("rope_theta", 10000.0)), "eps": got["rms_norm_eps"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: got no EAGLE-3 configuration ({error!r}), expected config.json of a drafter, check the folder"

@@ -185,6 +185,20 @@ def test_shapes_that_cannot_be(folder: Path, file: str, key: str, value: object)
     refused(folder, path.name, "correct the file")
 
 
+def test_a_config_as_transformers_5_writes_it(folder: Path) -> None:
+    path = folder / "llm_config.json"
+    given = json.loads(path.read_text())
+    del given["rope_theta"]
+    path.write_text(json.dumps(given | {"rope_parameters": {"rope_theta": 12345.0, "rope_type": "default"}}))
+    assert BagelConfig.from_folder(folder).llm.rope_theta == 12345.0
+    path.write_text(json.dumps(given | {"rope_parameters": None}))
+    assert BagelConfig.from_folder(folder).llm.rope_theta == LLMConfig().rope_theta
+    path.write_text(json.dumps(given | {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}}))
+    refused(folder, "rope_type 'yarn'", "correct the file")
+    path.write_text(json.dumps(given | {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}}))
+    refused(folder, "rope_type 'yarn'", "correct the file")
+
+
 @pytest.mark.parametrize(
     "index",
     [
