@@ -69,6 +69,12 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
+def check_file(option: str, path: Path) -> None:
+    """There to be read: a file, or what a shell gives in its place (a pipe)."""
+    if not path.exists() or path.is_dir():
+        raise InputError(f"got {option} {str(path)!r}, which is no file, expected one, check the path")
+
+
 def parse_size(size: str | None) -> tuple[int, int] | None:
     """ "640x480" (width x height) as (height, width); None stays None."""
     if size is None:

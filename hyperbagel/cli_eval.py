@@ -54,6 +54,7 @@ def toybox(
 ) -> None:
     """One model on the embedded world: pictures, edits and answers."""
     _counts(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions)
+    checks.check_folder(out)
     from hyperbagel.evaluate.toybox import run_toybox_eval
 
     run_toybox_eval(_load(model, device, dtype), out=out, **given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions, split=split))
@@ -85,6 +86,7 @@ def distillation(
     _counts(n_t2i=n_t2i, n_edits=n_edits, n_diversity=n_diversity, n_clock=n_clock, n_steer=n_steer)
     checks.check_at_least("--batch", batch, 1)
     checks.check_seed(seed)
+    checks.check_folder(out)
     from hyperbagel.evaluate.distillation import run_distillation_eval
     from hyperbagel.evaluate.rows import choose, parse_students
 
@@ -116,6 +118,7 @@ def speculative(
     checks.check_at_least("--prompts", prompts, 1)
     checks.check_at_least("--repeats", repeats, 1)
     checks.check_at_least("--threads", threads, 1)
+    checks.check_folder(out)
     folders = checks.named_folders("--drafter", drafter or ())
     from dataclasses import replace
 
@@ -134,9 +137,11 @@ Seed = Annotated[int, typer.Option(help="Which noise.")]
 
 
 def _pictures(
-    batch: int, seed: int, model: str | None, device: str | None, dtype: str | None, **settings: Any
+    prompts: Path, out: Path, batch: int, seed: int, model: str | None, device: str | None, dtype: str | None, **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """(the model on this rank's device, the given settings of a request)."""
+    """(the model on this rank's device, the given settings of a request). Everything that can be refused is, before it is loaded."""
+    checks.check_file("--prompts", prompts)
+    checks.check_folder(out)
     checks.check_at_least("--batch", batch, 1)
     checks.check_seed(seed)
     if settings.get("size") is not None:
@@ -177,7 +182,7 @@ def geneval(
 
     asked = {"student": student, "steps": steps, "text_scale": text_scale, "interval": interval, "size": size}
     plan = {"think": think or None, "max_think_tokens": max_think_tokens}
-    pipeline, settings = _pictures(batch, seed, model, device, dtype, **plan, **asked)
+    pipeline, settings = _pictures(prompts, out, batch, seed, model, device, dtype, **plan, **asked)
     run_geneval(pipeline, prompts, out, n=n, seed=seed, batch=batch, settings=settings)
 
 
@@ -204,5 +209,5 @@ def gedit(
 
     asked = {"student": student, "steps": steps, "text_scale": text_scale, "image_scale": image_scale, "interval": interval}
     plan = {"think": think or None, "max_think_tokens": max_think_tokens}
-    pipeline, settings = _pictures(batch, seed, model, device, dtype, **plan, **asked)
+    pipeline, settings = _pictures(prompts, out, batch, seed, model, device, dtype, **plan, **asked)
     run_gedit(pipeline, prompts, out, seed=seed, batch=batch, language=language, settings=settings)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from hyperbagel import cli_checks as checks
 from hyperbagel.cli_options import note
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def student(
     verify: Annotated[bool, typer.Option("--verify", help="Draw and edit with both and say how far they are apart.")] = False,
 ) -> None:
     """Merge a student into its model, as a folder in BAGEL's layout that any BAGEL code runs without guidance."""
+    checks.check_folder(out)
     from hyperbagel import export as exports
 
     done = exports.export_student(name, out, model=model, text_scale=text_scale, image_scale=image_scale, dtype=dtype)
@@ -53,6 +55,7 @@ def lora(
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = "float32",
 ) -> None:
     """Write a student as a LoRA in PEFT's layout, guidance folded in."""
+    checks.check_folder(out)
     from hyperbagel.export import export_lora
 
     _tell(export_lora(name, out, model=model, text_scale=text_scale, image_scale=image_scale, rank=rank, dtype=dtype))
@@ -68,6 +71,7 @@ def eagle3(
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = "bfloat16",
 ) -> None:
     """Write an EAGLE-3 drafter as SGLang and vLLM load it."""
+    checks.check_folder(out)
     from hyperbagel.export import export_drafter
 
     print(export_drafter(name, out, model=model, dtype=dtype))

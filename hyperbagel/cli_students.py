@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hyperbagel import cli_checks as checks
 from hyperbagel.cli_options import note
 
 
@@ -38,7 +39,9 @@ def install(
     from hyperbagel.pipeline import model_folder
     from hyperbagel.train.folder import install_student
 
-    print(install_student(student, model_folder(model), name, nfe))
+    folder = model_folder(model)
+    checks.check_folder(folder / "students")
+    print(install_student(student, folder, name, nfe))
 
 
 def average(
@@ -48,6 +51,7 @@ def average(
     rank: Annotated[int | None, typer.Option(help="Write it as a LoRA of this rank, whatever the students are.")] = None,
 ) -> None:
     """Average students, tensor by tensor: what one run spoilt another one has not. Measure it beside them."""
+    checks.check_folder(out)
     from hyperbagel.pipeline import model_folder
     from hyperbagel.train.folder import average_folders
 
