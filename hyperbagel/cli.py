@@ -260,6 +260,7 @@ def ask(
 def inspect(path: Annotated[Path, typer.Argument(help="A folder, or a picture made by this program.")], json: Json = False) -> None:
     """Say what a folder is (model, student, drafter, checkpoint, run), or how a picture was made."""
     if path.is_file():
+        checks.check_no_weights(path)
         from hyperbagel.data.images import read_settings
 
         found = read_settings(path)

@@ -75,6 +75,12 @@ def check_file(option: str, path: Path) -> None:
         raise InputError(f"got {option} {str(path)!r}, which is no file, expected one, check the path")
 
 
+def check_no_weights(path: Path) -> None:
+    """A file of a model where the whole folder was meant."""
+    if path.suffix.lower() in (".safetensors", ".gguf", ".bin", ".pt", ".json"):
+        raise InputError(f"got the file {str(path)!r}, expected a folder or a picture, give the folder that it is of")
+
+
 def parse_size(size: str | None) -> tuple[int, int] | None:
     """ "640x480" (width x height) as (height, width); None stays None."""
     if size is None:

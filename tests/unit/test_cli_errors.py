@@ -174,6 +174,13 @@ def test_a_picture_that_is_none(model: FakeModel, picture: str, capsys: pytest.C
     assert model.calls == [] and not Path("a.png").exists()
 
 
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.GGUF", "llm_config.json"])
+def test_inspect_of_one_file_of_a_model(name: str, model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(name).write_text("{}")
+    assert cli.main(["inspect", name]) == 2
+    assert capsys.readouterr().err == f"error: got the file {name!r}, expected a folder or a picture, give the folder that it is of\n"
+
+
 def test_output_is_a_folder(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
     Path("a.png").mkdir()
     assert cli.main(GENERATE) == 2
