@@ -43,9 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "folders": {"core", "model", "speculative", "train"},
     "chat": {"core", "data", "generate", "speculative", "pipeline"},
     "cli_serve": {"core", "pipeline", "serve", "cli_checks", "cli_options"},
-    "cli_export": {"core", "export", "cli_options"},
+    "cli_export": {"core", "export", "cli_checks", "cli_options"},
     "cli_chat": {"core", "pipeline", "chat", "cli_checks", "cli_options"},
-    "cli_students": {"core", "pipeline", "train", "cli_options"},
+    "cli_students": {"core", "pipeline", "train", "cli_checks", "cli_options"},
     "cli_eval": {"core", "pipeline", "evaluate", "cli_checks", "cli_options"},
     "cli": BELOW_PIPELINE
     | {"pipeline", "train", "evaluate", "demo", "serve", "export", "chat", "folders"}
