@@ -8,7 +8,25 @@ export class ApiError extends Error {
 }
 
 const STORE = "hyperbagel-key";
-export const getKey = () => sessionStorage.getItem(STORE) ?? "";
+let kept = "";  // the key of a page for which the browser stores nothing
+
+export function getKey() {
+  try {
+    return sessionStorage.getItem(STORE) ?? "";
+  } catch {
+    return kept;
+  }
+}
+
+function keepKey(key) {
+  kept = key;
+  try {
+    sessionStorage.setItem(STORE, key);
+  } catch {
+    // storage is forbidden: the key is asked for again on the next page
+  }
+}
+
 export const address = (path) => new URL(path, document.baseURI);
 
 let asking = null;
@@ -23,7 +41,7 @@ export function askKey() {
     dialog.addEventListener("close", () => {
       asking = null;
       const given = dialog.returnValue === "ok";
-      if (given) sessionStorage.setItem(STORE, input.value.trim());
+      if (given) keepKey(input.value.trim());
       resolve(given);
     }, { once: true });
     dialog.showModal();

@@ -14,6 +14,7 @@ export function setUpEdit(panel, card, { editThis, restoreFrom }) {
   const results = panel.querySelector("[data-results]");
   const prompt = panel.querySelector("[name=prompt]");
   const undo = panel.querySelector("[data-undo]");
+  undo.disabled = true;  // Firefox would keep it as it was before a reload
   const history = [];  // {list, paint} before each change of the pictures or of the mask
 
   const remember = () => {

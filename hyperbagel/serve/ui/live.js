@@ -40,6 +40,7 @@ export function setUpLive(panel, card, { editThis }) {
   part("cancel").addEventListener("click", stop);
   panel.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
   onEscape(panel, stop);
+  part("use").disabled = part("save").disabled = true;  // Firefox would keep them as they were before a reload
   part("use").addEventListener("click", () => editThis(state.blob));
   part("save").addEventListener("click", () => download(state.blob, `hyperbagel-${state.seed}.png`));
 

@@ -1,6 +1,14 @@
 // A brush over a picture. What is painted may change; the server gets it as transparency, as OpenAI's API wants it.
 
+import { ApiError } from "./api.js";
+
 const PAINTED = 1024;  // longest side of what is painted on: each undo holds all of it
+
+/** Whether something else is read from a canvas than what is on it: some browsers do so against fingerprinting. */
+function scrambled() {
+  const blank = document.createElement("canvas").getContext("2d");
+  return blank.getImageData(0, 0, 16, 16).data.some(Boolean);
+}
 
 export class Mask {
   constructor(place, { before = () => {} } = {}) {
@@ -11,6 +19,7 @@ export class Mask {
     this.size = place.querySelector("[data-size]");
     this.erase = place.querySelector("[data-erase]");
     this.pen = this.canvas.getContext("2d", { willReadFrequently: true });
+    this.used = false;  // nothing was painted since it was cleared; what is read from the canvas need not be true
     this.at = null;  // where the keyboard's brush is, in pixels of the picture
     place.querySelector("[data-clear]").addEventListener("click", () => { this.before(); this.clear(); });
     this.size.addEventListener("input", () => this.showCursor());
@@ -32,13 +41,16 @@ export class Mask {
     const { naturalWidth: width, naturalHeight: height } = this.image;
     const scale = Math.min(1, PAINTED / Math.max(width, height));
     Object.assign(this.canvas, { width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) });  // this clears it, too
-    this.at = [this.canvas.width / 2, this.canvas.height / 2];
+    Object.assign(this, { used: false, at: [this.canvas.width / 2, this.canvas.height / 2] });
   }
 
-  clear() { this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height); }
+  clear() {
+    this.pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    this.used = false;
+  }
 
   get empty() {
-    if (!this.canvas.width || !this.canvas.height) return true;
+    if (!this.used || !this.canvas.width || !this.canvas.height) return true;
     const { data } = this.pen.getImageData(0, 0, this.canvas.width, this.canvas.height);
     for (let i = 3; i < data.length; i += 4) if (data[i]) return false;
     return true;
@@ -48,12 +60,15 @@ export class Mask {
 
   restore(snapshot) {
     this.clear();
-    if (snapshot && snapshot.width === this.canvas.width && snapshot.height === this.canvas.height) this.pen.putImageData(snapshot, 0, 0);
+    if (!snapshot || snapshot.width !== this.canvas.width || snapshot.height !== this.canvas.height) return;
+    this.pen.putImageData(snapshot, 0, 0);
+    this.used = true;
   }
 
   /** A PNG of the picture's size that is transparent where it is painted; null without paint. */
-  file() {
-    if (this.empty) return Promise.resolve(null);
+  async file() {
+    if (this.empty) return null;
+    if (scrambled()) throw new ApiError("This browser puts noise where a page reads a canvas (protection against fingerprinting), so the mask cannot be sent. Allow this page to read it, or clear the mask.");
     const out = new OffscreenCanvas(this.image.naturalWidth, this.image.naturalHeight);
     const pen = out.getContext("2d");
     pen.fillRect(0, 0, out.width, out.height);
@@ -72,6 +87,7 @@ export class Mask {
     this.pen.moveTo(...from);
     this.pen.lineTo(to[0] + 0.001, to[1]);  // a dot is a line too
     this.pen.stroke();
+    this.used = true;
   }
 
   showCursor(visible = document.activeElement === this.canvas) {

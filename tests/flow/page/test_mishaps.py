@@ -177,3 +177,51 @@ def test_too_many_pictures_are_told(visit: Visit, photo: Path) -> None:
     page.set_input_files("#edit [data-drop] input", [photo] * (most + 2))
     page.wait_for_selector("#note:not([hidden])")
     assert "the first 2 were left out" in page.inner_text("#note") and page.locator("#edit .thumb").count() == most
+
+
+def test_what_firefox_keeps_over_a_reload_is_reset(visit: Visit) -> None:
+    """It puts back whether a button was disabled; here the page comes with all of them enabled, as Firefox then shows it."""
+    page = visit("edit")
+    served = page.request.get(page.url).text()
+    page.route("**/", lambda route: route.fulfill(body=served.replace(" disabled>", ">"), content_type="text/html"))
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    for button in ("#edit [data-undo]", "#live [data-use]", "#live [data-save]"):
+        assert page.locator(button).is_disabled(), button
+    page.unroute_all()
+
+
+def test_the_page_works_where_nothing_may_be_stored(visit: Visit, locked: str) -> None:
+    """As with all cookies blocked; the key is then kept in the page."""
+    page = visit("draw", at=locked, ready=False)
+    page.add_init_script("Object.defineProperty(window, 'sessionStorage', { get() { throw new DOMException('no', 'SecurityError'); } });")
+    page.reload()
+    page.wait_for_selector("#key[open]")
+    page.fill("#key input", "sesame")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("body[data-ready]")
+    page.click("#tab-live")
+    page.wait_for_function("() => document.querySelector('#live [data-link]').textContent === 'connected'")
+
+
+def test_a_canvas_that_is_read_as_noise_is_no_mask(visit: Visit, photo: Path) -> None:
+    """As Firefox has it with resistFingerprinting: without paint there is no mask, with paint it is said why not."""
+    page = visit("edit")
+    page.add_init_script("""const read = CanvasRenderingContext2D.prototype.getImageData;
+        CanvasRenderingContext2D.prototype.getImageData = function (...box) {
+            const image = read.apply(this, box); image.data.fill(90); return image; };""")
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    page.set_input_files("#edit [data-drop] input", photo)
+    page.wait_for_function("() => document.querySelector('#edit canvas').width === 32")
+    sent: list[bytes] = []
+    page.route("**/v1/images/edits", lambda route: (sent.append(route.request.post_data_buffer), route.abort()))
+    page.fill("#edit [name=prompt]", "make it blue")
+    page.click("#edit [type=submit]")
+    page.wait_for_selector("#edit .slot[data-state=failed]")
+    assert len(sent) == 1 and b'name="prompt"' in sent[0] and b'name="mask"' not in sent[0]
+    page.press("#edit .stack canvas", "Space")
+    page.click("#edit [type=submit]")
+    page.wait_for_function("() => document.querySelector('#alert').textContent.includes('fingerprinting')")
+    assert len(sent) == 1
+    page.unroute_all()
