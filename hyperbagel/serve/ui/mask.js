@@ -90,6 +90,13 @@ export class Mask {
     this.used = true;
   }
 
+  /** The brush goes there, so that the keyboard goes on where the pen was. */
+  moveTo(place) {
+    const reach = [this.canvas.width, this.canvas.height];
+    this.at = place.map((value, i) => Math.min(reach[i], Math.max(0, value)));
+    this.showCursor();
+  }
+
   showCursor(visible = document.activeElement === this.canvas) {
     this.cursor.hidden = !visible || !this.at;
     if (this.cursor.hidden) return;
@@ -111,10 +118,12 @@ export class Mask {
       canvas.setPointerCapture(event.pointerId);
       last = point(event);
       this.stroke(last, last);
+      this.moveTo(last);
     });
     canvas.addEventListener("pointermove", (event) => {
       if (!last) return;
       for (const one of event.getCoalescedEvents?.() ?? [event]) { const next = point(one); this.stroke(last, next); last = next; }
+      this.moveTo(last);
     });
     for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind, () => { last = null; });
     const ways = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -123,16 +132,12 @@ export class Mask {
       if (!this.at || !(way || event.key === " ")) return;
       event.preventDefault();
       const from = this.at;
-      if (way) {
-        const reach = [canvas.width, canvas.height];
-        this.at = this.at.map((value, i) => Math.min(reach[i], Math.max(0, value + way[i] * this.radius)));
-      }
+      if (way) this.moveTo(from.map((value, i) => value + way[i] * this.radius));
       if (!way || event.shiftKey) {
         if (!held) this.before();
         held = true;
         this.stroke(from, this.at);
       }
-      this.showCursor();
     });
     canvas.addEventListener("keyup", (event) => { if ([" ", "Shift"].includes(event.key)) held = false; });
     canvas.addEventListener("focus", () => this.showCursor());

@@ -192,11 +192,15 @@ def test_a_brushed_mask_keeps_the_rest(visit: Visit, photo: Path, tmp_path: Path
     page.set_input_files("#edit [data-drop] input", photo)
     page.fill("#edit [name=steps]", "2")
     page.wait_for_selector("#edit .stack img[src]")
+    page.locator("#edit .stack canvas").scroll_into_view_if_needed()
     box = page.locator("#edit .stack canvas").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.25)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.35, box["y"] + box["height"] * 0.35, steps=4)
     page.mouse.up()
+    ring, stack = page.locator("#edit .cursor").bounding_box(), page.locator("#edit .stack").bounding_box()
+    for side, at in (("width", "x"), ("height", "y")):  # the brush is where the pen was
+        assert abs((ring[at] + ring[side] / 2 - stack[at]) / stack[side] - 0.35) < 0.02
     slot = run(page, "edit", "make it green")
     source, made = pixels(photo).astype(int), pixels(saved(page, slot, tmp_path / "a.png")).astype(int)
     changed = np.abs(made - source).max(-1) > 0
