@@ -66,10 +66,11 @@ export function setUpAsk(panel, card) {
         if (near) turn.scrollIntoView({ block: "nearest" });
       }
       if (!ended) throw new ApiError("The connection broke off in the middle of the answer.");
-      if (asking !== talks) return;
+      if (asking !== talks) return "";
       messages.push(asked, { role: "assistant", content: text.textContent });
       for (const blob of fresh) sent.add(blob);
       turn.dataset.state = "done";
+      return text.textContent;
     } catch (error) {
       turn.dataset.state = error.name === "AbortError" ? "cancelled" : "failed";
       facts.textContent = `${turn.dataset.state}; this question is not part of the conversation`;

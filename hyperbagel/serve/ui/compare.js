@@ -52,5 +52,6 @@ export function setUpCompare(panel, card, { editThis }) {
       teacher ??= name === "none" ? spent : null;
       if (teacher && name !== "none") slot.caption.prepend(make("p", { className: "speed", textContent: `read and denoised ${(teacher / spent).toFixed(1)} times as fast as the teacher` }));
     }
+    return `All are drawn, seed ${value}.`;
   });
 }

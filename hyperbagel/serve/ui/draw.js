@@ -14,7 +14,7 @@ export function setUpDraw(panel, card, { editThis, restoreFrom }) {
     const slots = Array.from({ length: n }, () => new Slot({ alt: prompt.value, actions: { "Edit this": editThis, "Restore settings": restoreFrom } }));
     place(slots, results);
     const request = { prompt: prompt.value, n, ...body, ...STREAM };
-    await drawInto(slots, "v1/images/generations", jsonBody(request), body.seed, signal);
+    return drawInto(slots, "v1/images/generations", jsonBody(request), body.seed, signal);
   });
   return {
     restore(found) {

@@ -52,7 +52,7 @@ export function setUpEdit(panel, card, { editThis, restoreFrom }) {
     const slot = () => new Slot({ alt: prompt.value, before: paint ? pictures.list[0] : before, actions: { "Use as input": editThis, "Restore settings": restoreFrom } });
     const slots = Array.from({ length: n }, slot);
     place(slots, results);
-    await drawInto(slots, "v1/images/edits", { method: "POST", body: form }, body.seed, signal);
+    return drawInto(slots, "v1/images/edits", { method: "POST", body: form }, body.seed, signal);
   });
 
   return {

@@ -26,6 +26,9 @@ export function note(text) {
   noteTimer = setTimeout(() => { noteBox.hidden = true; }, 8000);
 }
 
+/** Tells who does not see the page that something has ended. */
+function say(text) { document.getElementById("said").textContent = text; }
+
 /** An element with properties and children. */
 export function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -49,7 +52,7 @@ export function onEscape(panel, stop) {
   document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) stop(); });
 }
 
-/** Submitting starts `work(signal)`; Cancel, Escape and a second start end it. Ctrl+Enter in a text submits. */
+/** Submitting starts `work(signal)`, which gives the words that say it is done; Cancel and Escape end it. Ctrl+Enter in a text submits. */
 export function runner(panel, work) {
   const form = panel.querySelector("form");
   const cancel = panel.querySelector("[data-cancel]");
@@ -63,10 +66,12 @@ export function runner(panel, work) {
     cancel.disabled = false;
     panel.setAttribute("aria-busy", "true");
     clearError();
+    say("");
     try {
-      await work(controller.signal);
+      say(await work(controller.signal));
     } catch (error) {
       showError(error);
+      if (error?.name === "AbortError") say("Cancelled.");
     } finally {
       controller = null;
       submit.disabled = false;
@@ -79,7 +84,8 @@ export function runner(panel, work) {
   // a wrong value behind a closed "More settings" could not be shown
   form.addEventListener("invalid", (event) => event.target.closest("details")?.setAttribute("open", ""), true);
   panel.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.isComposing && event.target.tagName === "TEXTAREA" && (event.ctrlKey || event.metaKey || form.dataset.enter)) {
+    const composing = event.isComposing || event.keyCode === 229;  // Safari tells the end of a composition before the Enter that ended it
+    if (event.key === "Enter" && !composing && event.target.tagName === "TEXTAREA" && (event.ctrlKey || event.metaKey || form.dataset.enter)) {
       if (event.shiftKey) return;
       event.preventDefault();
       form.requestSubmit();

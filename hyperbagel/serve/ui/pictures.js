@@ -105,7 +105,7 @@ export function place(slots, results) {
   slots[0].element.scrollIntoView({ block: "nearest" });
 }
 
-/** Asks for pictures as a stream and shows each in its slot, in order of the seeds. Throws what went wrong. */
+/** Asks for pictures as a stream and shows each in its slot, in order of the seeds. Returns words that say so, throws what went wrong. */
 export async function drawInto(slots, path, options, seed, signal) {
   const name = (index) => String(BigInt(seed) + BigInt(index));
   try {
@@ -117,6 +117,7 @@ export async function drawInto(slots, path, options, seed, signal) {
       else if (kind === "completed") slot.done(event, name(event.index ?? 0));
     }
     if (slots.some((slot) => slot.element.dataset.state !== "done")) throw new ApiError("The connection broke off in the middle of the answer.");
+    return slots.length > 1 ? `${slots.length} pictures are done, seeds from ${seed}.` : `The picture is done, seed ${seed}.`;
   } catch (error) {
     const cancelled = error.name === "AbortError";
     for (const slot of slots) slot.end(cancelled ? "cancelled" : "failed", cancelled ? "cancelled" : "failed");

@@ -130,6 +130,94 @@ def test_light_and_dark_can_be_read(visit: Visit, scheme: str) -> None:
         assert (light + 0.05) / (dark + 0.05) >= 4.5, text
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_fields_and_their_hints_can_be_made_out(visit: Visit, scheme: str) -> None:
+    """WCAG AA: 4.5 to 1 for what stands in an empty field, 3 to 1 for a field's edge and for the ring of what has the focus."""
+    page = visit("draw")
+    page.emulate_media(color_scheme=scheme)
+    find = "([s, p, of]) => getComputedStyle(document.querySelector(s), of)[p]"
+    page_, field = (luminance(page.evaluate(find, [s, "backgroundColor", None])) for s in ("body", "#draw textarea"))
+    contrast = lambda a, b: (max(a, b) + 0.05) / (min(a, b) + 0.05)  # noqa: E731
+    hint = page.evaluate(find, ["#draw [name=steps]", "color", "::placeholder"])
+    assert hint.startswith("rgb(") and contrast(luminance(hint), field) >= 4.5
+    for control in ("textarea", "select", "[name=steps]", "[name=seed]"):
+        edge = luminance(page.evaluate(find, [f"#draw {control}", "borderTopColor", None]))
+        assert min(contrast(edge, page_), contrast(edge, field)) >= 3, control
+    page.focus("#draw textarea")
+    assert contrast(luminance(page.evaluate(find, ["#draw textarea", "outlineColor", None])), page_) >= 3
+
+
+def test_the_mask_s_ring_is_as_strong_as_any(visit: Visit, photo: Path) -> None:
+    """Its canvas is translucent; the ring is of what is around it."""
+    page = visit("edit")
+    page.set_input_files("#edit [data-drop] input", photo)
+    page.wait_for_selector("#edit .stack img[src]")
+    page.focus("#edit [data-size]")
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("document.activeElement.tagName") == "CANVAS"
+    style = page.locator("#edit .stack").evaluate("e => [getComputedStyle(e).outlineStyle, getComputedStyle(e).opacity]")
+    assert style == ["solid", "1"]
+
+
+@pytest.mark.parametrize(("width", "size"), [(320, "100%"), (390, "200%")])
+def test_a_narrow_screen_and_text_of_twice_the_size(visit: Visit, photo: Path, width: int, size: str) -> None:
+    page = visit("draw", width=width, height=700)
+    rules = "[...document.styleSheets[0].cssRules].find((r) => r.selectorText === ':root').style.fontSize"
+    assert page.evaluate(rules) == "100%", "the size that was chosen in the browser's settings"
+    page.evaluate("size => { document.documentElement.style.fontSize = size; }", size)
+    page.set_input_files("#edit [data-drop] input", photo)
+    for tab in TABS:
+        page.click(f"#tab-{tab}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
+        what = ", ".join(f"#{tab} {kind}:visible" for kind in ("button", "select", "textarea", "input:not([type=file])"))
+        for control in page.locator(f"{what}, [role=tab], #{tab} label.check:visible").all():
+            box = control.bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width, f"{tab}: {control.evaluate('e => e.outerHTML')}"
+        for check in page.locator(f"#{tab} label.check:visible").all():
+            assert check.bounding_box()["height"] >= 24
+        for seed in page.locator(f"#{tab} [name=seed]").all():
+            assert seed.evaluate("e => e.clientWidth / parseFloat(getComputedStyle(e).fontSize)") >= 6, "its digits can be read"
+
+
+def test_on_a_phone_what_has_the_focus_is_not_behind_the_live_picture(visit: Visit) -> None:
+    page = visit("live", width=390, height=560)
+    page.focus("#live [data-full]")
+    page.evaluate("scrollTo(0, 9999)")
+    seen = """() => { const e = document.activeElement, box = e.getBoundingClientRect();
+        const at = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+        return [e.name || e.textContent, e.contains(at)]; }"""
+    found = []
+    while not found or found[-1][0] != "prompt":
+        page.keyboard.press("Shift+Tab")
+        found.append(page.evaluate(seen))
+        assert len(found) < 20
+    assert all(free for _, free in found), found
+
+
+def test_the_end_of_a_work_is_said(visit: Visit) -> None:
+    """To who hears the page: in a live region that is there from the start."""
+    page = visit("draw")
+    assert page.locator("#said").evaluate("e => e.parentElement.role") == "status"
+    page.fill("#draw [name=steps]", "1")
+    page.fill("#draw [name=seed]", "3")
+    page.fill("#draw [name=prompt]", "a red car")
+    page.click("#draw [type=submit]")
+    page.wait_for_function("() => document.querySelector('#said').textContent === 'The picture is done, seed 3.'")
+    page.fill("#draw [name=steps]", "10000")
+    page.click("#draw [type=submit]")
+    page.wait_for_selector("#draw .slot[data-state=drawing]")
+    assert page.text_content("#said") == ""
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => document.querySelector('#said').textContent === 'Cancelled.'")
+    page.click("#tab-ask")
+    page.fill("#ask [name=max_tokens]", "3")
+    page.fill("#ask [name=prompt]", "what?")
+    page.press("#ask [name=prompt]", "Enter")
+    page.wait_for_selector("#ask .turn[data-state=done]")
+    page.wait_for_selector("#ask:not([aria-busy])")
+    assert page.text_content("#said") == page.text_content("#ask .turn .text")
+
+
 def test_a_key_is_asked_for_and_used_everywhere(visit: Visit, locked: str) -> None:
     page = visit("draw", at=locked, ready=False)
     page.wait_for_selector("#key[open]")
