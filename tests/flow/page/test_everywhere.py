@@ -159,6 +159,14 @@ def test_the_mask_s_ring_is_as_strong_as_any(visit: Visit, photo: Path) -> None:
     assert style == ["solid", "1"]
 
 
+def test_the_chosen_tab_is_seen_in_the_system_s_colours(visit: Visit) -> None:
+    page = visit("draw")
+    page.emulate_media(forced_colors="active")
+    edge = "s => getComputedStyle(document.querySelector(s)).borderBottomColor"
+    chosen, other = (page.evaluate(edge, f"#tab-{tab}") for tab in ("draw", "edit"))
+    assert other == page.evaluate("getComputedStyle(document.body).backgroundColor") != chosen
+
+
 @pytest.mark.parametrize(("width", "size"), [(320, "100%"), (390, "200%")])
 def test_a_narrow_screen_and_text_of_twice_the_size(visit: Visit, photo: Path, width: int, size: str) -> None:
     page = visit("draw", width=width, height=700)
