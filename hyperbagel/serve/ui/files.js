@@ -13,6 +13,12 @@ export async function checkPicture(blob) {
   }
 }
 
+/** The files that were dropped. One of this page's own pictures comes as a file in Chromium, in Firefox only as its address. */
+function filesOf(transfer) {
+  const own = [...document.images].find((image) => image.blob && image.src === transfer.getData("text/uri-list"));
+  return own && !transfer.files.length ? [own.blob] : [...transfer.files];
+}
+
 export class Pictures {
   /** place: an element with [data-drop] inside. most: how many are held, the newest stay. changed(list) after, before(list) before. */
   constructor(place, { most = Infinity, changed = () => {}, before = () => {} } = {}) {
@@ -28,7 +34,9 @@ export class Pictures {
       event.stopPropagation();
       this.drop.classList.remove("over");
       document.dispatchEvent(new Event("dropped"));
-      this.add([...event.dataTransfer.files]);
+      const files = filesOf(event.dataTransfer);
+      if (files.length) this.add(files);
+      else showError(new ApiError("No file was dropped. Save the picture first, then drop its file."));
     });
   }
 

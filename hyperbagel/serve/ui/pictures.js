@@ -7,7 +7,7 @@ import { make, ms } from "./page.js";
 const TINY = 200;  // pixels: smaller pictures are shown with hard edges rather than blurred
 
 export function imageOf(blob, alt) {
-  const image = make("img", { alt, src: URL.createObjectURL(blob) });
+  const image = make("img", { alt, blob, src: URL.createObjectURL(blob) });
   image.addEventListener("load", () => image.classList.toggle("tiny", image.naturalWidth <= TINY), { once: true });
   return image;
 }

@@ -146,7 +146,7 @@ def test_a_mask_is_of_the_pictures_size_whatever_is_painted_on(size: tuple[int, 
     page = visit("edit")
     page.set_input_files("#edit [data-drop] input", tmp_path / "wide.png")
     page.wait_for_selector("#edit .stack img[src]")
-    page.wait_for_function("() => document.querySelector('#edit canvas').width > 1")
+    page.wait_for_function("() => document.querySelector('#edit canvas').width !== 300")  # a canvas's own width until the picture is there
     painted = page.locator("#edit .stack canvas").evaluate("e => [e.width, e.height]")
     assert painted == (list(size) if max(size) <= 1024 else [1024, 512])
     page.focus("#edit .stack canvas")
@@ -225,3 +225,18 @@ def test_a_canvas_that_is_read_as_noise_is_no_mask(visit: Visit, photo: Path) ->
     page.wait_for_function("() => document.querySelector('#alert').textContent.includes('fingerprinting')")
     assert len(sent) == 1
     page.unroute_all()
+
+
+def test_a_picture_of_the_page_can_be_dropped_by_its_address(visit: Visit, photo: Path) -> None:
+    """Which is all that Firefox gives of it; what else comes without a file is told."""
+    page = visit("edit")
+    page.set_input_files("#edit [data-drop] input", photo)
+    page.wait_for_selector("#edit .thumb")
+    drop = """url => { const transfer = new DataTransfer(); transfer.setData("text/uri-list", url);
+        const drop = new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
+        document.querySelector("#edit [data-drop]").dispatchEvent(drop); }"""
+    page.evaluate(drop, page.get_attribute("#edit .thumb img", "src"))
+    page.wait_for_selector("#edit .thumb >> nth=1")
+    page.evaluate(drop, "https://example.org/a.png")
+    page.wait_for_selector("#alert:not([hidden])")
+    assert "No file was dropped" in page.inner_text("#alert") and page.locator("#edit .thumb").count() == 2
