@@ -143,6 +143,7 @@ def test_fields_and_their_hints_can_be_made_out(visit: Visit, scheme: str) -> No
     for control in ("textarea", "select", "[name=steps]", "[name=seed]"):
         edge = luminance(page.evaluate(find, [f"#draw {control}", "borderTopColor", None]))
         assert min(contrast(edge, page_), contrast(edge, field)) >= 3, control
+    assert page.evaluate(find, ["#compare .slot.off", "opacity", None]) == "1", "that a student is not installed is to be read, too"
     page.focus("#draw textarea")
     assert contrast(luminance(page.evaluate(find, ["#draw textarea", "outlineColor", None])), page_) >= 3
 
