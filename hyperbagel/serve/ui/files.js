@@ -1,4 +1,4 @@
-// Pictures that are chosen or dropped, with a thumbnail each.
+// Pictures that are chosen, dropped or pasted, with a thumbnail each.
 
 import { ApiError } from "./api.js";
 import { make, note, showError } from "./page.js";
@@ -37,6 +37,13 @@ export class Pictures {
       const files = filesOf(event.dataTransfer);
       if (files.length) this.add(files);
       else showError(new ApiError("No file was dropped. Save the picture first, then drop its file."));
+    });
+    document.addEventListener("paste", (event) => {
+      const files = [...event.clipboardData.files];
+      // What office programs copy is text and a picture of it: the text is meant.
+      if (place.hidden || !files.length || event.clipboardData.getData("text/plain")) return;
+      event.preventDefault();
+      this.add(files);
     });
   }
 

@@ -240,3 +240,20 @@ def test_a_picture_of_the_page_can_be_dropped_by_its_address(visit: Visit, photo
     page.evaluate(drop, "https://example.org/a.png")
     page.wait_for_selector("#alert:not([hidden])")
     assert "No file was dropped" in page.inner_text("#alert") and page.locator("#edit .thumb").count() == 2
+
+
+def test_a_pasted_picture_joins_the_open_tab(visit: Visit, photo: Path) -> None:
+    """A copy of text that brings a picture along, as office programs make it, stays text."""
+    page = visit("edit")
+    paste = """([bytes, text]) => { const transfer = new DataTransfer();
+        transfer.items.add(new File([new Uint8Array(bytes)], "pasted.png", { type: "image/png" }));
+        if (text) transfer.setData("text/plain", text);
+        const event = new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true, cancelable: true });
+        return !document.querySelector("#edit [name=prompt]").dispatchEvent(event); }"""
+    taken = page.evaluate(paste, [list(photo.read_bytes()), ""])
+    page.wait_for_selector("#edit .thumb")
+    assert taken and not page.evaluate(paste, [list(photo.read_bytes()), "a table"])
+    page.click("#tab-ask")
+    assert page.evaluate(paste, [list(photo.read_bytes()), ""])
+    page.wait_for_selector("#ask .thumb")
+    assert page.locator("#edit .thumb").count() == page.locator("#ask .thumb").count() == 1
