@@ -19,6 +19,8 @@ from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, check_mask
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
 
 DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "max_think_tokens")
+# Not TIFF: its tiles may be far larger than its picture, so that some hundred bytes would be unpacked into gigabytes.
+SENT = tuple(kind for kind in FORMATS if kind != "TIFF")
 SYSTEM = ("system", "developer")  # two names of one role
 
 
@@ -173,9 +175,9 @@ class Incoming:
         believed."""
         param = "mask" if name == "mask" else "image"
         try:
-            width, height = Image.open(io.BytesIO(data), formats=FORMATS).size
+            width, height = Image.open(io.BytesIO(data), formats=SENT).size
         except UnidentifiedImageError as error:
-            raise ApiError(400, f"{name}: got a file that is no picture, expected PNG, JPEG, WebP or the like", param=param) from error
+            raise ApiError(400, f"{name}: got a file that is no picture, expected PNG, JPEG, WebP, GIF or BMP", param=param) from error
         except Image.DecompressionBombError as error:
             told = f"{name}: got far too many pixels, expected at most {self.limits.image_pixels}; make it smaller"
             raise ApiError(400, told, param=param, code="image_too_large") from error
