@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -11,13 +12,18 @@ from hyperbagel import cli_checks as checks
 from hyperbagel.cli_options import Dtype, Graphs, Model, given, note
 from hyperbagel.core.errors import InputError
 
+KEY_VARIABLE = "HYPERBAGEL_API_KEY"
+
 
 def serve(
     model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8000,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Name by which a proxy may call a server of this machine alone that has no key; repeatable.")
+    ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Key that clients must send.", envvar="HYPERBAGEL_API_KEY", show_default="none is asked for")
+        str | None, typer.Option(help="Key that clients must send.", envvar=KEY_VARIABLE, show_default="none is asked for")
     ] = None,
     queue: Annotated[int | None, typer.Option(help="Pictures and answers that may wait.", show_default="64")] = None,
     name: Annotated[str | None, typer.Option(help="What requests call the model.", show_default="its folder's name")] = None,
@@ -35,26 +41,31 @@ def serve(
         raise InputError("got --replicas and several --device, expected one of the two; each replica has one device")
     if not 0 <= port < 2**16:
         raise InputError(f"got --port {port}, expected 0 to 65535, choose another")
-    if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+    if api_key is None and os.environ.get(KEY_VARIABLE) == "":  # -e HYPERBAGEL_API_KEY=$KEY without a KEY must not serve everybody
+        raise InputError(f"got an empty {KEY_VARIABLE}, expected a key; unset it to serve without one")
+    private = host in ("127.0.0.1", "localhost", "::1")
+    if api_key is None and not private:
         note("warning: no --api-key: whoever reaches this address may use the model")
     from hyperbagel.pipeline import HyperBagel
     from hyperbagel.serve.app import create_app
     from hyperbagel.serve.run import bind, run, warm_up
     from hyperbagel.serve.schemas import Limits
 
+    # A page of any site may let its name point at this machine: what only this machine should reach is not called by such a name.
+    hosts = allow_host or ([] if private and api_key is None else None)
     loaded = given(model=model, dtype=dtype, graphs=graphs or None)
     limits = Limits() if queue is None else Limits(waiting=queue)
     if replicas is not None:
         from hyperbagel.serve.replicas import Settings, run_replicas
 
-        settings = Settings(**loaded, device=device[0] if device else None, api_key=api_key, name=name, limits=limits)
+        settings = Settings(**loaded, device=device[0] if device else None, api_key=api_key, name=name, limits=limits, hosts=hosts)
         run_replicas(settings, replicas, host, port, lambda address: _tell(f"{replicas} x {settings.model}", address))
         return
     with bind(host, port) as listener:  # first: a taken port must not cost the loading of a model
         models = [HyperBagel.from_pretrained(**loaded, device=one) for one in device or (None,)]
         for one in models:
             warm_up(one)
-        app = create_app(models, api_key=api_key, name=name, limits=limits)
+        app = create_app(models, api_key=api_key, name=name, limits=limits, hosts=hosts)
         run(app, listener, host, lambda address: _tell(models[0].name, address))
 
 

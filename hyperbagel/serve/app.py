@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +35,12 @@ DRAIN_SECONDS = 30.0
 
 
 def create_app(
-    model: HyperBagel | Sequence[HyperBagel], *, api_key: str | None = None, name: str | None = None, limits: Limits | None = None
+    model: HyperBagel | Sequence[HyperBagel],
+    *,
+    api_key: str | None = None,
+    name: str | None = None,
+    limits: Limits | None = None,
+    hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """The server as an ASGI application.
 
@@ -44,8 +49,10 @@ def create_app(
         api_key: what clients must send; None: no key is asked for.
         name: what the model is called in requests; default: its folder's name.
         limits: what is accepted.
+        hosts: names by which it may be called besides localhost, addresses and names of a local network; None: any name.
     """
-    if api_key is not None and not api_key.strip():
+    api_key = None if api_key is None else api_key.strip()  # clients cannot send what is around it, such as a line's end from a file
+    if api_key == "":
         raise InputError("got an empty API key, expected some characters; leave it out to serve without one")
     models = [model] if isinstance(model, HyperBagel) else list(model)
     limits, metrics = limits or Limits(), Metrics()
@@ -65,7 +72,8 @@ def create_app(
     app.add_api_websocket_route("/v1/live", Live(engine, incoming, api_key).serve)
     add_page(app)
     paths = {str(getattr(route, "path", "")) for route in service.router().routes}
-    app.add_middleware(Guard, api_key=api_key, body_bytes=limits.body_bytes, metrics=metrics, paths=paths)
+    names = None if hosts is None else {host.lower() for host in hosts}
+    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics, paths=paths, hosts=names)
     for kind in (RequestValidationError, ValidationError, InputError, ApiError, StarletteHTTPException):
         app.add_exception_handler(kind, _refuse)
     return app
@@ -185,4 +193,7 @@ class Service:
 async def _refuse(request: Request, error: Exception) -> Response:
     """Every refusal in OpenAI's form."""
     told = as_api_error(error)
+    if isinstance(error, StarletteHTTPException) and told.status in (404, 405):
+        what = f"got {request.method} {request.url.path[:80]}, expected an endpoint of this server; GET /openapi.json lists them"
+        told = ApiError(told.status, what, headers=told.headers)
     return JSONResponse(told.body(), told.status, headers=told.headers)

@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from fastapi import WebSocket, WebSocketDisconnect
 from PIL.Image import Image
@@ -27,7 +26,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel, ImageResult
-from hyperbagel.serve.guard import check_key
+from hyperbagel.serve.guard import check_key, is_same_origin
 from hyperbagel.serve.incoming import Incoming, data_url
 from hyperbagel.serve.outgoing import file_of
 from hyperbagel.serve.schemas import ApiError, GenerationBody, Scale, Strict
@@ -106,10 +105,10 @@ class Live:
         await socket.accept()
         line = _Connection(socket, self)
         try:
-            if not _same_origin(socket):
+            if not is_same_origin(socket.headers):
                 raise ApiError(403, "got a page of another site, expected one of this server; open the server's own address")
-            async with self._place():
-                await line.greet()
+            await line.greet()
+            async with self._place():  # not before: who has no key must not keep out who has one
                 await line.run()
         except WebSocketDisconnect:
             pass
@@ -161,11 +160,11 @@ class _Connection:
             raise ApiError(400, f"got nothing for {HELLO_SECONDS:g} s, expected hello; connect again") from error
         if not isinstance(message, Hello):
             raise ApiError(400, f"got {message.type!r} first, expected hello; send the key with it if the server has one")
-        check_key(self.live.api_key, message.key.encode())
-        await self._say({"type": "ready", "tiers": self.tiers})
+        check_key(self.live.api_key, message.key.strip().encode())
 
     async def run(self) -> None:
         """Until the client goes away."""
+        await self._say({"type": "ready", "tiers": self.tiers})
         worker = asyncio.create_task(self._work())
         try:
             while True:
@@ -278,12 +277,3 @@ def _id(text: str) -> int | None:
         return Named.model_validate_json(text).id
     except ValidationError:
         return None
-
-
-def _same_origin(socket: WebSocket) -> bool:
-    """Browsers let any site open a socket to any server, so a page of another one is turned away; programs send no origin."""
-    origin = socket.headers.get("origin")
-    try:
-        return origin is None or urlsplit(origin).netloc == socket.headers.get("host")
-    except ValueError:  # no address at all
-        return False

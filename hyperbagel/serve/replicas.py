@@ -34,6 +34,7 @@ class Settings:
     api_key: str | None = None
     name: str | None = None
     limits: Limits = field(default_factory=Limits)
+    hosts: list[str] | None = None
 
 
 class Replica:
@@ -48,7 +49,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         s = self.settings
-        return create_app(self.model, api_key=s.api_key, name=s.name, limits=s.limits)
+        return create_app(self.model, api_key=s.api_key, name=s.name, limits=s.limits, hosts=s.hosts)
 
 
 def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, WithJsonSchema
 
 PROMPT_CHARACTERS = 100_000  # the model's own limit, in tokens, is checked when a request is prepared
+PARTS = 1000  # of a message: millions of small ones would take far more memory than their body
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Limits:
     """What one server accepts. Above it: a 4xx before any work is done."""
 
     body_bytes: int = 64 * 2**20
+    bodies_bytes: int = 512 * 2**20  # of all requests at work and waiting: a body is kept until its request is answered
+    body_seconds: float = 60.0  # without any more of a body that has begun
+    json_values: int = 200_000  # of a body that is JSON: small values take far more memory than their text
     image_pixels: int = 4096 * 4096  # of one uploaded picture
     images: int = 16  # pictures in one request
     n: int = 10  # results of one request
@@ -173,8 +177,8 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=PROMPT_CHARACTERS)] | list[Part] | None = None
-    images: list[SentPicture] | None = Field(None, description="Pictures of an assistant's earlier answer.")
+    content: Annotated[str, Field(max_length=PROMPT_CHARACTERS)] | Annotated[list[Part], Field(max_length=PARTS)] | None = None
+    images: list[SentPicture] | None = Field(None, max_length=PARTS, description="Pictures of an assistant's earlier answer.")
 
 
 class StreamOptions(BaseModel):
@@ -196,7 +200,7 @@ class ChatBody(Knobs, Ignored):
         max_length=64,
         description="Who drafts ahead: auto, lookup, one of /v1/models, or none. Speed alone changes.",
     )
-    modalities: list[Literal["text", "image"]] | None = Field(None, description="With 'image' the answer is a picture.")
+    modalities: list[Literal["text", "image"]] | None = Field(None, max_length=10, description="With 'image' the answer is a picture.")
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of a picture that is drawn.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -211,6 +215,12 @@ class ChatBody(Knobs, Ignored):
     response_format: Annotated[Any, Neutral({"type": "text"}, "leave it out, and ask for the form in the message")] = None
     tools: Annotated[Any, Neutral([], "leave it out, this model calls none")] = None
     tool_choice: Annotated[Any, Neutral("none", "leave it out, this model calls no tools")] = None
+    functions: Annotated[Any, Neutral([], "leave it out, this model calls none")] = None
+    function_call: Annotated[Any, Neutral("none", "leave it out, this model calls no functions")] = None
+    reasoning_effort: Annotated[Any, Neutral("none", "leave it out, and set think")] = None
+    verbosity: Annotated[Any, Neutral("medium")] = None
     parallel_tool_calls: bool | None = Field(None, description="Ignored: this model calls no tools.")
     store: Any = Field(None, description="Ignored.")
     service_tier: Any = Field(None, description="Ignored.")
+    prompt_cache_key: Any = Field(None, description="Ignored.")
+    prompt_cache_retention: Any = Field(None, description="Ignored.")

@@ -40,7 +40,10 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError | ValidationError):
         return _wrong_body(error)
     if isinstance(error, StarletteHTTPException):
-        return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        told = str(error.detail)
+        if error.status_code == 400:  # what no decoder of JSON has a place for: nested too deep, not UTF-8, numbers of thousands of digits
+            told = f"got a body that cannot be read ({told}), expected a JSON object in UTF-8"
+        return ApiError(error.status_code, told, headers=dict(error.headers or {}))
     if isinstance(error, InputError):
         return ApiError(400, str(error))
     return internal_error()
@@ -48,7 +51,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
     """What is wrong with a body. Of the alternatives of a field the one that fits furthest is what the client meant."""
-    first: Any = max(error.errors(), key=lambda detail: len(detail["loc"]))
+    first: Any = max(error.errors(), key=lambda detail: (len(detail["loc"]), detail["type"] == "too_long"))
     kind, path = first["type"], list(first["loc"])
     if kind == "json_invalid":  # its place is a character, not a field
         place = f", character {path[-1]}" if path else ""  # a text that was read on its own, as Live's messages are, has none
@@ -75,8 +78,8 @@ def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
 
 
 def _short(value: Any) -> str:
-    """A value as a message can hold it."""
-    text = repr(value)
+    """A value as a message can hold it. Of a long one the rest is not written out: it may be millions of values."""
+    text = repr(value[:60]) if isinstance(value, str | bytes | list | tuple) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

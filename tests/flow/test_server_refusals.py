@@ -67,6 +67,7 @@ WRONG: dict[str, tuple[Callable[[openai.OpenAI], Any], type[openai.APIStatusErro
     "student of text": (chat(extra_body={"student": "nobody"}), BAD, "none"),
     "size of text": (chat(extra_body={"size": "big"}), BAD, "WIDTHxHEIGHT"),
     "drafter of a picture": (chat(extra_body={"drafter": "nobody", "modalities": ["image"]}), BAD, "lookup, auto, none"),
+    "reasoning_effort": (chat(reasoning_effort="low"), BAD, 'expected "none" or null; leave it out, and set think'),
     "top_p": (chat(top_p=0.5), BAD, "top_p: got 0.5, expected 1 or null; leave it out"),
     "logprobs": (chat(logprobs=True), BAD, "logprobs: got True, expected false or null; leave it out"),
     "key": (lambda client: client.with_options(api_key="wrong").models.list(), openai.AuthenticationError, "API key"),
@@ -109,6 +110,12 @@ NOTHING: dict[str, list[Any]] = {
     "top_p": [1, 1.0],
     "presence_penalty": [0, 0.0],
     "frequency_penalty": [0, 0.0],
+    "functions": [[]],
+    "function_call": ["none"],
+    "reasoning_effort": ["none"],
+    "verbosity": ["medium"],
+    "prompt_cache_key": ["x"],
+    "prompt_cache_retention": ["24h"],
 }
 
 
@@ -153,5 +160,35 @@ def test_a_body_and_a_picture_that_are_too_large(model: HyperBagel) -> None:
     for image, more in ((png("red"), {}), (png("red"), {"mask": png("white")}), (png("red", 8), {"mask": png("white")})):
         large = http.post("/v1/images/edits", data={"prompt": "x"}, files={"image": image, **more})
         assert large.status_code == 400 and large.json()["error"]["code"] == "image_too_large"
-    assert http.get("/nowhere").json()["error"]["message"] == "Not Found"
-    assert http.get("/v1/chat/completions").status_code == 405
+
+
+def test_what_is_not_here_is_named(http: TestClient) -> None:
+    for status, method, path in ((404, "POST", "/v1/responses"), (405, "GET", "/v1/chat/completions"), (404, "GET", "/ui/nothing")):
+        answer = http.request(method, path)
+        told = f"got {method} {path}, expected an endpoint of this server; GET /openapi.json lists them"
+        assert (answer.status_code, answer.json()["error"]["message"]) == (status, told)
+
+
+@pytest.mark.parametrize("content", [b"[" * 5000, b'{"prompt":"\xff"}', b'{"prompt":"x","seed":' + b"9" * 5000 + b"}"])
+def test_what_no_json_decoder_reads(http: TestClient, content: bytes) -> None:
+    answer = http.post("/v1/images/generations", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("got a body that cannot be read (")
+
+
+def test_bodies_of_very_many_small_values(http: TestClient, model: HyperBagel) -> None:
+    """Each takes far more memory, and time of the one thread that reads them, than its few bytes."""
+    part = {"type": "text", "text": "x"}
+    for message, where in (
+        ({"role": "user", "content": [part] * 1001}, "messages.0.content"),
+        ({"role": "user", "images": [{"image_url": {"url": "x"}}] * 1001}, "messages.0.images"),
+    ):
+        answer = http.post("/v1/chat/completions", json={"messages": [message]})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == where
+        assert "at most 1000 items" in answer.json()["error"]["message"] and len(answer.text) < 400
+    assert http.post("/v1/chat/completions", json={"messages": [], "modalities": ["text"] * 11}).status_code == 400
+    few = TestClient(create_app(model, limits=Limits(json_values=100)))
+    answer = few.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": [part] * 60}]})
+    assert answer.status_code == 413 and "more than 100 values" in answer.json()["error"]["message"]
+    picture = {"image": b"," * 200}
+    told = few.post("/v1/images/edits", data={"prompt": "x"}, files=picture).json()["error"]["message"]
+    assert "no picture" in told, "a form's files are no values"
