@@ -81,7 +81,7 @@ class Guard:
             if gone:  # in the middle of its request or of its answer: there is nobody to tell
                 return
             if not isinstance(error, ApiError):
-                logger.exception("error while answering %s %s", scope["method"], scope["path"])
+                logger.exception("error while answering %s %r", scope["method"], scope["path"])  # %r: a path may hold line ends
                 error = internal_error()
             if status == 0:
                 status = error.status

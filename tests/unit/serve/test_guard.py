@@ -59,6 +59,14 @@ def test_open_paths_stay_open_behind_a_proxy_s_prefix() -> None:
     assert [message["status"] for message in told] == [200, 401]
 
 
+def test_a_path_cannot_write_lines_of_its_own_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("broken")
+
+    sent, _ = through_guard(fails, [], path="/health\nERROR: all is lost", headers=[(b"authorization", b"Bearer key")])
+    assert sent[0]["status"] == 500 and "\n" not in caplog.records[0].getMessage()
+
+
 async def at_once(guard: Guard, bodies: list[list[Any]], **headers: str) -> list[list[dict[str, Any]]]:
     """What is sent for each of these requests, which begin one after the other and then go on side by side. A body is a list of pieces and
     of events to wait for."""
