@@ -31,6 +31,8 @@ def warm_up(model: HyperBagel) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening place. Port 0: any free one. Raises InputError if it cannot be had."""
+    if not host.strip():  # to a socket it is every address of this machine
+        raise InputError("got an empty host, expected an address of this machine; try --host 127.0.0.1, or 0.0.0.0 for every one")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol must be named: asyncio turns Nagle's algorithm off (40 ms an answer) only on sockets that say they are TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -31,7 +31,7 @@ def test_a_taken_port_is_one_clear_error() -> None:
         taken.close()
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b", "192.0.2.1"])
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b", "192.0.2.1", "", " "])
 def test_a_host_that_is_not_this_machine(host: str) -> None:
     with pytest.raises(InputError, match=r"expected an address of this machine; try --host 127\.0\.0\.1"):
         bind(host, 0)
