@@ -20,7 +20,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8000,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Name by which a proxy may call a server of this machine alone that has no key; repeatable.")
+        list[str] | None,
+        typer.Option(help="Host name that requests may use, for a proxy before a keyless server on this machine; repeatable."),
     ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Key that clients must send.", envvar=KEY_VARIABLE, show_default="none is asked for")

@@ -91,6 +91,7 @@ class Service:
         event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}, "required": ["data"]}
         streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": event}}}}
         router.add_api_route("/health", self.health, methods=["GET"])
+        router.add_api_route("/health", self.health, methods=["HEAD"], include_in_schema=False)  # what monitors send
         router.add_api_route("/version", self.version, methods=["GET"])
         router.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=PlainTextResponse)
         router.add_api_route("/v1/models", self.models, methods=["GET"])

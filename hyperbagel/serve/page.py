@@ -30,5 +30,5 @@ def add_page(app: FastAPI) -> None:
     async def index() -> FileResponse:
         return FileResponse(FOLDER / "index.html", media_type="text/html", headers=HEADERS)
 
-    app.add_api_route("/", index, methods=["GET"], include_in_schema=False, response_model=None)
+    app.add_api_route("/", index, methods=["GET", "HEAD"], include_in_schema=False, response_model=None)
     app.mount("/ui", _Files(directory=FOLDER), name="ui")
