@@ -71,11 +71,11 @@ def cubic_time(u: Tensor) -> Tensor:
 class AdpStage(DistillStage):
     """Players "discriminator" and "student", in turns."""
 
+    recipe: Recipe
     needs_pictures = False  # the real pictures are the 6-NFE student's
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        self.own = recipe
         folder = required(recipe.teacher or recipe.init, "init", "the 6-NFE student of stage dmdo")
         teacher = self.freeze(self.load(folder))
         self.teacher, self.teacher_sampler = teacher.network(self.base), teacher.sampler
@@ -95,7 +95,7 @@ class AdpStage(DistillStage):
         times = time_grid(self.teacher_sampler.nfe, self.teacher_sampler.shift)
         x_0 = euler(x_T, self.as_velocity(self.teacher, conditions, scales), times)
         t = cubic_time(self.uniform(rng, n))
-        t = torch.where(self.uniform(rng, n) < self.own.full_noise, torch.ones_like(t), t)
+        t = torch.where(self.uniform(rng, n) < self.recipe.full_noise, torch.ones_like(t), t)
         tau = 0.98 * self.uniform(rng, n)  # 3.2.4: uniform
         return Prepared(conditions, scales, x_T, x_0, t, tau, self.noise(conditions, rng), self.noise(conditions, rng))
 
@@ -110,11 +110,11 @@ class AdpStage(DistillStage):
         return self.judges.latent(batch.conditions, batch.scales, noised, batch.tau)
 
     def in_pixels(self, batch: Prepared, x0: Tensor) -> list[Tensor]:
-        return self.judges.pixel(self.base, self.decode(x0[some(len(x0), self.own.pixel_samples)], batch.conditions))
+        return self.judges.pixel(self.base, self.decode(x0[some(len(x0), self.recipe.pixel_samples)], batch.conditions))
 
     def judged(self, batch: Prepared, x0_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The generator's loss on its prediction, and metrics."""
-        r, name = self.own, batch.conditions.source
+        r, name = self.recipe, batch.conditions.source
         values = {where: hinge_generator(judge(batch, x0_hat)) for where, _, judge in self.judging}
         values["huber"] = pseudo_huber(x0_hat, batch.x_0, r.huber_c)
         loss = r.huber_weight * values["huber"] + sum(weight * values[where] for where, weight, _ in self.judging)
@@ -123,7 +123,7 @@ class AdpStage(DistillStage):
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if player == "student":
             return self.judged(batch, self.predict(batch))
-        r, name = self.own, batch.conditions.source
+        r, name = self.recipe, batch.conditions.source
         with torch.no_grad():
             fake = self.predict(batch)
         total = torch.zeros((), device=fake.device)

@@ -76,11 +76,10 @@ class CfgStage(DistillStage):
     the base without guidance and 1 for the guided teacher. Of the reflow baseline: how near the teacher's picture of the same noise.
     """
 
+    recipe: Recipe
+
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        self.target, self.reflow_steps = recipe.target, recipe.reflow_steps
-        self.on_policy, self.on_policy_steps, self.substeps = recipe.on_policy, recipe.on_policy_steps, recipe.substeps
-        self.scale_draws, self.time_shift = recipe.scale_draws, recipe.time_shift or recipe.shift
         self.teacher = self.frozen(recipe.teacher) if recipe.teacher else None
         if recipe.measure == "score":
             self.best_metric = "learned" if recipe.target == "guided" else "match"
@@ -116,22 +115,22 @@ class CfgStage(DistillStage):
         return figures | found
 
     def prepare(self, step: int, rng: Draws) -> Prepared:
-        conditions = self.conditions(rng)
+        r, conditions = self.recipe, self.conditions(rng)
         scales, e = self.scales(conditions, rng), self.noise(conditions, rng)
-        # the same on all ranks: how often the student runs must not differ where its layers are split over them
-        together = Draws.at(self.recipe.seed, _TOGETHER, step).python
-        on_policy = together.random() < self.on_policy
-        if self.target == "segments":
+        # the same on all ranks: where the student's layers are split over them, every rank must run it equally often
+        together = Draws.at(r.seed, _TOGETHER, step).python
+        on_policy = together.random() < r.on_policy
+        if r.target == "segments":
             return self.segments(conditions, scales, e, on_policy=on_policy)
-        t = shift_time(self.uniform(rng, len(conditions)), self.time_shift)
-        if self.target == "guided":
+        t = shift_time(self.uniform(rng, len(conditions)), r.time_shift or r.shift)
+        if r.target == "guided":
             if on_policy:
-                x_t = self.reached(conditions, scales, e, t, together.randint(2, self.on_policy_steps))
+                x_t = self.reached(conditions, scales, e, t, together.randint(2, r.on_policy_steps))
             else:
                 x_t = interpolate(conditions.x0, e, t[:, None, None])
             return self.guided(conditions, scales, x_t, t, rng)
         run = self.as_velocity(self.teacher, conditions, scales) if self.teacher else self.guided_teacher(conditions, scales)
-        x0 = euler(e, run, time_grid(self.reflow_steps, self.recipe.shift))  # the pair (x_T, x_0) of the teacher's own ODE
+        x0 = euler(e, run, time_grid(r.reflow_steps, r.shift))  # the pair (x_T, x_0) of the teacher's own ODE
         return Prepared(conditions, scales, interpolate(x0, e, t[:, None, None]), t, e - x0)
 
     def guided(self, conditions: Conditions, scales: Scales, x_t: Tensor, t: Tensor, rng: Draws) -> Prepared:
@@ -139,7 +138,7 @@ class CfgStage(DistillStage):
 
         ours: all pairs share the teacher's evaluations, and what differs between rows of one x_t is the scales' doing alone.
         """
-        k = self.scale_draws
+        k = self.recipe.scale_draws
         drawn = [scales, *(self.scales(conditions, rng) for _ in range(k - 1))]
         every = Scales(*(torch.stack([getattr(one, name) for one in drawn], dim=1).flatten() for name in ("text", "image")))
         target = teacher_velocity(self.base, conditions, every, x_t, t, self.settings(conditions))
@@ -161,7 +160,7 @@ class CfgStage(DistillStage):
         guidance = Scales(*(one.repeat_interleave(r.nfe) for one in (scales.text, scales.image)))
         x, t, end = torch.stack(states, dim=1).flatten(0, 1), grid[:-1].repeat(n), grid[1:].repeat(n)
         y = x
-        for now, then in pairwise(times_between(t, end, self.substeps, r.shift)):
+        for now, then in pairwise(times_between(t, end, r.substeps, r.shift)):
             y = jump(y, teacher_velocity(self.base, every, guidance, y, now, self.settings(conditions)), now, then)
         return Prepared(every, guidance, x, t, (x - y) / (t - end)[:, None, None])
 

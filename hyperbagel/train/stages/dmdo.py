@@ -112,9 +112,10 @@ class Prepared:
 class DmdoStage(DistillStage):
     """Players "fake" (with heads, where a source is judged) and "student"."""
 
+    recipe: Recipe
+
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        self.own = recipe
         teacher = required(recipe.teacher, "teacher", "the student of stage cfg (for coupling=reflowed: of stage cfg with target=reflow)")
         self.teacher = self.frozen(teacher) if recipe.real == "teacher" else None
         self.holder = self.frozen(recipe.holder or required(recipe.init, "init", "the student of stage tscd")) if recipe.held else None
@@ -128,7 +129,7 @@ class DmdoStage(DistillStage):
         self.kept_from: dict[str, Any] | None = None  # that step, and the loader's position before it
 
     def turn(self, step: int) -> str:
-        after, cycle = step - self.own.fake_first, self.own.fake_steps + 1
+        after, cycle = step - self.recipe.fake_first, self.recipe.fake_steps + 1
         return "student" if after >= 0 and after % cycle == cycle - 1 else "fake"
 
     # -- batches ---------------------------------------------------------------------------------------------------------------
@@ -147,16 +148,16 @@ class DmdoStage(DistillStage):
         return Prepared(trajectory, segment, self.level(trajectory.times, segment, u), self.noise(trajectory.conditions, rng))
 
     def trajectory(self, rng: Draws) -> Trajectory:
-        r, conditions = self.own, self.conditions(rng)
+        r, conditions = self.recipe, self.conditions(rng)
         scales, x_T, times = self.scales(conditions, rng), self.noise(conditions, rng), time_grid(r.nfe, r.shift)
         return Trajectory(conditions, scales, self.roll_out(self.network, conditions, scales, x_T, times), times)
 
     def level(self, times: Tensor, segment: int, u: Tensor) -> Tensor:
         """tau [B] from u in (0, 1)."""
-        if self.own.coupling != "tdm":
-            return shift_time(u, self.own.shift)
+        if self.recipe.coupling != "tdm":
+            return shift_time(u, self.recipe.shift)
         s = float(times[segment + 1])
-        top = float(times[segment]) if self.own.tdm_span == "segment" else 1.0
+        top = float(times[segment]) if self.recipe.tdm_span == "segment" else 1.0
         return s + (top - s) * u
 
     def refuse(self) -> None:
@@ -180,20 +181,20 @@ class DmdoStage(DistillStage):
 
     def lead(self, holder: StudentNetwork, t: Trajectory, segment: int) -> Tensor:
         """Where the holder comes from a segment's start to its end [B, N, C]."""
-        times = times_between(t.times[segment], t.times[segment + 1], self.own.hold_steps, self.own.shift)
+        times = times_between(t.times[segment], t.times[segment + 1], self.recipe.hold_steps, self.recipe.shift)
         return euler(t.states[segment], self.as_velocity(holder, t.conditions, t.scales), times)
 
     def real(self, t: Trajectory, x: Tensor, tau: Tensor) -> Tensor:
         """The real model's velocity [B, N, C] at times tau [B]."""
         if self.teacher is None:
-            share = self.own.guidance_share.get(t.conditions.source, 1.0)
+            share = self.recipe.guidance_share.get(t.conditions.source, 1.0)
             scales = Scales(*(1 + share * (one - 1) for one in (t.scales.text, t.scales.image)))
             return teacher_velocity(self.base, t.conditions, scales, x, tau, self.settings(t.conditions))
         return student_velocity(self.teacher, t.conditions, t.scales, x, tau)
 
     def coupled(self, batch: Prepared, x0: Tensor, x_s: Tensor) -> Coupled:
         s = torch.full_like(batch.tau, float(batch.trajectory.times[batch.segment + 1]))
-        return couple(self.own.coupling, x0, batch.trajectory.states[0], x_s, s, batch.tau, batch.noise)
+        return couple(self.recipe.coupling, x0, batch.trajectory.states[0], x_s, s, batch.tau, batch.noise)
 
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         t = batch.trajectory
@@ -202,13 +203,13 @@ class DmdoStage(DistillStage):
             return self.fake_turn(batch, name)
         x, at, end = t.states[batch.segment], float(t.times[batch.segment]), float(t.times[batch.segment + 1])
         v = student_velocity(self.network, t.conditions, t.scales, x, torch.full_like(batch.tau, at))
-        if self.holder is not None and name in self.own.held:
+        if self.holder is not None and name in self.recipe.held:
             with torch.no_grad():
                 y = self.lead(self.holder, t, batch.segment)
-            loss = self.own.hold_weight * pseudo_huber(x + (end - at) * v, y, HOLD_C)
+            loss = self.recipe.hold_weight * pseudo_huber(x + (end - at) * v, y, HOLD_C)
             return loss, {f"{name}_hold": loss.detach()}
         x0_hat = x0_from_velocity(x, v, at)
-        judged, rewarded = (name in sources for sources in (self.own.judged, self.own.rewarded))
+        judged, rewarded = (name in sources for sources in (self.recipe.judged, self.recipe.rewarded))
         x0 = x0_hat.detach().requires_grad_(judged or rewarded)
         with torch.set_grad_enabled(judged):
             x_tau = self.coupled(batch, x0, x + (end - at) * v.detach()).x_tau
@@ -216,7 +217,7 @@ class DmdoStage(DistillStage):
         with torch.no_grad():
             tau = batch.tau[:, None, None]
             real, fake = (x0_from_velocity(x_tau, one, tau) for one in (self.real(t, x_tau, batch.tau), v_fake))
-            g = dmd_gradient(x0, fake, real, self.own.normaliser_floor)
+            g = dmd_gradient(x0, fake, real, self.recipe.normaliser_floor)
         loss = dmd_loss(x0_hat, g)
         gap = (fake - real).square().mean().sqrt()
         metrics = {f"{name}_dmd": loss.detach(), f"{name}_gap": gap, f"{name}_size": x0.detach().square().mean().sqrt()}
@@ -224,11 +225,11 @@ class DmdoStage(DistillStage):
         if judged:
             lack = hinge_generator(judgements)
             metrics[f"{name}_adversarial"] = lack.detach()
-            pulls.append(("adversarial", lack, torch.autograd.grad(lack, x0)[0], self.own.judge_cap))
+            pulls.append(("adversarial", lack, torch.autograd.grad(lack, x0)[0], self.recipe.judge_cap))
         if rewarded and self.reward is not None:
-            score, lack, along = feedback(self.reward, self.own, lambda x: self.decode(x, t.conditions), x0, t.conditions.samples)
+            score, lack, along = feedback(self.reward, self.recipe, lambda x: self.decode(x, t.conditions), x0, t.conditions.samples)
             metrics[f"{name}_reward"] = score
-            pulls.append(("reward", lack, along, self.own.reward_cap))
+            pulls.append(("reward", lack, along, self.recipe.reward_cap))
         if not pulls:
             return loss, metrics
         matching = g / g.numel()  # the gradient of dmd_loss, by which the others are measured
@@ -241,7 +242,7 @@ class DmdoStage(DistillStage):
 
     def look(self, t: Trajectory, x: Tensor, tau: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The fake model's velocity [B, N, C] at times tau [B], and its heads' judgements where the source is judged."""
-        if self.judge is not None and t.conditions.source in self.own.judged:
+        if self.judge is not None and t.conditions.source in self.recipe.judged:
             return self.judge.look(t.conditions, t.scales, x, tau)
         return student_velocity(self.fake, t.conditions, t.scales, x, tau), []
 
@@ -256,7 +257,7 @@ class DmdoStage(DistillStage):
             true = self.look(t, interpolate(t.conditions.x0, batch.noise, batch.tau[:, None, None]), batch.tau)[1]
             hinge = hinge_discriminator(true, judgements)
             metrics |= {f"{name}_hinge": hinge.detach(), f"{name}_accuracy": accuracy(true, judgements).detach()}
-            loss = loss + self.own.judge_weight * hinge
+            loss = loss + self.recipe.judge_weight * hinge
         return loss, metrics
 
 

@@ -30,6 +30,7 @@ class Recipe(adp.Recipe, RewardSettings):
 class ReflStage(AdpStage):
     """Players as in adp; keeps the checkpoint with the best held-out reward."""
 
+    recipe: Recipe
     best_metric = "reward"
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
@@ -37,23 +38,22 @@ class ReflStage(AdpStage):
             raise InputError("teacher: got no folder, expected the 6-NFE student of stage dmdo, set teacher=RUN/export")
         recipe.check_sources("rewarded", recipe.rewarded or ())
         super().__init__(recipe, device)
-        self.feedback = recipe
         self.reward = open_reward(recipe, self.base, self.spec, self.tokenizer)
         held_out = [] if recipe.held_out is None else list(recipe.held_out.sources)
         if held_out and not any(map(self.is_rewarded, held_out)):
             raise InputError(f"held_out: got the sources {', '.join(held_out)}, none of them rewarded, expected one to choose the best by")
 
     def is_rewarded(self, source: str) -> bool:
-        return self.feedback.rewarded is None or source in self.feedback.rewarded
+        return self.recipe.rewarded is None or source in self.recipe.rewarded
 
     def predict(self, batch: Prepared) -> Tensor:
         """x0_hat [B, N, C]: as in adp, or the end of the student's sampler from x_T."""
-        k = self.feedback.gradient_steps
+        k = self.recipe.gradient_steps
         if not k:
             return super().predict(batch)
         run = self.as_velocity(self.network, batch.conditions, batch.scales)
-        times = time_grid(self.feedback.nfe, self.feedback.shift)
-        split = max(0, self.feedback.nfe - k)
+        times = time_grid(self.recipe.nfe, self.recipe.shift)
+        split = max(0, self.recipe.nfe - k)
         kind = self.device.type  # without a cache: weights cast where no gradient passes must not be those of the steps after
         cast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False)
         with torch.no_grad(), cast:
@@ -61,7 +61,7 @@ class ReflStage(AdpStage):
         return euler(x, run, times[split:])
 
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        r, name = self.feedback, batch.conditions.source
+        r, name = self.recipe, batch.conditions.source
         if player != "student" or not self.is_rewarded(name):
             return super().loss(player, batch, step)
         x0_hat = self.predict(batch)

@@ -50,9 +50,10 @@ class Prepared:
 class TscdStage(DistillStage):
     """Players "discriminator" and "student", in turns."""
 
+    recipe: Recipe
+
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        self.own = recipe
         self.teacher = self.frozen(required(recipe.teacher or recipe.init, "init", "the student of stage cfg"))
         self.judge = LatentDiscriminator(self.base, self.student, recipe.discriminator_heads).to(device)
         self.players["discriminator"] = Player.of(self.judge, recipe.discriminator_optim)
@@ -61,7 +62,7 @@ class TscdStage(DistillStage):
         return ("discriminator", "student")[step % 2]
 
     def prepare(self, step: int, rng: Draws) -> Prepared:
-        r, conditions = self.own, self.conditions(rng)
+        r, conditions = self.recipe, self.conditions(rng)
         scales, e, n = self.scales(conditions, rng), self.noise(conditions, rng), len(conditions)
         times = segment_times(self.uniform(rng, 4, n), r.segments, r.teacher_step, r.shift, r.snap)
         x_tn = interpolate(conditions.x0, e, times.t_n[:, None, None])
@@ -77,7 +78,7 @@ class TscdStage(DistillStage):
         return self.judge(batch.conditions, batch.scales, a * x_s + c * batch.noise, batch.tau)
 
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        r, name = self.own, batch.conditions.source
+        r, name = self.recipe, batch.conditions.source
         with torch.set_grad_enabled(player == "student"):
             v = student_velocity(self.network, batch.conditions, batch.scales, batch.x_tn, batch.times.t_n)
             fake = jump(batch.x_tn, v, batch.times.t_n, batch.times.s)
