@@ -1,6 +1,6 @@
-"""Alarms of a distillation: what the held-out figures say when a student goes wrong, before anyone looks at a picture.
+"""Alarms for a distillation run: how the held-out figures show that a student goes wrong, before anyone looks at a picture.
 
-Thresholds are on ratios student / teacher of `train.distill.compare`; docs/training/diagnostics.md says what to do about each.
+Thresholds are on the student / teacher ratios of `train.compare.compare`; docs/training/diagnostics.md says what to do about each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ FALLING = 5  # evaluations without a new best before a run counts as past its op
 
 
 def alarms(figures: Mapping[str, float], scores: Sequence[float] = ()) -> dict[str, str]:
-    """Name -> what is wrong, in words. `figures`: of one evaluation; `scores`: of all evaluations so far, in order, higher is better."""
+    """Name of each alarm -> what is wrong, in words.
+
+    figures: of the latest evaluation; an absent one raises no alarm. scores: of all evaluations so far, in order; higher is better.
+    """
     found: dict[str, str] = {}
 
     def below(name: str, key: str, limit: float, what: str) -> None:

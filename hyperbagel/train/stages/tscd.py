@@ -41,7 +41,7 @@ class Prepared:
     scales: Scales
     x_tn: Tensor  # [B, N, C]
     times: SegmentTimes
-    target: Tensor  # [B, N, C]: where the averaged student, from the teacher's x_tm, lands at s
+    target: Tensor  # [B, N, C]: where the averaged student lands at s from the teacher's x_tm
     tau: Tensor  # [B]: noise level at which both ends are judged
     noise: Tensor  # [B, N, C], the same for both
     r1_noise: Tensor
@@ -73,7 +73,8 @@ class TscdStage(DistillStage):
         return Prepared(conditions, scales, x_tn, times, target, tau, self.noise(conditions, rng), self.noise(conditions, rng))
 
     def judged(self, batch: Prepared, x_s: Tensor) -> list[Tensor]:
-        """ours: both ends are re-noised to one tau, so that the judge never sees a noise level that the teacher did not."""
+        """Judgements of x_s [B, N, C]. ours: both ends are re-noised to one tau, so that the judge only sees noise levels that the teacher
+        has seen."""
         a, c = renoise_factors(batch.times.s[:, None, None], batch.tau[:, None, None])
         return self.judge(batch.conditions, batch.scales, a * x_s + c * batch.noise, batch.tau)
 
