@@ -1,7 +1,7 @@
-"""Pictures for GEdit-Bench's own scorer, which stands outside.
+"""Pictures for GEdit-Bench's own, external scorer.
 
 OUT/fullset/<task_type>/<instruction_language>/<key>.png            the edit
-OUT/fullset/<task_type>/<instruction_language>/<key>_SRCIMG.png     what was edited
+OUT/fullset/<task_type>/<instruction_language>/<key>_SRCIMG.png     its source picture
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ _BYTES = 200  # of such a name; file systems end at 255
 def run_gedit(
     model: Any, prompts: Path, out: Path, *, seed: int = 0, batch: int = 4, language: str = "all", settings: dict[str, Any] | None = None
 ) -> Outcome:
-    """Makes every edit. prompts: JSON lines with key, task_type, instruction, instruction_language and optionally image, a path from the
-    file's folder; without it the picture is KEY_SRCIMG.png or KEY.png there.
+    """Makes every edit. prompts: JSON lines with key, task_type, instruction, instruction_language and optionally image, a path relative to
+    the file's folder; without it the picture is KEY_SRCIMG.png or KEY.png there.
 
-    language: "en", "cn" or "all". settings: fields of ImageRequest. Raises InputError as `run_geneval` does.
+    language: "en", "cn" or "all". settings: fields of ImageRequest. Raises InputError as `run_geneval` does, and if there is no row of the
+    language.
     """
     rank, ranks, _ = place()
     asked = settings or {}
     rows, broken = read_lines(prompts, NEEDED)
-    taken: dict[tuple[str, str, str], int] = {}  # files so far, and the rows that they are of
+    taken: dict[tuple[str, str, str], int] = {}  # files so far -> the row that each belongs to
     for row in list(rows):
         odd = next((name for name in ("key", "task_type", "instruction_language") if not _usable(row[name])), None)
         files = [(row["task_type"], row["instruction_language"], row["key"] + end) for end in ("", "_SRCIMG")]
@@ -63,7 +64,7 @@ def run_gedit(
 
 
 def _request(row: dict[str, Any], where: Path, folder: Path, seed: int, asked: dict[str, Any]) -> ImageRequest:
-    """Reads the source, puts it where the scorer looks for it, and asks for the edit."""
+    """The request for a row's edit. Saves its source picture where the scorer looks for it. Raises InputError if there is none."""
     named = [row["image"]] if isinstance(row.get("image"), str) else [f"{row['key']}_SRCIMG.png", f"{row['key']}.png"]
     path = next((where / name for name in named if (where / name).is_file()), None)
     if path is None:
