@@ -154,7 +154,7 @@ class DistillStage(Stage):
         if (low and changed(r, ("rank",)) and r.rank != student.adapter.rank) or (not low and changed(r, ("kind",))):
             got = f"rank {r.rank}" if low else f"kind {r.kind!r}"
             own = f"a LoRA of rank {student.adapter.rank}" if low else "whole layers"
-            raise InputError(f"init={r.init}: got {got} for a student of {own}, which stays what it is; leave the key out, or init")
+            raise InputError(f"init={r.init}: got {got} for a student of {own}, which cannot be changed; leave that key out, or init")
         return as_whole(student, self.base) if r.whole else student
 
     def frozen(self, folder: Path) -> StudentNetwork:

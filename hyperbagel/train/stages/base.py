@@ -147,7 +147,7 @@ class BaseStage(Stage):
         recipe = self.recipe
         names = [name for name, _ in self.model.named_parameters()]
         if strange := [prefix for prefix in recipe.frozen if not any(name.startswith(prefix) for name in names)]:
-            raise InputError(f"frozen: got {strange[0]!r}, which begins no parameter's name, expected one such as vit_model, correct it")
+            raise InputError(f"frozen: got {strange[0]!r}, which no parameter's name begins with, expected a prefix such as vit_model")
         for name, parameter in self.model.named_parameters():
             if name.startswith(recipe.frozen) or (recipe.freeze_understanding and not generates(name)):
                 parameter.requires_grad_(False)

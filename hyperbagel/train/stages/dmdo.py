@@ -70,7 +70,7 @@ class Recipe(DistillRecipe, RewardSettings):
         if self.real == "guided" and self.coupling == "reflowed":
             raise ValueError("real=guided does not know the pairs that coupling=reflowed asks about; take another coupling or real=teacher")
         if self.guidance_share and self.real != "guided":
-            raise ValueError("guidance_share is of real=guided; a student as the real model has its guidance inside")
+            raise ValueError("guidance_share is of real=guided (a student has its guidance built in); set it or leave guidance_share out")
         if self.holder and not self.held:
             raise ValueError("holder leads sources that are held, and held names none; set held or leave holder out")
         self.check_sources("guidance_share", self.guidance_share)
@@ -89,7 +89,7 @@ class Recipe(DistillRecipe, RewardSettings):
             raise ValueError(f"{idle[0]} is of a reward, and rewarded names no source; set rewarded or leave {idle[0]} out")
         for key in ("rewarded", "judged"):
             if both := sorted({*self.held} & {*getattr(self, key)}):
-                raise ValueError(f"{key} names {both[0]!r}, which is held; it is of sources that are matched, leave it out of one")
+                raise ValueError(f"{key} names {both[0]!r}, which is held and therefore not matched; leave it out of {key} or held")
         return self
 
 
