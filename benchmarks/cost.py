@@ -30,7 +30,7 @@ def expert_weights(llm: LLMConfig) -> int:
 
 
 def last_weights(llm: LLMConfig) -> int:
-    """Those of them that a token of which only keys and values are wanted does not need: the last layer's output projection and MLP."""
+    """The part of these that is not needed if only a token's keys and values are wanted: the last layer's output projection and MLP."""
     return llm.hidden_size * (llm.num_attention_heads * llm.head_dim + 3 * llm.intermediate_size)
 
 

@@ -38,7 +38,7 @@ from hyperbagel.toybox.language import sample_question
 
 SPLITS = ("in_template", "held_out", "free_form")
 RESERVED = PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
-FREE_TOKENS = 40  # at least, of a free-form answer
+FREE_TOKENS = 40  # least length of a free-form answer
 # requests in words that no template has
 FREE = (
     "Tell a friend who cannot see this picture what is on it.", "Write a few sentences about the scene.",
@@ -49,7 +49,7 @@ _TRIES = 20  # prompts that are tried for each one that is kept
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. Written beside the records; records of another plan are not mixed in."""
+    """What is measured. Stored with the records, so that records of another plan are not mixed in."""
 
     prompts: int = 24  # per split
     repeats: int = 5

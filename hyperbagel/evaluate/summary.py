@@ -10,7 +10,7 @@ from typing import Any
 
 from hyperbagel.evaluate.questions import DENSE
 from hyperbagel.evaluate.records import Record
-from hyperbagel.evaluate.statistics import Estimate, bootstrap_groups, bootstrap_mean, wilson
+from hyperbagel.evaluate.statistics import bootstrap_groups, bootstrap_mean, wilson
 from hyperbagel.toybox.captions import CATEGORIES
 from hyperbagel.toybox.edits import GROUPS
 
@@ -78,11 +78,7 @@ def _means(
     intervals, the others bootstrap ones."""
     groups = _grouped(records, by, figure, order)
     rows = {name: wilson(min(sum(v), len(v)), len(v)) if name in shares else bootstrap_mean(v) for name, v in groups.items()}
-    return _rows(rows | {"overall": bootstrap_groups(groups)})
-
-
-def _rows(rows: dict[str, Estimate]) -> dict[str, dict[str, float | int]]:
-    return {name: estimate.to_dict() for name, estimate in rows.items()}
+    return {name: estimate.to_dict() for name, estimate in (rows | {"overall": bootstrap_groups(groups)}).items()}
 
 
 def _grouped(records: Sequence[Record], by: str, figure: str, order: Sequence[str]) -> dict[str, Sequence[float]]:

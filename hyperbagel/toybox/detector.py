@@ -100,7 +100,7 @@ class Detector(nn.Module):
         fine = self.stem(F.pixel_unshuffle(x * 2 - 1, 2))  # [B, 64, 16, 16]
         coarse = self.down(fine)  # [B, 96, 8, 8]
         merged = self.join(F.relu(fine + F.interpolate(self.lift(coarse), scale_factor=2.0, mode="nearest")))
-        # plain colour statistics of the border, where no thing stands, beside the pooled features
+        # pooled features, and colour statistics of the border, where no thing is drawn
         border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2)  # [B, 3, 4 * 64]
         pooled = torch.cat([fine.mean((2, 3)), coarse.amax((2, 3)), border.mean(2), border.std(2)], dim=1)
         return named_maps(self.thing(merged), self.picture(pooled))

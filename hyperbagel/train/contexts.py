@@ -169,9 +169,9 @@ def make_conditions(
     Raises InputError for samples without a picture to draw, or with different sizes or kinds in one group.
     """
     parts = [split_sample(sample) for sample in samples]
-    pixels = to_tensor(torch.from_numpy(np.stack([target.pixels for _, target, _ in parts]))) if _one_shape(parts) else None
+    targets = [target.pixels for _, target, _ in parts]
     edits = {any(isinstance(item, VaeImage | VitImage) for item in before) for before, _, _ in parts}
-    if pixels is None or len(edits) != 1:
+    if len({pixels.shape for pixels in targets}) != 1 or len(edits) != 1:
         raise InputError(
             f"source {source!r}: got pictures of different sizes, or samples with and without input pictures, in one group, expected one "
             "kind; set data.sources.NAME.samples=1 and raise accumulate, or split the source"
@@ -180,7 +180,7 @@ def make_conditions(
     h, w = grid(parts[0][1], spec)
     x0 = torch.zeros(len(parts), h * w, spec.latent_values, device=model.device)
     if pictures:
-        x0 = patchify(encode(pixels).float(), spec.latent_patch)
+        x0 = patchify(encode(to_tensor(torch.from_numpy(np.stack(targets)))).float(), spec.latent_patch)
     full, order = prefill(model, [before for before, _, _ in parts], spec, encode, generator)
     # Guidance drops the prompt and all that follows, and no earlier item sees these: the context without them is a prefix of the same keys.
     cut = torch.tensor([_tokens(before[:i], spec) for before, _, i in parts], device=full.seen.device)
@@ -208,10 +208,6 @@ def _copies(sample: Sample) -> int:
     """How often a sample holds its first picture to draw."""
     _, target, _ = split_sample(sample)
     return sum(isinstance(item, VaeImage) and item.loss and item.pixels is target.pixels for item in sample)
-
-
-def _one_shape(parts: Sequence[tuple[Sample, VaeImage, int]]) -> bool:
-    return len({target.pixels.shape for _, target, _ in parts}) == 1
 
 
 def velocity(

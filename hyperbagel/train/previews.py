@@ -1,4 +1,4 @@
-"""Sample sheets of a model in training: toybox captions drawn, edits made, questions answered, beside the truth."""
+"""Sample sheets of a model in training: toybox captions drawn, edits made and questions answered, with the truth for comparison."""
 
 from __future__ import annotations
 

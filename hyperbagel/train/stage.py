@@ -42,7 +42,7 @@ class TrainRecipe(Config):
     evaluate_every: int = Field(default=500, ge=1)
     sample_every: int = Field(default=1000, ge=1)
     checkpoint_every_seconds: float = Field(default=300.0, gt=0)
-    keep: int = Field(default=2, ge=1)  # newest checkpoints kept beside the best one
+    keep: int = Field(default=2, ge=1)  # how many of the newest checkpoints are kept, besides the best one
     shard: bool = False  # with several ranks: split weights, averages and optimiser states over them (FSDP2); not every stage can
     shard_above: int = Field(default=65536, ge=1)  # layers with fewer values stay whole
 

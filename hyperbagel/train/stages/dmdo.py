@@ -53,7 +53,7 @@ class Recipe(DistillRecipe, RewardSettings):
     # true pictures: they see what matching a model that has errors of its own cannot
     judged: list[str] = Field(default_factory=list)
     judge_heads: int = Field(default=4, ge=1)
-    judge_weight: float = Field(default=0.1, gt=0)  # of the heads' loss beside the fake model's own
+    judge_weight: float = Field(default=0.1, gt=0)  # of the heads' loss, relative to the fake model's own
     judge_cap: float = Field(default=0.5, gt=0)  # cap on the judges' gradient, relative to matching's, row by row
     rewarded: list[str] = Field(default_factory=list)  # ours: sources whose x0_hat a reward pulls as well, as in stage refl
     coupling: Coupling = "tdm"  # ours: `paired` is the paper's and contracts (losses.dmd.contraction)
@@ -127,7 +127,7 @@ class DmdoStage(DistillStage):
         self.fake = fake.network(self.base) if self.judge is None else self.judge.network
         self.players["fake"] = Player.of(fake if self.judge is None else self.judge, recipe.fake_optim)
         self.reward = open_reward(recipe, self.base, self.spec, self.tokenizer) if recipe.rewarded else None
-        self.kept: list[Trajectory] = []  # of the last fake step, one a micro-batch
+        self.kept: list[Trajectory] = []  # of the last fake step, one per micro-batch
         self.kept_from: dict[str, Any] | None = None  # that step, and the loader's position before it
 
     def turn(self, step: int) -> str:
