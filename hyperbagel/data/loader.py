@@ -223,7 +223,7 @@ def _check(sources: Mapping[str, Source], phases: Sequence[Phase]) -> None:
         raise InputError("mixture: got no phase, expected at least one, add weights to the recipe")
     for before, after in itertools.pairwise(phases):
         if before.until is None or (after.until is not None and after.until <= before.until):
-            raise InputError(f"mixture: got phases until {before.until} then {after.until}, expected increasing ones, only the last open")
+            raise InputError(f"mixture: got phases until {before.until} then {after.until}, expected growing numbers, only the last open")
     for phase in phases:
         unknown = set(phase.weights) - set(sources)
         if unknown:
