@@ -70,7 +70,7 @@ class Recipe(DistillRecipe, RewardSettings):
         if self.real == "guided" and self.coupling == "reflowed":
             raise ValueError("real=guided does not know the pairs that coupling=reflowed asks about; take another coupling or real=teacher")
         if self.guidance_share and self.real != "guided":
-            raise ValueError("guidance_share is of real=guided (a student has its guidance built in); set it or leave guidance_share out")
+            raise ValueError("guidance_share is of real=guided (a student has its guidance inside); set it or leave guidance_share out")
         if self.holder and not self.held:
             raise ValueError("holder leads sources that are held, and held names none; set held or leave holder out")
         self.check_sources("guidance_share", self.guidance_share)
