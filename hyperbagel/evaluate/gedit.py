@@ -64,7 +64,7 @@ def run_gedit(
 
 
 def _request(row: dict[str, Any], where: Path, folder: Path, seed: int, asked: dict[str, Any]) -> ImageRequest:
-    """The request for a row's edit. Saves its source picture where the scorer looks for it. Raises InputError if there is none."""
+    """Reads the source, puts it where the scorer looks for it, and asks for the edit."""
     named = [row["image"]] if isinstance(row.get("image"), str) else [f"{row['key']}_SRCIMG.png", f"{row['key']}.png"]
     path = next((where / name for name in named if (where / name).is_file()), None)
     if path is None:

@@ -27,8 +27,7 @@ SHOWN = 5  # broken rows that are named one by one
 
 @dataclass(frozen=True)
 class Job:
-    """A picture to make at `path`. `request` is called when its turn comes, so that source pictures are read no earlier; it may raise
-    InputError."""
+    """A picture to make at `path`. `request` is called when it is its turn, so that source pictures are read then; may raise InputError."""
 
     path: Path
     request: Callable[[], ImageRequest]
@@ -89,9 +88,9 @@ def read_lines(path: Path, needed: Sequence[str]) -> tuple[list[dict[str, Any]],
 
 
 def depends_on(model: Any, sample: ImageRequest, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What pictures of these rows depend on besides the request's settings, for `check_settings`.
+    """What pictures of these rows depend on besides what was asked, for `check_settings`.
 
-    Raises InputError if the model refuses the settings of `sample`, before they are noted anywhere.
+    Raises InputError if the model refuses the settings of `sample`, so that they are not noted before.
     """
     model.settings(sample, warn=False)
     if sample.size is not None:
@@ -101,7 +100,7 @@ def depends_on(model: Any, sample: ImageRequest, rows: Sequence[dict[str, Any]])
 
 
 def check_settings(out: Path, settings: dict[str, Any], rank: int) -> None:
-    """Notes in settings.json, beside the pictures, what they depend on. Raises InputError if the folder's pictures were made otherwise."""
+    """Notes beside the pictures what they depend on. Raises InputError if there are pictures made otherwise."""
     path, text = make_folder(out) / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.is_file():
         if (found := path.read_text("utf-8")) != text:

@@ -1,6 +1,6 @@
-"""Alarms for a distillation run: how the held-out figures show that a student goes wrong, before anyone looks at a picture.
+"""Alarms of a distillation: what the held-out figures say when a student goes wrong, before anyone looks at a picture.
 
-Thresholds are on the student / teacher ratios of `train.compare.compare`; docs/training/diagnostics.md says what to do about each.
+Thresholds are on ratios student / teacher of `train.distill.compare`; docs/training/diagnostics.md says what to do about each.
 """
 
 from __future__ import annotations
