@@ -1,1 +1,1 @@
-"""Times of single operations, measured: python -m benchmarks.run --help"""
+"""Benchmarks of single operations, of the server and of the Live tab: see README.md"""

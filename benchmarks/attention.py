@@ -1,4 +1,4 @@
-"""Attention alone, one layer, as the package calls it and in other forms of the same sum: which kernel a mask or grouped heads lead to.
+"""One layer's attention alone, as the package calls it and in equivalent forms, to see which kernel a mask or grouped heads lead to.
 
 Shape legend: B rows, Hq query and Hk key-value heads, G = Hq / Hk, D values of a head, n new tokens, K slots.
 """
@@ -20,7 +20,7 @@ DECODE_WAYS = ("no mask", "mask", "mask, groups as queries")
 
 
 def step_attention(model: Bagel, way: str, n: int, past: int) -> Operation:
-    """Two branches of a guided step, `past` and 0 cached tokens: rows of unlike lengths need a mask. Without one the lengths are alike."""
+    """Two branches of a guided step with `past` and 0 cached tokens, whose lengths need a mask. Without a mask both have `past`."""
     llm, slots = model.config.llm, past + n
     q, k, v = _random(model, 2, n, slots)
     ends = torch.tensor([slots, n], device=q.device)[:, None]
@@ -35,7 +35,7 @@ def step_attention(model: Bagel, way: str, n: int, past: int) -> Operation:
 
 
 def decode_attention(model: Bagel, way: str, rows: int, past: int) -> Operation:
-    """One query a row over `past` keys."""
+    """One query per row over `past` keys; with a mask, each row sees one fewer than the row before."""
     q, k, v = _random(model, rows, 1, past)
     mask = (torch.arange(past, device=q.device) < past - torch.arange(rows, device=q.device)[:, None])[:, None, None, :]
     llm = model.config.llm
@@ -49,12 +49,12 @@ def decode_attention(model: Bagel, way: str, rows: int, past: int) -> Operation:
 
 
 def repeated(x: Tensor, q: Tensor) -> Tensor:
-    """[B, Hk, K, D] -> [B, Hq, K, D]: kernels that know no grouped heads can take it."""
+    """[B, Hk, K, D] -> [B, Hq, K, D], for kernels without support for grouped heads."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """One query a row: the G heads of a group see the same keys and the same mask, so they can stand as G queries of one head."""
+    """For one query per row: the G heads of a group see the same keys and the same mask, so they can act as G queries of one head."""
     b, hq, _, d = q.shape
     return attend(q.view(b, k.shape[1], hq // k.shape[1], d), k, v, mask).reshape(b, hq, 1, d)
 

@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven by Playwright: for the tests of the web page, its pictures in the documents, the times that a person sees."""
+"""Debian's Chromium, driven by Playwright, for tests of the web page, its pictures in the documentation, and the times that a user sees."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLAGS = [
 
 @contextmanager
 def chromium(*, timeout: float = 10.0, **options: Any) -> Iterator[Any]:
-    """A Playwright browser context with an empty profile. timeout: seconds for each thing that is waited for."""
+    """A Playwright browser context with an empty profile. timeout: seconds for each wait."""
     from playwright.sync_api import sync_playwright
 
     if CHROMIUM is None:
@@ -34,7 +34,7 @@ def chromium(*, timeout: float = 10.0, **options: Any) -> Iterator[Any]:
 
 
 def open_tab(context: Any, address: str, tab: str, *, width: int = 1100, height: int = 800) -> Any:
-    """A page of the server, on one of its tabs, once it can be used."""
+    """The server's page on one of its tabs, ready for use. width, height: of the window in pixels."""
     page = context.new_page()
     page.set_viewport_size({"width": width, "height": height})
     page.goto(f"{address}#{tab}")
@@ -43,10 +43,10 @@ def open_tab(context: Any, address: str, tab: str, *, width: int = 1100, height:
 
 
 def live_settled(page: Any, tier: str | None = None) -> None:
-    """Until the Live tab waits for nothing more (and shows a picture of this tier)."""
+    """Wait until the Live tab has nothing pending (and shows a picture of `tier`)."""
     page.wait_for_selector(f"#live{f'[data-tier={tier}]' if tier else ''}:not([aria-busy])")
 
 
 def live_opened(page: Any) -> None:
-    """Until the Live tab has its connection."""
+    """Wait until the Live tab is connected."""
     page.wait_for_function("() => document.querySelector('#live [data-link]').textContent === 'connected'")

@@ -1,9 +1,9 @@
-"""Work of an operation in closed form: floating point operations and bytes that must be read.
+"""The work of an operation in closed form: floating-point operations, and bytes that must be read.
 
-Only matrix products count (two operations a multiply-add); norms, rotations and softmax are left out. Bytes are weights once and keys and
-values once a row: what no implementation can avoid at the given batch.
+Only matrix products count (a multiply-add is two operations); norms, rotations and softmax are left out. Bytes are the weights, once, and
+each row's keys and values, once: what no implementation can avoid at the given batch. `width` is always the bytes of one number.
 
-Shape legend: n new tokens, E hidden size, V vocabulary, P patches.
+Shape legend: n new tokens, E hidden size, V hidden size of the vision tower.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ class Cost(NamedTuple):
 
 
 def expert_weights(llm: LLMConfig) -> int:
-    """Matrix entries of one expert, all layers, without embedding and head."""
+    """Matrix entries of one expert in all layers, without embedding and head."""
     e, q, kv = llm.hidden_size, llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
     return llm.num_hidden_layers * (2 * e * q + 2 * e * kv + 3 * e * llm.intermediate_size)
 
 
 def last_weights(llm: LLMConfig) -> int:
-    """Those of them that a token does not need of which only keys and values are wanted: behind the last layer's attention."""
+    """The part of these that is not needed if only a token's keys and values are wanted: the last layer's output projection and MLP."""
     return llm.hidden_size * (llm.num_attention_heads * llm.head_dim + 3 * llm.intermediate_size)
 
 
 def attention_flops(llm: LLMConfig, queries: float, keys: float, layers: int | None = None) -> float:
-    """Scores and weighted values of all layers, or of `layers`."""
+    """Scores and weighted values in all layers, or in `layers` of them."""
     return 4 * queries * keys * llm.num_attention_heads * llm.head_dim * (llm.num_hidden_layers if layers is None else layers)
 
 
 def cache_entries(llm: LLMConfig, slots: float) -> float:
-    """Keys and values of `slots` tokens, all layers."""
+    """Keys and values of `slots` tokens in all layers."""
     return 2 * slots * llm.num_key_value_heads * llm.head_dim * llm.num_hidden_layers
 
 
 def block(config: BagelConfig, contexts: Sequence[int], understanding: int, latents: int, width: int, *, wanted: bool) -> Cost:
-    """A forward of rows behind `contexts` cached tokens each: `understanding` + `latents` new tokens a row, all seeing each other.
+    """One forward over rows with `contexts` cached tokens each and `understanding` + `latents` new tokens each, which see each other.
 
-    A denoising step is (2 markers, n latents), one row a picture and branch, and its latents are `wanted`; a picture as context is
-    (patches + 2, 0) or (2, n) and leaves keys and values alone.
+    A denoising step has (2 markers, n latents) in a row for each picture and branch, and its latents are `wanted`. A picture as context has
+    (patches + 2, 0) or (2, n), and nothing but its keys and values is wanted.
     """
     llm, n, out = config.llm, understanding + latents, latents if wanted else 0
     expert, last, ends = expert_weights(llm), last_weights(llm), 2 * config.latent_channels * llm.hidden_size  # into and out of the model
@@ -62,13 +62,13 @@ def block(config: BagelConfig, contexts: Sequence[int], understanding: int, late
 
 
 def text(config: BagelConfig, n: int, width: int) -> Cost:
-    """Prefill of n tokens of text behind nothing, causal, for its keys and values."""
+    """The prefill of n tokens of text without context: causal, for keys and values alone."""
     llm, weights = config.llm, expert_weights(config.llm) - last_weights(config.llm)
     return Cost(2 * n * weights + attention_flops(llm, n, (n + 1) / 2, llm.num_hidden_layers - 1), width * weights)
 
 
 def decode(config: BagelConfig, rows: int, past: int, width: int) -> Cost:
-    """One token in each of `rows` rows behind `past` others, with the head over the vocabulary."""
+    """One token in each of `rows` rows behind `past` cached ones, with the head over the vocabulary."""
     llm = config.llm
     weights = expert_weights(llm) + llm.vocab_size * llm.hidden_size
     flops = rows * (2 * weights + attention_flops(llm, 1, past + 1))
@@ -85,7 +85,8 @@ def vision(config: BagelConfig, patches: int, width: int) -> Cost:
 
 
 def autoencoder(config: BagelConfig, size: tuple[int, int], *, encode: bool) -> Cost:
-    """Counted on the meta device: convolutions have no short closed form. Weights are fp32 as in the reference."""
+    """Encoder or decoder for one picture of `size` (height, width). Counted on the meta device, since convolutions have no short closed
+    form. Weights are fp32 as in the reference."""
     with torch.device("meta"):
         vae = AutoEncoder(config.vae)
         f = config.vae.downsample

@@ -1,4 +1,4 @@
-"""How a benchmark ends: its table on the terminal, its JSON in a file that could be written before anything was measured."""
+"""The frame of a benchmark's command: it runs, its table goes to the terminal, its JSON into a file whose folder is made first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Found = dict[str, Any]
 def finish(
     options: argparse.Namespace, run: Callable[[argparse.Namespace], Found], table: Callable[[Found], str], failed: Callable[[Found], bool]
 ) -> int:
-    """Exit status: 0, 1 if some of it `failed`, 2 with one line for what cannot be measured or written. `options.out`: the JSON file."""
+    """Run a benchmark and report what it found. Returns the exit status: 0, 1 if some of it `failed`, 2 (with one line on stderr) if it
+    cannot be run or written. options.out: the JSON file, or None."""
     try:
         if options.out is not None:
             make_folder(options.out.parent)

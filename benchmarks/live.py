@@ -1,9 +1,9 @@
 """From an input to its pixels on the Live tab: python -m benchmarks.live [--model toybox] [--texts 5] [--out FILE.json]
 
-The server runs as users run it, as a process of its own; a headless Chromium opens the page, types texts at the pace of a person and moves
-a scale, without and with a picture to edit. The page itself takes the times, on one clock: from the input event to the end of the frame in
-which its picture is drawn. Inputs that a later one overtook have no picture; how many had one is said. The target is 150 ms at the median,
-for a student of one evaluation.
+The server runs as users run it, in a process of its own. A headless Chromium opens the page, types texts at a person's pace and moves a
+scale, without and with a picture to edit. The page itself takes the times, on one clock: from the input event to the end of the frame in
+which its picture is drawn. An input that a later one overtakes gets no picture; the table says how many got one. The target is a median of
+150 ms, for a student of one evaluation.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from benchmarks.measure import Timing, machine
 from benchmarks.server import in_ms, serving
 from hyperbagel.core.run import git_sha, versions
 
-TARGET = 150.0  # ms, of the median
-STAGES = ("wait", "prefill", "denoise", "decode", "encode")  # of the server, as the page keeps them: seconds
+TARGET = 150.0  # ms, for the median
+STAGES = ("wait", "prefill", "denoise", "decode", "encode")  # the server's, as the page keeps them, in seconds
 TEXTS = ("a red circle left of a blue square", "three green stars", "a small yellow car", "a house above a tree", "a purple umbrella")
 EDITS = ("make the square green", "remove the circle", "add a small star", "turn the background navy", "make the circle larger")
 KEPT = 200  # previews whose times the page keeps
@@ -64,7 +64,7 @@ def record(page: Any, act: Callable[[], int]) -> dict[str, Any]:
 
 
 def type_texts(page: Any, texts: tuple[str, ...], delay: float) -> int:
-    """Types each, and waits for the picture of what was typed last before the next."""
+    """Types each text, waiting for the picture of what was typed last before the next one. Returns the number of inputs."""
     for text in texts:
         page.fill("#live [name=prompt]", "")
         page.locator("#live [name=prompt]").press_sequentially(text, delay=delay)
@@ -73,7 +73,7 @@ def type_texts(page: Any, texts: tuple[str, ...], delay: float) -> int:
 
 
 def move_scale(page: Any, presses: int, delay: float) -> int:
-    """There and back in steps of the slider."""
+    """Moves the slider down and back up, step by step. Returns the number of inputs."""
     page.focus("#live [name=text_scale]")
     for i in range(presses):
         page.keyboard.press("ArrowLeft" if i < presses // 2 else "ArrowRight")

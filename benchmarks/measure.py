@@ -1,4 +1,4 @@
-"""Timing: many runs, their median and their spread. CUDA events on a GPU, perf_counter on a CPU."""
+"""Timing over many runs: median and spread, by CUDA events on a GPU and perf_counter on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one run: median, 10th and 90th percentile, fastest."""
+    """Seconds per run: median, 10th and 90th percentile, fastest."""
 
     median: float
     low: float
@@ -36,15 +36,15 @@ class Timing:
 
 
 def measure(call: Callable[[], Any], device: torch.device, *, seconds: float, warmup: int = 3, most: int = 200) -> Timing:
-    """Runs `call` `warmup` (at least one) times, then as often as fits into `seconds`: at least three times, at most `most`.
+    """Runs `call` `warmup` times (at least once), then as often as fits into `seconds`: at least three and at most `most` times.
 
-    On a GPU the runs queue one behind the other, as the steps of a sampler do, and events between them take the times.
+    On a GPU the runs are queued one after the other, as a sampler's steps are, and timed by events between them.
     """
     for _ in range(warmup - 1):
         call()
     wait(device)
     start = time.perf_counter()
-    call()  # the last of the warm-up says how many runs fit
+    call()  # the last call of the warm-up tells how many runs fit
     wait(device)
     each = time.perf_counter() - start
     runs = max(3, min(most, int(seconds / each)))
@@ -66,15 +66,15 @@ def _clocked(call: Callable[[], Any]) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def device_rates(device: torch.device, dtype: torch.dtype, seconds: float, *, side: int, elements: int) -> dict[str, Any]:
-    """What the device does at best, to hold the figures against: bytes/s of a copy (read and written), FLOP/s of a square matmul.
+    """The device's best rates, as a yardstick for the figures: bytes/s of a copy (read and written), FLOP/s of a square matmul.
 
-    Random data: constant data draws less power and runs faster than any model will.
+    With random data: constant data draw less power and run faster than any model will.
     """
     copy, matmul = _copy(device, dtype, seconds, elements), _matmul(device, dtype, seconds, side)
     moved = 2 * elements * dtype.itemsize
@@ -99,7 +99,7 @@ def _matmul(device: torch.device, dtype: torch.dtype, seconds: float, side: int)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The hardware a figure belongs to, and how busy it was."""
+    """The hardware that figures were taken on, and how busy it is."""
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -120,7 +120,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The CPU's own name; Linux tells it in /proc."""
+    """The CPU's model name, which Linux gives in /proc."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -11,10 +11,10 @@ from benchmarks.cost import Cost
 
 @dataclass
 class Operation:
-    """A call, ready to be repeated, and what it costs at least."""
+    """A call that can be repeated, and the least work it takes."""
 
     call: Callable[[], Any]
     cost: Cost
-    bound: str  # "matmul" or "copy": which of the device's rates limits it at best
+    bound: str  # "matmul" or "copy": which of the device's rates limits it
     settings: dict[str, Any] = field(default_factory=dict)
     tokens: int = 0  # text tokens that one call makes

@@ -1,7 +1,4 @@
-"""What is measured: single operations of the package, made ready one at a time.
-
-Shape legend: B pictures or sessions, N latent tokens, C values of a token.
-"""
+"""What is measured: single operations of the package, prepared one at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, Denoising
 from hyperbagel.model.qwen2_mot import Streams
 
-T = 0.7  # inside the guidance interval of both kinds
+T = 0.7  # time of the measured steps: within the guidance interval of both kinds
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,12 @@ class Workload:
     """Sizes to measure at."""
 
     size: tuple[int, int]  # (height, width) of a picture, pixels
-    prompt: int  # tokens
+    prompt: int  # tokens of a picture's prompt
     texts: tuple[int, ...]  # tokens of the prefilled texts
     contexts: tuple[int, ...]  # cached tokens behind which text is decoded
-    batches: tuple[int, ...] = (1, 4, 16)
-    pictures: tuple[int, ...] = (1, 4)  # of one denoising step
-    room: int = 512  # tokens that a measured decoding may take
+    batches: tuple[int, ...] = (1, 4, 16)  # sessions that are decoded together
+    pictures: tuple[int, ...] = (1, 4)  # per denoising step
+    room: int = 512  # tokens for which a decoding's caches have room
 
     @classmethod
     def of(cls, parts: Parts) -> Workload:
@@ -53,11 +50,11 @@ class Workload:
         return replace(self, texts=self.texts[:1], contexts=self.contexts[:1], batches=(1, 2), pictures=(1,))
 
 
-Ready = Callable[[], Operation]  # makes the contexts; afterwards they are the operation's alone and go with it
+Ready = Callable[[], Operation]  # prepares the contexts, which the operation alone then holds, so that they are freed with it
 
 
 def operations(parts: Parts, load: Workload, *, graphs: bool, compiler: str | None) -> Iterator[tuple[str, Ready]]:
-    """Names and makers of all operations, the most wanted first. `graphs` adds the CUDA graph of each step, `compiler` the compiled one."""
+    """Names and makers of all operations, the most important first. graphs: also steps as CUDA graphs. compiler: also steps it compiles."""
     ways = ["eager"] + ["graph"] * graphs + ["compiled"] * (compiler is not None)
     for way in ways:
         yield f"step {way} plain", partial(_step, parts, load, TEXT_TO_IMAGE, 1, False, way, compiler, plain=True)
@@ -136,7 +133,7 @@ def _step(
 
 
 def _decode(parts: Parts, load: Workload, way: str, context: int, rows: int, compiler: str | None) -> Operation:
-    """One step of greedy decoding as `decode` makes it, the token's way to the CPU included. The contexts hold random keys and values."""
+    """One step of greedy decoding as `decode` makes it, including the token's way to the CPU. The contexts hold random keys and values."""
     parts = endless(parts)
     model, generator = parts.model, torch.Generator(parts.model.device if parts.model.device.type == "cuda" else "cpu").manual_seed(0)
     cache = model.new_cache()
@@ -165,13 +162,13 @@ def _text(parts: Parts, tokens: int) -> Operation:
 
 
 def _read(parts: Parts, block: Callable[[Session], Streams]) -> None:
-    """One block of a picture into a fresh cache."""
+    """Prefill one block of a picture into a fresh cache."""
     session = Session.new(parts)
     session.add_blocks([block(session)])
 
 
 def _vit(parts: Parts, load: Workload) -> Operation:
-    """A picture as a question has it: resized, through the vision tower, into the cache."""
+    """A picture as a question brings it: through the vision tower into the cache."""
     pixels = parts.vit_transform(parts.vae_transform.resize(picture(load)))
     config, width = parts.model.config, parts.model.dtype.itemsize
     patches = (pixels.shape[1] // config.vit.patch_size) * (pixels.shape[2] // config.vit.patch_size)
@@ -180,7 +177,7 @@ def _vit(parts: Parts, load: Workload) -> Operation:
 
 
 def _latents(parts: Parts, load: Workload) -> Operation:
-    """A picture as an edit has it: VAE encode, then clean latents into the cache."""
+    """A picture as an edit brings it: VAE encode, then clean latents into the cache."""
     pixels, config = parts.vae_transform(picture(load)), parts.model.config
     size = pixels.shape[1], pixels.shape[2]
     n = size[0] * size[1] // config.latent_stride**2
@@ -190,7 +187,7 @@ def _latents(parts: Parts, load: Workload) -> Operation:
 
 
 def _vae(parts: Parts, load: Workload, *, encode: bool) -> Operation:
-    """fp32, so its fraction of a bf16 matmul rate says little."""
+    """The autoencoder's encoder or decoder. It is fp32, so its fraction of a bf16 matmul rate says little."""
     config, device = parts.model.config, parts.model.device
     f, generator = config.vae.downsample, torch.Generator().manual_seed(0)
     latent = torch.randn(1, config.vae.z_channels, load.size[0] // f, load.size[1] // f, generator=generator).to(device)

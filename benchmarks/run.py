@@ -41,7 +41,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was found, ready for JSON. Raises InputError for a shape or device that is not there."""
+    """Everything that was measured, ready for JSON. Raises InputError for a shape or device that does not exist here."""
     start = time.perf_counter()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -84,12 +84,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             continue
         operation: Operation | None = None
         try:
-            # as the package runs; the FLOP counter does not see through inference_mode
+            # inference_mode as in the package; the FLOP counter sees nothing in it
             with torch.inference_mode() if measured else torch.no_grad():
                 operation = ready()
                 figure = _timed(operation, model.device, options.each, found["rates"]) if measured else _counted(operation)
             found["figures"].append({"name": name, **figure})
-        except (RuntimeError, NotImplementedError) as error:  # out of memory too: the rest is still worth having
+        except (RuntimeError, NotImplementedError) as error:  # including out of memory: the rest is still worth having
             found["failed"].append({"name": name, "error": str(error).splitlines()[0][:300]})
         operation = None  # its contexts may be most of the memory
         gc.collect()
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _timed(operation: Operation, device: torch.device, seconds: float, rates: dict[str, Any]) -> dict[str, Any]:
-    """The time of one call, and how near to the device's best it comes."""
+    """The time of one call, and the fraction of the device's best rate that it reaches."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     timing = measure(operation.call, device, seconds=seconds)
@@ -126,7 +126,7 @@ def _timed(operation: Operation, device: torch.device, seconds: float, rates: di
 
 
 def _counted(operation: Operation) -> dict[str, Any]:
-    """The operation on the meta device: every shape is gone through, every matrix product counted."""
+    """The operation on the meta device, which goes through every shape and counts every matrix product."""
     with FlopCounterMode(display=False) as counter:
         operation.call()
     flops, bytes_ = operation.cost

@@ -1,8 +1,8 @@
 """What the server adds to the library: python -m benchmarks.server [--model toybox] [--runs 40] [--out FILE.json]
 
-The server runs as users run it, as a process of its own on a loopback socket, with one thread for the model, as here. Both arms take turns:
-a request over HTTP by a client that keeps its connection, then the same call of the library in this process. Seeds differ from run to run.
-Beside the waiting time stands the processor time of the server's process and of this one: on a busy machine that is the steadier figure.
+The server runs as users run it, in a process of its own on a loopback socket, with one thread for the model, as here. Two arms take turns:
+a request over HTTP from a client that keeps its connection, then the same call of the library in this process. Seeds differ from run to
+run. Besides the time waited, processor time is given for the server's process and this one: on a busy machine it is the steadier figure.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def serving(model: str) -> Iterator[tuple[str, int]]:
-    """The server's address and its process."""
+    """A running server: the address of its API and the id of its process."""
     command = [sys.executable, "-m", "hyperbagel.cli", "serve", "--model", model, "--port", "0", "--device", "cpu"]
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # as the library's arm: PyTorch would take every core
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # as in the library's arm; PyTorch would take every core
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
     try:
         assert process.stderr is not None
@@ -68,7 +68,7 @@ def serving(model: str) -> Iterator[tuple[str, int]]:
 
 
 def turns(runs: int, first: Callable[[int], Any], second: Callable[[int], Any], warmup: int = 3) -> tuple[list[float], list[float]]:
-    """Seconds of both, in turns, so that what else the machine does falls on both alike."""
+    """Seconds of both calls, made in turns, so that other load on the machine affects both alike."""
     spent: tuple[list[float], list[float]] = ([], [])
     for i in range(-warmup, runs):
         for times, call in zip(spent, (first, second), strict=True):
@@ -80,7 +80,7 @@ def turns(runs: int, first: Callable[[int], Any], second: Callable[[int], Any], 
 
 
 def compare(runs: int, pid: int, server: Callable[[int], Any], library: Callable[[int], Any]) -> dict[str, Any]:
-    """Milliseconds: each arm, the median difference of neighbours, and by how much more the processor worked (mean)."""
+    """Milliseconds: of each arm, of the difference between successive calls, and of processor time (means of each arm, and overhead)."""
     worked: list[list[float]] = [[], []]
 
     def counted(arm: int, call: Callable[[int], Any], seconds: Callable[[], float]) -> Callable[[int], None]:
@@ -99,7 +99,7 @@ def compare(runs: int, pid: int, server: Callable[[int], Any], library: Callable
 
 
 def processor_seconds(pid: int) -> float:
-    """User and system time of a process so far, in the kernel's ticks of 10 ms: right on average only."""
+    """User and system time of a process so far. The kernel counts in ticks of 10 ms, so it is right only on average."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -1,4 +1,4 @@
-"""The models under measurement: a folder, the embedded model, or the 7B shape with random weights."""
+"""The models that are measured: a folder, the embedded model, or the 7B shape with random weights."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Subject:
 
 
 def load(shape: str, device: torch.device) -> Subject:
-    """`shape` is toybox, 7b or a model folder. bf16 on a GPU, fp32 on a CPU; the 7B shape on a CPU stands on the meta device.
+    """The model of `shape` (toybox, 7b or a model folder), in bf16 on a GPU, in fp32 on a CPU; there the 7B shape is on the meta device.
 
-    Raises InputError if it is none of these.
+    Raises InputError if `shape` is none of these.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if shape == "7b":
@@ -49,14 +49,14 @@ def load(shape: str, device: torch.device) -> Subject:
 
 
 def endless(parts: Parts) -> Parts:
-    """The same model that never ends an answer: no token has the id -1."""
+    """The same model, but its answers never end: no token has the id -1."""
     tokenizer = copy.copy(parts.tokenizer)
     tokenizer.im_end = -1
     return replace(parts, tokenizer=tokenizer)
 
 
 def _parts(model: Bagel, vae: AutoEncoder) -> Parts:
-    """With the embedded model's tokenizer: its ids are valid in any vocabulary, and times do not depend on the words."""
+    """Parts with the embedded model's tokenizer, whose ids are valid in any vocabulary; times do not depend on the words."""
     options = model.config.options
     sizes = [ImageTransform(s.max_size, s.min_size, s.stride, s.max_pixels) for s in (options.vae_transform, options.vit_transform)]
     return Parts(model.eval().requires_grad_(False), vae.eval().requires_grad_(False), Tokenizer.from_folder(ASSETS), *sizes)
@@ -73,13 +73,13 @@ def _random_toybox(device: torch.device, dtype: torch.dtype) -> Parts:
 
 
 def shapes_only(config: BagelConfig) -> Parts:
-    """On the meta device: shapes without values. bf16 as on a GPU, so that bytes are counted as there."""
+    """A model on the meta device: shapes without values. In bf16 as on a GPU, so that bytes are counted as there."""
     with torch.device("meta"):
         return _parts(Bagel(config).to(torch.bfloat16), AutoEncoder(config.vae))
 
 
 def _random_7b(device: torch.device) -> Parts:
-    """Made where they stay: 29 GB in bf16 that host memory never sees. Norms are 1, all else normal."""
+    """The 7B shape with random weights made on the device: 29 GB in bf16 that host memory never holds. Norms are 1, all else is normal."""
     config = BagelConfig()
     with torch.device("meta"):
         model = Bagel(config).to(torch.bfloat16)

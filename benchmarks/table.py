@@ -1,4 +1,4 @@
-"""Figures as text."""
+"""The figures of benchmarks.run as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def show(found: dict[str, Any]) -> str:
-    """What a run found, for reading: the machine, its rates, one line an operation, and what is missing."""
+    """A run's results as text: the machine, its rates, a line per operation, and what is missing."""
     hardware, shape = found["hardware"], found["shape"]
     lines = [
         f"{shape['name']}: {shape['parameters']:,} parameters in {shape['tensors']:,} tensors, {shape['dtype']}",
@@ -47,7 +47,7 @@ def show(found: dict[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three figures, or whole thousands."""
+    """Three significant digits; from 100 on a whole number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

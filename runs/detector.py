@@ -1,9 +1,9 @@
-"""The embedded world's measure, trained anew: the detector that reads scenes back from pictures.
+"""Trains the embedded world's measure anew: the detector that reads scenes in pictures.
 
     python runs/detector.py FILE.safetensors [STEPS] [FROM.safetensors]
 
-Three rounds made the one that ships (docs/log.md): 1,500 steps of 48 drawings, then 2,000 and 2,500 of 32, some 25 minutes of one core. The
-measure is made apart from what it measures, so runs/toybox.sh leaves it as it is; `hyperbagel eval toybox` prints how well it reads.
+Three rounds made the one that ships (docs/log.md): 1,500 steps of 48 drawings, then 2,000 and 2,500 of 32, some 25 minutes on one core. The
+measure is made separately from what it measures, so runs/toybox.sh does not touch it; `hyperbagel eval toybox` prints how well it reads.
 """
 
 import os
@@ -25,7 +25,7 @@ def main(out: str, steps: str = "", start: str = "") -> None:
     for seed, (count, batch) in enumerate(rounds):
         state = dict(train_detector(count, seed=seed, batch=batch, initial=state, log=print).state_dict())
         stored = {name: x.to(torch.bfloat16) if x.is_floating_point() else x for name, x in state.items()}
-        save_tensors(Path(out), stored)  # after each round: a stopped run leaves the last whole one
+        save_tensors(Path(out), stored)  # after each round, so that a stopped run leaves the last one
 
 
 if __name__ == "__main__":

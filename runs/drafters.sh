@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Every drafter of the embedded model, with the same budget each, then the tables. Stop it at any time; the same command goes on.
+# Trains every drafter of the embedded model with the same budget, then makes the tables. Stop it at any time; the same command resumes.
 #
 #   runs/drafters.sh [MODEL] [FOLDER] [SECONDS]
 #
-# MODEL (default the shipped one) is the target, FOLDER (default work/drafters) gets one run folder a drafter, SECONDS (default 900) is the
-# time of each: one process of one thread, so two of these may run beside each other on two cores with ONLY="block eagle3" and the like.
-# STEPS=700: that many steps of each instead, however long they take. NO_TABLES=1 only trains. SHIP="block" copies those into the model's own drafters/, where `hyperbagel ask` finds them.
+# MODEL (default the shipped one) is the target; FOLDER (default work/drafters) gets a run folder for each drafter; SECONDS (default 900) is
+# the time for each, in one process of one thread. On two cores, two of these can run at once, with ONLY="block eagle3" and the like.
+# STEPS=700 gives each that many steps instead, however long they take. NO_TABLES=1 only trains. SHIP="block" copies these drafters into the
+# model's own drafters/, where `hyperbagel ask` finds them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-hyperbagel/assets/toybox}
@@ -18,7 +19,7 @@ only=${ONLY:-$all}
 budget=("max_seconds=$seconds")
 [ -z "${STEPS:-}" ] || budget=(max_seconds=1000000 "max_steps=$STEPS" optim.schedule_by=steps)
 
-# drafter NAME RECIPE OVERRIDES...: trains, or goes on with, out/NAME; a finished one has a gate.json and is not touched again.
+# drafter NAME RECIPE OVERRIDES...: trains, or resumes, out/NAME; a finished one has a gate.json and is not touched again.
 drafter() {
     local name=$1 recipe=$2
     shift 2
@@ -32,8 +33,8 @@ drafter() {
 
 mkdir -p "$out"
 drafter block block                                            # one pass a block
-drafter hyper_bagel hyper_bagel                                # ours of the paper
-drafter eagle3 eagle3                                          # vanilla
+drafter hyper_bagel hyper_bagel                                # the paper's
+drafter eagle3 eagle3                                          # the published baseline
 drafter no_zero_init hyper_bagel "shape={layers: 2, zero_init: false}"
 drafter no_ce hyper_bagel ce_weight=0
 drafter neither hyper_bagel "shape={layers: 2, zero_init: false}" ce_weight=0

@@ -1,4 +1,4 @@
-"""The vision encoder of a base model as a folder of its own, as stage vit exports one: python -m runs.eye BASE OUT"""
+"""Writes a base model's vision encoder into a folder of its own, as stage vit exports one: python -m runs.eye BASE OUT"""
 
 from __future__ import annotations
 

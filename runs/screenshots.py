@@ -1,6 +1,6 @@
-"""Pictures of the web page for the documents: python -m runs.screenshots MODEL FOLDER
+"""Pictures of the web page for the documentation: python -m runs.screenshots MODEL FOLDER
 
-A server of its own, a headless Chromium, and what a person would do there. The source picture is drawn by the toybox; whatever the model
+It starts a server and a headless Chromium, and does there what a person would do. The toybox draws the source picture; whatever the model
 makes of it is shown, unpicked. Writes FOLDER/ui-draw.png, ui-edit.png, ui-ask.png and ui-live.png (a phone, dark).
 """
 
@@ -19,14 +19,14 @@ from hyperbagel.core.files import atomic_write_bytes
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene, Thing
 
-LARGEST = 120_000  # bytes of a file
+LARGEST = 120_000  # bytes that a file may have
 PROMPT = "a red circle to the left of a blue square"
 CIRCLE = Thing("circle", "red", "large", 4)
 SOURCE = Scene("cream", (CIRCLE, Thing("car", "blue", "large", 8), Thing("star", "yellow", "small", 0)))
 
 
 def save(page: Any, path: Path) -> None:
-    """What the window shows, in 256 colours."""
+    """Save what the window shows, in 256 colours."""
     page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
     shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     buffer = io.BytesIO()
@@ -45,7 +45,7 @@ def upload(page: Any, tab: str) -> None:
 
 
 def start(page: Any, tab: str, prompt: str, seed: int = 1) -> None:
-    """Asks with a seed that is kept."""
+    """Submit a prompt with a fixed seed, and wait for the result."""
     page.fill(f"#{tab} [name=seed]", str(seed))
     page.fill(f"#{tab} [name=prompt]", prompt)
     page.click(f"#{tab} [type=submit]")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The documents' pictures of the web page, made by a browser and a model at fixed seeds.   runs/screenshots.sh [MODEL] [FOLDER]
+# The documentation's pictures of the web page, made with a browser and a model at fixed seeds.   runs/screenshots.sh [MODEL] [FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements/chromium.sh

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# On one GPU, in ten minutes: the embedded model's base goes on from what it is, and its students are made anew.
+# Ten minutes on one GPU: the embedded model's base is trained further, and its students are made anew.
 #
 #   runs/toybox-gpu.sh [BASE] [FOLDER]
 #
-# BASE (default the shipped model) is what training goes on from, FOLDER (default work/gpu) gets one run folder a stage. Seconds of each:
+# Training starts from BASE (default the shipped model); FOLDER (default work/gpu) gets a run folder for each stage. Seconds of each stage:
 #   SECONDS_BASE=300 SECONDS_CFG=90 SECONDS_TSCD=45 (1: left out) SECONDS_ADP=60
 # What ships was made with 274, 65, 1 and 55.
-# SIZE=32 divides the students' batches, for a walk-through elsewhere. Stop it at any time; the same command goes on.
+# SIZE=32 divides the students' batches by 32, for a walk-through elsewhere. Stop it at any time; the same command resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 base=${1:-hyperbagel/assets/toybox}
@@ -15,7 +15,7 @@ size=${SIZE:-1}
 python=${PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE
 
-# train FOLDER NAME RECIPE SECONDS [KEY=VALUE]...: a stage with an export is not touched again.
+# train FOLDER NAME RECIPE SECONDS [KEY=VALUE]...: trains, or resumes, out/FOLDER; a stage that has an export is not touched again.
 train() {
     local folder=$out/$1 name=$2 recipe=$3 seconds=$4
     shift 4

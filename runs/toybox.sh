@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The embedded model from nothing: autoencoder, base, students for 6 and for 1 evaluation, drafters, scores. Stop it at any time; the same
-# command goes on where it stopped. Two things are taken as they ship: the tokenizer (python -m hyperbagel.data.toybox_tokenizer FOLDER makes
-# it, byte for byte) and the detector that scores are read by (runs/detector.py).
+# The embedded model from scratch: autoencoder, base, students for 6 and for 1 evaluation, drafters, scores. Stop it at any time; the same
+# command resumes. Two things are taken as they ship: the tokenizer (python -m hyperbagel.data.toybox_tokenizer FOLDER makes it, byte for
+# byte) and the detector that evaluations read pictures with (runs/detector.py makes one).
 #
 #   runs/toybox.sh [FOLDER]
 #
-# FOLDER (default work) gets one run folder a stage. Each stage that goes on from another measures what comes in and what goes out on the same
-# held-out conditions; one that made it worse is not passed on (hyperbagel gate). Times are for one core with bf16 units.
+# FOLDER (default work) gets a run folder for each stage. A stage that continues another one measures what comes in and what goes out on the
+# same held-out conditions; its result is passed on only if it is better (hyperbagel gate). Times are for one core with bf16 units.
 #
 #   RANKS=2          processes that train together, one core each
-#   COUPLINGS="tdm paired"  couplings of stage dmdo to try, of which the best goes on (default: tdm)
+#   COUPLINGS="tdm paired"  couplings of stage dmdo to try; the best is passed on (default: tdm)
 #   EXTRA="..."      settings that replace those of every recipe after base, e.g. "max_seconds=60" for a walk-through
 #   EVAL=0           leaves the scores out
 #   INSTALL=1        makes the result the model that ships: hyperbagel/assets/toybox
@@ -24,7 +24,7 @@ bin=${BIN:-.venv/bin}
 
 hyperbagel() { "$bin/python" -m hyperbagel.cli "$@"; }
 
-# stage FOLDER NAME RECIPE [KEY=VALUE]...: trains, or goes on with, out/FOLDER; a finished stage has an export and is not touched again.
+# stage FOLDER NAME RECIPE [KEY=VALUE]...: trains, or resumes, out/FOLDER; a finished stage has an export and is not touched again.
 stage() {
     local folder=$out/$1 name=$2 recipe=recipes/toybox/$3.yaml
     shift 3
@@ -36,23 +36,23 @@ stage() {
     "${train[@]}" train "$name" --recipe "$recipe" "$@" ${EXTRA:+$([[ " vae vit base " == *" $name "* ]] || echo "$EXTRA")} --out "$folder" "${resume[@]}"
 }
 
-# passed FALLBACK FOLDER...: the export to go on with, of the best run that made things better.
+# passed FALLBACK FOLDER...: prints the export to go on with: that of the best run that made things better, or else FALLBACK.
 passed() {
     local fallback=$1
     shift
     hyperbagel gate "${@/#/$out/}" --else "$fallback"
 }
 
-# better FALLBACK FOLDER: as `passed`, for rounds of the base; one that an earlier version trained was not measured first, and goes on.
+# better FALLBACK FOLDER: as `passed`, for rounds of the base; one trained by an earlier version was not measured at its start: it is passed.
 better() {
     if grep -q '"step": 0' "$out/$2/metrics.jsonl" && [ -f "$out/$2/checkpoints/best.json" ]; then passed "$1" "$2"; else echo "$out/$2/export"; fi
 }
 
-# mean NAME STUDENT FOLDER...: out/NAME, the mean of a student and of the best run from it; the student itself if none made things better.
-# rank=N before it: written as a LoRA of that rank.
+# mean NAME STUDENT FOLDER...: makes and prints out/NAME, the mean of a student and of the best run from it; prints the student itself if no
+# run made things better. With rank=N before it, the mean is written as a LoRA of that rank.
 mean() {
     local folder=$out/$1 student=$2 best
-    best=$(passed "${@:2}") || return   # inside $(...) set -e does not hold
+    best=$(passed "${@:2}") || return   # set -e has no effect inside $(...)
     if [ "$best" = "$student" ]; then
         echo "$student"
     else

@@ -18,15 +18,16 @@ from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps, Png
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_bytes
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # by their first bytes; others need programs beside Pillow (EPS: Ghostscript)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # told by their first bytes; others may need more than Pillow (EPS: Ghostscript)
 MAX_PIXELS = 100_000_000  # of a picture that is read; a decompression bomb claims more
 SETTINGS_KEY = "hyperbagel"
-# What Pillow warns of, sizes and odd metadata, is refused here or does no harm. Once, for good: a filter that is set and taken back around
-# each file is not safe among threads.
+# What Pillow warns of (sizes, odd metadata) is refused here or does no harm. Set once and for all: setting and resetting a filter around
+# each file is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\b")
-# what Pillow raises for files that are cut off or lie about themselves
-_FORMAT = (SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, TypeError, KeyError, OverflowError)
-_DAMAGED = (OSError, MemoryError, *_FORMAT)
+# what Pillow raises for files that are truncated or inconsistent
+_DAMAGED = (
+    OSError, MemoryError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, TypeError, KeyError, OverflowError,
+)  # fmt: skip
 
 
 def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Image:
@@ -34,7 +35,7 @@ def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Ima
 
     Args:
         source: a path, or the bytes of a file.
-        name: what to call bytes in a message.
+        name: what error messages call it; None: the path.
     Raises:
         InputError: missing, not a picture, truncated, of zero size, or above `MAX_PIXELS`.
     """
@@ -42,16 +43,16 @@ def open_image(source: Path | str | bytes, name: str | None = None) -> Image.Ima
 
 
 def open_mask(source: Path | str | bytes, name: str | None = None) -> Image.Image:
-    """A mask of an edit, mode "L": 255 where the picture may change. Arguments and errors as of `open_image`.
+    """The mask of an edit, mode "L": 255 where the picture may change. Arguments and errors as of `open_image`.
 
-    A file with transparency: what is transparent may change (OpenAI's rule). One without: what is white.
+    In a file with transparency, what is transparent may change (OpenAI's rule); in one without, what is white.
     """
     return _open(source, name, _editable)
 
 
 def as_mask(given: object) -> Image.Image:
-    """What a caller gives as a mask, mode "L": a path is opened, a PIL image read by the rule of `open_mask`. Raises InputError as
-    `as_picture`."""
+    """What a caller gives as a mask, in mode "L": a path is opened, a PIL image converted by the rule of `open_mask`. Raises InputError as
+    `as_picture` does."""
     if isinstance(given, (str, Path)):
         return open_mask(given)
     image = _in_memory(given)
@@ -67,7 +68,7 @@ def has_alpha(image: Image.Image) -> bool:
 
 
 def _open(source: Path | str | bytes, name: str | None, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """The first frame, upright, converted."""
+    """The first frame, turned upright and converted. Errors: see `open_image`."""
     label = name or (str(source) if not isinstance(source, bytes) else "picture")
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -99,17 +100,17 @@ def _open(source: Path | str | bytes, name: str | None, convert: Callable[[Image
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data say; data that cannot be read say nothing."""
+    """The picture turned as its EXIF data say; unreadable data are ignored."""
     try:
         return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
-    except (*_DAMAGED, KeyError, TypeError):
+    except _DAMAGED:
         return image
 
 
 def as_picture(given: object) -> Image.Image:
-    """What a caller gives as a picture, as RGB: a path is opened, a PIL image converted and turned upright as `open_image` does it.
+    """What a caller gives as a picture, in RGB: a path is opened, a PIL image turned upright and converted as `open_image` does.
 
-    Raises InputError for what is neither, or a picture without pixels.
+    Raises InputError for anything else, a damaged picture, or one without pixels.
     """
     if isinstance(given, (str, Path)):
         return open_image(given)
@@ -118,20 +119,20 @@ def as_picture(given: object) -> Image.Image:
 
 
 def _in_memory(given: object) -> Image.Image:
-    """A PIL image that a caller gives, read and upright, in its own mode."""
+    """A PIL image that a caller gives: loaded, upright, in its own mode."""
     if not isinstance(given, Image.Image):
         raise InputError(f"got a {type(given).__name__} as a picture, expected a PIL image or a path, open it first")
     if given.width < 1 or given.height < 1:
         raise InputError(f"got a picture of {given.width}x{given.height} pixels, expected at least 1x1, give another one")
     try:
-        given.load()  # a file that was opened, but not read yet
+        given.load()  # its file may be open but not read yet
     except _DAMAGED as error:
         raise InputError(f"got a damaged picture ({error}), expected a whole file, save or download it again") from error
     return _upright(given)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB. Transparent parts become white, as the reference does it."""
+    """Any mode as RGB. Transparent parts become white, as in the reference."""
     if image.mode.startswith(("I", "F")):  # 16 and 32 bits, one channel
         values = np.asarray(image).astype(np.float64)
         whole = not image.mode.startswith("F")
@@ -146,7 +147,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path | str, settings: dict[str, Any] | None = None) -> None:
-    """Write a PNG atomically, with `settings` as JSON in a text chunk. Raises InputError if the place cannot be written."""
+    """Write a PNG atomically, with `settings` as JSON in a text chunk. Raises InputError if the file cannot be written."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
         info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False, sort_keys=True))
@@ -170,7 +171,7 @@ def read_settings(path: Path | str) -> dict[str, Any]:
 
 
 def captioned_grid(cells: Sequence[tuple[Image.Image, str]], columns: int, side: int = 128, lines: int = 4) -> Image.Image:
-    """A sheet of pictures, each scaled to `side` pixels, with up to `lines` lines of text below it."""
+    """A sheet of (picture, caption) cells: each picture scaled to `side` pixels, with up to `lines` lines of text below it."""
     font = ImageFont.load_default(11)
     line, gap = 13, 8
     height = side + lines * line + gap

@@ -1,7 +1,7 @@
-"""A mixture of sources as a stream of groups of samples: weighted, sharded by rank, prefetched by workers, resumable exactly.
+"""A mixture of sources as a stream of groups of samples: weighted, sharded by rank, prefetched by workers, exactly resumable.
 
-Nothing is drawn from a running generator: group n's source is a pure function of (seed, n), and a source's sample a pure function of
-(seed, index). So the position is a handful of counters, and the order does not depend on the number of workers.
+No generator runs along: the source of group n is a pure function of (seed, n), and a source's sample one of (seed, index). So the position
+is a handful of counters, and the order does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.plan import Sample
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # broken rows that are named one by one; the rest is only counted
+SHOWN = 5  # broken rows that are named one by one; further ones are only counted
 
 
 class BrokenRow(Exception):
-    """A row of a source cannot be read; it is skipped, counted and shown."""
+    """A row of a source cannot be used; it is skipped, counted and, at first, named in a warning."""
 
 
 class Source(Protocol):
     """Random access to samples. Must be picklable for worker processes."""
 
     def __len__(self) -> int:
-        """Rows of one pass; 0 for an endless source."""
+        """The number of rows in one pass; 0 for an endless source."""
         ...
 
     def sample(self, index: int) -> Sample:
-        """Sample `index` (0, 1, ... without end; a new pass is drawn in a new order). A pure function of it. Raises BrokenRow."""
+        """Sample `index` (0, 1, ... without end; each pass is in a new order): a pure function of the index. Raises BrokenRow."""
         ...
 
 
@@ -47,7 +47,7 @@ class Group:
     source: str
     samples: list[Sample]
     broken: list[str]  # what was skipped on the way, one line each
-    made: Any = None  # what the loader's `prepare` made of the samples, in their place
+    made: Any = None  # what the loader's `prepare` made of the samples, which are then not kept
 
 
 Prepare = Callable[[str, list[Sample], int], Any]  # (source, samples, number of the group) -> Group.made
@@ -73,10 +73,10 @@ def draw_source(phases: Sequence[Phase], seed: int, n: int) -> str:
 def read_group(
     source: Source, name: str, first: int, size: int, rank: int, world: int, number: int = 0, *, prepare: Prepare | None = None
 ) -> Group:
-    """Samples first, first + 1, ... of this rank's shard. The row after a broken one takes its place.
+    """`size` samples of this rank's shard from index `first` on; a broken row is replaced by the next one. prepare: see Loader.
 
     Raises:
-        InputError: the source has no row that can be read: a thousand tries in a row, of a small source many passes, were broken.
+        InputError: the source has no usable row: a thousand in a row (of a small source, over many passes) were broken.
     """
     limit = 1000
     samples: list[Sample] = []
@@ -84,7 +84,7 @@ def read_group(
     for i in range(first, first + size):
         for attempt in range(limit):
             try:
-                # attempts walk on within this rank's shard, so no two ranks read the same row
+                # attempts go on within this rank's shard, so that no two ranks read the same row
                 samples.append(source.sample((i + attempt) * world + rank))
                 break
             except BrokenRow as error:
@@ -100,7 +100,7 @@ def read_group(
 
 
 def count_broken(broken: Counter[str], group: Group) -> None:
-    """Adds the rows that were skipped to the count of their source, and names the first few."""
+    """Adds a group's skipped rows to the count of their source, and warns of the first few by name."""
     for line in group.broken:
         broken[group.source] += 1
         if broken[group.source] <= SHOWN:
@@ -123,18 +123,18 @@ def _read_in_process(name: str, *where: int) -> Group:
 
 
 class Loader:
-    """Iterate with `next_group`; `state_dict` is the position after the last group that was handed out.
+    """`next_group` hands out groups; `state_dict` is the position after the last one that was handed out.
 
     Args:
         sources: by name.
         phases: mixture weights, in order of `until`.
-        group: samples of a group, by source name.
+        group: samples per group, by source name.
         workers: 0 reads in the caller's thread; else that many groups are read at once and `2 * workers` are kept ready.
         kind: "process" for sources that are busy in Python (rendering), "thread" for files.
-        rank, world: this process's shard. All ranks draw the same source at the same group.
-        prepare: what becomes of a group where it is read, so that workers do it; a pure function, picklable for processes.
+        rank, world: this process's shard. All ranks draw the same source for the same group.
+        prepare: applied to each group's samples where they are read, so by the workers; a pure function, picklable for processes.
     Raises:
-        InputError: a weight or phase that makes no sense.
+        InputError: a weight or phase makes no sense.
     """
 
     def __init__(
@@ -195,11 +195,11 @@ class Loader:
         return group
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, plain numbers."""
+        """The position, ready for JSON."""
         return {"group": self.done, "next": dict(self.done_index), "broken": dict(self.broken), "size": self.group, "world": self.world}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position. Raises InputError if it belongs to another mixture or number of ranks."""
+        """Continue from a position. Raises InputError if it belongs to another mixture or number of ranks."""
         unknown = set(state["next"]) - set(self.sources)
         if unknown or state["world"] != self.world:
             raise InputError(

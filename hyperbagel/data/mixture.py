@@ -1,4 +1,4 @@
-"""What a recipe says about its data: sources, mixture by phase, dropout and the layout of rows; and the loader that follows."""
+"""What a recipe says about its data (sources, mixture by phase, dropout, layout of rows), and the loader that it describes."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from hyperbagel.data.toybox_source import Task, ToyboxSource
 from hyperbagel.data.transforms import ImageTransform, InTurn
 from hyperbagel.toybox.language import CATEGORIES, EXTRA_GROUPS, GROUPS, KINDS, STYLES
 
-# Keys of SourceConfig that every kind reads, and those of files; all others are the toybox's.
+# Keys of SourceConfig that every kind reads, and those that the file kinds read; all others are the toybox's.
 _EVERY, _FILES = ("kind", "samples", "noise_copies"), ("path", "images")
 
 
 class SourceConfig(Config):
-    """One source. `kind` toybox needs a task; the file kinds need a path."""
+    """One source. Kind toybox needs a task; the file kinds need a path."""
 
     kind: Literal["toybox", "t2i", "edit", "chat"] = "toybox"
-    samples: int = Field(default=1, ge=1)  # consecutive samples of a group
+    samples: int = Field(default=1, ge=1)  # consecutive samples per group
     noise_copies: int = Field(default=1, ge=1)  # noise draws of a target in one sequence
     # toybox
     task: Task | None = None
     resolution: int = Field(default=64, ge=16)
     think_share: float = Field(default=0.0, ge=0, le=1)
-    styles: dict[str, float] | None = None  # weights of terse, medium, full captions; None: the language's own
-    categories: dict[str, float] | None = None  # t2i: weights of what captions are about; None: the language's own
-    groups: dict[str, float] | None = None  # edit: weights of the kinds of edits; None: the language's own
-    turns: int = Field(default=1, ge=1)  # questions about one picture in one sequence
+    styles: dict[str, float] | None = None  # t2i: weights of terse, medium and full captions; None: toybox.captions's own
+    categories: dict[str, float] | None = None  # t2i: weights of what captions are about; None: toybox.captions's own
+    groups: dict[str, float] | None = None  # edit: weights of the kinds of edits; None: toybox.edits's own
+    turns: int = Field(default=1, ge=1)  # question: how many about one picture in one sequence
     split: Literal["train", "heldout"] = "train"
-    kinds: dict[str, float] | None = None  # weights of the kinds of questions; None: the language's own
+    kinds: dict[str, float] | None = None  # question: weights of the kinds of questions; None: toybox.questions's own
     near_misses: bool = False  # t2i and edit: each sample also has a picture that almost fits, for stage reward
     checks: int = Field(default=0, ge=0)  # t2i and edit: questions about the picture, with answers, for stage refl
     # files
     path: Path | None = None
-    images: Path | None = None  # where a chat's picture paths start; None: the folder of its jsonl
+    images: Path | None = None  # chat: the folder that picture paths are relative to; None: that of the jsonl
 
     @model_validator(mode="after")
     def _weights_draw(self) -> SourceConfig:
@@ -57,19 +57,19 @@ class SourceConfig(Config):
 
 
 def toybox_keys() -> list[str]:
-    """Keys that say what a toybox source draws; ToyboxSource has them by the same names."""
+    """Keys that say what a toybox source draws; ToyboxSource takes them by the same names."""
     return [name for name in SourceConfig.model_fields if name not in (*_EVERY, *_FILES)]
 
 
 class PhaseConfig(Config):
-    """Weights of the sources until a group number; None: to the end."""
+    """Weights of the sources until a group number (None: to the end)."""
 
     until: int | None = Field(default=None, ge=1)
     weights: dict[str, float]
 
 
 class DropoutConfig(Config):
-    """Shares of left-out items with enable_cfg; BAGEL's."""
+    """Shares of items with enable_cfg that are dropped; defaults are BAGEL's."""
 
     text: float = Field(default=0.1, ge=0, le=1)
     vit: float = Field(default=0.3, ge=0, le=1)
@@ -80,7 +80,7 @@ class DropoutConfig(Config):
 
 
 class DataConfig(Config):
-    """Data of a training stage."""
+    """The data of a training stage."""
 
     sources: dict[str, SourceConfig]
     mixture: list[PhaseConfig]
@@ -88,7 +88,7 @@ class DataConfig(Config):
     worker_kind: Literal["thread", "process"] = "thread"
 
     def single_sources(self) -> list[Self]:
-        """One data configuration for each source, whatever the mixture: for what is measured."""
+        """One data configuration for each source, whatever the mixture: for held-out figures."""
         return [
             self.model_copy(update={"sources": {name: source}, "mixture": [PhaseConfig(weights={name: 1.0})], "workers": 0})
             for name, source in self.sources.items()
@@ -96,20 +96,20 @@ class DataConfig(Config):
 
 
 class RowsConfig(DataConfig):
-    """Data of stage base, which lays samples out in rows. Other stages prefill contexts, and refuse these keys."""
+    """The data of stage base, which lays samples out in rows. Other stages prefill contexts, and refuse these keys."""
 
     dropout: DropoutConfig = DropoutConfig()
     rows: Literal["one", "packed"] = "one"
     row_tokens: int = Field(default=0, ge=0)  # average length of a packed row
-    batch_tokens: int = Field(default=0, ge=0)  # 0: a batch is one group; else groups are added until this many tokens are reached
-    sample_tokens: int = Field(default=0, ge=0)  # longer samples are left out; 0: no limit
+    batch_tokens: int = Field(default=0, ge=0)  # 0: a batch is one group; else groups are added until there are this many tokens
+    sample_tokens: int = Field(default=0, ge=0)  # longer samples are skipped; 0: no limit
     pad_to: int = Field(default=1, ge=1)
 
 
 def build_source(
     name: str, config: SourceConfig, tokenizer: Tokenizer, vae: ImageTransform, vit: ImageTransform | InTurn, seed: int
 ) -> Source:
-    """The source that a recipe names. Raises InputError for keys that do not fit its kind, or files without data."""
+    """The source that a recipe describes. Raises InputError for keys that do not fit its kind or are missing, or for files without data."""
     if config.kind == "toybox":
         if config.task is None:
             raise InputError(f"source {name!r}: got no task, expected t2i, edit or question, add task to the recipe")

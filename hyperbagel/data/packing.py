@@ -1,13 +1,13 @@
-"""Plans to packed batches: tokens, positions, splits and losses of BAGEL's training sequences.
+"""From plans to packed batches: tokens, positions, splits and losses of BAGEL's training sequences.
 
-Reading order of one edit sample (S start, E end, L latent, P patch, T text), its two streams, and who sees whom:
+An edit sample in reading order (S start, E end, L latent, P patch, T text), its two streams, and which token sees which:
 
     S L L E | S P P E | T T T | S L L E        VAE full | ViT full | text causal | noise
     . . . .   . . . .   . . .   . . . .        understanding: S E S P P E T T T S E     generation: L L L L
 
     mask(q, k) = (k before q  OR  same full/noise split)  AND NOT (k in ANOTHER noise split)  AND  same sample
 
-Shape legend: as in core.types; z channels of a latent.
+Shape legend: as in core.types; z channels of a latent. A split is one item's tokens, markers included.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ UND, GEN = 0, 1
 
 @dataclass(frozen=True)
 class PackSpec:
-    """What packing must know of a model: special tokens, patch sizes and the sides of the position tables."""
+    """What packing must know about a model: special tokens, patch sizes and the sides of the position tables."""
 
     im_start: int
     im_end: int
@@ -83,7 +83,7 @@ def grid(item: VitImage | VaeImage, spec: PackSpec) -> tuple[int, int]:
 
 @dataclass
 class _Cells:
-    """Where tokens of one kind stand: parallel lists of row, start in the row's stream, length."""
+    """Where the tokens of one kind are: parallel lists of row, start in the row's stream, and length."""
 
     row: list[int] = field(default_factory=list)
     start: list[int] = field(default_factory=list)
@@ -95,20 +95,20 @@ class _Cells:
         self.length.append(length)
 
     def slots(self, width: int) -> Whole:
-        """Flat slots in a stream of `width` a row, [sum of lengths]."""
+        """Flat slots, [sum of lengths], in a stream of `width` slots per row."""
         base = np.asarray(self.row, np.int64) * width + np.asarray(self.start, np.int64)
         return _ramp(base, np.asarray(self.length, np.int64))
 
 
 def _ramp(start: Whole, length: Whole) -> Whole:
-    """start[i], start[i] + 1, ... length[i] numbers of each, concatenated."""
+    """The ranges start[i], start[i] + 1, ... of length[i] numbers each, concatenated."""
     ends = np.cumsum(length)
     within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - length, length)
     return np.repeat(start, length) + within
 
 
-class _Drawing:
-    """Collects runs (stretches of one kind of token), splits and cells while plans are read; `fields` expands them to tokens at once."""
+class _LayoutBuilder:
+    """Collects runs (stretches of one kind of token), splits and cells while it reads plans; `fields` then expands them to tokens."""
 
     def __init__(self, spec: PackSpec) -> None:
         self.spec = spec
@@ -148,7 +148,7 @@ class _Drawing:
         cell = self._run(row, UND, len(item.ids) + 2, position, 1, number, False, False)
         self.text.add(*cell)
         self.text_ids += [self.spec.im_start, *item.ids, self.spec.im_end]
-        if item.loss:  # im_start and each id predict the next; im_end predicts nothing
+        if item.loss:  # im_start and each id predict the next token; im_end predicts nothing
             self.ce.add(row, cell[1], cell[2] - 1)
             self.labels += [*item.ids, self.spec.im_end]
         self.splits[row] += 1
@@ -172,7 +172,7 @@ class _Drawing:
         return -(-longest // pad_to) * pad_to
 
     def fields(self, rows: int, su: int, sg: int) -> dict[str, NDArray[Any]]:
-        """The [B, S] fields of the batch; a row is [understanding | generation]."""
+        """The batch's [B, S] fields; a row is [understanding (su) | generation (sg)]."""
         row, stream, start, length, order, position, step, sample, split, full, noise = np.asarray(self.runs, np.int64).T
         slots = _ramp(row * (su + sg) + stream * su + start, length)
         within = _ramp(np.zeros_like(length), length)
@@ -194,10 +194,10 @@ class _Drawing:
 
 
 def assign_rows(lengths: Sequence[tuple[int, int]], layout: Rows, row_tokens: int) -> list[int]:
-    """Row of each sample. "one": its own.
+    """The row of each sample. "one": a row of its own.
 
-    "packed": as many rows as `row_tokens` (both streams) asks for on average. Both streams are padded to their fullest row, so, longest
-    first, each sample joins the row where that costs least, and among equals the emptiest one.
+    "packed": as many rows as give `row_tokens` tokens (both streams) per row on average. Each stream is padded to its fullest row. So,
+    longest first, each sample joins the row where it widens the padded streams least, and among equals the emptiest one.
     """
     if layout == "one":
         return list(range(len(lengths)))
@@ -215,10 +215,10 @@ def assign_rows(lengths: Sequence[tuple[int, int]], layout: Rows, row_tokens: in
 
 @dataclass(frozen=True)
 class Pictures:
-    """uint8 pictures of a batch, each distinct one once, those of one size together; and which of them each item shows."""
+    """The uint8 pictures of a batch, each distinct one once, those of one size together; and which of them each item shows."""
 
-    stacks: list[NDArray[np.uint8]]  # [n, H, W, 3], one a size
-    shown: list[tuple[int, int]]  # (stack, row in it) of each item in order
+    stacks: list[NDArray[np.uint8]]  # [n, H, W, 3], one for each size
+    shown: list[tuple[int, int]]  # (stack, row in it) for each item, in order
 
     @classmethod
     def of(cls, items: Sequence[VitImage | VaeImage]) -> Pictures:
@@ -234,7 +234,7 @@ class Pictures:
         return cls([np.stack(alike) for alike in by_shape.values()], shown)
 
     def tokens(self, read: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-        """read: pixels [n, 3, H, W] in [-1, 1] on `device` to tokens [n, N, C]. Returns those of all items, [sum of N, C]."""
+        """The tokens of all items, [sum of N, C]. read: pixels [n, 3, H, W] in [-1, 1] on `device` to tokens [n, N, C]."""
         made = [read(to_tensor(torch.from_numpy(stack).to(device))) for stack in self.stacks]
         if len(made) == 1:
             return made[0][torch.tensor([row for _, row in self.shown], device=made[0].device)].flatten(0, 1)
@@ -243,7 +243,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Layout:
-    """All of a batch that needs neither a model nor a draw, in NumPy: quick to make in one process and to send to another."""
+    """The part of a batch that needs neither a model nor random draws, in NumPy: one process makes it and sends it to another quickly."""
 
     su: int
     sg: int
@@ -251,37 +251,37 @@ class Layout:
     vit_lens: list[int]
     vit: Pictures
     vae: Pictures
-    vae_tokens: list[int]  # of each VAE picture
-    noisy: list[bool]  # whether it is denoised
+    vae_tokens: list[int]  # number of tokens of each VAE picture
+    noisy: list[bool]  # whether each VAE picture is to be denoised
 
 
 def lay_out(samples: Sequence[Sample], spec: PackSpec, *, rows: Rows = "one", row_tokens: int = 0, pad_to: int = 1) -> Layout:
-    """Where everything stands. Arguments and errors: see `pack`."""
+    """Decide where each token goes and what it sees. Arguments and errors: as of `pack`."""
     row_of = assign_rows([stream_lengths(s, spec) for s in samples], rows, row_tokens)
-    drawn = _Drawing(spec)
+    built = _LayoutBuilder(spec)
     for number, (row, sample) in enumerate(zip(row_of, samples, strict=True)):
-        drawn.add_sample(row, number, sample)
-    if not drawn.runs:
+        built.add_sample(row, number, sample)
+    if not built.runs:
         raise InputError("pack: got samples of which nothing is left, expected at least one token, lower the dropout or check the data")
-    su, sg = drawn.width(UND, pad_to), drawn.width(GEN, pad_to)
-    noisy = [item.loss for item in drawn.vae_items]
-    answers = np.asarray(drawn.ce.length, np.int64)
+    su, sg = built.width(UND, pad_to), built.width(GEN, pad_to)
+    noisy = [item.loss for item in built.vae_items]
+    answers = np.asarray(built.ce.length, np.int64)
     arrays = {
-        "text_ids": np.asarray(drawn.text_ids, np.int64),
-        "text_slots": drawn.text.slots(su),
-        "vit_positions": _positions(drawn.vit_items, spec),
-        "vit_slots": drawn.vit.slots(su),
-        "latent_positions": _positions(drawn.vae_items, spec),
-        "latent_slots": drawn.latent.slots(sg),
-        **drawn.fields(max(row_of) + 1, su, sg),
-        "ce_slots": drawn.ce.slots(su),
-        "ce_labels": np.asarray(drawn.labels, np.int64),
-        # an answer of n tokens weighs n * n^-1/2: long answers count more, but less than by their length
+        "text_ids": np.asarray(built.text_ids, np.int64),
+        "text_slots": built.text.slots(su),
+        "vit_positions": _positions(built.vit_items, spec),
+        "vit_slots": built.vit.slots(su),
+        "latent_positions": _positions(built.vae_items, spec),
+        "latent_slots": built.latent.slots(sg),
+        **built.fields(max(row_of) + 1, su, sg),
+        "ce_slots": built.ce.slots(su),
+        "ce_labels": np.asarray(built.labels, np.int64),
+        # n tokens of weight n^-1/2: an answer counts by the root of its length
         "ce_weights": np.repeat(answers**-0.5, answers).astype(np.float32),
-        "mse_index": np.repeat(np.asarray(noisy, bool), np.asarray(drawn.latent.length, np.int64)).nonzero()[0],
+        "mse_index": np.repeat(np.asarray(noisy, bool), np.asarray(built.latent.length, np.int64)).nonzero()[0],
     }
-    pictures = Pictures.of(drawn.vit_items), Pictures.of(drawn.vae_items)
-    return Layout(su, sg, arrays, drawn.vit.length, *pictures, drawn.latent.length, noisy)
+    pictures = Pictures.of(built.vit_items), Pictures.of(built.vae_items)
+    return Layout(su, sg, arrays, built.vit.length, *pictures, built.latent.length, noisy)
 
 
 def fill(
@@ -294,7 +294,7 @@ def fill(
     see: Encode | None = None,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """The batch of a layout, on `device`: pictures are encoded there, and timesteps (first) and noise drawn where `generator` is."""
+    """The batch of a layout, on `device`: pictures are encoded there; timesteps (first) and noise are drawn on the generator's device."""
     device = torch.device(device)
     noisy = torch.tensor(layout.noisy, dtype=torch.bool, device=generator.device)
     timesteps = draw_timesteps(len(noisy), generator, shift) * noisy  # 0 for a clean latent
@@ -333,25 +333,25 @@ def pack(
     see: Encode | None = None,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """Lays out samples (after `apply_dropout`) and draws noise and timesteps: `lay_out`, then `fill`.
+    """Lays out samples (after `apply_dropout`) and draws timesteps and noise: `lay_out`, then `fill`.
 
     Args:
-        encode: the frozen VAE; pictures of one size are encoded together, a picture used several times in the batch only once.
-        generator: of timesteps (first) and noise.
-        shift: of the timesteps, t = sigmoid(randn), then t = s t / (1 + (s - 1) t).
-        row_tokens: average length of a packed row.
+        encode: the frozen VAE; pictures of one size are encoded together, a picture that the batch holds several times only once.
+        generator: for timesteps (first) and noise.
+        shift: s of the timesteps: t = sigmoid(randn), then t = s t / (1 + (s - 1) t).
+        rows, row_tokens: see `assign_rows`.
         pad_to: both streams' lengths become multiples of it.
         see: pixels [n, 3, H, W] to features [n, V, H / 8, W / 8] of a frozen vision encoder, for `PackedBatch.features`.
         device: of the batch, and of the pixels that `encode` and `see` are given.
     Raises:
-        InputError: a picture does not fit the spec, or nothing is left of all samples.
+        InputError: a picture does not fit the spec, or dropout has left nothing of all samples.
     """
     layout = lay_out(samples, spec, rows=rows, row_tokens=row_tokens, pad_to=pad_to)
     return fill(layout, spec, encode=encode, generator=generator, shift=shift, see=see, device=device)
 
 
 def draw_timesteps(n: int, generator: torch.Generator, shift: float) -> Tensor:
-    """t of n pictures in (0, 1): the sigmoid of a normal draw, then shifted towards noise (shift > 1)."""
+    """Timesteps [n] in (0, 1), one per picture: the sigmoid of a normal draw, shifted towards noise if shift > 1."""
     t = torch.randn(n, generator=generator, device=generator.device).sigmoid()
     return shift * t / (1 + (shift - 1) * t)
 

@@ -1,6 +1,6 @@
-"""A training sample as a plan: text, ViT pictures and VAE pictures in reading order, with loss and dropout flags (BAGEL's data format).
+"""A training sample as a plan: texts, ViT pictures and VAE pictures in reading order, with loss and dropout flags (BAGEL's data format).
 
-Plans carry token ids and uint8 pixels only: small, and quick to pass between processes.
+Plans hold nothing but token ids and uint8 pixels, so they are small and quick to pass between processes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """im_start + ids + im_end; causal. `loss`: cross-entropy of ids and im_end."""
+    """im_start + ids + im_end; causal attention. loss: learn ids and im_end by cross-entropy. enable_cfg: dropout may drop it."""
 
     ids: Sequence[int]
     loss: bool = False
     enable_cfg: bool = False
-    tied: bool = False  # dropped together with the item before it, without a draw of its own (a think text goes with its prompt)
-    dropped: bool = False
+    tied: bool = False  # dropped if the item before it is, without a draw of its own (a think text goes with its prompt)
+    dropped: bool = False  # set by `apply_dropout`
 
 
 @dataclass(frozen=True, eq=False)
 class VitImage:
-    """vision_start + patches + vision_end; full attention. `pixels`: uint8 [H, W, 3], sides multiples of the patch."""
+    """vision_start + patches + vision_end; full attention. pixels: uint8 [H, W, 3], sides multiples of the patch size."""
 
     pixels: NDArray[np.uint8]
     enable_cfg: bool = False
@@ -36,9 +36,9 @@ class VitImage:
 
 @dataclass(frozen=True, eq=False)
 class VaeImage:
-    """vision_start + latents + vision_end; full attention. `pixels`: uint8 [H, W, 3], sides multiples of the latent stride.
+    """vision_start + latents + vision_end; full attention. pixels: uint8 [H, W, 3], sides multiples of the latent stride.
 
-    loss True: a latent being denoised. Nothing outside its split sees it, and it does not advance RoPE. loss False: a clean picture, t = 0.
+    loss True: a latent to denoise. Nothing outside its split sees it, and it does not advance RoPE. loss False: a clean picture, t = 0.
     """
 
     pixels: NDArray[np.uint8]
@@ -53,7 +53,7 @@ Sample: TypeAlias = list[Item]
 
 @dataclass(frozen=True)
 class Dropout:
-    """Chance that an item with `enable_cfg` is left out, so that guidance has its contexts. Defaults are BAGEL's."""
+    """The probability that an item with `enable_cfg` is dropped, so that the model knows guidance's contexts. Defaults are BAGEL's."""
 
     text: float = 0.1
     vit: float = 0.3
@@ -64,7 +64,7 @@ class Dropout:
 
 
 def apply_dropout(sample: Sample, dropout: Dropout, rng: random.Random) -> Sample:
-    """Marks what is left out. `rng.random()` is drawn once for each `enable_cfg` item, in plan order."""
+    """The sample with dropped items marked. Draws `rng.random()` once for each `enable_cfg` item that is not tied, in plan order."""
     result: Sample = []
     for item in sample:
         if isinstance(item, Text) and item.tied:
@@ -76,10 +76,10 @@ def apply_dropout(sample: Sample, dropout: Dropout, rng: random.Random) -> Sampl
 
 
 def picture_items(image: NDArray[np.uint8], vit: NDArray[np.uint8] | None, *, loss: bool, copies: int = 1, context: bool) -> Sample:
-    """The items of one picture of a conversation.
+    """The items of one picture in a sequence.
 
-    loss: `copies` noise draws of it come first; they do not advance RoPE, so the clean copy follows at their position.
-    context: what comes after sees it: a clean latent, then (if `vit` is given) its ViT patches; both can be dropped.
+    loss: begin with `copies` noise draws of it, which do not advance RoPE, so that the clean copy follows at their position.
+    context: later items see it, as a clean latent and then (if `vit` is given) as ViT patches; both can be dropped.
     """
     items: Sample = [VaeImage(image, loss=True) for _ in range(copies if loss else 0)]
     if context:

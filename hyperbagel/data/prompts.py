@@ -1,4 +1,4 @@
-"""System prompts of think mode, BAGEL's words (a space before each newline), and what comes back."""
+"""Think mode: its system prompts, in BAGEL's wording (with a space before each newline), and how an answer is split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ THINK_ANSWER = (
 
 
 def split_thinking(text: str, think: bool) -> tuple[str | None, str]:
-    """("...", answer) of "<think> ... </think> answer"; a thought that was cut off has no answer; (None, text) if there is no such part."""
+    """("...", answer) from "<think> ... </think> answer"; the answer is "" if the thought was cut off. (None, text) if there is no thought,
+    or if `think` is off."""
     if not think or not ("</think>" in text or text.lstrip().startswith("<think>")):
         return None, text.strip()
     thought, _, answer = text.partition("</think>")
@@ -21,5 +22,5 @@ def split_thinking(text: str, think: bool) -> tuple[str | None, str]:
 
 
 def untagged(thought: str) -> str:
-    """A thought without its marks."""
+    """A thought without its tags."""
     return thought.replace("<think>", "").replace("</think>", "").strip()

@@ -1,6 +1,6 @@
 """BAGEL's file formats as sources: T2I parquet, edit parquet, and jsonl of conversations about pictures.
 
-Rows are read at random in a new order each pass. Parquet is shuffled by row group, then within it, so a row group is read once a pass.
+Rows come in a new random order in each pass. Parquet is shuffled by row group and then within it, so each row group is read once per pass.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HUMANS, MODELS = ("human", "user"), ("gpt", "assistant")
 
 @dataclass(frozen=True)
 class Reading:
-    """What turning rows into plans needs."""
+    """What it takes to turn rows into plans."""
 
     tokenizer: Tokenizer
     vae: ImageTransform
@@ -72,7 +72,7 @@ class FileSource(ABC):
         return block, rows[at - (ends[place] - self.blocks[block])]
 
     def sample(self, index: int) -> Sample:
-        """A plan. Raises BrokenRow, naming the file and row, for anything in the row that cannot be used."""
+        """The plan of sample `index`. Raises BrokenRow, naming file and row, if anything in the row cannot be used."""
         block, row = self.locate(index)
         try:
             return self.plan(self.row(block, row), random.Random(f"{self.reading.seed}/{index}"))
@@ -86,7 +86,7 @@ class FileSource(ABC):
 
     @abstractmethod
     def where(self, block: int, row: int) -> str:
-        """Name of a row for messages."""
+        """The name of a row in messages."""
 
     @abstractmethod
     def plan(self, row: dict[str, Any], rng: random.Random) -> Sample:
@@ -102,13 +102,13 @@ def _permutation(n: int, seed: str) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _block_order(blocks: tuple[int, ...], seed: str) -> tuple[list[int], list[int]]:
-    """(blocks in the order of one pass, their running ends)."""
+    """(the blocks in the order of one pass, their cumulative ends)."""
     order = _permutation(len(blocks), seed)
     return order, list(itertools.accumulate(blocks[b] for b in order))
 
 
 class ParquetSource(FileSource):
-    """Base of the two parquet formats. `path`: a file or a folder that is searched for *.parquet."""
+    """Base of the two parquet formats. path: a file, or a folder that is searched for *.parquet."""
 
     columns: tuple[str, ...]
 
@@ -168,7 +168,8 @@ class T2ISource(ParquetSource):
 class EditSource(ParquetSource):
     """{image_list: [bytes], instruction_list}: instruction i leads from picture i to i + 1; it is a text or a list of paraphrases.
 
-    One or two edits are drawn from a longer chain. Of two, either each picture is a target in turn, or both texts lead to the last one.
+    One or two successive edits are drawn from a longer chain. With two, either each picture is a target in turn, or both instructions
+    together lead to the last one.
     """
 
     columns = ("image_list", "instruction_list")
@@ -176,7 +177,7 @@ class EditSource(ParquetSource):
     def plan(self, row: dict[str, Any], rng: random.Random) -> Sample:
         pictures, instructions = row["image_list"], row["instruction_list"]
         for name, value in (("image_list", pictures), ("instruction_list", instructions)):
-            if not isinstance(value, list):  # a text has a length, and letters
+            if not isinstance(value, list):  # a text would pass what follows: it has a length and elements
                 raise ValueError(f"{name} is a {type(value).__name__}, expected a list")
         if len(pictures) < 2 or len(instructions) < len(pictures) - 1:
             raise ValueError(f"{len(pictures)} pictures and {len(instructions)} instructions")
@@ -196,9 +197,9 @@ class EditSource(ParquetSource):
 
 
 class ChatSource(FileSource):
-    """jsonl of {image: path or list of paths, conversations: [{from, value}]}; <image> in a value marks where a picture stands.
+    """jsonl of {image: path or list of paths, conversations: [{from, value}]}; <image> in a value marks where a picture goes.
 
-    `path`: a .jsonl file or a folder of them; `images`: the folder that picture paths start from.
+    path: a .jsonl file or a folder of them. images: the folder that picture paths are relative to.
     """
 
     def __init__(self, path: Path, images: Path, reading: Reading) -> None:
@@ -239,7 +240,7 @@ class ChatSource(FileSource):
 
 
 def find_files(path: Path, suffix: str) -> list[Path]:
-    """`path` itself, or all files below it that end in `suffix`, sorted. Raises InputError if there is none."""
+    """`path` itself, or all files below it that end in `suffix`, sorted. Raises InputError if there are none."""
     files = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}")) if path.is_dir() else []
     if not files:
         got = "a folder without such files" if path.is_dir() else "nothing there"
@@ -248,7 +249,7 @@ def find_files(path: Path, suffix: str) -> list[Path]:
 
 
 def _line_offsets(path: Path) -> list[int]:
-    """Where each line that is not empty begins, in bytes."""
+    """The byte offset of each line that is not empty."""
     offsets, at = [], 0
     with open(path, "rb") as file:
         for line in file:
@@ -259,7 +260,7 @@ def _line_offsets(path: Path) -> list[int]:
 
 
 def _bytes(value: Any) -> bytes:
-    """Encoded picture: raw bytes, or the {bytes, path} of the datasets library."""
+    """An encoded picture: raw bytes, or the {bytes, path} of the datasets library."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         raise ValueError(f"a picture as {type(value).__name__}, expected bytes")

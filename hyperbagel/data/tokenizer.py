@@ -1,4 +1,4 @@
-"""Byte-level BPE in Qwen2.5's format: reading it, streaming it, and training a small one."""
+"""Byte-level BPE in Qwen2.5's format: reading a tokenizer, streaming text from it, and training a small one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
     "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
 )  # fmt: skip
-# Qwen2.5's pre-tokenizer: contractions, words with one leading sign or space, single digits, runs of signs, line ends, spaces.
+# Qwen2.5's pre-tokenizer: contractions, words with one leading sign or space, single digits, runs of punctuation, line ends, spaces.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )  # fmt: skip
@@ -33,8 +33,8 @@ def byte_alphabet() -> dict[str, int]:
 class Tokenizer:
     """Text to ids and back.
 
-    Special tokens written out in a text become their ids, as in the reference.
-    Text comes back as it went in, up to Unicode's NFC form.
+    A special token that is spelt out in a text becomes its id, as in the reference. Text comes back as it went in, but in NFC form.
+    Raises InputError (naming `origin`) without BAGEL's special tokens or the byte alphabet.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, origin: str) -> None:
@@ -78,7 +78,7 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens spelt out; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids, special tokens spelt out; bytes that are not valid UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
@@ -95,7 +95,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text as its tokens arrive: a character comes out once all of its bytes are in, never in pieces."""
+    """Turns tokens into text as they arrive: a character comes out once all its bytes are in."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -106,14 +106,14 @@ class TextStream:
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """What is left at the end: "" unless the ids stopped inside a character."""
+        """What is left at the end: "" unless the ids ended inside a character."""
         return self._decoder.decode(b"", final=True)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: Path | str) -> Tokenizer:
-    """Learn a vocabulary of at most `vocab_size` entries, the eleven special tokens included, and write the tokenizer's four files.
+    """Learn a vocabulary of at most `vocab_size` entries, the eleven special tokens included, and write its files into `folder`:
+    tokenizer.json, tokenizer_config.json, vocab.json and merges.txt (the last two for readers of Qwen's older format).
 
-    Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, the last two for readers of Qwen's older format.
     The same texts in the same order give the same files. Raises InputError if the size leaves no room for all bytes.
     """
     least = 256 + len(SPECIAL_TOKENS)

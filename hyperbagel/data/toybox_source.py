@@ -1,4 +1,4 @@
-"""The embedded world as sources of equal standing with files: pictures from captions, edits, questions."""
+"""The embedded world as a source like any other: captions with their pictures, edits, questions with their answers."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ class ToyboxSource:
     Attributes:
         resolution: side of the pictures in pixels.
         noise_copies: noise draws of a target in one sequence; they do not see each other and share the context.
-        think_share: share of samples in think mode: system prompt, and the thoughts as text to learn.
-        styles: weights of caption styles; None means the language's own.
-        categories: t2i: weights of what captions are about (GenEval's six, "many"), None: the language's own. For what is learned worst.
+        think_share: share of samples in think mode, with a system prompt and the thoughts as text to learn.
+        styles: t2i: weights of caption styles; None: toybox.captions's own.
+        categories: t2i: weights of what captions are about (GenEval's six and "many"), to show more of what is learned worst; None:
+            toybox.captions's own.
         groups: edit: weights of the kinds of edits, likewise.
-        turns: questions about one picture in one sequence, each seeing those before: the picture is encoded once for all.
+        turns: question: how many about one picture in one sequence, each seeing those before it; the picture is encoded once.
         split: "train", or "heldout" for what training never shows.
-        kinds: weights of the kinds of questions; None means the language's own. Who learns from answers wants the long ones.
-        near_misses: behind the picture to draw stands one that almost fits, for stage reward: it learns that the first is better.
-        checks: questions about the picture to draw, with their answers, stand behind it: for stage refl, which asks them.
+        kinds: question: weights of the kinds; None: toybox.questions's own. Drafters, which learn from answers, want long ones.
+        near_misses: the picture to draw is followed by one that almost fits; stage reward learns that the first is better.
+        checks: how many questions about the picture to draw, with their answers, follow it; stage refl asks them.
     """
 
     task: Task
@@ -88,11 +89,11 @@ class ToyboxSource:
         return Text(self.tokenizer.encode(text), loss=loss, enable_cfg=enable_cfg, tied=tied)
 
     def _planned(self, instruction: str, think: str) -> tuple[Sample, Sample]:
-        """(before everything, the instruction) of a drawing task; with thoughts the system prompt and the plan."""
+        """(first items, instruction) of a drawing task's sample; with thoughts, a system prompt, and the instruction with its plan."""
         prompt = self._text(instruction, enable_cfg=True)
         if not think:
             return [], [prompt]
-        # the thoughts go with the prompt: text-dropped guidance knows neither
+        # the thoughts are dropped with the prompt: guidance's text-dropped branch knows neither
         return [self._text(THINK_DRAW)], [prompt, self._text(f"<think>{think}</think>", loss=True, tied=True)]
 
     def _t2i(self, rng: random.Random, think: bool) -> Sample:

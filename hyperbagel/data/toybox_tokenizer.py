@@ -20,8 +20,8 @@ SAMPLES = 6000  # of each task and split
 def corpus(seed: int, samples: int) -> Iterator[str]:
     """What the embedded model reads and writes: prompts, instructions, questions, answers and thoughts of both splits.
 
-    Held-out sentences are made of the same words; a tokenizer that knows them gives nothing away, one that does not would confound length
-    with novelty. The words of the world come often enough to be a token each, at the start of a text too.
+    Held-out sentences consist of the same words. A tokenizer that knows them gives nothing away; one that does not would make new sentences
+    longer as well as new. The world's words come often enough to be one token each, at the start of a text too.
     """
     rng = random.Random(seed)
     for split in ("train", "heldout"):

@@ -21,10 +21,10 @@ class ImageTransform:
     """Resize rule of one encoder: BAGEL's VAE is (1024, 512, 16), its ViT (980, 224, 14).
 
     Attributes:
-        max_size: longest side in pixels after resizing.
-        min_size: shortest side aimed at; a long strip stays below it because `max_size` and `max_pixels` win.
+        max_size: upper limit of the longer side after resizing, in pixels.
+        min_size: lower limit of the shorter side; a long strip stays below it, because `max_size` and `max_pixels` take precedence.
         stride: both sides become multiples of it.
-        max_pixels: cap of the area, divided by the number of pictures in the sample.
+        max_pixels: upper limit of the area, divided by the number of pictures in the sample.
     """
 
     max_size: int
@@ -39,7 +39,7 @@ class ImageTransform:
         width, height = self._scaled(width, height, scale)
         cap = self.max_pixels / pictures
         if width * height > cap:
-            # The factor is the ratio of the AREAS, not its root: more than needed, but what the weights were trained with.
+            # The factor is the ratio of the AREAS, not its root: that shrinks too much, but it is what the weights were trained with.
             width, height = self._scaled(width, height, cap / (width * height))
         if max(width, height) > self.max_size:
             width, height = self._scaled(width, height, self.max_size / max(width, height))
@@ -52,23 +52,23 @@ class ImageTransform:
         return side(width), side(height)
 
     def resize(self, image: Image.Image, pictures: int = 1) -> Image.Image:
-        """Bicubic with antialiasing (Pillow's filter widens when it shrinks)."""
+        """Resized, bicubic with antialiasing (Pillow widens its filter when it shrinks)."""
         size = self.size(image.width, image.height, pictures)
         return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
     def pixels(self, image: Image.Image, pictures: int = 1) -> NDArray[np.uint8]:
-        """Resized picture as uint8 [H, W, 3]; what plans carry, a quarter of the memory of floats."""
+        """The resized picture as uint8 [H, W, 3], as plans hold it: a quarter of the memory of floats."""
         return np.asarray(self.resize(image, pictures), dtype=np.uint8)
 
     def __call__(self, image: Image.Image, pictures: int = 1) -> Tensor:
-        """Resized picture as float [3, H, W] in [-1, 1]."""
+        """The resized picture as float [3, H, W] in [-1, 1]."""
         return to_tensor(self.pixels(image, pictures))
 
 
 @dataclass(frozen=True)
 class InTurn:
-    """Two resize rules, one after the other, as a session reads a picture to be asked about: first the latents' rule, so that both blocks
-    would show the same pixels, then the ViT's. How many pictures there are changes nothing there."""
+    """Two resize rules in turn, as a session reads a picture that it is asked about: first the latents' rule, so that latents and patches
+    would show the same pixels, then the ViT's. Here the number of pictures makes no difference."""
 
     first: ImageTransform
     then: ImageTransform
@@ -86,7 +86,7 @@ def to_tensor(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """[..., c, H, W] to [..., h*w, patch*patch*c], a patch's values in the order (p, q, c)."""
+    """[..., c, H, W] to [..., h*w, patch*patch*c]; the values of a patch come in the order (p, q, c)."""
     *lead, c, height, width = x.shape
     h, w = height // patch, width // patch
     x = x.reshape(*lead, c, h, patch, w, patch)
@@ -96,11 +96,11 @@ def patchify(x: Tensor, patch: int) -> Tensor:
 
 
 def grid_positions(h: int, w: int, max_per_side: int, interpolate: bool = False) -> Tensor:
-    """Ids of an h x w grid in a table of max_per_side squared: row * max_per_side + column, [h*w] long.
+    """Ids of an h x w grid in a position table of max_per_side^2 rows: row * max_per_side + column, [h*w].
 
     With `interpolate` the grid is spread over the whole table (`interpolate_pos` of a checkpoint's configuration).
     """
     rows, cols = torch.arange(h), torch.arange(w)
-    if interpolate:  # bucket of i/h among k/max_per_side, in whole numbers
+    if interpolate:  # the bucket k/max_per_side that i/h falls into, in integer arithmetic
         rows, cols = rows * max_per_side // h, cols * max_per_side // w
     return (rows[:, None] * max_per_side + cols).flatten()

@@ -1,6 +1,6 @@
 """How far the measure itself can be trusted: the detector on drawings whose truth is known, and on prompts that are wrong by one word.
 
-Printed beside every score, because no score can be more exact than what reads it.
+Printed with every score, since no score can be more exact than the detector behind it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def detector_table(
 ) -> dict[str, dict[str, float]]:
     """Shares in [0, 1] for each condition, over `n` fresh scenes (half of them with held-out combinations).
 
-    found / sure: the number of things above 0.3 / 0.9 is right. A word: right among the things found. place: centre within one 64th.
-    graph: the whole scene graph recovered by drawing again, over `redrawn` scenes. right prompts / wrong prompts: share of `items` that
-    pass with their own prompt, and with a prompt wrong by one word.
+    found / sure: the number of things above confidence 0.3 / 0.9 is right. noun, colour, ...: read right, over all things or pictures.
+    place: centre within one 64th. graph: drawing again recovers the whole scene graph, over the first `redrawn` scenes. right prompts /
+    wrong prompts: share of pictures of `items` that pass with their own prompt, and with one that is wrong by one word.
     """
     rng = random.Random(seed)
     scenes = [sample_scene(rng, split=("train", "heldout")[i % 2], variety=VARIETY) for i in range(n)]
@@ -72,7 +72,7 @@ def spoiled(pictures: np.ndarray, condition: str, seed: int) -> np.ndarray:
 
 
 def wrong_by_one(item: T2IItem, rng: random.Random) -> list[T2IItem]:
-    """The prompt's meaning with one word changed so that it is false of the scene: a noun, a colour, the count, the relation."""
+    """The item with one word of its prompt's meaning changed so that it is false of the scene: a noun, a colour, a count, the relation."""
     there = {t.noun for t in item.scene.things}
     wrong: list[T2IItem] = []
     for i, need in enumerate(item.include):
@@ -90,7 +90,7 @@ def wrong_by_one(item: T2IItem, rng: random.Random) -> list[T2IItem]:
 
 
 def _words_right(scenes: Sequence[Scene], readings: Sequence[Reading]) -> dict[str, float]:
-    """Each thing is compared with the detection nearest to it; a thing that nothing is near (6/64) is wrong in every word."""
+    """Each thing is compared with the detection nearest to it; a thing with none within 6/64 is wrong in every word."""
     marks: dict[str, list[bool]] = {k: [] for k in ("found", "sure", *THING_VALUES, "place", *PICTURE_VALUES)}
     for scene, reading in zip(scenes, readings):
         found = reading.above(CONFIDENCE)

@@ -1,7 +1,7 @@
 """The distillation table: the teacher, what needs no distillation, and the student after each stage, on the same prompts, seeds and noise.
 
-Every row is written down item by item in its own folder, so a stopped run goes on where it was. Differences to the teacher are paired by
-item and bootstrapped over prompts. A row whose student is not there is left out and listed.
+Every row is recorded item by item in its own folder, so a stopped run can be resumed. Differences to the teacher are paired by item and
+bootstrapped over prompts. A row whose student was not given is left out and listed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hyperbagel.model.student import fingerprint
 from hyperbagel.toybox.detector import Detector
 from hyperbagel.toybox.items import edit_eval_items, t2i_eval_prompts
 
-# what is compared with the teacher: part, figure of a record, and what turns it into a share
+# what is compared with the teacher: part, figure of a record, and the factor that makes it a share
 COMPARED = (("t2i", "plain", 1.0), ("t2i", "strict", 1.0), ("edits", "success", 1.0), ("edits", "o", 0.1))
 SHEET = (6, 4)  # prompts and edits on the contact sheet
 
@@ -61,10 +61,11 @@ def run_distillation_eval(
     detector: Detector | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Score all rows whose student is in `students` (name -> folder) and write `out`/report.json and contact.png.
+    """Score all rows whose student is in `students` (name -> folder), and write report.json and contact.png into `out`.
 
-    n_diversity: prompts drawn four times a row; None: one for 40 of `n_t2i`. n_clock: items that are timed, of each kind. n_steer: items
-    that are drawn with weak and with strong guidance. Raises InputError on records of other settings or other weights.
+    n_diversity: prompts that each row draws four times; None: a fortieth of `n_t2i`. n_clock: items that are timed, of each kind. n_steer:
+    items that are drawn with weak and with strong guidance. Raises InputError if `out` has records made with other settings or other
+    weights.
     """
     out, detector = make_folder(out), detector or load_detector()
     base = Settings(split, seed, side)
@@ -97,7 +98,7 @@ def run_distillation_eval(
         for part, worker in workers.items():
             if items[part]:
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="student ")  # a row may ask for other steps than its student was made for
+                    warnings.filterwarnings("ignore", message="student ")  # a row may use other steps than its student was made for
                     found[part] = run_items(
                         f"{row.name} {part}", items[part], worker, seed=seed, batch=batch,
                         header=header | {"n": counts.get(part, len(items[part]))}, path=folder / f"{part}.jsonl",
@@ -122,7 +123,7 @@ def run_distillation_eval(
 
 
 def _plain(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a request as JSON knows them; a student's folder is named by its digest, not by where it lies."""
+    """A request's settings as plain JSON values, without the student: its digest identifies it, not its folder."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in request.items() if k != "student"}
 
 
@@ -149,7 +150,7 @@ def _mean_nfe(records: Sequence[Record]) -> float:
 
 
 def differences(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Paired differences (ours - theirs, shares) of every compared figure; `lossless`: the lower 95 % bound is above -1.5 points."""
+    """Paired differences (ours - theirs, as shares) in every compared figure; `lossless`: the lower 95 % bound is above -1.5 points."""
     table: dict[str, Any] = {}
     for part, figure, scale in COMPARED:
         a, b = ({r["id"]: scale * float(r[figure]) for r in read_records(folder / f"{part}.jsonl")} for folder in (ours, theirs))
@@ -163,7 +164,7 @@ def differences(ours: Path, theirs: Path) -> dict[str, Any]:
 
 
 def sheet_worker(model: Any, s: Settings, folder: Path) -> Worker:
-    """Draws the sheet's items and keeps the pictures."""
+    """Draws the contact sheet's items and keeps the pictures."""
 
     def work(items: list[Any], seeds: list[int]) -> list[Record]:
         requests = [request_for(item, s, seed) for item, seed in zip(items, seeds, strict=True)]
@@ -177,7 +178,7 @@ def sheet_worker(model: Any, s: Settings, folder: Path) -> Worker:
 
 
 def contact_sheet(out: Path, rows: Sequence[Row], items: Sequence[Any], side: int) -> Image.Image:
-    """Rows of the table downwards, the same prompts and noise in each; above them what was asked, and an edit's source."""
+    """A sheet with a row for each row of the table, of the same prompts and noise; the top row shows what was asked, and edits' sources."""
     blank = Image.new("RGB", (side, side), (255, 255, 255))
     cells = [(drawn(i.source, side), i.instruction) if is_edit(i) else (blank, i.prompt) for i in items]
     for row in rows:

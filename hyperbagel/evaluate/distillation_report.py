@@ -1,4 +1,4 @@
-"""The distillation table for people; the JSON beside it has everything."""
+"""The distillation table, printed for people; report.json has all figures."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How much pictures of one prompt differ. A student that draws one picture for every noise may gain accuracy; this is what it loses.
+"""How much pictures of one prompt differ. A student that draws the same picture from any noise may gain accuracy; this is what it loses.
 
-Meaningful only beside the teacher's figure on the same prompts.
+Meaningful only in comparison with the teacher's figure on the same prompts.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ DRAWS = 4  # pictures of each prompt
 
 
 def scene_diversity(scenes: Sequence[Scene]) -> float:
-    """Mean of 1 - likeness over all pairs of scene graphs, in [0, 1]: what a prompt leaves open, and is it left open?"""
+    """Mean of 1 - `match` over all pairs of scene graphs, in [0, 1]: whether what a prompt leaves open stays open."""
     return float(np.mean([1 - match(a, b) for a, b in combinations(scenes, 2)]))
 
 
 def pixel_diversity(pictures: np.ndarray) -> float:
-    """Mean over all pairs of the root mean square difference, uint8 [N, H, W, 3] -> [0, 1]."""
+    """Mean root mean squared difference over all pairs of uint8 pictures [N, H, W, 3], in [0, 1]."""
     x = pictures.astype(np.float32) / 255
     return float(np.mean([np.sqrt(np.mean((x[i] - x[j]) ** 2)) for i, j in combinations(range(len(x)), 2)]))

@@ -1,13 +1,12 @@
-"""Was the instruction followed, and was the rest left alone? GEdit's form, with exact truth in place of a judging model.
+"""Was the instruction followed, and was the rest left alone? GEdit's marks, with the exact truth instead of a judging model.
 
-SC1, semantic: how much of the way from the source's scene graph to the target's was gone. SC2: what the edit should not touch, against
-the exact target. PQ1: whether the scene that was read, drawn again, resembles the picture. PQ2: share of pixels far off that drawing.
-All in [0, 10]. SC = min(SC1, SC2), PQ = min(PQ1, PQ2), O = sqrt(SC PQ).
+SC1 (semantic): how far the result got on the way from the source's scene graph to the target's. SC2: how well what the edit should not
+touch matches the exact target. PQ1: how well the scene that was read matches the picture when it is drawn again. PQ2: how few pixels are
+far off that drawing. All in [0, 10]. SC = min(SC1, SC2), PQ = min(PQ1, PQ2), O = sqrt(SC PQ).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +17,15 @@ from hyperbagel.toybox.render import render
 from hyperbagel.toybox.rerender import box_mask, psnr, rerender
 from hyperbagel.toybox.scene import Scene, Thing
 
-GROUPS = ("background", "recolour", "material", "move", "style", "add", "remove", "replace", "tone")
 LOW_PSNR, PSNR_RANGE = 12.0, 18.0  # dB: 12 scores 0, 30 and more scores 10
-FAR = 60  # levels of 255: a pixel is far off if one channel is
+FAR = 60  # of 255 levels: a pixel is far off if one of its channels is
 THING_WORDS = ("noun", "colour", "size", "material", "cell")
 PICTURE_WORDS = ("background", "style", "tone")
 
 
 @dataclass(frozen=True)
 class EditScore:
-    """The four marks in [0, 10]; `success`: the scene graph equals the target's."""
+    """The four marks in [0, 10]; success: the scene graph equals the target's."""
 
     sc1: float
     sc2: float
@@ -41,7 +39,7 @@ class EditScore:
 
 
 def score_edit(item: EditItem, picture: np.ndarray, reading: Reading) -> EditScore:
-    """One edited picture, uint8 [H, H, 3], as read by the detector, against one instruction."""
+    """The marks of one edited picture, uint8 [H, H, 3]; reading: what the detector reads in it."""
     side = picture.shape[0]
     again = rerender(picture, reading)
     far = np.abs(picture.astype(np.int16) - again.picture.astype(np.int16)).max(axis=2) > FAR  # [H, H]
@@ -55,31 +53,31 @@ def score_edit(item: EditItem, picture: np.ndarray, reading: Reading) -> EditSco
 
 
 def gain(source: Scene, target: Scene, result: Scene) -> float:
-    """Share in [0, 1] of the way from source to target: 0 for a copy of the source, or for worse."""
+    """How far `result` got on the way from source to target, in [0, 1]: 0 for a copy of the source or worse."""
     before = match(source, target)
-    if before == 1.0:  # nothing to change: keeping it is the whole way
+    if before == 1.0:  # nothing to change: all that counts is that nothing did
         return float(match(result, target) == 1.0)
     return max(0.0, (match(result, target) - before) / (1 - before))
 
 
 def match(a: Scene, b: Scene) -> float:
-    """Likeness of two scene graphs in [0, 1]; 1 exactly if they are equal up to order and jitter.
+    """Similarity of two scene graphs in [0, 1]; exactly 1 if and only if they are equal up to order and jitter.
 
-    Each thing counts one, shared over its five words, under the best pairing; a missing or extra thing counts as wrong. The three words
-    of the whole picture count one together.
+    Each thing counts 1, a fifth for each of its words, under the best pairing; a missing or extra thing counts as wrong. The three words
+    of the whole picture count 1 together.
     """
     fewer, more = sorted((a.things, b.things), key=len)
     words = sum(getattr(a, w) == getattr(b, w) for w in PICTURE_WORDS)
     total = len(THING_WORDS) * len(PICTURE_WORDS) * (len(more) + 1)
-    # whole numbers until the last line, so that equality is exact
+    # integers until the division, so that equality is exact
     return (_best_pairing(fewer, more) * len(PICTURE_WORDS) + words * len(THING_WORDS)) / total
 
 
 def untouched(source: Scene, target: Scene, side: int) -> np.ndarray:
-    """bool [side, side]: pixels of the target that the edit has no business with.
+    """bool [side, side]: pixels of the target that the edit should not touch.
 
-    Outside the boxes of what changes, at both its places. A new background leaves the boxes of what stays. Where style or tone change, or
-    nothing stays, every pixel is compared: the target is exact.
+    They lie outside the boxes of what changes, before and after. With a new background, they are the boxes of what stays. If style or tone
+    change or nothing stays, every pixel is compared, since the target is exact.
     """
     stays = set(source.things) & set(target.things)
     changes = tuple(t for t in source.things + target.things if t not in stays)
@@ -92,19 +90,13 @@ def untouched(source: Scene, target: Scene, side: int) -> np.ndarray:
     return keep if keep.any() else np.ones((side, side), dtype=bool)
 
 
-def overall(groups: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
-    """Mean of each group, and `overall`: the unweighted mean of the groups present. No items give an empty table."""
-    table = {g: float(np.mean([s for k, s in zip(groups, scores) if k == g])) for g in GROUPS if g in groups}
-    return table | ({"overall": float(np.mean(list(table.values())))} if table else {})
-
-
 def _psnr_mark(value: float) -> float:
     return 10 * float(np.clip((value - LOW_PSNR) / PSNR_RANGE, 0, 1))
 
 
 def _best_pairing(fewer: tuple[Thing, ...], more: tuple[Thing, ...]) -> int:
-    """The largest number of equal words when every thing of `fewer` is paired with one of `more`."""
-    best = {0: 0}  # set of `more` used, as bits -> words so far
+    """The largest number of equal words if every thing of `fewer` is paired with one of `more`."""
+    best = {0: 0}  # set of `more` that is used, as bits -> equal words so far
     for a in fewer:
         after: dict[int, int] = {}
         for used, words in best.items():

@@ -1,7 +1,7 @@
-"""Takes a description apart into facts and checks each against the scene.
+"""Splits a description into facts and checks each against the scene.
 
-It looks for words (numbers, sizes, colours, nouns, places, relations) and knows no sentence template, so a model's own wording is scored
-too. Saying the same thing twice makes one fact.
+It looks for words (numbers, sizes, colours, nouns, places, relations) and knows no sentence templates, so a model's own wording is scored
+too. What is said twice is one fact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOOKS = {"line drawing": ("style", "outline"), "dark tones": ("tone", "dark"), "
 
 @dataclass(frozen=True)
 class Kind:
-    """What a mention says of a thing; None: not said."""
+    """What a mention says about a thing; None: nothing."""
 
     noun: str
     colour: str | None
@@ -33,7 +33,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class There:
-    """Things of a kind are there: `number` of them exactly (None: one or more)."""
+    """There are things of a kind: exactly `number` of them (None: one or more)."""
 
     kind: Kind
     number: int | None
@@ -42,14 +42,14 @@ class There:
         fitting = [t for t in scene.things if self.kind.fits(t)]
         if self.number is None:
             return bool(fitting)
-        # "two trees and a striped tree": where stripes are not named, none may be meant
+        # "two trees and a striped tree": a mention without stripes may mean the things without stripes
         plain = [t for t in fitting if t.material == "flat"]
         return self.number in ((len(fitting), len(plain)) if self.kind.material is None else (len(fitting),))
 
 
 @dataclass(frozen=True)
 class At:
-    """A thing of a kind stands in a cell."""
+    """A thing of a kind is in a cell."""
 
     kind: Kind
     cell: int
@@ -60,7 +60,7 @@ class At:
 
 @dataclass(frozen=True)
 class Stands:
-    """A thing of kind a stands `relation` another of kind b."""
+    """A thing of kind a is `relation` ("left of", ...) one of kind b."""
 
     a: Kind
     relation: str
@@ -72,6 +72,8 @@ class Stands:
 
 @dataclass(frozen=True)
 class Total:
+    """There are `number` things in all."""
+
     number: int
 
     def holds_in(self, scene: Scene) -> bool:
@@ -80,7 +82,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Picture:
-    """A word of the whole picture: background, style or tone."""
+    """The picture's background, style or tone (`word`) is `value`."""
 
     word: str
     value: str
@@ -107,7 +109,7 @@ _BACKGROUND = re.compile(rf"\b({'|'.join(BACKGROUNDS)})\b")
 
 
 def facts(text: str) -> list[Fact]:
-    """The facts a text states, each once, in order."""
+    """The facts that a text states, each once, in order."""
     found: dict[Fact, None] = {}
     for sentence in re.split(r"[.;!?\n]+", text.lower()):
         found |= dict.fromkeys(_sentence_facts(sentence))
@@ -115,7 +117,7 @@ def facts(text: str) -> list[Fact]:
 
 
 def check(text: str, scene: Scene) -> tuple[int, int]:
-    """(facts right, facts stated)."""
+    """(number of facts that are right, number of facts stated)."""
     stated = facts(text)
     return sum(f.holds_in(scene) for f in stated), len(stated)
 
@@ -124,7 +126,7 @@ def _sentence_facts(sentence: str) -> Iterator[Fact]:
     mentions = [(m.start(), m.end(), m[1], _kind(m[2], m[3])) for m in _MENTION.finditer(sentence)]
     things = [m for m in mentions if m[3].noun not in ("thing", "things")]
     places = [(m.start(), _cell(m[1])) for m in _PLACE.finditer(sentence)]
-    # "at the top there is a car and at the left a tree": where a place comes first, places belong to what follows them
+    # "at the top there is a car and at the left a tree": if a place comes first, each belongs to the thing that follows it
     before = bool(places and things and places[0][0] < things[0][0])
     placed: dict[int, int] = {}
     for start, cell in places:
@@ -135,7 +137,7 @@ def _sentence_facts(sentence: str) -> Iterator[Fact]:
         if kind.noun in ("thing", "things") and word in NUMBERS:
             yield Total(NUMBERS[word])
     for i, (_, _, word, kind) in enumerate(things):
-        # "the red car" repeats what was said, unless it says where
+        # "the red car" repeats what was said before, unless it adds a place
         if word != "the":
             yield There(kind, NUMBERS.get(word or ""))
         if i in placed:
@@ -164,7 +166,7 @@ def _kind(adjectives: str, noun: str) -> Kind:
 
 
 def _cell(words: str) -> int:
-    """Cell of "top left", "left", "middle left", "bottom middle", "center": what is not said is the middle."""
+    """The cell of "top left", "left", "middle left", "bottom middle", "center": what is not said is in the middle."""
     row = 0 if "top" in words else 2 if "bottom" in words else 1
     col = 0 if "left" in words else 2 if "right" in words else 1
     return row * 3 + col

@@ -1,7 +1,7 @@
-"""Pictures for GEdit-Bench's own scorer, which stands outside.
+"""Pictures for GEdit-Bench's own, external scorer.
 
 OUT/fullset/<task_type>/<instruction_language>/<key>.png            the edit
-OUT/fullset/<task_type>/<instruction_language>/<key>_SRCIMG.png     what was edited
+OUT/fullset/<task_type>/<instruction_language>/<key>_SRCIMG.png     its source picture
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ _BYTES = 200  # of such a name; file systems end at 255
 def run_gedit(
     model: Any, prompts: Path, out: Path, *, seed: int = 0, batch: int = 4, language: str = "all", settings: dict[str, Any] | None = None
 ) -> Outcome:
-    """Makes every edit. prompts: JSON lines with key, task_type, instruction, instruction_language and optionally image, a path from the
-    file's folder; without it the picture is KEY_SRCIMG.png or KEY.png there.
+    """Makes every edit. prompts: JSON lines with key, task_type, instruction, instruction_language and optionally image, a path relative to
+    the file's folder; without it the picture is KEY_SRCIMG.png or KEY.png there.
 
-    language: "en", "cn" or "all". settings: fields of ImageRequest. Raises InputError as `run_geneval` does.
+    language: "en", "cn" or "all". settings: fields of ImageRequest. Raises InputError as `run_geneval` does, and if there is no row of the
+    language.
     """
     rank, ranks, _ = place()
     asked = settings or {}
     rows, broken = read_lines(prompts, NEEDED)
-    taken: dict[tuple[str, str, str], int] = {}  # files so far, and the rows that they are of
+    taken: dict[tuple[str, str, str], int] = {}  # files so far -> the row that each belongs to
     for row in list(rows):
         odd = next((name for name in ("key", "task_type", "instruction_language") if not _usable(row[name])), None)
         files = [(row["task_type"], row["instruction_language"], row["key"] + end) for end in ("", "_SRCIMG")]

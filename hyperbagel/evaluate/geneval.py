@@ -1,6 +1,6 @@
-"""Pictures for GenEval's own scorer (evaluate_images.py), which stands outside.
+"""Pictures for GenEval's own, external scorer (evaluate_images.py).
 
-OUT/00000/metadata.jsonl          the prompt's row of evaluation_metadata.jsonl, as it was
+OUT/00000/metadata.jsonl          the prompt's row of evaluation_metadata.jsonl, unchanged
 OUT/00000/samples/00000.png ...   `n` pictures, numbered
 """
 
@@ -21,10 +21,10 @@ from hyperbagel.generate.types import ImageRequest
 def run_geneval(
     model: Any, prompts: Path, out: Path, *, n: int = 4, seed: int = 0, batch: int = 4, settings: dict[str, Any] | None = None
 ) -> Outcome:
-    """Draws every prompt `n` times. prompts: JSON lines with "prompt" (and what the scorer wants: tag, include, exclude).
+    """Draws every prompt `n` times. prompts: JSON lines with "prompt" (and what the scorer needs: tag, include, exclude).
 
-    settings: fields of ImageRequest. Under torchrun each rank takes its share. Raises InputError for an unusable file, settings
-    that the model refuses, or a folder of pictures that were made otherwise.
+    settings: fields of ImageRequest. Under torchrun each rank takes its share. Raises InputError for an unusable file, settings that the
+    model refuses, or a folder whose pictures were made otherwise.
     """
     rank, ranks, _ = place()
     asked = settings or {}

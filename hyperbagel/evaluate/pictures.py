@@ -1,6 +1,6 @@
-"""Pictures for scorers that stand outside: made job by job into the folders that they expect, shared out over ranks, resumable.
+"""Pictures for external scorers: made job by job in the folders that these expect, divided among ranks, resumable.
 
-A job is one file. Files are written whole or not at all, so a file that is there is done; nothing else is kept of a stopped run.
+A job is one file. Files are written whole or not at all, so a file that exists is done; nothing else is kept of a stopped run.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def place() -> tuple[int, int, str | None]:
 
 
 def read_lines(path: Path, needed: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, broken ones in words) of a JSON-lines file. A row needs non-empty texts of these names; `_row` is its number from 0.
+    """(rows, what is wrong with each broken one) of a JSON-lines file. A row needs non-empty texts under the names in `needed`; `_row` is
+    its number, counted from 0 without empty lines.
 
     Raises InputError for a file that cannot be read or has no usable row.
     """
@@ -124,11 +125,11 @@ def _unnamed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_pictures(model: Any, jobs: Iterable[Job], *, rank: int, ranks: int, batch: int, broken: Sequence[str] = ()) -> Outcome:
-    """Makes this rank's share of the jobs that are not done, `batch` at a time; a job whose source cannot be read, or that the model
-    refuses, is skipped and counted.
+    """Makes those of this rank's jobs that are not done yet, `batch` at a time. A job whose source cannot be read or that the model refuses
+    is skipped and counted.
 
-    broken: rows that were no jobs to begin with. Raises InputError if not one job could be done; of several ranks one only warns of it,
-    since an error would end the others.
+    broken: rows that never became jobs. Raises InputError if not one job could be done; with several ranks a rank only warns, since an
+    error would end the others.
     """
     own = list(jobs)[rank::ranks]
     outcome = Outcome(broken=list(broken))
@@ -163,7 +164,7 @@ def make_pictures(model: Any, jobs: Iterable[Job], *, rank: int, ranks: int, bat
 
 
 def _drawn(model: Any, ready: Sequence[tuple[Job, ImageRequest]], broken: list[str]) -> list[tuple[Job, ImageResult]]:
-    """Jobs and their pictures; those that the model refuses go to `broken`, and do not cost the others of their batch."""
+    """Jobs and their pictures. Jobs that the model refuses are noted in `broken` and do not affect the others of their batch."""
     try:
         results = model.generate_batch([request for _, request in ready])
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Is an answer right? Short answers by the one word that matters; descriptions and step-by-step counts by the facts they state."""
+"""Is an answer right? Short answers go by the one word that matters, descriptions and step-by-step counts by the facts they state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DENSE = ("describe", "steps")
 
 @dataclass(frozen=True)
 class QuestionScore:
-    """`score` in [0, 1]; the three counts are of facts, and 0 but for descriptions and step-by-step counts."""
+    """score in [0, 1]. The counts are of facts; they are 0 except for descriptions and step-by-step counts."""
 
     score: float
     right: int = 0
@@ -24,10 +24,10 @@ class QuestionScore:
 
 
 def score_question(item: QuestionItem, text: str) -> QuestionScore:
-    """An answer in words against the item's truth.
+    """The score of an answer, compared with the item's true one.
 
-    Descriptions: facts right / facts stated; ours: whoever states less than the true answer is divided by what that states, or one safe
-    fact would be a full mark.
+    Descriptions: facts right / facts stated. ours: if the true answer states more facts, the divisor is its number, or a single safe fact
+    would get full marks.
     """
     if item.kind in DENSE:
         right, stated = check(text, item.scene)
@@ -45,19 +45,19 @@ def yes_no(text: str) -> str | None:
 
 
 def number(text: str) -> str | None:
-    """The one number of a text as digits; None without one, or with two that differ."""
+    """The one number in a text, as digits; None without one, or with two that differ."""
     found = {NUMBERS[w] for w in re.findall(rf"\b({'|'.join(NUMBERS)})\b", text.lower())}
     return str(found.pop()) if len(found) == 1 else None
 
 
 def colour(text: str) -> str | None:
-    """The one colour (of a thing or a background) of a text; None without one, or with two."""
+    """The one colour (of a thing or a background) in a text; None without one, or with two."""
     found = set(re.findall(rf"\b({'|'.join([*COLOURS, *BACKGROUNDS])})\b", text.lower()))
     return found.pop() if len(found) == 1 else None
 
 
 def letter(text: str) -> str | None:
-    """The letter of a choice: "B", "b.", "(B) red", "the answer is B"; None without one. The article "a" is no choice."""
+    """The letter of a choice: "B", "b.", "(B) red", "the answer is B"; None without one. The article "a" is not a choice."""
     found = re.fullmatch(r"\W*([A-Da-d])\W*", text) or re.match(r"\W*([A-Da-d])\)", text) or re.search(r"\b([B-D])\b|\bA\b(?! [a-z])", text)
     return (found[1] or "A").upper() if found else None
 
@@ -67,7 +67,7 @@ def plain(text: str) -> str:
     return " ".join(w for w in re.findall(r"\w+", text.lower()) if w not in ("a", "an", "the"))
 
 
-# kind, or how it begins -> what is read from the true answer and from the model's
+# a kind of question, or the beginning of its name -> what is compared in the true answer and the model's
 RULES: dict[str, Callable[[str], str | None]] = {
     "existence": yes_no,
     "relation": yes_no,

@@ -1,4 +1,4 @@
-"""Records of scored items, one line of JSON each: written as they come, read back when a stopped evaluation goes on."""
+"""Records of scored items, one JSON line each: written as they come, and read back when a stopped evaluation is resumed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ Worker = Callable[[list[Any], list[int]], list[Record]]  # (items, seeds) -> a r
 def run_items(
     part: str, items: Sequence[Any], work: Worker, *, seed: int, batch: int, header: dict[str, Any], path: Path | None
 ) -> list[Record]:
-    """Records of all `items` (each with an `id`), in order; those already in the file are read, not made.
+    """The records of all `items` (each with an `id`), in order. Those in the file `path` are read back; the others are made, `batch` at a
+    time, and appended to it. path: None keeps nothing.
 
     header: what the records depend on, the first line of the file. Raises InputError if the file has another one, or if another process
-    is writing it.
+    is writing to it.
     """
     with nullcontext() if path is None else sole_writer(path), ProgressReport(part) as progress:
         done = open_records(path, header) if path is not None else {}
@@ -46,12 +47,13 @@ def run_items(
 
 
 def item_seed(seed: int, name: str) -> int:
-    """The noise of an item depends on nothing but its id: the same for any model, batch size or interruption."""
+    """The seed of an item's noise, from `seed` and its id alone: the same for any model and batch size, and after an interruption."""
     return (zlib.crc32(name.encode()) + seed * 1_000_003) % 2**31
 
 
 def open_records(path: Path, header: dict[str, Any]) -> dict[str, Record]:
-    """Records already there, by id. A new file gets its header line; a line cut short by a kill is cut off."""
+    """The records that a file already holds, by id. A new file gets its header line; a last line that a kill cut short is removed. Raises
+    InputError if the header is another one."""
     expected = json.dumps(header, sort_keys=True)
     with readable_errors(path):
         data = path.read_bytes() if path.exists() else b""
@@ -69,7 +71,7 @@ def open_records(path: Path, header: dict[str, Any]) -> dict[str, Record]:
 
 
 def unlike(found: str, asked: str) -> tuple[str, str]:
-    """What differs of two settings in JSON, as each has it; both as they are where one cannot be read."""
+    """How two settings, given as JSON, differ: the differing values of each, in words; both texts as they are if one cannot be read."""
 
     def walk(a: Any, b: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
         if isinstance(a, dict) and isinstance(b, dict):
@@ -88,9 +90,9 @@ def unlike(found: str, asked: str) -> tuple[str, str]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Records of a file, header line left out; a last line that was cut short is ignored. No file: no records.
+    """The records of a file, without its header line; a last line that was cut short is ignored. No file: no records.
 
-    Raises InputError for a damaged line before the last.
+    Raises InputError for any other damaged line.
     """
     if not path.is_file():
         return []
@@ -123,7 +125,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def digest(folder: Path) -> str:
-    """Of the files of a student or a drafter: records of other weights are never taken for these."""
+    """A digest of a student's or a drafter's files, so that records made with other weights are not mistaken for its own."""
     whole = hashlib.sha256()
     with readable_errors(folder):
         for path in sorted(path for path in folder.iterdir() if path.is_file()):  # a download leaves folders beside them

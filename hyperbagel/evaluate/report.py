@@ -1,4 +1,4 @@
-"""What an evaluation says: one table for people, one JSON file for programs, and paired differences of two evaluations."""
+"""The results of an evaluation: tables for people, a JSON file for programs, and paired differences between two evaluations."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from hyperbagel.evaluate.records import read_header, read_records
 from hyperbagel.evaluate.statistics import paired_difference
 from hyperbagel.evaluate.summary import question_units
 
-LOSSLESS = -0.015  # lower 95 % bound of a paired difference, as a share: above it a student counts as lossless
-# the figure of a record that each part is compared by, what turns it into a share, and what its table's rows are
+LOSSLESS = -0.015  # a student counts as lossless if the lower 95 % bound of its paired difference, as a share, is above this
+# for each part: the figure of a record that is compared, the factor that makes it a share, and the key that its table's rows go by
 FIGURES = {"t2i": ("strict", 1.0, "category"), "edits": ("o", 0.1, "group"), "questions": ("score", 1.0, "kind")}
 
 TITLES = {"t2i": "Pictures from prompts", "diversity": "Pictures of one prompt", "edits": "Edits", "questions": "Questions"}
 
 
 def table_console() -> Console:
-    """As wide as the terminal; wide enough for every table where there is none (a file, a pipe)."""
+    """A console as wide as the terminal or, if the output is none (a file, a pipe), wide enough for every table."""
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
 def print_report(result: dict[str, Any], console: Console | None = None) -> None:
-    """The result of `run_toybox_eval` as tables: each part with its 95 % intervals, then the detector's own table."""
+    """Print the result of `run_toybox_eval` as tables: each part with its 95 % intervals, then the detector's own table."""
     console = console or table_console()
     for part, title in TITLES.items():
         if part in result:
@@ -43,14 +43,14 @@ def print_report(result: dict[str, Any], console: Console | None = None) -> None
 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
-    """The result as JSON, whole or not at all."""
+    """Write the result as JSON, whole or not at all."""
     atomic_write_text(path, json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
 def compare_evaluations(ours: Path, theirs: Path) -> dict[str, Any]:
-    """Paired differences (ours - theirs, as shares) of the `overall` of two evaluation folders, bootstrapped over prompts.
+    """Paired differences (ours - theirs, as shares) in `overall` between two evaluation folders, bootstrapped over prompts.
 
-    `lossless` holds if the lower 95 % bound is above -1.5 points. Raises InputError if a part was evaluated on other items.
+    `lossless`: whether the lower 95 % bound is above -1.5 points. Raises InputError if a part was evaluated on different items.
     """
     table: dict[str, Any] = {}
     for part, (figure, scale, row) in FIGURES.items():
@@ -69,7 +69,7 @@ def compare_evaluations(ours: Path, theirs: Path) -> dict[str, Any]:
 
 
 def _item_set(header: dict[str, Any]) -> dict[str, Any]:
-    """The part of a header that names the set of items; ids mean the same prompts only within one set."""
+    """The part of a header that identifies the set of items; equal ids mean equal prompts only within one set."""
     return {"n": header["n"]} | {k: header["settings"][k] for k in ("split", "seed", "side")}
 
 
@@ -77,13 +77,13 @@ def _part_table(title: str, split: str, part: dict[str, dict[str, Any]]) -> Tabl
     table = Table("", "n", *part, title=f"{title} ({split} split)", title_justify="left")
     for row in _union(part.values()):
         number = max(column[row]["n"] for column in part.values() if row in column)
-        # a wide part keeps its intervals to the first two columns, so that it fits a terminal; the JSON has them all
+        # a wide table shows intervals in its first two columns only, so that it fits a terminal; the JSON has them all
         table.add_row(row, str(number), *(_cell(c.get(row), interval=len(part) <= 3 or i < 2) for i, c in enumerate(part.values())))
     return table
 
 
 def _cell(value: dict[str, float] | None, *, interval: bool) -> str:
-    """A mean with its 95 % interval: `0.873 [0.851 0.894]` for shares, fewer places for larger figures."""
+    """A mean with its 95 % interval: `0.873 [0.851 0.894]` for shares, fewer decimals for larger figures."""
     if value is None:
         return ""
     places = 3 if value["high"] <= 1 else 2 if value["high"] <= 10 else 1
@@ -99,5 +99,5 @@ def _detector_table(table: dict[str, dict[str, float]]) -> Table:
 
 
 def _union(columns: Iterable[dict[str, Any]]) -> list[str]:
-    """Row names of all columns, in order of first appearance."""
+    """The row names of all columns, in order of first appearance."""
     return list(dict.fromkeys(row for column in columns for row in column))

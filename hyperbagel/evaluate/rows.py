@@ -1,4 +1,4 @@
-"""What the distillation table compares: the teacher, shortcuts that need no distillation, and the student after each stage."""
+"""The rows of the distillation table: the teacher, shortcuts that need no distillation, and the student after each stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. student: what its folder is given by; None: the model itself, guided. steps: None: the student's own."""
+    """A row of the table. student: the name under which its folder is given; None: the model itself with guidance. steps: None: the
+    student's own."""
 
     name: str
     title: str
@@ -47,7 +48,7 @@ STUDENTS = tuple(dict.fromkeys(row.student for row in ROWS if row.student))
 
 
 def parse_students(given: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FOLDER` each. Raises InputError for an unknown name or a folder that holds no student."""
+    """Folders by name, from texts of the form NAME=FOLDER. Raises InputError for an unknown name or a folder that holds no student."""
     found: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
@@ -60,7 +61,7 @@ def parse_students(given: Sequence[str]) -> dict[str, Path]:
 
 
 def choose(names: Sequence[str] | None) -> tuple[Row, ...]:
-    """The rows of these names, in the table's order, the teacher always first. None: all. Raises InputError for an unknown name."""
+    """The rows with these names (None: all) in the table's order, always with the teacher, first. Raises InputError for an unknown name."""
     known = [row.name for row in ROWS]
     odd = [name for name in names or () if name not in known]
     if odd:
@@ -69,7 +70,7 @@ def choose(names: Sequence[str] | None) -> tuple[Row, ...]:
 
 
 def settings_of(row: Row, students: Mapping[str, Path], base: Settings) -> Settings | None:
-    """How the model is asked for a row's pictures; None if its student is not there."""
+    """How the model is asked for a row's pictures; None if its student was not given."""
     if row.student is not None and row.student not in students:
         return None
     made: list[dict[str, Any]] = []
@@ -80,7 +81,7 @@ def settings_of(row: Row, students: Mapping[str, Path], base: Settings) -> Setti
 
 
 def _asked(teacher: Denoising) -> dict[str, Any]:
-    """A teacher's settings as a request says them."""
+    """A teacher's settings as options of a request."""
     names = ("text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift")
     return {name: getattr(teacher, name) for name in names} | {"steps": teacher.num_steps}
 
@@ -90,7 +91,7 @@ def is_edit(item: T2IItem | EditItem) -> bool:
 
 
 def request_for(item: T2IItem | EditItem, s: Settings, seed: int, **changes: Any) -> ImageRequest:
-    """What a row asks for an item."""
+    """A row's request for an item; changes: options that replace the row's."""
     if isinstance(item, EditItem):
         return ImageRequest(item.instruction, (drawn(item.source, s.side),), seed=seed, size=(s.side, s.side), **s.edit | changes)
     return ImageRequest(item.prompt, seed=seed, size=(s.side, s.side), **s.image | changes)

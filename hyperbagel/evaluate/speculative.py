@@ -1,8 +1,8 @@
-"""Speculative decoding measured: acceptance of each drafter, and tokens a second of each way to decode beside our fastest plain decoding.
+"""Measures speculative decoding: the acceptance of each drafter, and tokens per second of each way to decode beside fast plain decoding.
 
-Acceptance is that of drafts of a fixed length (the paper's chain of 10, or a whole block); speed is that of the budget that requests are
-served with. Ways of decoding take turns on the same prompts (interleaved), several times over; medians and spread are over those times.
-A stopped evaluation goes on with the cell (split, temperature, batch) that it was in.
+Acceptance is measured with drafts of a fixed length (the paper's chain of 10, or a whole block), speed with the budget that requests are
+served with. The ways of decoding take turns on the same prompts, several times over; medians and spread are over these repeats. A stopped
+evaluation goes on with the cell (split, temperature, batch) that it was in.
 
 Shape legend: B sessions, V vocabulary.
 """
@@ -27,7 +27,7 @@ from hyperbagel.core.hardware import clock
 from hyperbagel.evaluate.records import Record, digest, run_items
 from hyperbagel.evaluate.report import write_report
 from hyperbagel.evaluate.speculative_report import print_tables, summarise
-from hyperbagel.evaluate.toybox import weights_of
+from hyperbagel.evaluate.toybox import drawn, weights_of
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
@@ -35,29 +35,28 @@ from hyperbagel.generate.session import Session
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.types import Drafter, Speculated, Stats, Times
 from hyperbagel.toybox.language import sample_question
-from hyperbagel.toybox.render import render
 
 SPLITS = ("in_template", "held_out", "free_form")
 RESERVED = PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
-FREE_TOKENS = 40  # at least, of a free-form answer
+FREE_TOKENS = 40  # least length of a free-form answer
 # requests in words that no template has
 FREE = (
     "Tell a friend who cannot see this picture what is on it.", "Write a few sentences about the scene.",
     "What is going on here? Use your own words.", "Make a long caption for this picture.", "Please write down what this picture shows.",
 )  # fmt: skip
-_TRIES = 20  # prompts looked at for each that is kept
+_TRIES = 20  # prompts that are tried for each one that is kept
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. Written beside the records; records of another plan are not mixed in."""
+    """What is measured. Stored with the records, so that records of another plan are not mixed in."""
 
-    prompts: int = 24  # of a split
+    prompts: int = 24  # per split
     repeats: int = 5
     temperatures: tuple[float, ...] = (0.0, 1.0)
     batches: tuple[int, ...] = (1, 4)
     max_tokens: int = 160
-    depth: int = 10  # of the drafts whose acceptance is told
+    depth: int = 10  # of the drafts whose acceptance is measured
     speed: bool = True  # False: acceptance alone
     seed: int = 0
     free_tokens: int = FREE_TOKENS
@@ -74,7 +73,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Cell:
-    """One table's worth: all ways of decoding on one split at one temperature; `batch` 0: acceptance."""
+    """One table: all ways of decoding on one split at one temperature. batch 0: acceptance instead of speed."""
 
     split: str
     temperature: float
@@ -87,7 +86,7 @@ class Cell:
 
 @dataclass
 class _Arm:
-    """One way to decode: its runs' seconds and tokens, one of each repeat."""
+    """One way to decode: the seconds and tokens of each repeat, and statistics over all of them."""
 
     drafter: Drafter | None
     seconds: list[float] = field(default_factory=list)
@@ -100,10 +99,11 @@ class _Arm:
 def run_speculative_eval(
     model: Any, drafters: Mapping[str, Path], *, out: Path | str, plan: Plan | None = None, show: bool = True
 ) -> dict[str, Any]:
-    """Every drafter given and every one that came with the model. Writes cells.jsonl and report.json into `out`, prints the tables.
+    """Measure every drafter in `drafters` (name -> folder) and every one that came with the model. Writes cells.jsonl and report.json into
+    `out`; show: also prints the tables.
 
-    Raises InputError: a folder that is no drafter of this model, a name that another way of decoding has, or records of another plan or
-    other weights in `out`.
+    Raises InputError for a folder that holds no drafter of this model, a name that another way of decoding has, or records in `out` that
+    were made with another plan or other weights.
     """
     if taken := [name for name in drafters if name in RESERVED]:
         raise InputError(f"got a drafter named {taken[0]!r}, expected none of {', '.join(RESERVED)}, which are always measured; rename it")
@@ -157,7 +157,7 @@ class _Bench:
                 made = sample_question(rng, split="heldout", heldout_kind="template")
             else:
                 made = sample_question(rng, split="heldout", kind="describe")
-            prompt = Prompt(FREE[i // 2 % len(FREE)] if split == "free_form" and i % 2 else made.question, _picture(made.scene))
+            prompt = Prompt(FREE[i // 2 % len(FREE)] if split == "free_form" and i % 2 else made.question, drawn(made.scene, 64))
             if split != "free_form" or self._long(prompt):
                 found.append(prompt)
             if len(found) == self.plan.prompts:
@@ -183,25 +183,26 @@ class _Bench:
     # -- acceptance ------------------------------------------------------------------------------------------------------------
 
     def _acceptance(self, cell: Cell) -> Record:
-        """Drafts of full length, each drafter alone; and how sure the target is of its tokens, in nats a token."""
+        """Acceptance of each drafter with drafts of full length, and the target's entropy in nats per token."""
         plan, prompts = self.plan, self.of_split(cell.split)
         rows: dict[str, Any] = {}
-        plain = plain_decode(self._sessions(prompts, ()), **self._how(cell, range(len(prompts)), plan), keep_logits=True)
+        plain = plain_decode(self._sessions(prompts, ()), **self._how(cell, range(len(prompts))), keep_logits=True)
         sure = [float(torch.distributions.Categorical(logits=x).entropy()) for out in plain for x in out.logits[: len(out.ids) + 1]]
         for name, path in {LOOKUP: LOOKUP, **self.names}.items():
             drafter = self.model.drafters.get(path)
             stats, width = Stats(), min(plan.depth, drafter.width)
             drafter.threshold = 0.0
-            for out in decode(self._sessions(prompts, drafter.taps), **self._how(cell, range(len(prompts)), plan), drafter=drafter):
+            for out in decode(self._sessions(prompts, drafter.taps), **self._how(cell, range(len(prompts))), drafter=drafter):
                 assert isinstance(out, Speculated)
                 stats.add(out.stats)
             rows[name] = {"tau": stats.tau, "alpha": alpha(stats.tau, width), "depth": width, "rates": stats.rates()}
         lengths = [len(out.ids) for out in plain]
         return {**asdict(cell), "rows": rows, "entropy": sum(sure) / len(sure), "tokens": sum(lengths), "longest": max(lengths)}
 
-    def _how(self, cell: Cell, which: Sequence[int], plan: Plan) -> dict[str, Any]:
-        generators = [torch.Generator().manual_seed(plan.seed + i) for i in which]
-        return {"max_tokens": plan.max_tokens, "temperature": cell.temperature, "generators": generators}
+    def _how(self, cell: Cell, which: Sequence[int]) -> dict[str, Any]:
+        """Arguments of decoding for the prompts of these numbers: the same generators for every way to decode."""
+        generators = [torch.Generator().manual_seed(self.plan.seed + i) for i in which]
+        return {"max_tokens": self.plan.max_tokens, "temperature": cell.temperature, "generators": generators}
 
     # -- speed -----------------------------------------------------------------------------------------------------------------
 
@@ -213,7 +214,7 @@ class _Bench:
         contexts = {name: self._sessions(prompts, () if arm.drafter is None else arm.drafter.taps) for name, arm in arms.items()}
         runner = GraphRunner(self.model.parts.model) if self.model.parts.model.device.type == "cuda" else None
         answers: dict[str, list[Decoded]] = {}
-        for repeat in range(-1, plan.repeats):  # the first time round warms up, and costs are measured
+        for repeat in range(-1, plan.repeats):  # repeat -1 warms up, and drafters measure their costs in it
             spent = dict.fromkeys(arms, 0.0)
             said: dict[str, list[Decoded]] = defaultdict(list)
             for turn, group in enumerate(groups):
@@ -222,7 +223,7 @@ class _Bench:
                 for name in order[shift:] + order[:shift]:
                     arm = arms[name]
                     sessions = [contexts[name][i] for i in group]
-                    how = self._how(cell, group, plan)
+                    how = self._how(cell, group)
                     if arm.drafter is not None:
                         arm.drafter.prepare(sessions[0], len(sessions), cell.temperature)  # type: ignore[attr-defined]
                     start = self._clock()
@@ -247,16 +248,12 @@ class _Bench:
         return clock(self.model.parts.model.device)
 
 
-def _picture(scene: Any) -> Image.Image:
-    return Image.fromarray(render(scene, 64))
-
-
 def _add(arm: _Arm, out: Sequence[Decoded]) -> None:
     for row in out:
         if isinstance(row, Speculated):
             arm.stats.add(row.stats)
     first = out[0]
-    if isinstance(first, Speculated):  # one call's times are shared by its rows
+    if isinstance(first, Speculated):  # the rows of one call share their times
         for part, seconds in asdict(first.times).items():
             setattr(arm.times, part, getattr(arm.times, part) + seconds)
     for name, rounds in arm.drafter.rounds_drafted.items():  # type: ignore[union-attr]
@@ -264,7 +261,7 @@ def _add(arm: _Arm, out: Sequence[Decoded]) -> None:
 
 
 def _row(arm: _Arm, plain: _Arm) -> Record:
-    """Tokens a second (stop tokens included: they cost a step too) and the gain over plain decoding of the same repeat."""
+    """Tokens per second (stop tokens included, since they cost a step too), and the speed-up over plain decoding in the same repeat."""
     rates = [n / s for n, s in zip(arm.tokens, arm.seconds, strict=True)]
     gains = [mine / (n / s) for mine, n, s in zip(rates, plain.tokens, plain.seconds, strict=True)]
     row: Record = {"tok_per_second": median(rates), "low": min(rates), "high": max(rates)}
@@ -277,7 +274,7 @@ def _row(arm: _Arm, plain: _Arm) -> Record:
 
 
 def alpha(tau: float, depth: int) -> float:
-    """The acceptance rate a with tau = 1 + a + ... + a^depth = (1 - a^(depth + 1)) / (1 - a): the paper's 10-alpha for depth 10."""
+    """The acceptance rate a for which tau = 1 + a + ... + a^depth = (1 - a^(depth + 1)) / (1 - a): for depth 10 the paper's 10-alpha."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2

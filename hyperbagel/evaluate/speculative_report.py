@@ -1,4 +1,4 @@
-"""What the speculative evaluation says: cells as tables for people, and one document for programs."""
+"""The results of the speculative evaluation: its cells as tables for people, and one document for programs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def print_tables(result: dict[str, Any], console: Console | None = None) -> None
             rate = f"{row['tok_per_second']:.0f} [{row['low']:.0f} {row['high']:.0f}]"
             gain = f"{row['speedup']:.2f} [{row['speedup_low']:.2f} {row['speedup_high']:.2f}]"
             ms = [f"{row['ms'][part]:.2f}" for part in ("draft", "verify", "commit", "host")] if "ms" in row else [""] * 4
-            # rounds are counted a row, drafts a call
+            # rounds are counted per row, drafts per call
             drafted = ", ".join(f"{who} {n}" for who, n in row.get("drafted", {}).items() if n)
             equal = f"{row['identical']}/{cell['answers']}" if "identical" in row else ""
             table.add_row(name, rate, gain, f"{row['tau']:.2f}" if "tau" in row else "", *ms, drafted, equal)

@@ -1,6 +1,6 @@
 """Intervals for shares and paired differences; every reported figure carries one.
 
-Shape legend: N prompts (the unit that is resampled), R bootstrap draws. Scores are averaged over seeds of a prompt before they come here.
+Shape legend: N prompts (the unit that is resampled), R bootstrap draws. Scores of several seeds of a prompt are averaged beforehand.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hyperbagel.core.errors import InputError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its two-sided interval; `n` is the number of prompts behind it."""
+    """A mean and its two-sided confidence interval; `n` is the number of prompts behind it."""
 
     mean: float
     low: float
@@ -28,9 +28,9 @@ class Estimate:
 
 
 def bootstrap_mean(scores: Sequence[float], *, seed: int = 0, draws: int = 2000, level: float = 0.95) -> Estimate:
-    """Percentile bootstrap of the mean of `scores` [N], prompts resampled with replacement.
+    """Percentile bootstrap of the mean of `scores` [N]: prompts are resampled with replacement.
 
-    Raises InputError on no scores.
+    Raises InputError if there are no scores.
     """
     values = _vector(scores, "scores")
     means = _resampled_means(values, seed, draws)
@@ -38,9 +38,9 @@ def bootstrap_mean(scores: Sequence[float], *, seed: int = 0, draws: int = 2000,
 
 
 def bootstrap_groups(groups: dict[str, Sequence[float]], *, seed: int = 0, draws: int = 2000, level: float = 0.95) -> Estimate:
-    """Bootstrap of the unweighted mean over groups (GenEval's overall, GEdit's mean of groups), prompts resampled within each group.
+    """Bootstrap of the unweighted mean over groups (GenEval's overall, GEdit's mean over groups); prompts are resampled within groups.
 
-    Raises InputError on no group or an empty one.
+    Raises InputError if there is no group, or an empty one.
     """
     if not groups:
         raise InputError("got no groups to average, expected at least one; score some items first")
@@ -59,11 +59,11 @@ def paired_difference(
     draws: int = 2000,
     level: float = 0.95,
 ) -> Estimate:
-    """Bootstrap of mean(ours - theirs) over prompts, pairs kept together. Keys are item ids (same prompt, seed and noise).
+    """Bootstrap of mean(ours - theirs) over prompts, with pairs kept together. Keys are item ids (same prompt, seed and noise).
 
-    groups: the group of each item; the mean is then the unweighted one over groups, and prompts are resampled within theirs.
+    groups: the group of each item; the mean is then the unweighted one over groups, and prompts are resampled within groups.
 
-    Raises InputError if the two do not hold the same items: a difference over unlike sets is not paired.
+    Raises InputError if the two do not hold the same items: a difference between different sets is not paired.
     """
     if ours.keys() != theirs.keys():
         odd = sorted(ours.keys() ^ theirs.keys())
@@ -79,10 +79,10 @@ def paired_difference(
 
 
 def wilson(right: float, total: int, *, level: float = 0.95) -> Estimate:
-    """Wilson score interval of the share right / total; holds its coverage near 0 and 1, where a bootstrap collapses to a point.
+    """Wilson score interval of the share right / total. It keeps its coverage near 0 and 1, where a bootstrap collapses to a point.
 
-    right: how many of `total` independent items; parts of one count where an item is right in parts, which makes the interval too wide,
-    never too narrow.
+    right: how many of `total` independent items are right; an item that is right in part counts as a fraction, which makes the interval too
+    wide, never too narrow.
 
     Raises InputError unless 0 <= right <= total and total > 0.
     """
@@ -107,7 +107,7 @@ def _vector(scores: Sequence[float], what: str) -> np.ndarray:
 def _resampled_means(values: np.ndarray, seed: int, draws: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     n = len(values)
-    # in blocks: R x N indices of a large evaluation would be tens of MB at once
+    # in blocks: for a large evaluation, R x N indices at once would take tens of MB
     block = max(1, 2_000_000 // n)
     parts = [values[rng.integers(0, n, size=(min(block, draws - i), n))].mean(axis=1) for i in range(0, draws, block)]
     return np.concatenate(parts)  # [R]

@@ -1,4 +1,4 @@
-"""Do the guidance scales still move the picture? A student takes them as inputs, and could have learnt to ignore them."""
+"""Do the guidance scales still change the picture? A student takes them as inputs, and may have learned to ignore them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ ENDS = {"text_scale": (1.0, 5.0), "image_scale": (1.0, 2.5)}  # 3.2.1: the range
 
 
 def steer_worker(model: Any, s: Settings) -> Worker:
-    """Draws each item with the weakest and the strongest scale and the same noise: how far apart the two are, and from an edit's source."""
+    """Draws each item with the weakest and the strongest scale from the same noise, and records how far apart the two pictures are, and how
+    far from an edit's source."""
 
     def work(items: list[Any], seeds: list[int]) -> list[Record]:
         records: list[Record] = []
@@ -45,7 +46,7 @@ def _rms(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def steering(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """Mean change of a picture (rms of pixels, 0 to 1) from the weakest to the strongest scale, and an edit's distance from its source."""
+    """Mean change of a picture (rms of pixels, 0 to 1) from the weakest to the strongest scale, and distance of edits from their source."""
     prompts, edits = ([r for r in records if r["edit"] == edit] for edit in (False, True))
     names = {
         "text scale, prompts": [r["text_scale"] for r in prompts],

@@ -1,6 +1,6 @@
-"""From records of single items to figures with intervals.
+"""From the records of single items to figures with intervals.
 
-A part becomes {column: {row: interval}}, rows being categories, groups or kinds and their unweighted mean, `overall`.
+A part becomes {column: {row: interval}}. Rows are categories, groups or kinds, and `overall`, the unweighted mean over them.
 """
 
 from __future__ import annotations
@@ -8,37 +8,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hyperbagel.evaluate import edits, t2i
 from hyperbagel.evaluate.questions import DENSE
 from hyperbagel.evaluate.records import Record
-from hyperbagel.evaluate.statistics import Estimate, bootstrap_groups, bootstrap_mean, wilson
+from hyperbagel.evaluate.statistics import bootstrap_groups, bootstrap_mean, wilson
+from hyperbagel.toybox.captions import CATEGORIES
+from hyperbagel.toybox.edits import GROUPS
 
 
 def summarise_t2i(records: Sequence[Record]) -> dict[str, Any]:
-    """{"plain": {category: interval, "overall": ...}, "strict": ..., "psnr": ...}; overall is the unweighted mean of categories."""
+    """{"plain": {category: interval, ..., "overall": interval}, "strict": ..., "re-render PSNR, dB": ...}."""
     return {
-        "plain": _shares(records, "category", "plain", t2i.CATEGORIES),
-        "strict": _shares(records, "category", "strict", t2i.CATEGORIES),
-        "re-render PSNR, dB": _means(records, "category", "psnr", t2i.CATEGORIES),
+        "plain": _shares(records, "category", "plain", CATEGORIES),
+        "strict": _shares(records, "category", "strict", CATEGORIES),
+        "re-render PSNR, dB": _means(records, "category", "psnr", CATEGORIES),
     }
 
 
 def summarise_diversity(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean difference of pictures of one prompt, for each category: of their scene graphs, and of their pixels."""
-    return {f"differ in {name}": _means(records, "category", name, t2i.CATEGORIES) for name in ("scene", "pixel")}
+    """How much pictures of one prompt differ, for each category: in their scene graphs, and in their pixels."""
+    return {f"differ in {name}": _means(records, "category", name, CATEGORIES) for name in ("scene", "pixel")}
 
 
 def summarise_edits(records: Sequence[Record]) -> dict[str, Any]:
-    """O and its parts out of ten for each group, and the share of strict successes."""
-    table = {name: _means(records, "group", name, edits.GROUPS) for name in ("o", "sc1", "sc2", "pq1", "pq2")}
-    return {"O of 10": table["o"], "success": _shares(records, "group", "success", edits.GROUPS)} | {
+    """For each group, O and its parts (out of ten) and the share of strict successes."""
+    table = {name: _means(records, "group", name, GROUPS) for name in ("o", "sc1", "sc2", "pq1", "pq2")}
+    return {"O of 10": table["o"], "success": _shares(records, "group", "success", GROUPS)} | {
         k.upper(): table[k] for k in table if k != "o"
     }
 
 
 def summarise_questions(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean score of each kind; of descriptions and counts also the share of stated facts that are right; of yes/no pairs and of rotated
-    choices also the share of whole sets right."""
+    """The mean score of each kind; for yes/no pairs and rotated choices also the share of sets that are right as a whole; for descriptions
+    and step-by-step counts also the share of stated facts that are right."""
     kinds = list(dict.fromkeys(r["kind"] for r in records))
     units = question_units(records)
     together = [unit for unit in units if unit["pair"]]
@@ -53,8 +54,8 @@ def summarise_questions(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def question_units(records: Sequence[Record]) -> list[Record]:
-    """Records of questions that share a picture and a fate (both sides of a yes/no pair, the rotations of a choice) as one, with their mean
-    score and whether all are right (`whole`): what is independent, and so what intervals count."""
+    """The independent units that intervals count: records of questions that belong together (both sides of a yes/no pair, the rotations of
+    a choice) as one, with their mean score and whether all are right (`whole`)."""
     units: dict[tuple[str, str], list[Record]] = {}
     for r in records:
         units.setdefault((r["kind"], r["pair"] or r["id"]), []).append(r)
@@ -73,14 +74,11 @@ def _shares(records: Sequence[Record], by: str, figure: str, order: Sequence[str
 def _means(
     records: Sequence[Record], by: str, figure: str, order: Sequence[str], *, shares: Sequence[str] = ()
 ) -> dict[str, dict[str, float | int]]:
-    """Mean of each group, and the bootstrap of their unweighted mean. Groups in `shares` hold rights and wrongs: a Wilson interval."""
+    """The mean of each group, and `overall` with a bootstrap interval. Groups named in `shares` count right items: they get Wilson
+    intervals, the others bootstrap ones."""
     groups = _grouped(records, by, figure, order)
     rows = {name: wilson(min(sum(v), len(v)), len(v)) if name in shares else bootstrap_mean(v) for name, v in groups.items()}
-    return _rows(rows | {"overall": bootstrap_groups(groups)})
-
-
-def _rows(rows: dict[str, Estimate]) -> dict[str, dict[str, float | int]]:
-    return {name: estimate.to_dict() for name, estimate in rows.items()}
+    return {name: estimate.to_dict() for name, estimate in (rows | {"overall": bootstrap_groups(groups)}).items()}
 
 
 def _grouped(records: Sequence[Record], by: str, figure: str, order: Sequence[str]) -> dict[str, Sequence[float]]:

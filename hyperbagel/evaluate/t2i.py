@@ -1,12 +1,11 @@
-"""Does a picture show what its prompt asked for? GenEval's rules, on what the detector read.
+"""Does a picture show what its prompt asked for? GenEval's rules, applied to what the detector reads.
 
-Plain: the rules alone. Strict: also the scene that was read, drawn again, must resemble the picture (PSNR of 20 dB and more), so that
-coloured mush that pleases the detector does not count.
+Plain: the rules alone. Strict: in addition, the scene that was read must resemble the picture when it is drawn again (PSNR of at least
+20 dB), so that a coloured blur which satisfies the detector does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +14,16 @@ from hyperbagel.toybox.detector import Detection, Reading
 from hyperbagel.toybox.items import T2IItem
 from hyperbagel.toybox.rerender import rerender
 
-CATEGORIES = ("single", "two", "counting", "colors", "position", "attribute")
 CONFIDENCE = 0.3
 COUNTING_CONFIDENCE = 0.9
 STRICT_PSNR = 20.0  # dB
-SHRINK = 0.1  # of the summed sizes, taken off a centre offset before its direction is read
+SHRINK = 0.1  # share of the summed sizes that is taken off a centre offset before its direction is read
 DIRECTION = 0.5  # a direction holds if its component exceeds this share of the offset's length
 
 
 @dataclass(frozen=True)
 class T2IScore:
-    """`reason` says in words what is wrong first; empty if nothing is. psnr: of the scene drawn again, dB."""
+    """reason: the first thing that is wrong, in words; empty if nothing is. psnr: of the scene drawn again, in dB."""
 
     plain: bool
     strict: bool
@@ -34,7 +32,7 @@ class T2IScore:
 
 
 def score_t2i(item: T2IItem, picture: np.ndarray, reading: Reading) -> T2IScore:
-    """One picture, uint8 [H, H, 3], as read by the detector, against one prompt."""
+    """The score of one picture, uint8 [H, H, 3], for one prompt; reading: what the detector reads in it."""
     reason = what_is_wrong(item, reading)
     quality = rerender(picture, reading, threshold=CONFIDENCE).psnr
     plain = not reason
@@ -42,9 +40,10 @@ def score_t2i(item: T2IItem, picture: np.ndarray, reading: Reading) -> T2IScore:
 
 
 def what_is_wrong(item: T2IItem, reading: Reading) -> str:
-    """GenEval's check in words: empty if the picture is right.
+    """GenEval's check: what is wrong, in words; empty if nothing is.
 
-    Every asked noun must be found as often as asked, in its colour; more is wrong only in counting; a relation must hold for all pairs.
+    Every noun must be found as often as asked for, in its colour; more of it is wrong only in counting. A relation must hold between the
+    most confident things of its two nouns.
     """
     counting = item.category == "counting"
     found = reading.above(COUNTING_CONFIDENCE if counting else CONFIDENCE)
@@ -66,8 +65,8 @@ def what_is_wrong(item: T2IItem, reading: Reading) -> str:
 
 
 def relations(a: Detection, b: Detection) -> tuple[str, ...]:
-    """Where a stands, seen from b, by GenEval's rule: each component of the centre offset is shrunk by 0.1 of the summed sizes and
-    counts if it then exceeds half of the offset's length."""
+    """Where a is relative to b, by GenEval's rule: each component of the centre offset is shrunk by 0.1 of the summed sizes and counts if
+    it then exceeds half of the offset's length."""
     offset = np.array([a.cx - b.cx, a.cy - b.cy])
     length = float(np.hypot(*offset))
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - SHRINK * (a.extent + b.extent), 0)
@@ -76,9 +75,3 @@ def relations(a: Detection, b: Detection) -> tuple[str, ...]:
     x, y = shrunk / length
     held = {"left of": x < -DIRECTION, "right of": x > DIRECTION, "above": y < -DIRECTION, "below": y > DIRECTION}
     return tuple(name for name, true in held.items() if true)
-
-
-def overall(categories: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
-    """Mean of each category, and `overall`: the unweighted mean of the categories present. No items give an empty table."""
-    table = {c: float(np.mean([s for k, s in zip(categories, scores) if k == c])) for c in CATEGORIES if c in categories}
-    return table | ({"overall": float(np.mean(list(table.values())))} if table else {})

@@ -1,7 +1,7 @@
-"""The toybox evaluation: pictures, edits and answers of one model, scored as they come and written down item by item.
+"""The toybox evaluation: pictures, edits and answers of one model, scored as they come and recorded item by item.
 
-A run that was stopped goes on where it was: items whose record is in the output folder are not made again. Every item's noise is a
-function of its id, so that two models see the same prompts and the same noise (paired differences).
+A run that was stopped can be resumed: items whose record is in the output folder are not made again. Every item's noise is a function of
+its id, so that two models get the same prompts and the same noise (for paired differences).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DETECTOR = Path(__file__).parents[1] / "assets" / "toybox" / "detector.safetenso
 
 
 class Model(Protocol):
-    """What is asked of a model; hyperbagel.pipeline.HyperBagel is one."""
+    """What the evaluation needs of a model; hyperbagel.pipeline.HyperBagel is one."""
 
     parts: Any  # `parts.model` has the weights
 
@@ -45,15 +45,15 @@ class Model(Protocol):
     def ask_batch(self, requests: list[AskRequest]) -> list[TextResult]: ...
 
     def settings(self, request: ImageRequest) -> Denoising:
-        """The request's, with this model's own where it says nothing."""
+        """The request's settings, with this model's defaults where it has none."""
         ...
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the model is asked. Written beside the records; records made with other settings are not mixed in.
+    """How the model is asked. Stored with the records, so that records made with other settings are not mixed in.
 
-    image, edit, answer: options of ImageRequest (for prompts, for edits) and AskRequest; what is absent keeps the request's own default.
+    image, edit, answer: options of ImageRequest (for prompts and for edits) and of AskRequest; absent ones keep the request's default.
     """
 
     split: str = "train"
@@ -66,27 +66,27 @@ class Settings:
 
 
 def resolve(settings: Settings, fill: Callable[[ImageRequest], Denoising] = ImageRequest.denoising) -> dict[str, Any]:
-    """The settings with every default of the requests filled in, as JSON knows them: what a figure depends on besides the model."""
+    """The settings with all defaults of the requests filled in, as plain JSON values: what a figure depends on besides the model."""
     edit = fill(ImageRequest(images=(Image.new("RGB", (16, 16)),), **settings.edit))
     full = asdict(settings) | {"image": asdict(fill(ImageRequest(**settings.image))), "edit": asdict(edit)}
     return json.loads(json.dumps(full))
 
 
 def weights_of(model: Any, *students: str | None) -> dict[str, Any]:
-    """Which weights the names of a model and of its students stand for, in which numbers, as records remember them."""
+    """For the header of records: what identifies the weights of a model and of these students of it, and the numbers it computes with."""
     digests = {name: digest(model.students.find(name)) for name in students if name not in (None, "none")}
     return {"base": fingerprint(model.parts.model), "students": digests} | numbers_of(model)
 
 
 def numbers_of(model: Any) -> dict[str, str]:
-    """The type of a model's numbers and of the device that computes with them: the fingerprint of weights is the same in all."""
+    """The dtype of a model's numbers and the type of its device, neither of which the fingerprint of its weights tells apart."""
     parameters = list(model.parts.model.parameters())
     kinds = {"dtype": {str(p.dtype).removeprefix("torch.") for p in parameters}, "device": {p.device.type for p in parameters}}
     return {name: "+".join(sorted(found)) for name, found in kinds.items()}
 
 
 def load_detector(path: Path = DETECTOR) -> Detector:
-    """The shipped detector. Raises InputError if the file is missing or another network's."""
+    """The shipped detector, or one in another file. Raises InputError if the file is missing or holds another network."""
     return Detector.from_state(load_tensors(path))
 
 
@@ -105,12 +105,12 @@ def run_toybox_eval(
     calibrate: int = 600,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Score `model` on the three tasks; a count of 0 leaves a task out.
+    """Score `model` on the three tasks; a count of 0 leaves a task out. Returns what report.json holds.
 
-    n_diversity: prompts that are drawn four times to see how much the pictures differ; None: one for 40 of `n_t2i`.
-    out: folder for t2i.jsonl, edits.jsonl, questions.jsonl and report.json; None keeps nothing. split: used if no `settings` are given.
-    calibrate: scenes in the detector's own table. show: print the tables. Raises InputError on records made with other settings
-    or other weights.
+    n_diversity: prompts that are drawn four times to see how much the pictures differ; None: a fortieth of `n_t2i`.
+    out: folder for t2i.jsonl, diversity.jsonl, edits.jsonl, questions.jsonl and report.json; None keeps nothing. split: used if no
+    `settings` are given. calibrate: scenes in the detector's own table. show: print the tables. Raises InputError if `out` has records
+    made with other settings or other weights.
     """
     chosen = settings or Settings(split=split)
     detector = detector or load_detector()
@@ -216,7 +216,7 @@ def _question_worker(model: Model, s: Settings) -> Worker:
 
 
 def drawn(scene: Scene, side: int) -> Image.Image:
-    """A scene as a model is given it."""
+    """A scene's drawing, as models are given it."""
     return Image.fromarray(render(scene, side))
 
 

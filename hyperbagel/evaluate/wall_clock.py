@@ -1,7 +1,7 @@
-"""Seconds of one picture, from the words to the pixels: what a number of evaluations does not say.
+"""Seconds per picture, from words to pixels, which a number of evaluations does not tell.
 
-Each item is drawn by every row in turn before the next item, so that a machine that slows down slows all of them. The teacher is timed
-twice: its guidance branches one after the other (the paper's accounting) and all in one forward (the fastest teacher we have).
+Every row draws an item before the next item's turn, so that a machine that slows down slows all rows alike. The teacher is timed twice:
+with its guidance branches one after the other (the paper's accounting), and with all in one forward (the fastest teacher we have).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IN_TURN = "teacher, branches in turn"
 
 @torch.inference_mode()
 def draw_in_turn(parts: Parts, request: ImageRequest) -> tuple[Image.Image, int]:
-    """The guided model's picture with one forward a branch, and its NFE. Equals what the pipeline draws, up to rounding."""
+    """The guided model's picture with one forward per branch, and its NFE. Up to rounding, the pipeline draws the same."""
     generator = torch.Generator().manual_seed(request.seed)
     session = Session.new(parts)
     for item in request.items():
@@ -42,7 +42,7 @@ def draw_in_turn(parts: Parts, request: ImageRequest) -> tuple[Image.Image, int]
 
 @torch.inference_mode()
 def look(parts: Parts, request: ImageRequest) -> Session:
-    """A context that holds the pictures of an edit and waits for its text."""
+    """A context that holds an edit's pictures but not its text yet."""
     seen = Session.new(parts)
     for image in request.images:
         seen.add_image(image, latents=True, generator=torch.Generator().manual_seed(request.seed))
@@ -51,7 +51,7 @@ def look(parts: Parts, request: ImageRequest) -> Session:
 
 @torch.inference_mode()
 def draw_behind(model: Any, seen: Session, request: ImageRequest) -> Image.Image:
-    """An edit with a student whose picture stands in the cache already: text, denoising, decoding."""
+    """A student's edit of a picture that is in the cache already: text, denoising, decoding."""
     parts, generator = model.parts, torch.Generator().manual_seed(request.seed)
     session = seen.fork()
     session.add_text(request.prompt, later=True)
@@ -65,12 +65,12 @@ def draw_behind(model: Any, seen: Session, request: ImageRequest) -> Image.Image
 def time_rows(
     model: Any, rows: Mapping[str, Settings], prompts: Sequence[T2IItem], edits: Sequence[EditItem], *, teacher: str
 ) -> dict[str, Any]:
-    """{"t2i": {row: figures}, "edits": {...}, "edit, picture cached": {...}}; figures: seconds (median, low and high quarter), and how
-    many times faster than the teacher in turn and than the teacher with its branches batched."""
+    """{"t2i": {row: figures}, "edits": {...}, "edit, picture cached": {...}}. Figures: seconds (median, first and third quartile), and how
+    many times faster than the teacher with its branches in turn, and batched."""
     found: dict[str, dict[str, list[float]]] = {}
     items: list[T2IItem | EditItem] = [*prompts, *edits]
     with ProgressReport("wall clock") as progress:
-        for done, item in enumerate(items):
+        for done, item in enumerate(items):  # `done` items are timed already
             part = "edits" if is_edit(item) else "t2i"
             for row, draw in _ways(model, rows, item, teacher).items():
                 if done in (0, len(prompts)):
@@ -86,14 +86,14 @@ def time_rows(
 
 
 def _ways(model: Any, rows: Mapping[str, Settings], item: T2IItem | EditItem, teacher: str) -> dict[str, Callable[[], Any]]:
-    """How each row draws one item."""
+    """For each row, a call that draws the item."""
     requests = {row: request_for(item, s, s.seed) for row, s in rows.items()}
     ways: dict[str, Callable[[], Any]] = {IN_TURN: lambda: draw_in_turn(model.parts, requests[teacher])}
     return ways | {row: lambda request=request: model.generate_batch([request]) for row, request in requests.items()}  # type: ignore[misc]
 
 
 def _cached(model: Any, rows: Mapping[str, Settings], item: EditItem) -> dict[str, float]:
-    """Seconds of each student's edit when the picture was prefilled before."""
+    """Seconds of each student's edit if the picture has been prefilled."""
     seconds = {}
     for row, s in rows.items():
         if "student" in s.edit:

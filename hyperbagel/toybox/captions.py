@@ -1,4 +1,4 @@
-"""Captions: true of their scene, naming as many things as it shows, from "a red car" to a paragraph."""
+"""Captions, from "a red car" to a paragraph: each is true of its scene and names every thing in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hyperbagel.toybox.vocabulary import COLOURS, NOUNS, RELATIONS
 
 CATEGORIES: tuple[str, ...] = ("single", "two", "counting", "colors", "position", "attribute")  # GenEval's six
 STYLES: tuple[str, ...] = ("terse", "medium", "full")
-COLOURED: tuple[str, ...] = ("colors", "attribute", "many")  # categories whose captions name every colour, however short
+COLOURED: tuple[str, ...] = ("colors", "attribute", "many")  # categories whose captions always name every colour
 STYLE_WEIGHTS: dict[str, float] = {"terse": 0.6, "medium": 0.25, "full": 0.15}
 _CATEGORY_WEIGHTS = {"single": 10, "two": 12, "counting": 18, "colors": 12, "position": 18, "attribute": 18, "many": 12}
 HELDOUT_CATEGORIES = {"colour": ("colors", "attribute"), "pair": ("two", "attribute"), "relation": ("position",), "count": ("counting",)}
@@ -63,7 +63,7 @@ def count_phrase(number: int) -> str:
 
 
 def plan(rng: random.Random, scene: Scene, text_split: str = "train") -> str:
-    """The think text before a picture: which things, which cells, which background."""
+    """The think text before a picture: which things it needs, in which cells, on which background."""
     parts = [choose(rng, _PLAN, text_split).format(n=count_phrase(len(scene.things)))]
     parts += [f"the {ORDINALS[i]} is {full(t)}." for i, t in enumerate(scene.things)]
     parts.append(f"the background is {scene.background}.")
@@ -73,13 +73,13 @@ def plan(rng: random.Random, scene: Scene, text_split: str = "train") -> str:
 
 
 def _relation_sentence(rng: random.Random, a: Thing, b: Thing, text_split: str) -> str:
-    """One true sentence on how a stands to b."""
+    """A true sentence about where a is relative to b."""
     relation = rng.choice([r for r in RELATIONS if holds(a, r, b)])
     return choose(rng, _RELATES, text_split).format(a=words(a), b=words(b), r=choose(rng, RELATION_WORDS[relation], text_split))
 
 
 def dense(rng: random.Random, scene: Scene, text_split: str = "train") -> str:
-    """A paragraph that names everything and where it is; 50 to 110 tokens for two to four things."""
+    """A paragraph that says what everything is and where; 50 to 110 tokens for two to four things."""
     things = list(scene.things)
     rng.shuffle(things)
     inventory = listing(things, colour=False) if rng.random() < 0.5 else count_phrase(len(things))
@@ -111,9 +111,9 @@ def _position_subject(rng: random.Random, a: Thing, b: Thing, colour: bool, size
 
 
 def short_caption(rng: random.Random, scene: Scene, category: str, style: str, text_split: str = "train") -> tuple[str, Relation | None]:
-    """(terse or medium caption, the relation it states: noun, "left of" ..., noun).
+    """(terse or medium caption, the relation it states, if any: noun, "left of" ..., noun).
 
-    Medium ones name sizes, places or the background besides.
+    Medium captions may also name sizes, places or the background.
     """
     things = list(scene.things)
     medium = style == "medium"
@@ -163,9 +163,9 @@ def sample_t2i(
 ) -> T2ISample:
     """A caption with its scene.
 
-    style: "terse", "medium" or "full", or weights over the three (None: 0.6, 0.25, 0.15). category: one of GenEval's six or "many",
-    or weights over these seven; "full" captions have the category "dense". split "heldout": `kind` (None draws it) says what is new,
-    "template" being the words only.
+    style: "terse", "medium" or "full", or weights over the three (None: 0.6, 0.25, 0.15). category: one of GenEval's six or "many", or
+    weights over these seven; a "full" caption gets the category "dense". split "heldout": `kind` (None draws it) says what is new; with
+    "template", only the wording.
     """
     if not isinstance(style, str):
         weights = style or STYLE_WEIGHTS

@@ -1,4 +1,4 @@
-"""Questions whose answers follow from the words alone: what a picture must answer if it is what was asked for."""
+"""Questions whose answers follow from the words alone: a picture that is what was asked for gives these answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Check = tuple[str, str]  # (question, answer)
 
 
 def checks_of_caption(rng: random.Random, sample: T2ISample, n: int) -> list[Check]:
-    """At most n questions about what a caption names: how many of each noun and in all, colours and relations where it states them."""
+    """At most n questions about what a caption names: how many of each noun and in all, and colours and relations if it states them."""
     things = sample.scene.things
     numbers = Counter(t.noun for t in things)
     alone = [t for t in things if numbers[t.noun] == 1]
@@ -30,7 +30,7 @@ def checks_of_caption(rng: random.Random, sample: T2ISample, n: int) -> list[Che
         found += [(EXISTS, {"a": article(noun)}, "yes") for noun in numbers]
     if sample.category == "position":
         a, b = things
-        relation = main_relation(a, b)  # which the caption states, or its mirror; of the other axis it says nothing
+        relation = main_relation(a, b)  # the caption states this or its mirror image, and nothing about the other axis
         assert relation is not None
         words = {"r": f"the {a.noun}", "s": f"the {b.noun}", "w": choose(rng, RELATION_WORDS[relation], "train")}
         found += [(RELATION, words, "yes"), (RELATION, words | {"r": words["s"], "s": words["r"]}, "no")]
@@ -39,5 +39,5 @@ def checks_of_caption(rng: random.Random, sample: T2ISample, n: int) -> list[Che
 
 
 def checks_of_edit(rng: random.Random, sample: EditSample, n: int) -> list[Check]:
-    """n questions about the picture afterwards, all of which follows from the picture before and the instruction."""
+    """n questions about the edited picture; their answers follow from the source picture and the instruction."""
     return [(q.question, q.answer) for q in questions_about(rng, sample.target, n)]

@@ -1,8 +1,8 @@
-"""A small network that reads a toybox picture back: what is where, in which colour, on which background.
+"""A small network that reads a toybox picture: what is where, in which colour, on which background.
 
-It is trained on drawn pictures only (detector_train.py), is never a reward, and never sees a generated picture before it scores one.
+It is trained on drawings only (detector_train.py), is never used as a reward, and never sees a generated picture before it scores one.
 
-Shape legend: B pictures, G = 16 cells a side of the heat map (stride 4 at 64 px), C channels, K values of one attribute.
+Shape legend: B pictures, G = 16 cells per side of the heat map (stride 4 at 64 px), K values of one attribute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIDE = 64  # pictures are resized to this before the network
 STRIDE = 4
 GRID = SIDE // STRIDE
 
-# attributes of a thing, read at its cell, and of the whole picture; the order of the values is the order of the logits
+# Attributes of a thing, which are read at its cell, and of the whole picture. The order of the values is that of the logits.
 THING_VALUES: dict[str, tuple[str, ...]] = {
     "noun": tuple(NOUNS),
     "colour": tuple(COLOURS),
@@ -29,14 +29,14 @@ THING_VALUES: dict[str, tuple[str, ...]] = {
     "material": tuple(MATERIALS),
 }
 PICTURE_VALUES: dict[str, tuple[str, ...]] = {"background": tuple(BACKGROUNDS), "style": tuple(STYLES), "tone": tuple(TONES)}
-# channels of each map of a cell, and logits of each value of the picture, in the order of the layers that say them
+# channels of each map over cells, and logits of each attribute of the picture, in the order of the output layers
 THING_WIDTHS = {"object": 1, "place": 3} | {k: len(v) for k, v in THING_VALUES.items()}
 PICTURE_WIDTHS = {k: len(v) for k, v in PICTURE_VALUES.items()}
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One thing found. Centre and extent (side of the bounding square) are fractions of the picture; confidence is in (0, 1)."""
+    """One thing found. Centre and extent (side of the bounding square) are fractions of the picture, confidence is in (0, 1)."""
 
     noun: str
     colour: str
@@ -56,7 +56,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Reading:
-    """Everything read from one picture; `things` from the most to the least confident."""
+    """Everything that was read in one picture; `things` come from the most to the least confident."""
 
     things: tuple[Detection, ...]
     background: str
@@ -87,7 +87,7 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_Conv(12, 32), _Conv(32, 64, stride=2), _Residual(64))  # 2x2 pixels as channels, 32 -> 16
+        self.stem = nn.Sequential(_Conv(12, 32), _Conv(32, 64, stride=2), _Residual(64))  # 2x2 pixels as channels; 32 -> 16
         self.down = nn.Sequential(_Conv(64, 96, stride=2), _Residual(96))  # 16 -> 8: sees a whole large thing
         self.lift = nn.Conv2d(96, 64, 1)
         self.join = _Conv(64, 96)
@@ -95,11 +95,12 @@ class Detector(nn.Module):
         self.picture = nn.Linear(64 + 96 + 6, sum(PICTURE_WIDTHS.values()))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """[B, 3, 64, 64] -> object [B, G, G], place [B, 3, G, G] (dx, dy in cells off a cell's middle, extent), one [B, K, ...] each"""
+        """[B, 3, 64, 64] -> object [B, G, G], place [B, 3, G, G] (dx and dy from the cell's middle, in cells; extent), and [B, K, ...] for
+        each attribute."""
         fine = self.stem(F.pixel_unshuffle(x * 2 - 1, 2))  # [B, 64, 16, 16]
         coarse = self.down(fine)  # [B, 96, 8, 8]
         merged = self.join(F.relu(fine + F.interpolate(self.lift(coarse), scale_factor=2.0, mode="nearest")))
-        # plain colour statistics of the border, where no thing stands, beside the pooled features
+        # pooled features, and colour statistics of the border, where no thing is drawn
         border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2)  # [B, 3, 4 * 64]
         pooled = torch.cat([fine.mean((2, 3)), coarse.amax((2, 3)), border.mean(2), border.std(2)], dim=1)
         return named_maps(self.thing(merged), self.picture(pooled))
@@ -119,7 +120,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def read(self, pictures: np.ndarray | Tensor, *, floor: float = 0.1) -> list[Reading]:
-        """Read pictures, uint8 [B, H, W, 3]; things under confidence `floor` are left out. Any square size: resized to 64 first."""
+        """Read pictures, uint8 [B, H, W, 3] of any square size (resized to 64 first); things below confidence `floor` are left out."""
         return decode(self(as_input(pictures).to(next(self.parameters()).device)), floor=floor)
 
 
@@ -135,7 +136,7 @@ def as_input(pictures: np.ndarray | Tensor) -> Tensor:
 
 
 def decode(maps: dict[str, Tensor], *, floor: float) -> list[Reading]:
-    """Maps of logits -> one reading a picture. A thing's confidence is P(a thing is here) x P(its noun)."""
+    """Maps of logits -> a reading for each picture. A thing's confidence is P(a thing is here) x P(its noun)."""
     heat = maps["object"].sigmoid()  # [B, G, G]
     probs = {k: maps[k].softmax(1) for k in THING_VALUES}
     confidence = heat * probs["noun"].amax(1)
@@ -154,7 +155,7 @@ def decode(maps: dict[str, Tensor], *, floor: float) -> list[Reading]:
 
 
 def _one_each(things: list[Detection]) -> list[Detection]:
-    """Greedy suppression: two peaks whose centres are closer than half the larger one's extent are one thing."""
+    """Greedy suppression: of peaks whose centres are no further apart than half of the larger extent, only the most confident is kept."""
     kept: list[Detection] = []
     for d in sorted(things, key=lambda d: -d.confidence):
         if all(max(abs(d.cx - k.cx), abs(d.cy - k.cy)) > 0.5 * max(d.extent, k.extent) for k in kept):
@@ -163,7 +164,7 @@ def _one_each(things: list[Detection]) -> list[Detection]:
 
 
 def named_maps(things: Tensor, picture: Tensor) -> dict[str, Tensor]:
-    """[B, sum of THING_WIDTHS, G, G] and [B, sum of PICTURE_WIDTHS] by name; `object` loses its one channel: [B, G, G]."""
+    """[B, sum of THING_WIDTHS, G, G] and [B, sum of PICTURE_WIDTHS] split up by name; `object`, of one channel, becomes [B, G, G]."""
     named: dict[str, Tensor] = {}
     for x, widths in ((things, THING_WIDTHS), (picture, PICTURE_WIDTHS)):
         named |= zip(widths, x.split(list(widths.values()), dim=1))

@@ -1,6 +1,6 @@
-"""Trains the detector on drawn pictures, spoiled the way a decoder spoils them. Twenty to thirty minutes of one core.
+"""Trains the detector on drawn pictures, spoiled the way a decoder spoils them. It takes twenty to thirty minutes of one core.
 
-Shape legend: B pictures, G = 16 cells a side of the heat map, K values of one attribute.
+Shape legend: B pictures, C channels, G = 16 cells per side of the heat map.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def train_detector(
     initial: dict[str, Tensor] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Detector:
-    """A detector trained for `steps` batches of fresh drawings; on one thread a function of (steps, seed, batch, initial).
+    """A detector trained for `steps` batches of fresh drawings; on one thread a pure function of (steps, seed, batch, initial).
 
-    initial: weights to go on from, with a new learning-rate schedule; None draws them from `seed`. log: gets a line every 100 steps.
+    initial: weights to start from, with a new learning-rate schedule; None draws them from `seed`. log: gets a line every 100 steps.
     """
     rng = random.Random(seed)
     noise = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the caller's generator is put back
+        torch.manual_seed(seed)  # the caller's generator is restored afterwards
         detector = Detector()
     if initial is not None:
         detector.load_state_dict(initial)
@@ -62,7 +62,7 @@ def train_detector(
 
 def draw_batch(rng: random.Random, noise: torch.Generator, batch: int) -> tuple[Tensor, dict[str, Tensor]]:
     """`batch` spoiled pictures [B, 3, 64, 64] in [0, 1] and their targets. Both splits are drawn: a measure must know every combination."""
-    # one in twelve is empty of things: the background alone, or with blobs that only have a thing's colour
+    # one in twelve has no things: the background alone, or with a soft blob of some colour
     scenes = [sample_scene(rng, split=rng.choice(("train", "heldout")), variety=0.12) for _ in range(batch)]
     scenes = [Scene(s.background, (), s.style, s.tone) if rng.random() < 1 / 12 else s for s in scenes]
     pixels = np.stack([render(s, SIDE) for s in scenes])
@@ -74,7 +74,8 @@ def draw_batch(rng: random.Random, noise: torch.Generator, batch: int) -> tuple[
 
 
 def scene_targets(scenes: list[Scene]) -> dict[str, Tensor]:
-    """Heat map with weights [B, G, G] (the ring around a centre is neither a thing nor empty), values [B, G, G] or [B]."""
+    """The targets of `detector_loss`: object, its weight (0 in the ring around a centre, which is neither thing nor empty) and near (the
+    weight of attributes), each [B, G, G]; place [B, 3, G, G]; the index of each attribute's value, [B, G, G] or [B]."""
     b = len(scenes)
     maps = {k: np.zeros((b, GRID, GRID), dtype=np.int64) for k in THING_VALUES}
     thing, near = np.zeros((b, GRID, GRID), dtype=np.float32), np.zeros((b, GRID, GRID), dtype=np.float32)
@@ -98,7 +99,8 @@ def scene_targets(scenes: list[Scene]) -> dict[str, Tensor]:
 
 
 def detector_loss(maps: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One scalar a head. Uniform weights over cells keep the confidence a probability, which the thresholds of GenEval's rules need."""
+    """A scalar for each map. All cells weigh the same in `object`, so that confidence is a probability, which the thresholds of GenEval's
+    rules need."""
     things = targets["object"].sum().clamp(min=1)
     near = targets["near"]
     object_loss = F.binary_cross_entropy_with_logits(maps["object"], targets["object"], targets["object_weight"], reduction="sum") / things
@@ -110,9 +112,9 @@ def detector_loss(maps: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[s
 
 
 def spoil(x: Tensor, rng: random.Random, noise: torch.Generator) -> Tensor:
-    """Blur, resampling, block quantisation, colour jitter and noise on [B, 3, 64, 64]; a fifth of the pictures stays clean."""
+    """Blur, resampling, block quantisation, colour jitter and noise on [B, 3, 64, 64]; a fifth of the pictures get no jitter or noise."""
     parts = []
-    for part in x.chunk(6):  # one draw of the spatial kinds for each sixth of a batch
+    for part in x.chunk(6):  # each sixth of a batch gets one of the spatial kinds
         kind = rng.choice(("none", "none", "blur", "box", "resample", "blocks"))
         if kind == "blur":
             part = gaussian_blur(part, rng.uniform(0.4, 1.2))
@@ -152,7 +154,8 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
 
 
 def quantise_blocks(x: Tensor, step: float) -> Tensor:
-    """JPEG's kind of damage: 8x8 cosine coefficients of each channel rounded to multiples of a step that grows with frequency."""
+    """JPEG's kind of damage to [B, C, H, W]: the 8x8 cosine coefficients of each channel, rounded to multiples of a step that grows with
+    frequency."""
     n = torch.arange(8)
     basis = torch.cos(torch.pi * (2 * n[None] + 1) * n[:, None] / 16) * (2 / 8) ** 0.5  # [frequency, place]
     basis[0] /= 2**0.5
@@ -163,7 +166,7 @@ def quantise_blocks(x: Tensor, step: float) -> Tensor:
 
 
 def _add_blob(x: Tensor, rng: random.Random) -> Tensor:
-    """A soft disc of a random colour: coloured mush is not a thing."""
+    """A soft disc of a random colour, since a coloured blur is not a thing."""
     ys, xs = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     cx, cy, radius = rng.uniform(8, 56), rng.uniform(8, 56), rng.uniform(5, 14)
     alpha = torch.exp(-((xs - cx) ** 2 + (ys - cy) ** 2) / (2 * (radius / 1.7) ** 2))

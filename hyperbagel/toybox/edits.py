@@ -1,7 +1,7 @@
 """Edit instructions with their exact target scenes.
 
-Every instruction means one thing only: what it refers to is unique, and where something goes is a named cell.
-What an instruction does not name stays as it was, the jitter of a moved thing included; an added thing stands without jitter.
+Every instruction has one meaning: what it refers to is unique, and where something goes is a named cell. What it does not name stays as it
+was, even the jitter of a moved thing; an added thing has no jitter.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ Maker = Callable[[random.Random, Scene, str], "Edit | None"]
 
 
 def _with(scene: Scene, old: Thing, *new: Thing) -> Scene:
-    """The scene with one thing replaced by none or some."""
+    """The scene with `new` (none, one or several) in the place of one thing."""
     things: list[Thing] = []
     for t in scene.things:
         things += new if t == old else (t,)
@@ -98,7 +98,7 @@ def _with(scene: Scene, old: Thing, *new: Thing) -> Scene:
 
 
 def _pick(rng: random.Random, scene: Scene) -> tuple[Thing, str]:
-    """A thing and a phrase that means it."""
+    """A random thing and a phrase that refers to it."""
     thing = rng.choice(scene.things)
     return thing, rng.choice(references(scene, thing))
 
@@ -161,7 +161,7 @@ def _swap(rng: random.Random, scene: Scene, text_split: str) -> Edit | None:
     if len(scene.things) < 2:
         return None
     a, b = rng.sample(scene.things, 2)
-    if words(a, size=True) == words(b, size=True):  # nothing would be seen of it
+    if words(a, size=True) == words(b, size=True):  # the swap would not show
         return None
     text = choose(rng, _SWAP, text_split).format(r=rng.choice(references(scene, a)), s=rng.choice(references(scene, b)))
     places = {a: b, b: a}  # each goes exactly where the other stood
@@ -214,26 +214,24 @@ def _compound(rng: random.Random, scene: Scene, text_split: str) -> Edit | None:
     before, between, after = set(scene.things), set(one[0].things), set(two[0].things)
     if (between - before) - after or (before - between) & after:  # the second edit touched what the first had changed
         return None
-    # What the second refers to must mean the same thing in the source picture too, since that is what a reader looks at.
+    # The second edit's reference must mean the same thing in the source picture, since that is what the model sees.
     for touched in between - after:
-        # as a whole: "the square at the top" is not named by "place the square at the top left"
+        # the whole phrase must occur: "place the square at the top left" does not name "the square at the top"
         if not any(re.search(rf"{re.escape(name)}(?! (?:left|middle|right))\b", two[1]) for name in references(scene, touched)):
             return None
     return two[0], f"{one[1]} and {two[1]}"
 
 
 def change(rng: random.Random, scene: Scene, group: str) -> Scene | None:
-    """The scene after a random edit of one of GROUPS, "resize" or "swap"; None if it has none to offer. It may show what is held out."""
+    """The scene after a random edit of one of GROUPS, "resize" or "swap"; None if none is possible. It may show what is held out."""
     made = _SIMPLE[group](rng, scene, "train")
     return made[0] if made else None
 
 
 def _source(rng: random.Random, group: str, split: str, kind: str | None) -> Scene:
-    n = (
-        4
-        if kind == "count"
-        else rng.choices((1, 2, 3, 4), (15, 35, 30, 20) if group not in ("remove", "swap", "compound") else (0, 45, 35, 20))[0]
-    )
+    """A scene that an edit of this group can begin from."""
+    weights = (0, 45, 35, 20) if group in ("remove", "swap", "compound") else (15, 35, 30, 20)
+    n = 4 if kind == "count" else rng.choices((1, 2, 3, 4), weights)[0]
     if group == "add" and kind != "count":
         n = min(n, 3)
     if kind in ("pair", "relation"):
@@ -251,7 +249,7 @@ def _source(rng: random.Random, group: str, split: str, kind: str | None) -> Sce
 
 
 def edit_think(source: Scene, target: Scene) -> str:
-    """Looks up what is there and says what the picture holds afterwards."""
+    """The think text of an edit: what is there now, what changes, what the picture holds afterwards."""
     before, after = set(source.things), set(target.things)
     parts = [f"there are {count_phrase(len(source.things))} now" if len(source.things) > 1 else "there is one thing now"]
     gone, come = [t for t in source.things if t not in after], [t for t in target.things if t not in before]
@@ -272,8 +270,9 @@ def sample_edit(
 ) -> EditSample:
     """An edit with its exact target.
 
-    group: one of GROUPS or EXTRA_GROUPS, or weights over them (None: the language's own). split "heldout": `kind` (None draws it) says what
-    is new in the source or the target; "template" is the words only. In the train split neither picture shows anything held out.
+    group: one of GROUPS or EXTRA_GROUPS, or weights over them (None: `_WEIGHTS`). split "heldout": `kind` (None draws it) says what is new
+    in the source or the target; with "template", only the wording. In the train split neither picture shows anything held out.
+    Raises InputError for an unknown group, or for adding with kind "count": there is no room for a fifth thing.
     """
     if not isinstance(group, str):
         weights = group or _WEIGHTS

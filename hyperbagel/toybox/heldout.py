@@ -1,7 +1,7 @@
-"""What training never shows, so that what is shown later can be called new.
+"""What training never shows, so that evaluations can ask for something new.
 
-Fixed by one constant seed: each noun loses one colour, about 15 % of noun pairs, about 15 % of ordered relation triples, count four
-for six nouns, and some sentence templates. All functions are pure.
+Fixed by one constant seed: one colour of each noun, about 15 % of noun pairs, about 15 % of ordered relation triples, groups of four for
+six nouns, and some sentence templates. All functions are pure.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def held_out() -> HeldOut:
     pairs = [frozenset((a, b)) for i, a in enumerate(NOUNS) for b in NOUNS[i + 1 :]]
     held_pairs = frozenset(rng.sample(pairs, round(SHARE * len(pairs))))
     triples = [(a, r, b) for a in NOUNS for r in ("left of", "above") for b in NOUNS if a != b]
-    # A held-out triple is made of a pair that training shows in another order: only the order is new.
+    # The two nouns of a held-out triple are no held-out pair: training shows them together, only not in this relation.
     candidates = [t for t in triples if frozenset((t[0], t[2])) not in held_pairs]
     held_triples = frozenset(rng.sample(candidates, round(SHARE * len(triples))))
     return HeldOut(dict(zip(NOUNS, colours)), held_pairs, held_triples, frozenset(rng.sample(NOUNS, 6)))
 
 
 def canonical(a: str, relation: str, b: str) -> Triple:
-    """`a right of b` is `b left of a`; `a below b` is `b above a`."""
+    """The same triple with "left of" or "above": `a right of b` is `b left of a`; `a below b` is `b above a`."""
     return (b, _MIRROR[relation], a) if relation in _MIRROR else (a, relation, b)
 
 
@@ -71,7 +71,7 @@ def triples_of(a: Thing, b: Thing) -> list[Triple]:
 
 
 def kinds_added(things: Sequence[Thing], new: Thing) -> set[str]:
-    """Which held-out kinds a picture of `things` takes on when `new` joins it."""
+    """The held-out kinds that `new` brings into a picture of `things`."""
     held = held_out()
     kinds = {"colour"} if held.colour[new.noun] == new.colour else set()
     for thing in things:
@@ -85,7 +85,7 @@ def kinds_added(things: Sequence[Thing], new: Thing) -> set[str]:
 
 
 def heldout_kinds(things: Sequence[Thing]) -> set[str]:
-    """The held-out kinds in a picture: a subset of `KINDS` without "template". Empty: training may show it."""
+    """The held-out kinds that a picture shows: a subset of KINDS without "template". If empty, training may show it."""
     kinds: set[str] = set()
     for i, thing in enumerate(things):
         kinds |= kinds_added(things[:i], thing)
@@ -96,7 +96,7 @@ def heldout_kinds(things: Sequence[Thing]) -> set[str]:
 def template_split(family: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(train, held-out) sentences of one family of paraphrases.
 
-    A family of four and more holds out one in five (at least one), the ones with the smallest hash; a smaller family holds out none.
+    A family of four or more holds out one in five (at least one), those with the smallest hashes; a smaller family holds out none.
     """
     ranked = sorted(family, key=lambda text: hashlib.sha256(f"{SEED}|{text}".encode()).digest())
     held = set(ranked[: max(1, len(family) // 5)]) if len(family) >= 4 else set()

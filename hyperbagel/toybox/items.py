@@ -1,4 +1,4 @@
-"""Items that are scored: fixed by (n, seed, split), distinct, each with its exact truth."""
+"""The items that evaluations score: fixed by (n, seed, split), distinct, each with its exact truth."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class T2IItem:
-    """A prompt to score. `relation`: (noun a, "left of" ..., noun b), where a is the thing placed relative to b.
+    """A prompt to score. relation: (noun a, "left of" ..., noun b), a being placed relative to b.
 
-    `heldout`: the held-out kind that the prompt asks for, "" in the train split. `scene`: one picture that is right.
+    scene: one right picture. heldout: the held-out kind that the prompt asks for, "" in the train split.
     """
 
     id: str
@@ -61,9 +61,9 @@ class EditItem:
 
 @dataclass(frozen=True)
 class QuestionItem:
-    """A question to score. `pair`: items that are right only together (yes/no pairs, rotations of one choice), "" if alone.
+    """A question to score. kind: one of QUESTION_KINDS.
 
-    `kind`: one of QUESTION_KINDS.
+    pair: a name shared by items that are only right together (yes/no pairs, rotations of one choice), "" for one alone.
     """
 
     id: str
@@ -82,7 +82,7 @@ def _check(n: int, split: str) -> None:
 
 
 def _shares(n: int, names: tuple[str, ...], weights: dict[str, int] | None = None) -> list[tuple[str, int]]:
-    """n split over names, in proportion to the weights (equal without), the remainder going to the first ones."""
+    """n divided over names in proportion to the weights (None: equally); the remainder goes to the first ones."""
     weigh = weights or dict.fromkeys(names, 1)
     counts = [n * weigh[name] // sum(weigh.values()) for name in names]
     for i in range(n - sum(counts)):
@@ -91,10 +91,10 @@ def _shares(n: int, names: tuple[str, ...], weights: dict[str, int] | None = Non
 
 
 def t2i_eval_prompts(n: int, seed: int, split: str = "train") -> list[T2IItem]:
-    """n distinct prompts, spread equally over GenEval's six categories (up to 4,000 or so).
+    """n distinct prompts (up to 4,000 or so), spread equally over GenEval's six categories.
 
-    Half of the prompts are terse, half name sizes, places or the background as well. In the held-out split every item names what training
-    never showed: `heldout` says which kind; kinds take turns within a category.
+    Half of the prompts are terse; half are medium ones, which may name sizes, places or the background as well. In the held-out split each
+    item asks for something that training never showed: `heldout` names its kind; kinds take turns within a category.
     """
     _check(n, split)
     rng = random.Random(f"t2i {seed} {split}")
@@ -129,7 +129,7 @@ def _t2i_item(rng: random.Random, name: str, category: str, kind: str) -> T2IIte
 
 
 def edit_eval_items(n: int, seed: int, split: str = "train") -> list[EditItem]:
-    """n edits over the nine groups of GEdit's form; no two share both source and instruction."""
+    """n edits, spread equally over the nine groups of GEdit's form; no two share both source and instruction."""
     _check(n, split)
     rng = random.Random(f"edit {seed} {split}")
     items: list[EditItem] = []
@@ -148,15 +148,15 @@ def edit_eval_items(n: int, seed: int, split: str = "train") -> list[EditItem]:
     return items
 
 
-# What no held-out question is about: four of one noun leave no noun and colour that are shown, but not together.
+# A combination that no held-out question has: among four of one noun, no noun and colour are shown but not together.
 _NEVER = ("existence-adversarial", "count")
 
 
 def question_eval_items(n: int, seed: int, split: str = "train") -> list[QuestionItem]:
     """n questions over QUESTION_KINDS; yes and no are equally frequent in the existence kinds, relations and pairs.
 
-    "pair": two items on one scene, one answer yes and one no (MME). "choice": four items, the right option at each of the four letters.
-    Both come whole; step-by-step counts fill up to n.
+    "pair": two items on one scene, one answered yes and one no (MME). "choice": four items, with the right option at each of the four
+    letters. Both are complete; step-by-step counts fill up to n.
     """
     _check(n, split)
     rng = random.Random(f"question {seed} {split}")
@@ -177,7 +177,7 @@ def question_eval_items(n: int, seed: int, split: str = "train") -> list[Questio
 
 
 def _scene(rng: random.Random, kind: str, novelty: str) -> tuple[Scene, str]:
-    """(scene, text split) for a question of this kind."""
+    """(scene, split of the wording) for a question of this kind; novelty: what is held out, "" for nothing."""
     if novelty in ("", "template"):
         return questions.question_scene(rng, kind, "train", None), "heldout" if novelty else "train"
     return questions.question_scene(rng, kind, "heldout", novelty), "train"
@@ -188,7 +188,7 @@ _PLAIN_MAKERS = {"count": questions.count, "colour": questions.colour, "describe
 
 def _plain(rng: random.Random, kind: str, group: int, novelty: str) -> list[QuestionItem]:
     """One question; the answers of yes/no kinds alternate."""
-    # with an even number of novelties in turn each of them would have one answer only
+    # shifted each time round: an even number of novelties takes turns, and each would otherwise have one answer only
     shift = group // (len(KINDS) - 1) if novelty and kind == _NEVER[0] else 0
     truth, (base, _, mode) = (group + shift) % 2 == 0, kind.partition("-")
     while True:

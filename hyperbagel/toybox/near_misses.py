@@ -1,6 +1,6 @@
-"""Pictures that almost fit their words: what a reward has to tell from the right one.
+"""Pictures that almost fit their words, which a reward has to tell from the right ones.
 
-Everything in them is well drawn and all but one thing is as asked, so neither sharpness nor the right words alone give them away.
+They are well drawn and all but one thing in them is as asked, so neither blur nor missing words alone give them away.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Falsifier = Callable[[random.Random, Scene], Scene | None]
 
 
 def _more(rng: random.Random, scene: Scene) -> Scene | None:
-    """One of the things a second time."""
+    """One of the things occurs once more."""
     if len(scene.things) > 3:
         return None
     again = replace(rng.choice(scene.things), cell=rng.choice(free_cells(scene)), dx=0.0, dy=0.0)
@@ -27,7 +27,7 @@ def _more(rng: random.Random, scene: Scene) -> Scene | None:
 
 
 def _mirror(rng: random.Random, scene: Scene) -> Scene:
-    """Left and right, above and below exchanged: every relation between things turns round."""
+    """Left and right, above and below exchanged, which reverses every relation between things."""
     return replace(scene, things=tuple(replace(t, cell=8 - t.cell, dx=-t.dx, dy=-t.dy) for t in scene.things))
 
 
@@ -40,7 +40,8 @@ def _exchange(rng: random.Random, scene: Scene) -> Scene | None:
     return replace(scene, things=tuple(replace(t, colour=colours.get(t, t.colour)) for t in scene.things))
 
 
-# What makes a caption of each category false: it names all things and so their number, colours and places only where it is about them.
+# What makes a caption of each category false. Every caption names all things and so their number, but colours and places only where it is
+# about them.
 _REPLACE, _REMOVE, _RECOLOUR = (partial(change, group=group) for group in ("replace", "remove", "recolour"))
 _FALSIFIERS: dict[str, tuple[Falsifier, ...]] = {
     "single": (_REPLACE, _more),
@@ -55,7 +56,7 @@ _FALSIFIERS: dict[str, tuple[Falsifier, ...]] = {
 
 
 def near_miss_of_caption(rng: random.Random, sample: T2ISample) -> Scene:
-    """A scene like the sample's that its caption is not true of."""
+    """A scene like the sample's of which its caption is not true."""
     ways = _FALSIFIERS[sample.category]
     while True:
         falsify = rng.choice(ways)
@@ -63,11 +64,11 @@ def near_miss_of_caption(rng: random.Random, sample: T2ISample) -> Scene:
         told = places if falsify is _mirror else inventory
         if scene is not None and told(scene) != told(sample.scene) and not _shows_more(scene, sample.scene):
             return scene
-        ways = (*_FALSIFIERS[sample.category], _REPLACE)  # a relation may be turned round only into one that is held out
+        ways = (*_FALSIFIERS[sample.category], _REPLACE)  # reversing a relation may give nothing but a held-out one
 
 
 def near_miss_of_edit(rng: random.Random, sample: EditSample) -> Scene:
-    """Another edit of the source, of the same group where that can be, or the right one and a change besides that nobody asked for."""
+    """Another edit of the source, of the same group where possible; or the right one with a further change that nobody asked for."""
     while True:
         group = rng.choice(GROUPS)
         if rng.random() < 0.5:
@@ -79,15 +80,15 @@ def near_miss_of_edit(rng: random.Random, sample: EditSample) -> Scene:
 
 
 def _shows_more(scene: Scene, right: Scene) -> bool:
-    """Whether it shows what is held out and the right picture does not: a reward would learn that the new is worse."""
+    """Whether it shows something held out that the right picture does not: a reward would learn that what is new is worse."""
     return not heldout_kinds(scene.things) <= heldout_kinds(right.things)
 
 
 def places(scene: Scene) -> list[tuple[str, str, str, str, int]]:
-    """What stands where, in order, whatever the jitter."""
+    """What stands where, sorted, whatever the jitter."""
     return sorted((t.noun, t.colour, t.size, t.material, t.cell) for t in scene.things)
 
 
 def inventory(scene: Scene) -> list[tuple[str, str]]:
-    """Nouns and colours of what is there, in order: scenes that differ in it never fit one caption that names both."""
+    """The nouns and colours of the things, sorted. No caption that names both is true of two scenes that differ in this."""
     return sorted((t.noun, t.colour) for t in scene.things)

@@ -26,7 +26,7 @@ BACKGROUND_WORDS: tuple[str, ...] = (
 
 
 def choose(rng: random.Random, family: tuple[str, ...], text_split: str) -> str:
-    """One template of a family; text_split "train" or "heldout" (a family too small to hold any out gives its train ones)."""
+    """A random template of a family; text_split "train" or "heldout" (a family too small to hold any out gives a train one)."""
     train, held = template_split(family)
     return rng.choice(held if text_split == "heldout" and held else train)
 
@@ -66,7 +66,7 @@ def words(thing: Thing, *, colour: bool = True, size: bool = False) -> str:
 
 
 def listing(things: Sequence[Thing], *, colour: bool = True, size: bool = False) -> str:
-    """All things, equal ones counted: "two red cars, a blue tree and a star"."""
+    """All things, with equal ones counted: "two red cars, a blue tree and a star"."""
     counts = Counter(words(t, colour=colour, size=size) for t in things)
     return join([count_of(n, w) for w, n in counts.items()])
 
@@ -82,7 +82,7 @@ def full(thing: Thing) -> str:
 
 
 def references(scene: Scene, thing: Thing) -> list[str]:
-    """Phrases that mean this thing and no other in the scene, shortest first; never empty."""
+    """Phrases that refer to this thing and no other in the scene, shortest first; never empty."""
     twins = [t for t in scene.things if t.noun == thing.noun and t != thing]
     if not twins:
         return [f"the {thing.noun}", f"the {thing.colour} {thing.noun}"]
@@ -101,7 +101,7 @@ def references(scene: Scene, thing: Thing) -> list[str]:
 
 
 def look_words(scene: Scene) -> str:
-    """How the whole picture looks if not plain: "as a line drawing", "in dark tones", "in faded tones"; else ""."""
+    """How the whole picture looks: "as a line drawing", "in dark tones", "in faded tones", or "" if it is plain."""
     if scene.style == "outline":
         return "as a line drawing"
     return "" if scene.tone == "normal" else f"in {scene.tone} tones"

@@ -1,4 +1,4 @@
-"""Questions about a scene with true answers, from one word to a paragraph. The wording of a question says how long its answer is."""
+"""Questions about a scene with true answers, from one word to a paragraph; a question's wording tells how long its answer should be."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ Answered = tuple[str, str, str]  # (question, answer, think)
 
 
 def capital(text: str) -> str:
-    """The text with a capital at its start."""
+    """The text with its first letter capitalised."""
     return text[0].upper() + text[1:]
 
 
@@ -167,20 +167,20 @@ def _yes(true: bool) -> str:
 
 
 def look_up(things: tuple[Thing, ...] | list[Thing]) -> str:
-    """The think text of most questions: the things that matter and where they are."""
+    """The think text of most questions: the relevant things and where they are."""
     return " ".join(sentence(f"there is {full(t)}") for t in things) if things else "There is nothing of that kind."
 
 
 def _unique(rng: random.Random, scene: Scene, number: int) -> list[tuple[Thing, str]]:
-    """Some things, each with a phrase that means it alone."""
+    """Random distinct things, each with a phrase that refers to it alone."""
     return [(t, rng.choice(references(scene, t))) for t in rng.sample(scene.things, number)]
 
 
 def existence(rng: random.Random, scene: Scene, text_split: str, *, present: bool, mode: str = "random") -> Answered | None:
-    """Is there such a thing? POPE's three ways to choose what is absent, on a world where all nouns are equally frequent.
+    """Is there such a thing? POPE's three ways to choose an absent thing, in a world where all nouns are equally frequent.
 
     random: an absent noun. popular (ours): an absent noun in a colour that the picture shows. adversarial: a noun and a colour that the
-    picture shows, but not together. None if the scene has no such thing.
+    picture shows, but not together. None if the scene allows no such question.
     """
     nouns, colours = {t.noun for t in scene.things}, {t.colour for t in scene.things}
     shown = {(t.noun, t.colour) for t in scene.things}
@@ -205,7 +205,7 @@ def _existence(rng: random.Random, scene: Scene, text_split: str) -> Answered | 
 
 
 def count(rng: random.Random, scene: Scene, text_split: str) -> Answered:
-    """How many of a noun, of a colour, or of all things; the answer is a number word."""
+    """How many there are of a noun, of a colour, or of all things; the answer is a number word."""
     form = rng.random()
     if form < 0.55:
         noun = rng.choice(scene.things).noun if rng.random() < 0.85 else rng.choice(NOUNS)
@@ -228,9 +228,9 @@ def colour(rng: random.Random, scene: Scene, text_split: str) -> Answered:
 
 
 def relation(rng: random.Random, scene: Scene, text_split: str, *, truth: bool | None = None) -> Answered | None:
-    """Does one thing stand left of, right of, above or below another? A wrong relation is the opposite one or the other axis.
+    """Is one thing left of, right of, above or below another? A wrong relation is the opposite one, or one on the other axis.
 
-    No question of the train split names a held-out triple, not even to deny it.
+    No question names a held-out triple that is not true, so none of the train split names one at all. None if the scene does not allow it.
     """
     if len(scene.things) < 2:
         return None
@@ -245,7 +245,7 @@ def relation(rng: random.Random, scene: Scene, text_split: str, *, truth: bool |
 
 
 def _where(rng: random.Random, scene: Scene, text_split: str) -> Answered | None:
-    """Where one thing is; the phrase for it never gives the answer away. None if no phrase means this thing alone."""
+    """Where one thing is; the phrase for it never gives the answer away. None if no other phrase refers to it alone."""
     thing = rng.choice(scene.things)
     names = [r for r in references(scene, thing) if place(thing.cell) not in r]
     if not names:
@@ -256,7 +256,7 @@ def _where(rng: random.Random, scene: Scene, text_split: str) -> Answered | None
 
 
 def _position(rng: random.Random, scene: Scene, text_split: str) -> Answered | None:
-    """Where is it, or what is there."""
+    """Where a thing is, or what is in a place."""
     if rng.random() < 0.6:
         return _where(rng, scene, text_split)
     cell = rng.choice(scene.things).cell if rng.random() < 0.8 else rng.randrange(9)
@@ -273,7 +273,7 @@ def _same_colour(rng: random.Random, scene: Scene, text_split: str) -> Answered 
 
 
 def _comparison(rng: random.Random, scene: Scene, text_split: str) -> Answered | None:
-    """Which of two is larger, higher or further left; or whether their colours are equal."""
+    """Which of two things is larger, higher or further left, or whether their colours are equal."""
     if len(scene.things) < 2:
         return None
     if rng.random() < 0.25:
@@ -290,7 +290,7 @@ def _comparison(rng: random.Random, scene: Scene, text_split: str) -> Answered |
 
 
 def describe(rng: random.Random, scene: Scene, text_split: str) -> Answered:
-    """A dense caption of 60 to 120 tokens for three or four things."""
+    """A dense caption: 60 to 120 tokens for three or four things."""
     return choose(rng, _DESCRIBE, text_split), dense(rng, scene, text_split), look_up(scene.things)
 
 
@@ -307,7 +307,7 @@ def steps(rng: random.Random, scene: Scene, text_split: str) -> Answered:
 
 
 def _reason(rng: random.Random, scene: Scene, text_split: str) -> Answered | None:
-    """Yes or no, with what was seen."""
+    """A yes/no question whose answer says what was seen."""
     maker = rng.choice((relation, _existence, _same_colour))
     made = maker(rng, scene, text_split)
     if made is None:
@@ -326,11 +326,11 @@ def _reason(rng: random.Random, scene: Scene, text_split: str) -> Answered | Non
 
 
 def choice(rng: random.Random, scene: Scene, text_split: str) -> tuple[str, list[str], str]:
-    """(question, four options with the right one first, think); `lettered` turns it into a text with its answer."""
+    """(question, four options with the right one first, think); `lettered` makes a question and its answer of it."""
     form = rng.randrange(3)
     makers: tuple[Callable[[random.Random, Scene, str], Answered | None], ...] = (colour, count, _where)
     made = makers[form](rng, scene, text_split)
-    if made is None:  # nothing that can be pointed at
+    if made is None:  # no phrase refers to the thing that was drawn
         return choice(rng, scene, text_split)
     question, answer, think = made
     pool = (tuple(BACKGROUNDS) if answer in BACKGROUNDS else tuple(COLOURS), NUMBERS, CELL_NAMES)[form]
@@ -339,7 +339,7 @@ def choice(rng: random.Random, scene: Scene, text_split: str) -> tuple[str, list
 
 
 def lettered(question: str, options: list[str], right: int) -> tuple[str, str]:
-    """(question with options A to D, the right letter); options[0] is the right one and goes to place `right`."""
+    """(question with options A to D, the right letter); options[0] is right and goes to position `right`."""
     order = options[1:]
     order.insert(right, options[0])
     return f"{question} " + " ".join(f"{letter}) {option}" for letter, option in zip("ABCD", order)), "ABCD"[right]
@@ -357,8 +357,8 @@ _MAKERS: dict[str, Callable[[random.Random, Scene, str], Answered | None]] = {
 
 
 def question_scene(rng: random.Random, kind: str, split: str, heldout_kind: str | None) -> Scene:
-    """A scene worth asking this kind of question about."""
-    if heldout_kind is None and kind == "count" and rng.random() < 0.6:  # many of a kind, or every count would be one
+    """A scene about which this kind of question is worth asking."""
+    if heldout_kind is None and kind == "count" and rng.random() < 0.6:  # several of a kind, or nearly every count would be one
         n = rng.choice((2, 3, 4))
         noun = rng.choice([x for x in NOUNS if n < 4 or x not in held_out().four])
         return sample_scene(rng, n=rng.choice(range(n, 5)), split=split, specs=[Spec(noun)] * n, variety=0.02)
@@ -371,8 +371,8 @@ def question_scene(rng: random.Random, kind: str, split: str, heldout_kind: str 
 def sample_question(
     rng: random.Random, *, split: str = "train", kind: str | None = None, heldout_kind: str | None = None
 ) -> QuestionSample:
-    """A question with its answer. kind: one of KINDS (None draws one). split "heldout": `heldout_kind` (None draws it) says what is new
-    in the scene; "template" is the words only."""
+    """A question with its answer. kind: one of KINDS (None draws one). split "heldout": `heldout_kind` (None draws it) says what is new in
+    the scene; with "template", only the wording is."""
     if kind is None:
         kind = rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
     if split == "heldout" and heldout_kind is None:
@@ -387,7 +387,7 @@ def sample_question(
 
 
 def questions_about(rng: random.Random, scene: Scene, n: int) -> list[QuestionSample]:
-    """`n` training questions with short answers about one scene, of any kinds that fit it: further turns of a conversation."""
+    """`n` questions of the train split with short answers about one scene, of any kinds that fit it: further turns of a conversation."""
     found: list[QuestionSample] = []
     short = [kind for kind in _WEIGHTS if kind not in ("describe", "steps", "reason")]
     while len(found) < n:

@@ -18,7 +18,7 @@ from hyperbagel.toybox.vocabulary import BACKGROUNDS, COLOURS, RGB
 
 OVERSAMPLE = 4
 LINE = 0.016  # width of the outline, share of the picture
-SHARP = 12  # parts of at most so many points have corners
+SHARP = 12  # parts with at most this many points have corners
 INK: RGB = (36, 34, 42)
 LIGHT: RGB = (246, 240, 222)
 
@@ -29,7 +29,7 @@ def _scale(colour: RGB, factor: float) -> RGB:
 
 
 def _tone(colour: RGB, tone: str) -> RGB:
-    """The three tones are linear maps of a colour; "dark" leans to blue, "faded" goes nearly halfway to a light grey."""
+    """A colour under a tone, which is a linear map: "dark" leans to blue, "faded" goes nearly halfway to a light grey."""
     r, g, b = colour
     if tone == "dark":
         return round(r * 0.5), round(g * 0.5), round(b * 0.6)
@@ -59,7 +59,7 @@ def _stripe(canvas: Image.Image, points: list[tuple[float, float]], colour: RGB)
     draw = ImageDraw.Draw(bands)
     step, thick = 0.075 * px, round(0.034 * px)
     for i in range(math.floor((left + top) / step), math.ceil((left + top + width + height) / step) + 1):
-        offset = i * step - left - top  # bands are fixed to the picture, x + y = i * step, so they run through all parts
+        offset = i * step - left - top  # bands are fixed to the picture, x + y = i * step, so that they continue from part to part
         draw.line([(offset - height - width, height + width), (offset + height + width, -height - width)], fill=255, width=thick)
     canvas.paste(colour, (left, top), Image.composite(bands, Image.new("L", bands.size), mask))
 
@@ -85,7 +85,7 @@ def _draw_part(canvas: Image.Image, draw: ImageDraw.ImageDraw, part: Part, thing
         _stripe(canvas, points, _scale(fill, 0.4))
     elif thing.material == "striped" and part.role == "fill":
         _stripe(canvas, points, edge)
-    joint = "curve" if len(points) <= SHARP else None  # a curve of many short pieces shows no gaps, and joints cost most of the time
+    joint = "curve" if len(points) <= SHARP else None  # many short pieces leave no gaps, and drawing joints takes most of the time
     draw.line([*points, points[0], points[1]], fill=edge, width=line, joint=joint)
 
 
@@ -106,7 +106,7 @@ def render(scene: Scene, resolution: int = 64) -> NDArray[np.uint8]:
 
 
 def object_box(thing: Thing, resolution: int = 64) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) in pixels, the tight box of what is drawn for a thing, outline included (style "plain")."""
+    """(x0, y0, x1, y1) in pixels: the tight box of a drawn thing, outline included (style "plain")."""
     line = _line_px(resolution * OVERSAMPLE) / OVERSAMPLE
     cx, cy, half = _frame(thing, resolution, line)
     x0, y0, x1, y1 = bounds(thing.noun)

@@ -1,6 +1,6 @@
-"""Analysis by synthesis: draw again what was read, and compare with the picture.
+"""Analysis by synthesis: draw again what was read in a picture, and compare.
 
-A detector can be pleased by something that only hints at a thing. The drawn scene cannot: it matches, or it does not.
+A detector may be satisfied by something that only hints at a thing. A redrawn scene is not so easily fooled: it matches or it does not.
 
 Shape legend: H = W pixels of a square picture.
 """
@@ -26,7 +26,7 @@ MAX_PSNR = 100.0  # dB, given to equal pictures
 
 @dataclass(frozen=True)
 class Rerendered:
-    """The best scene found and how its drawing compares with the picture. `picture`: uint8 [H, W, 3]; psnr in dB."""
+    """The best scene found, its drawing (uint8 [H, W, 3]), and that drawing's PSNR in dB against the picture."""
 
     scene: Scene
     picture: np.ndarray
@@ -34,11 +34,12 @@ class Rerendered:
 
 
 def rerender(picture: np.ndarray, reading: Reading, *, threshold: float = 0.3, limit: int = 9) -> Rerendered:
-    """Draw the things read above `threshold`, search one 64th of the picture around each, both sizes and both materials, keep the best.
+    """Draw the things read above `threshold`; for each, try positions up to one 64th of the picture away, both sizes and both materials;
+    keep the best scene.
 
-    First all things change by the same step in one drawing, and each keeps the step that suits its own surroundings: 18 drawings however
-    many things there are. Then each thing's steps, sizes and the other material are tried alone, the rest being in place: 19 a thing.
-    `limit` bounds the number of things drawn. Raises InputError unless uint8 [H, H, 3].
+    First all things change in the same way in each drawing, and each keeps what suits its own surroundings best: 18 drawings, however many
+    things there are. Then each thing's positions and sizes and its other material are tried alone, with the others in place: 19 per thing.
+    limit: at most so many things are drawn. Raises InputError unless the picture is uint8 [H, H, 3].
     """
     check_square(picture)
     side = picture.shape[0]
@@ -80,17 +81,17 @@ def _best_alone(
 
 
 def _soften(picture: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> float32, each pixel with its eight neighbours. Decoded pictures are soft: compared sharply, a soft dark outline
-    looks like stripes."""
+    """uint8 [H, W, 3] -> float32, each pixel averaged with its eight neighbours. Decoded pictures are soft; compared sharply, a soft dark
+    outline looks like stripes."""
     x = np.pad(picture.astype(np.float32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     x = x[:-2] + x[1:-1] + x[2:]
     return (x[:, :-2] + x[:, 1:-1] + x[:, 2:]) / 9
 
 
 def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures [H, W, 3], over the pixels of `mask` [H, W] if given; at most 100.
+    """Peak signal-to-noise ratio in dB of two uint8 pictures [H, W, 3], over the pixels of `mask` (bool [H, W]) if given; at most 100.
 
-    An empty mask holds nothing that differs: 100.
+    With an empty mask nothing differs: 100.
     """
     error = (a.astype(np.float32) - b.astype(np.float32)) ** 2
     if mask is not None:
@@ -116,7 +117,7 @@ def check_square(picture: np.ndarray) -> None:
 
 
 def _thing(d: Detection) -> Thing:
-    """A detection as a thing of the nearest cell, at a whole 64th of the picture; a generated thing may stand outside a cell's jitter."""
+    """A detection as a thing in the nearest cell, at whole 64ths of the picture; a generated thing may be further off than the jitter."""
     col = int(np.argmin([abs(d.cx - c) for c in CENTRES]))
     row = int(np.argmin([abs(d.cy - c) for c in CENTRES]))
     dx, dy = (round((v - CENTRES[i]) / STEP) * STEP for v, i in ((d.cx, col), (d.cy, row)))
@@ -124,7 +125,7 @@ def _thing(d: Detection) -> Thing:
 
 
 def _window(thing: Thing, side: int) -> tuple[slice, slice]:
-    """Pixels around a thing where its own error is summed: a large thing and one 64th more, so that little of a neighbour is in it."""
+    """The pixels around a thing over which its error is summed: one 64th more than a large thing takes, so little of its neighbours."""
     half = 10.5 / 64
     low_x, high_x = int((thing.cx - half) * side), int(np.ceil((thing.cx + half) * side))
     low_y, high_y = int((thing.cy - half) * side), int(np.ceil((thing.cy + half) * side))

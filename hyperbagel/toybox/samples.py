@@ -1,4 +1,4 @@
-"""What the world hands out for training: a sample of each task."""
+"""What the embedded world gives for training: a sample of each task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hyperbagel.toybox.scene import Scene
 
 @dataclass(frozen=True)
 class T2ISample:
-    """A caption and the picture that it is true of. `think`: a plan before the picture."""
+    """A caption and a picture of which it is true. think: a plan before the picture."""
 
     prompt: str
     scene: Scene
@@ -19,7 +19,7 @@ class T2ISample:
 
 @dataclass(frozen=True)
 class EditSample:
-    """An instruction with the exact pictures before and after it. `think`: what is there and what changes."""
+    """An instruction with the exact pictures before and after it. think: what is there and what changes."""
 
     source: Scene
     instruction: str
@@ -30,7 +30,7 @@ class EditSample:
 
 @dataclass(frozen=True)
 class QuestionSample:
-    """A question about a picture with its true answer. `think`: a look-up before the answer."""
+    """A question about a picture with its true answer. think: what to look at before answering."""
 
     scene: Scene
     question: str

@@ -119,9 +119,9 @@ def holds(a: Thing, relation: str, b: Thing) -> bool:
 
 
 def main_relation(a: Thing, b: Thing) -> str | None:
-    """The relation that a viewer would name first, along the longer way between the cells; None on a diagonal.
+    """The relation that a viewer would name first, along the longer axis of the offset between the cells; None on a diagonal.
 
-    It also holds by GenEval's rule (the shrunk component exceeds half of the distance) whatever the jitter.
+    It also holds by GenEval's rule (the shrunk component exceeds half of the distance), whatever the jitter.
     """
     along_x, along_y = abs(a.col - b.col), abs(a.row - b.row)
     if along_x == along_y:
@@ -131,7 +131,7 @@ def main_relation(a: Thing, b: Thing) -> str | None:
 
 @dataclass(frozen=True)
 class Spec:
-    """A partly decided thing; None is drawn at random."""
+    """A partly decided thing; what is None is drawn at random."""
 
     noun: str | None = None
     colour: str | None = None
@@ -151,7 +151,10 @@ def _draw(rng: random.Random, spec: Spec, free: list[int]) -> Thing:
 
 
 def _place(rng: random.Random, specs: Sequence[Spec], exempt: frozenset[str], distinct: bool) -> list[Thing] | None:
-    """Things for `specs`, one after the other; None when one of them found no allowed draw in 24 tries."""
+    """Things for `specs`, placed one after the other; None if 24 draws gave no allowed thing for one of them.
+
+    exempt: held-out kinds that may occur. distinct: nouns that are drawn must not repeat.
+    """
     things: list[Thing] = []
     free = [c for c in range(9) if all(s.cell != c for s in specs)]
     for spec in specs:
@@ -169,7 +172,7 @@ def _place(rng: random.Random, specs: Sequence[Spec], exempt: frozenset[str], di
 
 
 def _heldout_specs(rng: random.Random, kind: str, n: int | None) -> list[Spec]:
-    """Specs that force one held-out kind."""
+    """Specs that force one held-out kind; none if `n` things cannot show it."""
     held = held_out()
     if kind == "count":
         return [Spec(noun=rng.choice(sorted(held.four)))] * 4 if n in (None, 4) else []
@@ -187,7 +190,7 @@ def _heldout_specs(rng: random.Random, kind: str, n: int | None) -> list[Spec]:
 
 
 def sample_scenes(rng: random.Random, count: int, *, crowded: float = 0.0, split: str = "train", variety: float = 0.0) -> Iterator[Scene]:
-    """`count` random scenes, a share `crowded` of them with four things: more to learn in each picture."""
+    """`count` random scenes, a share `crowded` of which have four things: more to learn in each picture."""
     for _ in range(count):
         yield sample_scene(rng, n=4 if rng.random() < crowded else None, split=split, variety=variety)
 
@@ -205,11 +208,10 @@ def sample_scene(
 ) -> Scene:
     """A random scene.
 
-    n: number of things (1..4; None draws it). split: "train" shows nothing held out; "heldout" shows exactly one held-out kind (`kind`:
-    "colour", "pair", "relation" or "count"; None draws it). specs: what is already decided about the first things.
-    repeat: how often one noun comes more than once. variety: how often a thing is striped, how often the style, how often the tone is
-    another one (0 to 0.5).
-    Raises InputError when the wishes exclude each other.
+    n: number of things (1 to 4; None draws it). split: "train" shows nothing held out, "heldout" exactly one held-out kind (`kind`:
+    "colour", "pair", "relation" or "count"; None draws it). specs: what is already decided about the first things. repeat: how often one
+    noun occurs more than once. variety: probability (0 to 0.5) of stripes for each thing, of another style, and of another tone.
+    Raises InputError if the wishes exclude each other.
     """
     if split not in ("train", "heldout") or n not in (None, 1, 2, 3, 4):
         raise InputError(f"got split {split!r} and n {n!r}, expected split 'train' or 'heldout' and n 1 to 4 or None; change them")
@@ -231,7 +233,7 @@ def sample_scene(
         things = _place(rng, wanted, exempt, distinct=not again)
         if things is None or (exempt and heldout_kinds(things) != exempt):
             continue
-        if not specs:  # the order of things says nothing
+        if not specs:  # the order of things must not mean anything
             rng.shuffle(things)
         if variety:
             things = [replace(t, material="striped") if rng.random() < variety else t for t in things]

@@ -134,7 +134,7 @@ SHAPES: dict[str, tuple[Part, ...]] = {
 
 
 def bounds(noun: str) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) of a drawing in units of its square, open strokes included, the outline around it not."""
+    """(x0, y0, x1, y1) of a drawing in units of its square, with open strokes but without the outline around it."""
     spread = [(x, y, part.stroke / 2) for part in SHAPES[noun] for x, y in part.points]
     return (
         min(x - s for x, _, s in spread),

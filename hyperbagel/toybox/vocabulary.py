@@ -1,4 +1,4 @@
-"""The words of the embedded world: what exists, which colours it may have, where it may stand."""
+"""The words of the embedded world: which things exist, which colours they may have, where they may stand."""
 
 RGB = tuple[int, int, int]
 
@@ -20,7 +20,7 @@ COLOURS: dict[str, RGB] = {
     "white": (252, 252, 252),
 }
 
-# Pale or dark tones; none is close to a colour of a thing, so a thing never melts into what is behind it.
+# Pale or dark tones, none close to a thing's colour, so that nothing melts into its background.
 BACKGROUNDS: dict[str, RGB] = {
     "gray": (186, 190, 194),
     "cream": (250, 236, 200),

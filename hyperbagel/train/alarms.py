@@ -15,7 +15,10 @@ FALLING = 5  # evaluations without a new best before a run counts as past its op
 
 
 def alarms(figures: Mapping[str, float], scores: Sequence[float] = ()) -> dict[str, str]:
-    """Name -> what is wrong, in words. `figures`: of one evaluation; `scores`: of all evaluations so far, in order, higher is better."""
+    """Name of each alarm -> what is wrong, in words.
+
+    figures: of the latest evaluation; an absent one raises no alarm. scores: of all evaluations so far, in order; higher is better.
+    """
     found: dict[str, str] = {}
 
     def below(name: str, key: str, limit: float, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Representation alignment in training: what a frozen vision encoder sees in a clean picture, laid over its noise tokens.
+"""Representation alignment in training: a frozen vision encoder's features of each clean picture, resampled onto its noise tokens.
 
 The loss is in losses/alignment.py; stage base uses both (`align` in its recipe).
 """
@@ -28,12 +28,12 @@ class Alignment(Config):
     """Representation alignment of the noise tokens with what a frozen vision encoder sees in the clean picture."""
 
     vit: Path  # folder that stage vit exported
-    layer: int = Field(default=4, ge=1)  # whose output is compared, counted from 1
+    layer: int = Field(default=4, ge=1)  # the decoder layer whose output is compared, counted from 1
     weight: float = Field(default=0.5, gt=0)
 
 
 class Aligner:
-    """The frozen encoder, the projector that is trained with the model, and their loss."""
+    """The frozen encoder, the projector that is trained along with the model, and their loss."""
 
     def __init__(self, config: Alignment, model: Bagel, device: torch.device) -> None:
         layers = model.config.llm.num_hidden_layers
@@ -44,7 +44,7 @@ class Aligner:
         self.shape = self.vit.config
         options = model.config.options
         self.per_side, self.interpolate = options.vit_max_num_patch_per_side, options.interpolate_pos
-        self.stride = model.config.latent_stride // options.latent_patch_size  # pixels of one of the autoencoder's cells
+        self.stride = model.config.latent_stride // options.latent_patch_size  # pixels per cell of the autoencoder
         with seeded(0):
             self.projector = Projector(model.config.llm.hidden_size, options.latent_patch_size**2 * self.shape.hidden_size).to(device)
 
@@ -65,9 +65,9 @@ class Aligner:
         return seen if cells == (h, w) else F.interpolate(seen, cells, mode="bilinear", align_corners=False)
 
     def loss(self, batch: PackedBatch, taps: list[Streams]) -> Tensor:
-        """Between the noise tokens' hidden states after `layer` and what the encoder sees there."""
+        """The alignment loss between the noise tokens' hidden states after `layer` and what the encoder sees at their places."""
         hidden = taps[self.config.layer - 1].g
         assert hidden is not None and batch.features is not None
         noisy = hidden.flatten(0, 1)[batch.latent_slots][batch.mse_index]
-        # latent_patch_size^2 cells of a latent token come in the order (p, q, V)
+        # features of a latent token: its latent_patch_size^2 cells in the order (p, q, V), as patchify leaves them
         return alignment_loss(self.projector(noisy), batch.features[batch.mse_index], self.shape.hidden_size)

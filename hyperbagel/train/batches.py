@@ -26,7 +26,7 @@ MAX_SKIPPED = 1000
 
 
 def pack_spec(config: BagelConfig, tokenizer: Tokenizer) -> PackSpec:
-    """What packing must know of a model."""
+    """What packing must know about a model."""
     options = config.options
     return PackSpec(
         im_start=tokenizer.im_start,
@@ -44,10 +44,10 @@ def pack_spec(config: BagelConfig, tokenizer: Tokenizer) -> PackSpec:
 
 
 def posterior_encoder(vae: AutoEncoder, generator: torch.Generator, device: torch.device) -> Encode:
-    """Pixels [n, 3, H, W] to latents, sampled from the posterior with noise of `generator`; no gradient, fp32.
+    """Pixels [n, 3, H, W] to latents, sampled from the posterior with noise from `generator`; no gradient, fp32.
 
-    64 pictures of 64 x 64 at once on a CPU, whose caches they fill. On a GPU 256, the last ones padded: cuDNN plans each new shape anew,
-    a tenth of a second, and a batch of edits rarely holds as many pictures as the one before.
+    On a CPU 64 pictures of 64 x 64 at once, which fill its caches. On a GPU 256, padded to whole chunks: cuDNN takes a tenth of a second to
+    plan each new shape, and a batch of edits rarely holds as many pictures as the one before.
     """
     many = 64 if device.type == "cpu" else 256
 
@@ -76,7 +76,10 @@ class NamedBatch:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is left of a group after dropout and the length limit. If a batch is one group, its layout in place of the samples."""
+    """What is left of a group after dropout and the length limit: its samples or, where a batch is one group, their layout instead.
+
+    tokens: of what is left. skipped: samples that were too long, or of which dropout left nothing.
+    """
 
     samples: list[Sample]
     tokens: int
@@ -86,7 +89,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class KeepGroup:
-    """Makes `Kept` where a group is read: with workers, in all of them at once. A pure function of the group's number."""
+    """Makes a group's `Kept` where the group is read, that is in the workers if there are any. A pure function of the group's number."""
 
     data: RowsConfig
     spec: PackSpec
@@ -122,10 +125,10 @@ def open_loader(
     prepare: Prepare | None = None,
     as_served: bool = False,
 ) -> Loader:
-    """The loader of a recipe's data with a model's own resize rules; with `world`, of this rank's part. prepare: see Loader.
+    """The loader of a recipe's data with a model's own resize rules; with `world`, for this rank's part. prepare: see Loader.
 
-    as_served: the ViT sees pictures that the latents' rule has resized, as in requests (at 7B 1,369 patches of a 336 x 336 picture), not
-    the files' own, as in BAGEL's training (576).
+    as_served: the ViT sees pictures after the latents' resize rule, as in requests (at 7B a 336 x 336 picture then has 1,369 patches),
+    instead of the files' own sizes, as in BAGEL's training (576).
     """
     world, vae, vit = world or World(), *map(image_transform, (options.vae_transform, options.vit_transform))
     seen = InTurn(vae, vit) if as_served else vit
@@ -133,7 +136,7 @@ def open_loader(
 
 
 class Batches:
-    """Endless batches; the position is in `state`, all randomness in the `Draws` of each call and in the numbers of the groups."""
+    """Endless batches. `state` is the position; all randomness comes from the `Draws` of each call and the groups' numbers."""
 
     def __init__(
         self,
@@ -148,12 +151,12 @@ class Batches:
         world: World | None = None,
         see: Encode | None = None,
     ) -> None:
-        self.see = see  # see data.packing.pack
+        self.see = see  # as in data.packing.pack
         self.data, self.vae, self.device, self.shift = data, vae, device, shift
         self.spec, self.world = pack_spec(model, tokenizer), world or World()
         self.keep = KeepGroup(data, self.spec, seed, self.world.rank)
         self.loader = open_loader(data, model.options, tokenizer, seed=seed, world=self.world, prepare=self.keep)
-        self.too_long = 0  # samples left out by `sample_tokens`
+        self.too_long = 0  # samples skipped so far
 
     def next(self, rng: Draws) -> NamedBatch:
         """The next batch on the device. Raises InputError if no sample fits the limits."""
@@ -166,14 +169,13 @@ class Batches:
             group = self.loader.next_group()
             kept: Kept = group.made
             skipped += kept.skipped
-            if layout is None:  # a whole batch that only waits for the other ranks' takes nothing more
+            if layout is None:  # else this batch is complete and only waits for the other ranks'
                 samples, layout, tokens = [*samples, *kept.samples], kept.layout, tokens + kept.tokens
                 if kept.tokens:
                     names.add(group.source)
             some = layout is not None or bool(samples)
             full = layout is not None or tokens >= self.data.batch_tokens
-            # All ranks stop at the same group, when the first is full and each has something: positions are then one number everywhere,
-            # as a checkpoint needs it.
+            # All ranks stop at the same group, once one of them is full and each has something: a checkpoint stores one position for all.
             enough = self.world.all(some) and not self.world.all(not full)
             if skipped > MAX_SKIPPED:
                 raise InputError(

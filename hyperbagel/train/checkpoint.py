@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors and JSON, never pickle; whole or absent; enough to go on bit for bit on a CPU.
+"""Checkpoints: folders of safetensors and JSON, never pickle; whole or absent; enough to resume bit for bit on a CPU.
 
 checkpoints/step-00001200/
     <player>.weights.safetensors    trained parameters and buffers
@@ -6,7 +6,7 @@ checkpoints/step-00001200/
     <player>.optimizer.safetensors  keys "<parameter>/<slot>"
     rng.safetensors                 torch's own generators (dropout); batches draw from (seed, step) and need none
     state.json                      step, seconds, score, optimiser scalars, the stage's own state
-    shards/                         in place of the players' files, if each rank holds a part of them (train.sharding)
+    shards/                         instead of the players' files, if each rank holds a part of them (train.sharding)
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: optimiser steps done and seconds trained, over all resumes.
+    """How far training has come: optimiser steps done and seconds trained, over all resumes.
 
-    refused: batches that gave this step no finite loss, one after the other; the next try draws another.
+    refused: how many batches in a row gave this step no finite loss; the next attempt draws another one.
     """
 
     step: int
@@ -47,7 +47,7 @@ class Progress:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first. Left-overs of a killed write have other names and are not listed."""
+    """Whole checkpoints, oldest first. What a killed write leaves behind is not listed: its name is different."""
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / "state.json").is_file()]
     return sorted(found, key=lambda p: p.name)
 
@@ -69,7 +69,7 @@ def read_best(folder: Path) -> dict[str, Any]:
 
 
 def note_best(folder: Path, stage: Stage) -> None:
-    """Puts best.json right after a kill between a checkpoint and its note: each checkpoint knows its own score."""
+    """Corrects best.json after a kill between writing a checkpoint and noting it: each checkpoint stores its own score."""
     for path in list_checkpoints(folder):
         score = read_json(path / "state.json").get("score")
         if isinstance(score, int | float) and score > best_score(folder):
@@ -81,7 +81,7 @@ def _note(folder: Path, path: Path, score: float, stage: Stage) -> None:
 
 
 def averaged_tensors(path: Path, player: str) -> dict[str, Tensor]:
-    """A player's averages in a checkpoint, by parameter name; its weights where no average was kept. Raises InputError."""
+    """A player's averages in a checkpoint, by parameter name; its weights if no average was kept. Raises InputError for a damaged one."""
     if holds_shards(path):
         return whole_tensors(path, f"{player}/ema/") or whole_tensors(path, f"{player}/weights/")
     ema = path / f"{player}.ema.safetensors"
@@ -96,12 +96,12 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, note it in best.json if `score` beats the noted one, then drop all but the newest `keep` and the best.
 
-    Of a sharded stage every rank must call it; the leading one decides, renames and prunes.
+    Every rank of a sharded stage must call it; the leading one decides, renames and prunes. Raises InputError if it cannot be written.
     """
     path, world = folder / f"step-{progress.step:08d}", world or World()
     if world.leads:
         make_folder(folder)
-    missing = path not in list_checkpoints(folder)  # the same step is the same weights: never touch a whole checkpoint's
+    missing = path not in list_checkpoints(folder)  # the same step means the same weights: a whole checkpoint's are never touched
     if world.agree(missing)[0] if stage.sharded else missing:
         _write(path, stage, progress, score, world)
     if not world.leads:
@@ -115,7 +115,7 @@ def save_checkpoint(
 
 
 def _amend(path: Path, stage: Stage, progress: Progress, score: float | None) -> None:
-    """What has become known of a checkpoint since it was written: its score, or that other batches are to come. Its weights stay."""
+    """Adds what was learned about a checkpoint since it was written: its score, or that its next batch was refused. Its weights stay."""
     state = read_json(path / "state.json")
     news: dict[str, Any] = {}
     if score is not None and state.get("score") is None:
@@ -129,7 +129,7 @@ def _amend(path: Path, stage: Stage, progress: Progress, score: float | None) ->
 def _write(path: Path, stage: Stage, progress: Progress, score: float | None, world: World) -> None:
     if stage.sharded and not world.leads:
         save_shards(path.with_name(world.tell("")), stage.players)
-        world.wait()  # it has its name
+        world.wait()  # until the leading rank has renamed it
         return
     with atomic_path(path) as temporary:
         temporary.mkdir()
@@ -178,9 +178,9 @@ def load_checkpoint(path: Path, stage: Stage) -> Progress:
 
 
 def trained_tensors(player: Player) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a module: optimised parameters and persistent buffers, live."""
-    frozen = {name for name, _ in player.module.named_parameters()}
-    buffers = {name: t for name, t in player.module.state_dict(keep_vars=True).items() if name not in frozen}
+    """What a checkpoint keeps of a module: optimised parameters and persistent buffers, the live tensors."""
+    parameters = {name for name, _ in player.module.named_parameters()}
+    buffers = {name: t for name, t in player.module.state_dict(keep_vars=True).items() if name not in parameters}
     return {**player.parameters, **buffers}
 
 
@@ -189,7 +189,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _save_player(folder: Path, name: str, player: Player) -> dict[str, Any]:
-    """Write the player's tensors; the rest (optimiser scalars) is returned for the JSON."""
+    """Write the player's tensors; return the rest (optimiser scalars, the average's count) for the JSON."""
     write_tensors(folder / f"{name}.weights.safetensors", _plain(trained_tensors(player)))
     if player.ema is not None:
         write_tensors(folder / f"{name}.ema.safetensors", _plain(player.ema.shadow))
@@ -211,7 +211,7 @@ def _load_player(folder: Path, name: str, player: Player, scalars: dict[str, Any
     for key, value in (load_file(folder / f"{name}.optimizer.safetensors") | scalars["optimizer"]).items():
         parameter, _, slot = key.rpartition("/")
         slots.setdefault(parameter, {})[slot] = value
-    # the optimiser's own loader knows which slots live on which device
+    # through the optimiser's own loader, which knows which slots live on which device
     names = {id(p): key for key, p in player.parameters.items()}
     order = [names[id(p)] for group in player.optimizer.param_groups for p in group["params"]]
     state = {i: slots[key] for i, key in enumerate(order) if key in slots}

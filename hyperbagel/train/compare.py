@@ -1,6 +1,6 @@
-"""A student's held-out pictures beside its teacher's, in figures.
+"""Figures that compare a student's held-out pictures with its teacher's.
 
-Shape legend: B conditions, N latent tokens, C values of a token, D values of a picture's features; each picture with two noises.
+Shape legend: B conditions, N latent tokens, C values of a token, D values of a picture's features; 2: each condition with two noises.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def conditional_energy(student: Tensor, teacher: Tensor) -> float:
-    """Energy distance between student and teacher given the condition, over the teacher's own spread. Features [2, B, D] of two noises.
+    """Energy distance between student and teacher given the condition, divided by the teacher's own spread. Features [2, B, D].
 
-    2 E|s - t| - E|s - s'| - E|t - t'| with s, t of different noises (those of one noise are alike by design), so that its expectation is 0
-    where both draw from one distribution, whatever the noise is mapped to; blur, collapse and wrong content all raise it.
+    (2 E|s - t| - E|s - s'| - E|t - t'|) / E|t - t'|, s and t from different noises (from one noise they are alike by design). So its
+    expectation is 0 if both draw from one distribution, whatever noise each picture comes from; blur, collapse and wrong content raise it.
     """
 
     def apart(a: Tensor, b: Tensor) -> Tensor:
@@ -28,11 +28,11 @@ def conditional_energy(student: Tensor, teacher: Tensor) -> float:
 
 
 def compare(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """Latents [2, B, N, C] of two noises a condition. 1 is healthy for all but `match`, whose best is 0.
+    """Figures over latents [2, B, N, C]. 1 is healthy for all of them but `match`, whose best is 0.
 
-    match: minus the root mean squared distance to the teacher, in units of the teacher's std. The rest is student over teacher. spread: std
-    over samples; far below 1: contraction. diversity: distance between the two noises' pictures; far below 1: collapse. size: root mean
-    square; above 1.1 or so: over-saturation.
+    match: minus the root mean squared distance to the teacher, in units of the teacher's std. The others are ratios, student over teacher.
+    spread: std over samples; far below 1 is contraction. diversity: distance between the pictures of the two noises; far below 1 is
+    collapse. size: root mean square; above about 1.1 is over-saturation.
     """
     std = teacher.flatten(0, 1).std(0).mean()
     return {
@@ -44,7 +44,7 @@ def compare(student: Tensor, teacher: Tensor) -> dict[str, float]:
 
 
 class Pictures(NamedTuple):
-    """Of some conditions: latents [2, B, N, C] and features [2, B, D], the student's and the teacher's."""
+    """The student's and the teacher's pictures for some conditions: latents [2, B, N, C] and features [2, B, D]."""
 
     student: Tensor
     teacher: Tensor
@@ -53,10 +53,10 @@ class Pictures(NamedTuple):
 
 
 def compare_sets(sets: Sequence[Pictures]) -> dict[str, float]:
-    """`compare`, and `score`, minus the energy distance, over all conditions of some groups.
+    """`compare`, and `score` (minus the energy distance), over all conditions of several groups.
 
-    Pictures of one size are compared as one set, and sets of unlike sizes weigh what they hold: of groups of one sample, as at 7B, each by
-    itself would be measured by nothing but its own two noises.
+    Pictures of one size are compared as one set: at 7B a group is one sample, which alone would be measured by nothing but its own two
+    noises. Sets of different sizes are weighted by their number of conditions.
     """
     alike: dict[torch.Size, list[Pictures]] = {}
     for one in sets:

@@ -1,6 +1,6 @@
 """Contexts of a distillation batch: prefilled once by the frozen base, then shared by student, teacher, fake model and discriminator.
 
-Only noisy tokens run through a generation expert afterwards; their keys and values are concatenated to the context's, so gradients flow
+After that, only noisy tokens run through a generation expert. Their keys and values are concatenated to the context's, so gradients flow
 through them and the context is never written to.
 
 Shape legend: B samples, K slots of the context, N latent tokens, C values of a token, E hidden size, H key-value heads, D values of a head.
@@ -31,9 +31,9 @@ from hyperbagel.nn.masks import dense_mask
 
 @dataclass
 class Context:
-    """Keys and values [B, H, K, D] a layer, which slots hold a token [B, K], and each sample's next position [B].
+    """Keys and values [B, H, K, D] of each layer, which slots hold a token [B, K], and each sample's next position [B].
 
-    `whole`: all of them do (one sample a batch, as at 7B), so attention needs no mask, which is what fused kernels are fastest without.
+    whole: every slot holds one (a batch of one sample, as at 7B), so attention needs no mask; fused kernels are fastest without.
     """
 
     k: list[Tensor]
@@ -43,7 +43,7 @@ class Context:
     whole: bool = False
 
     def repeat(self, times: int) -> Context:
-        """Each row `times` times in a row."""
+        """Each row repeated `times` times, copies side by side."""
         if times == 1:
             return self
         k, v = ([x.repeat_interleave(times, dim=0) for x in store] for store in (self.k, self.v))
@@ -51,7 +51,7 @@ class Context:
 
 
 class _Behind(KVCache):
-    """A cache that new tokens stand behind and are never written into."""
+    """A context as a cache: new tokens are placed behind its keys and values, and never stored."""
 
     def __init__(self, context: Context) -> None:
         rows, heads, _, head_dim = context.k[0].shape
@@ -66,7 +66,7 @@ class _Behind(KVCache):
 class Conditions:
     """B samples of one kind and one size: what the student sees, and their true pictures.
 
-    `text_dropped` and `image_dropped` are the guidance branches; without input pictures the latter is `full`.
+    `text_dropped` and `image_dropped` are the contexts of the guidance branches; without input pictures the latter is `full`.
     """
 
     source: str
@@ -84,7 +84,7 @@ class Conditions:
         return self.x0.shape[0]
 
     def repeat(self, times: int) -> Conditions:
-        """Each row `times` times in a row."""
+        """Each row repeated `times` times, copies side by side."""
         if times == 1:
             return self
         rows = {name: getattr(self, name).repeat_interleave(times, dim=0) for name in ("where", "x0", "markers")}
@@ -99,7 +99,8 @@ class Conditions:
 
 
 def split_sample(sample: Sample) -> tuple[Sample, VaeImage, int]:
-    """(what comes before the picture to draw, that picture, index of the text that guidance drops). Raises InputError without a picture."""
+    """(items before the picture to draw, that picture, index of the text that guidance drops). Raises InputError if there is no picture to
+    draw, or no text before it."""
     for i, item in enumerate(sample):
         if isinstance(item, VaeImage) and item.loss:
             before = sample[:i]
@@ -114,20 +115,20 @@ def split_sample(sample: Sample) -> tuple[Sample, VaeImage, int]:
 
 
 def _tokens(items: Sample, spec: PackSpec) -> int:
-    """Tokens of items in reading order."""
+    """The number of tokens of some items, in both streams."""
     return sum(2 + (len(item.ids) if isinstance(item, Text) else math.prod(grid(item, spec))) for item in items)
 
 
 def _position(items: Sample) -> int:
-    """The RoPE position behind items: a text takes one a token, a picture one."""
+    """The RoPE position behind some items: a text takes one per token, a picture takes one."""
     return sum(len(item.ids) + 2 if isinstance(item, Text) else 1 for item in items)
 
 
 @torch.no_grad()
 def prefill(model: Bagel, samples: Sequence[Sample], spec: PackSpec, encode: Encode, generator: torch.Generator) -> tuple[Context, Tensor]:
-    """One forward of the base over all contexts, one a row. A sample may be empty.
+    """One forward of the base over all contexts, one per row. A sample may be empty.
 
-    Returns the context, and the order in reading of each slot [B, K].
+    Returns the context, and each slot's place in reading order [B, K].
     """
     rows = [i for i, sample in enumerate(samples) if sample]
     position = torch.tensor([_position(sample) for sample in samples], device=model.device)
@@ -164,13 +165,13 @@ def make_conditions(
 ) -> Conditions:
     """Prefills a group of samples. markers: embeddings of vision_start and vision_end [1, 2, E]. pictures: also encode the true ones.
 
-    A sample whose picture stands there n times (`noise_copies`) gives n rows: one prefill serves n noise draws.
-    Raises InputError for samples without a picture to draw, or of different sizes or kinds in one group.
+    A sample that holds its picture n times (`noise_copies`) gives n rows: one prefill serves n noise draws.
+    Raises InputError for samples without a picture to draw, or with different sizes or kinds in one group.
     """
     parts = [split_sample(sample) for sample in samples]
-    pixels = to_tensor(torch.from_numpy(np.stack([target.pixels for _, target, _ in parts]))) if _one_shape(parts) else None
+    targets = [target.pixels for _, target, _ in parts]
     edits = {any(isinstance(item, VaeImage | VitImage) for item in before) for before, _, _ in parts}
-    if pixels is None or len(edits) != 1:
+    if len({pixels.shape for pixels in targets}) != 1 or len(edits) != 1:
         raise InputError(
             f"source {source!r}: got pictures of different sizes, or samples with and without input pictures, in one group, expected one "
             "kind; set data.sources.NAME.samples=1 and raise accumulate, or split the source"
@@ -179,38 +180,34 @@ def make_conditions(
     h, w = grid(parts[0][1], spec)
     x0 = torch.zeros(len(parts), h * w, spec.latent_values, device=model.device)
     if pictures:
-        x0 = patchify(encode(pixels).float(), spec.latent_patch)
+        x0 = patchify(encode(to_tensor(torch.from_numpy(np.stack(targets)))).float(), spec.latent_patch)
     full, order = prefill(model, [before for before, _, _ in parts], spec, encode, generator)
-    # The prompt is the last thing that guidance drops, and text is causal: the context without it is a prefix of the same keys.
+    # Guidance drops the prompt and all that follows, and no earlier item sees these: the context without them is a prefix of the same keys.
     cut = torch.tensor([_tokens(before[:i], spec) for before, _, i in parts], device=full.seen.device)
     before_prompt = torch.tensor([_position(before[:i]) for before, _, i in parts], device=full.seen.device)
     text_dropped = replace(full, seen=full.seen & (order < cut[:, None]), position=before_prompt, whole=False)
     image_dropped = full
-    if is_edit:  # the given texts alone, from position 0, as the sampler does it
+    if is_edit:  # the given texts alone, from position 0, as the sampler has them
         texts: list[Sample] = [[item for item in before if isinstance(item, Text) and not item.loss] for before, _, _ in parts]
         image_dropped, _ = prefill(model, texts, spec, encode, generator)
     n = min(_copies(sample) for sample in samples)
     where = grid_positions(h, w, spec.latent_per_side, spec.interpolate).to(x0.device).expand(n * len(parts), -1)
-    ends, x0 = markers.expand(n * len(parts), -1, -1), x0.repeat_interleave(n, dim=0)
+    markers, x0 = markers.expand(n * len(parts), -1, -1), x0.repeat_interleave(n, dim=0)
     rows = [sample for sample in samples for _ in range(n)]
-    whole = full.repeat(n)
-    texts_alone = whole if image_dropped is full else image_dropped.repeat(n)
-    return Conditions(source, is_edit, (h, w), where, x0, ends, whole, text_dropped.repeat(n), texts_alone, rows)
+    repeated = full.repeat(n)
+    texts_alone = repeated if image_dropped is full else image_dropped.repeat(n)
+    return Conditions(source, is_edit, (h, w), where, x0, markers, repeated, text_dropped.repeat(n), texts_alone, rows)
 
 
 def some(rows: int, wanted: int) -> slice:
-    """At most `wanted` of `rows`, evenly spread (0: all): copies of one sample stand side by side."""
+    """A slice of at most `wanted` of `rows` (0: all), evenly spread, because the copies of one sample are side by side."""
     return slice(None, None, -(-rows // wanted) if wanted else 1)
 
 
 def _copies(sample: Sample) -> int:
-    """How often the first picture to draw stands there."""
+    """How often a sample holds its first picture to draw."""
     _, target, _ = split_sample(sample)
     return sum(isinstance(item, VaeImage) and item.loss and item.pixels is target.pixels for item in sample)
-
-
-def _one_shape(parts: Sequence[tuple[Sample, VaeImage, int]]) -> bool:
-    return len({target.pixels.shape for _, target, _ in parts}) == 1
 
 
 def velocity(
@@ -222,9 +219,10 @@ def velocity(
     guidance: Tensor | None = None,
     taps: list[Streams] | None = None,
 ) -> Tensor:
-    """v [B, N, C] of latents x [B, N, C] at t [B] behind a context. guidance: [B, 1, E], added to the latent embeddings.
+    """The velocity [B, N, C] of latents x [B, N, C] at times t [B] behind a context.
 
-    taps: collects the hidden states of every layer. What a noisy token sees: the filled slots of its context, the two markers, all latents.
+    guidance: [B, 1, E], added to the latent embeddings. taps: collects the hidden states of every layer. A noisy token sees the filled
+    slots of its context, the two markers and all latents.
     """
     n = x.shape[1]
     g = model.embed_latent(x, t[:, None].expand(-1, n), conditions.where)
@@ -253,21 +251,21 @@ class Scales:
 def student_velocity(
     network: StudentNetwork, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor, taps: list[Streams] | None = None
 ) -> Tensor:
-    """One evaluation of a student, whatever the scales."""
+    """A student's velocity [B, N, C] at x [B, N, C], t [B]: one evaluation, whatever the scales. taps: as in `velocity`."""
     guidance = network.guidance(scales.text, scales.image)
     return velocity(network.model, conditions.full, conditions, x, t, guidance, taps)
 
 
 @torch.no_grad()
 def teacher_velocity(model: Bagel, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor, settings: Denoising) -> Tensor:
-    """The base's guided velocity: interval and renormalisation from `settings`, scales of each sample's own. Two or three evaluations.
+    """The base's guided velocity, from two or three evaluations; interval and renormalisation come from `settings`.
 
-    x [B, N, C], t [B]; scales [k B]: k for each sample in a row, of the same evaluations. Returns [k B, N, C].
+    x [B, N, C], t [B]; scales [k B]: k for each sample, side by side, which share its evaluations. Returns [k B, N, C].
     """
     contexts = [conditions.full, *conditions.branches_dropped]
     times = len(scales.text) // len(x)
-    # All branches, also where none is guided: ranks that share the base's weights must run it equally often.
+    # All branches, even where no sample is guided: ranks over which the base's weights are split must run it equally often.
     v, v_text, *v_image = (velocity(model, one, conditions, x, t).repeat_interleave(times, dim=0) for one in contexts)
     on = torch.tensor([guidance_on(one, settings.interval) for one in t.tolist()], device=x.device).repeat_interleave(times)
-    # without pictures both contexts are one
+    # without input pictures, image_dropped is the full context
     return guide_each(v, v_text, v_image[0] if v_image else v, scales.text, scales.image, on, settings.renorm, settings.renorm_min)

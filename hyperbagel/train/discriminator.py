@@ -1,6 +1,6 @@
-"""Multi-head discriminators: in latent space over a trainable copy of the teacher, in pixel space over the frozen ViT of the base.
+"""Multi-head discriminators: in latent space over a trainable copy of a student, in pixel space over the base's frozen ViT.
 
-Shape legend: B samples, N = h * w latent tokens, E hidden size, M judgements of a head.
+Shape legend: B samples, N = h * w tokens of a grid, C values of a latent token, E hidden size, V hidden size of the ViT.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hyperbagel.train.contexts import Conditions, Scales, student_velocity
 
 
 class Head(nn.Module):
-    """Features [B, N, E] of an h x w grid to one judgement a token, [B, N]."""
+    """Features [B, N, E] of an h x w grid to one judgement per token, [B, N]."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
@@ -34,15 +34,15 @@ class Head(nn.Module):
 
 
 def depths_of(layers: int, heads: int) -> list[int]:
-    """`heads` layer numbers (from 0), evenly spread, the last layer included; no more than there are. 8 layers, 4 heads: 1, 3, 5, 7."""
+    """`heads` layer numbers (from 0), evenly spread, the last layer included; fewer if there are fewer layers. 8, 4: 1, 3, 5, 7."""
     heads = min(heads, layers)
     return [round((i + 1) * layers / heads) - 1 for i in range(heads)]
 
 
 class LatentDiscriminator(nn.Module):
-    """3.2.2: the backbone is trainable and starts as the teacher; a small head judges each of several depths.
+    """3.2.2: a trainable backbone that begins as a copy of `start` (in the paper the teacher), and a small head at each of several depths.
 
-    Only the adapter, the embedders and the heads belong to it; the base's tensors are shared.
+    Only the adapter, the embedders and the heads are its own; the base's tensors are shared.
     """
 
     def __init__(self, base: Bagel, start: Student, heads: int = 4, width: int = 64) -> None:
@@ -54,11 +54,11 @@ class LatentDiscriminator(nn.Module):
         self.heads = nn.ModuleList(Head(llm.hidden_size, width) for _ in self.depths)
 
     def forward(self, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor) -> list[Tensor]:
-        """Judgements of latents x [B, N, C] at noise level t [B], one [B, N] a head; positive: real."""
+        """Judgements of latents x [B, N, C] at noise level t [B]: [B, N] from each head; positive means real."""
         return self.look(conditions, scales, x, t)[1]
 
     def look(self, conditions: Conditions, scales: Scales, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The backbone's own velocity [B, N, C] there as well, and the judgements."""
+        """The backbone's own velocity [B, N, C], and the judgements as in `forward`."""
         taps: list[Streams] = []
         v = student_velocity(self.network, conditions, scales, x, t, taps)
         judged = []
@@ -70,8 +70,8 @@ class LatentDiscriminator(nn.Module):
 
 
 def vit_input(base: Bagel, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Pictures [B, 3, H, W] in [-1, 1] as ViT patches [B h w, P], positions, and (h, w). Resized as pictures are that the base is asked
-    about."""
+    """Pictures [B, 3, H, W] in [-1, 1] as ViT patches [B h w, P], their positions [B h w], and (h, w). They are resized as the base resizes
+    pictures that it is asked about."""
     patch, options = base.config.vit.patch_size, base.config.options
     height, width = pixels.shape[2:]
     width, height = image_transform(options.vit_transform).size(width, height)
@@ -83,7 +83,7 @@ def vit_input(base: Bagel, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, i
 
 
 def vit_features(base: Bagel, pixels: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], tuple[int, int]]:
-    """Outputs [B, h w, V] of some layers of the base's ViT, and (h, w). Gradients pass to the pixels."""
+    """Outputs [B, h w, V] of the layers `depths` of the base's ViT, and (h, w). Gradients pass to the pixels."""
     patches, where, grid = vit_input(base, pixels)
     vit = base.vit_model.vision_model
     x = vit.embeddings(patches.to(base.dtype), where).unflatten(0, (len(pixels), -1))
@@ -105,6 +105,6 @@ class PixelDiscriminator(nn.Module):
         self.heads = nn.ModuleList(Head(vit.hidden_size, width) for _ in self.depths)
 
     def forward(self, base: Bagel, pixels: Tensor) -> list[Tensor]:
-        """Judgements of pictures [B, 3, H, W], one [B, h w] a head."""
+        """Judgements of pictures [B, 3, H, W] in [-1, 1]: [B, h w] from each head."""
         found, grid = vit_features(base, pixels, self.depths)
         return [head(x, grid) for head, x in zip(self.heads, found, strict=True)]

@@ -1,4 +1,4 @@
-"""What the five stages of generation distillation share: the frozen base, a student over it, conditions, held-out figures, the export.
+"""What the stages of generation distillation share: the frozen base, a student over it, conditions, held-out figures, the export.
 
 Shape legend: B samples, N latent tokens, C values of a token.
 """
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from hyperbagel.core.config import changed
 from hyperbagel.core.errors import InputError
+from hyperbagel.data.loader import Loader
 from hyperbagel.data.mixture import DataConfig
+from hyperbagel.data.plan import Sample
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import Velocity, euler, euler_steps
@@ -57,24 +59,24 @@ class DistillRecipe(TrainRecipe):
     """Settings of every distillation stage."""
 
     model: Path  # the base: a folder in BAGEL's layout; frozen
-    init: Path | None = None  # the student to go on from; None: a fresh one
-    init_base: Path | None = None  # the base that `init` was made for, if another: `model` before it was trained on
+    init: Path | None = None  # the student to start from; None: a fresh one
+    init_base: Path | None = None  # the base that `init` was made for, if it is another one: `model` before it was trained further
     kind: Literal["lora", "full"] = "full"  # of a fresh student
-    whole: bool = False  # ours: low-rank changes of `init` become whole layers, and all of these are trained
+    whole: bool = False  # ours: turn the low-rank changes of `init` into whole layers, and train all of these
     rank: int = Field(default=64, ge=1)
     alpha: float | None = Field(default=None, gt=0)  # None: alpha = rank
-    recompute: bool = False  # keep one tensor a layer and run layers again for their gradients: more time, far less memory
+    recompute: bool = False  # keep one tensor per layer and rerun layers for their gradients: more time, far less memory
     heads: bool = True  # also train vae2llm, llm2vae and the timestep embedder
-    nfe: int = Field(default=6, ge=1)  # steps the student is sampled with
-    shift: float = Field(default=3.0, gt=0)  # 3.2.1: at least 3.0 was necessary; of training times and of the sampler
+    nfe: int = Field(default=6, ge=1)  # steps that the student is sampled with
+    shift: float = Field(default=3.0, gt=0)  # of training times and the sampler; 3.2.1: at least 3.0 was necessary
     text_range: tuple[float, float] = (1.0, 5.0)  # 3.2.1
     image_range: tuple[float, float] = (1.0, 2.5)  # 3.2.1; edits
-    usual_share: float = Field(default=0.0, ge=0, le=1)  # ours: share of rows at the sampler's default scales, those most used
+    usual_share: float = Field(default=0.0, ge=0, le=1)  # ours: share of rows at the sampler's default scales, the ones used most
     data: DataConfig
     held_out: DataConfig | None = None  # what is measured; its mixture is not used
     held_out_groups: int = Field(default=2, ge=1)  # of each held-out source
-    measure: Literal["score", "answers"] = "score"  # what the best checkpoint and the gate go by; answers: `evaluate`
-    teacher_steps: int = Field(default=24, ge=1)  # of the held-out pictures that the student is compared with
+    measure: Literal["score", "answers"] = "score"  # what the best checkpoint and the gate go by; for answers see `evaluate`
+    teacher_steps: int = Field(default=24, ge=1)  # for the teacher's held-out pictures
     optim: OptimConfig = OptimConfig(lr=2e-4, warmup_steps=50, schedule="constant", ema_decay=0.99)
     export_dtype: str = Field(default="float32", pattern="^(bfloat16|float32)$")
 
@@ -90,14 +92,14 @@ class DistillRecipe(TrainRecipe):
         return self
 
     def check_sources(self, key: str, names: Iterable[str]) -> None:
-        """Raises InputError if a key names a source that `data` has not."""
+        """Raises InputError if a key names a source that `data` does not have."""
         if unknown := sorted(set(names) - set(self.data.sources)):
             raise InputError(f"{key}: got {unknown[0]!r}, expected some of {', '.join(self.data.sources)}; name sources of data")
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Fresh layers draw from `seed`; the process's own generator is as before afterwards."""
+    """Inside, fresh layers draw from `seed`; afterwards the process's own generator is as it was before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -114,7 +116,7 @@ class DistillStage(Stage):
         self.recipe, self.device = recipe, device
         self.dtype = pick_precision(recipe.precision, device)
         self.base, self.vae = load_folder(recipe.model, device, self.dtype)
-        self.base.language_model.model.recompute = recipe.recompute  # before anything is attached: views of it take it over
+        self.base.language_model.model.recompute = recipe.recompute  # before a student is attached: its network copies the flag
         tokenizer = Tokenizer.from_folder(recipe.model)
         self.world, self.mark = join_world(device), fingerprint(self.base)  # before anything is split over ranks
         self.frozen_modules: list[nn.Module] = [self.base]
@@ -130,9 +132,9 @@ class DistillStage(Stage):
         if self.answers:
             self.best_metric = "answers"
         self.measured: list[Measured] = []
-        self.measures_start = recipe.held_out is not None  # what comes in is the first candidate for the best: see train.gate
+        self.measures_start = recipe.held_out is not None  # the incoming student is the first candidate for the best: see train.gate
         self.scores: list[float] = []  # of this process's evaluations
-        if recipe.held_out is not None and (self.world.leads or recipe.shard):  # those who evaluate
+        if recipe.held_out is not None and (self.world.leads or recipe.shard):  # the ranks that evaluate
             self._measure_teacher(recipe.held_out)
 
     # -- parts -----------------------------------------------------------------------------------------------------------------
@@ -152,11 +154,11 @@ class DistillStage(Stage):
         if (low and changed(r, ("rank",)) and r.rank != student.adapter.rank) or (not low and changed(r, ("kind",))):
             got = f"rank {r.rank}" if low else f"kind {r.kind!r}"
             own = f"a LoRA of rank {student.adapter.rank}" if low else "whole layers"
-            raise InputError(f"init={r.init}: got {got} for a student of {own}, which stays what it is; leave the key out, or init")
+            raise InputError(f"init={r.init}: got {got} for a student of {own}, which cannot be changed; leave that key out, or init")
         return as_whole(student, self.base) if r.whole else student
 
     def frozen(self, folder: Path) -> StudentNetwork:
-        """A student that is only run."""
+        """A student that only runs."""
         return self.freeze(self.load(folder)).network(self.base)
 
     def freeze(self, student: Student) -> Student:
@@ -177,7 +179,7 @@ class DistillStage(Stage):
         stage = type(self).__module__.rpartition(".")[2]
         return Sampler(nfe=r.nfe, shift=r.shift, text_range=r.text_range, image_range=r.image_range, stage=stage, **kinds)
 
-    def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Any:
+    def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Loader:
         return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world, as_served=True)
 
     def amp(self) -> AbstractContextManager[Any]:
@@ -191,13 +193,15 @@ class DistillStage(Stage):
             return self.prepare(step, rng)
 
     def prepare(self, step: int, rng: Draws) -> Any:
+        """What `batch` returns; called without gradients and under autocast."""
         raise NotImplementedError
 
     def conditions(self, rng: Draws) -> Conditions:
+        """Of the loader's next group."""
         group = self.loader.next_group()
         return self._conditions(group.source, group.samples, rng, self.needs_pictures)
 
-    def _conditions(self, source: str, samples: list[Any], rng: Draws, pictures: bool = True) -> Conditions:
+    def _conditions(self, source: str, samples: list[Sample], rng: Draws, pictures: bool = True) -> Conditions:
         encode = posterior_encoder(self.vae, rng.torch, self.device)
         return make_conditions(self.base, source, samples, self.spec, encode, rng.torch, self.markers, pictures)
 
@@ -208,7 +212,7 @@ class DistillStage(Stage):
         return torch.randn(conditions.x0.shape, generator=rng.torch).to(self.device)
 
     def scales(self, conditions: Conditions, rng: Draws) -> Scales:
-        """3.2.1: text scale uniform in its range; image scale too for edits, 1 without input pictures."""
+        """3.2.1: the text scale uniform in its range; likewise the image scale for edits, which is 1 without input pictures."""
         r, n = self.recipe, len(conditions)
         text = draw_scales(self.uniform(rng, n), *r.text_range)
         image = draw_scales(self.uniform(rng, n), *r.image_range)
@@ -227,7 +231,7 @@ class DistillStage(Stage):
     # -- networks --------------------------------------------------------------------------------------------------------------
 
     def as_velocity(self, network: StudentNetwork, conditions: Conditions, scales: Scales) -> Velocity:
-        """A student as solvers know it: (x [B, N, C], t) -> v."""
+        """A student in the form that solvers take: (x [B, N, C], t) -> v."""
 
         def run(x: Tensor, t: float) -> Tensor:
             return student_velocity(network, conditions, scales, x, torch.full((len(x),), t, device=x.device))
@@ -239,11 +243,11 @@ class DistillStage(Stage):
         return [x_T, *(x for _, x in euler_steps(x_T, self.as_velocity(network, conditions, scales), times))]
 
     def settings(self, conditions: Conditions) -> Denoising:
-        """The teacher's sampler for this kind, interval and renormalisation: the one that the evaluation compares students with."""
+        """The paper's sampler settings for this kind of sample (interval, renormalisation); the evaluation's teacher has them too."""
         return PAPER_EDIT if conditions.is_edit else PAPER_TEXT_TO_IMAGE
 
     def guided_teacher(self, conditions: Conditions, scales: Scales) -> Callable[[Tensor, float], Tensor]:
-        """The base with guidance, as solvers know it."""
+        """The base with guidance, in the form that solvers take."""
         settings = self.settings(conditions)
 
         def run(x: Tensor, t: float) -> Tensor:
@@ -252,7 +256,7 @@ class DistillStage(Stage):
         return run
 
     def decode(self, x: Tensor, conditions: Conditions) -> Tensor:
-        """Latent tokens [B, N, C] to pictures [B, 3, H, W] in [-1, 1]; gradients pass, fp32 always."""
+        """Latent tokens [B, N, C] to pictures [B, 3, H, W] in [-1, 1]; always in fp32, gradients pass."""
         with torch.autocast(self.device.type, enabled=False):
             z = unpatchify(x.float(), *conditions.grid, self.base.config.options.latent_patch_size)
             return self.vae.decode(z)
@@ -261,9 +265,9 @@ class DistillStage(Stage):
 
     @torch.no_grad()
     def _measure_teacher(self, data: DataConfig) -> None:
-        """The base's pictures of fixed conditions and noises: what the student is compared with, made once."""
+        """The base's pictures for fixed conditions and noises, made once: what the student is compared with."""
         times = time_grid(self.recipe.teacher_steps, PAPER_TEXT_TO_IMAGE.shift)
-        for alone in data.single_sources():  # each source the same number of groups, whatever the mixture
+        for alone in data.single_sources():  # as many groups of each source, whatever the mixture
             loader = self._loader(alone, HELD_OUT_SEED)
             for i in range(self.recipe.held_out_groups):
                 rng, group = Draws.at(HELD_OUT_SEED, i), loader.next_group()
@@ -276,25 +280,27 @@ class DistillStage(Stage):
             loader.close()
 
     def pictures(self, conditions: Conditions, noises: Tensor) -> Tensor:
-        """The student's latents as it will be sampled, for noises [2, B, N, C]."""
+        """The student's latents [2, B, N, C], sampled as it will be in use, for noises [2, B, N, C]."""
         sampler = self.student.sampler
         run = self.as_velocity(self.network, conditions, self.usual_scales(conditions))
         return torch.stack([euler(x, run, time_grid(sampler.nfe, sampler.shift)) for x in noises])
 
     def decoded(self, x: Tensor, conditions: Conditions) -> list[Tensor]:
-        """Latents [2, B, N, C] to pictures [B, 3, H, W] of each noise."""
+        """Latents [2, B, N, C] to the pictures [B, 3, H, W] of each noise."""
         return [self.decode(one, conditions) for one in x]
 
     def features(self, pictures: list[Tensor]) -> Tensor:
-        """What the base's own ViT sees in pictures [B, 3, H, W] of two noises: [2, B, values]."""
+        """The base's own ViT features of the pictures [B, 3, H, W] of two noises: [2, B, values]."""
         depth = self.base.config.vit.layers_used - 1
         return torch.stack([vit_features(self.base, one, [depth])[0][0].float().flatten(1) for one in pictures])
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The averaged student beside the teacher, same conditions: `compare`, and `score`, minus the energy distance. Also by source.
+        """The averaged student compared with the teacher on the same conditions (train.compare): `compare`'s figures and `score`, minus the
+        energy distance; over all sources and for each.
 
-        With `measure=answers` also how probable the base finds the right answers about the student's pictures (rewards.AnswerReward), since
-        `score` hardly sees whether a picture holds what was asked for. The geometric mean over a picture's questions, so from 0 to 1.
+        With `measure=answers` also `answers`: how probable the base finds the right answers about the student's pictures
+        (rewards.AnswerReward), since `score` hardly sees whether a picture holds what was asked for. It is the geometric mean over a
+        picture's questions, between 0 and 1, averaged over pictures.
         """
         sets: dict[str, list[Pictures]] = {}
         told: dict[str, list[float]] = {}
@@ -311,14 +317,15 @@ class DistillStage(Stage):
             if source in told:
                 own["answers"] = sum(told[source]) / len(told[source])
             figures |= {f"{source}_{name}": value for name, value in own.items()}
-            for name, value in own.items():  # a source counts as much as another
+            for name, value in own.items():  # each source counts the same
                 figures[name] = figures.get(name, 0.0) + value / len(sets)
         if skipped := sum(self.loader.broken.values()):
             figures["skipped_rows"] = skipped
         return figures | self._alarms(step, figures)
 
     def _alarms(self, step: int, figures: dict[str, float]) -> dict[str, float]:
-        """Warns of what is wrong, and says it in the metrics: alarm_NAME 1. What comes in is not the stage's doing, so step 0 is silent."""
+        """Logs a warning for each alarm, and returns it as a metric: alarm_NAME 1. None at step 0: the incoming student is not the stage's
+        doing."""
         if step == 0 or "score" not in figures:
             return {}
         self.scores.append(figures["score"])
@@ -328,7 +335,7 @@ class DistillStage(Stage):
         return {f"alarm_{name}": 1.0 for name in found}
 
     def sample(self, step: int, out: Path) -> None:
-        """A sheet of rows: the teacher's pictures, the averaged student's for the same noise, the true ones."""
+        """A sheet with rows of the teacher's pictures, the averaged student's for the same noise, and the true ones."""
         rows = []
         with self.players["student"].averaged():
             for m in self.measured:
@@ -349,7 +356,7 @@ class DistillStage(Stage):
         self.loader.load_state_dict(state["loader"])
 
     def finish(self, out: Path) -> None:
-        """export/: a student folder with the averaged weights of the best checkpoint; without held-out figures, of the last step."""
+        """export/: a student folder with the averaged weights of the best checkpoint or, without held-out figures, of the last step."""
         for name, skipped in self.loader.broken.items():
             log.warning("source %r: %d broken rows were skipped", name, skipped)
         player, values = self.players["student"], dict[str, Tensor]()
@@ -368,7 +375,7 @@ class DistillStage(Stage):
 
 @dataclass
 class Measured:
-    """Held-out conditions, two noises and the teacher's latents for them [2, B, N, C], and what the ViT sees in those [2, B, values]."""
+    """Held-out conditions, two noises, the teacher's latents for them [2, B, N, C], and the ViT features of these [2, B, values]."""
 
     conditions: Conditions
     noises: Tensor
@@ -377,7 +384,7 @@ class Measured:
 
 
 def required(folder: Path | None, key: str, what: str) -> Path:
-    """The folder that a recipe must name. Raises InputError."""
+    """A folder that the recipe must name under `key`; `what` it should be. Raises InputError if it does not."""
     if folder is None:
         raise InputError(f"{key}: got no folder, expected {what}, set {key}=RUN/export")
     return folder

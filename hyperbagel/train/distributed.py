@@ -1,7 +1,7 @@
-"""Data parallel training over processes started by torchrun: same weights everywhere, each rank its own samples, gradients averaged.
+"""Data-parallel training over processes started by torchrun: the same weights on every rank, each its own samples, gradients averaged.
 
-One process is rank 0 of 1 and pays nothing. What depends on a clock (when to stop, the learning rate by time) is decided by rank 0: the
-others hear of it, so all ranks take the same steps.
+A single process is rank 0 of 1 and pays nothing. Rank 0 decides what depends on a clock (when to stop, the learning rate by time) and tells
+the others, so that all ranks take the same steps.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# Before any group is made: its functions take the group of that moment as their default and would hold it to the end of the process, with
-# threads that may then ask for an interpreter that is no longer there (abort, in one of ten ends of a training on two processes).
+# Imported before any process group exists: its functions take the group at import as their default and would hold it until the process
+# ends, with threads that may then need an interpreter that is gone (training on two processes aborted at its end one time in ten).
 import torch.distributed.nn
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.hardware import agree_on_bf16, fast_bf16
 
-# How long a rank waits for another. Where weights are whole, rank 0 alone evaluates, draws sheets and writes, and at 7B that may take more
-# than NCCL's ten minutes; a rank that died ends the others through torchrun, not through this.
+# How long a rank waits for another. If weights are not split, rank 0 alone evaluates, draws sheets and writes, which at 7B may take longer
+# than NCCL's ten minutes. If a rank dies, torchrun ends the others; this timeout is not needed for that.
 PATIENCE = timedelta(hours=6)
-MESSAGE = 2**26  # gradients averaged at once, 256 MB in fp32: all of a 7B drafter's together would be a second and third copy
+MESSAGE = 2**26  # values averaged in one message, 256 MB in fp32: a 7B drafter's gradients all at once would take two more copies of them
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -40,7 +40,7 @@ def local(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those that train together."""
+    """This process's place among the processes that train together."""
 
     rank: int = 0
     size: int = 1
@@ -67,7 +67,7 @@ class World:
         return told[0]
 
     def all(self, flag: bool) -> bool:
-        """Whether it holds on every rank."""
+        """Whether `flag` is true on every rank."""
         if self.size == 1:
             return flag
         told = torch.tensor(float(flag), device=_wire())
@@ -75,7 +75,7 @@ class World:
         return bool(told)
 
     def mean(self, value: Tensor) -> Tensor:
-        """Of a number that each rank has its own of."""
+        """The mean over ranks of a number that each has its own of."""
         if self.size == 1:
             return value
         total = value.detach().clone()
@@ -83,7 +83,7 @@ class World:
         return total / self.size
 
     def wait(self) -> None:
-        """Until every rank is here: rank 0 has evaluated or written."""
+        """Wait until every rank is here, such as for rank 0 to have evaluated or written."""
         if self.size > 1:
             dist.barrier()
 
@@ -92,14 +92,15 @@ class World:
         """Give every rank rank 0's values."""
         if self.size > 1:
             for tensor in tensors:
-                if not is_sharded(tensor):  # a split one began as the same tensor everywhere
+                if not is_sharded(tensor):  # a split one began as the same tensor on every rank
                     dist.broadcast(tensor.data, 0)
 
     @torch.no_grad()
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Replace each gradient by its mean over ranks, in messages of bounded size (those of split parameters are means already). A
-        parameter that one rank's batch did not touch counts as zero there; one that no rank touched keeps no gradient, so that its
-        optimiser stays."""
+        """Replace each gradient by its mean over ranks, in messages of bounded size. Gradients of split parameters are means already.
+
+        A parameter that a rank's batch did not use counts as zero there; one that no rank used keeps no gradient, so the optimiser does not
+        move it."""
         parameters = [p for p in parameters if not is_sharded(p)]
         if self.size == 1 or not parameters:
             return
@@ -117,7 +118,7 @@ class World:
 
 
 def _messages(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """In order, as many as fit into one message each; a larger parameter is one by itself."""
+    """Parameters in order, as many per message as fit; a larger one is a message by itself."""
     held: list[torch.nn.Parameter] = []
     size = 0
     for parameter in parameters:
@@ -131,7 +132,7 @@ def _messages(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Pa
 
 
 def _wire() -> str:
-    """Where a message must lie."""
+    """The device that a message must be on."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 

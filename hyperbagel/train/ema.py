@@ -14,9 +14,9 @@ from hyperbagel.train.distributed import local
 def decay_at(updates: int, decay: float, ramp: bool = True) -> float:
     """Decay of update number `updates` (from 0): min(decay, (1 + n) / (10 + n)), or without `ramp` the decay itself.
 
-    A constant decay would remember a random start for 1 / (1 - decay) steps; the ramp forgets it at once, but keeps the average shorter
-    than it is meant to be for 9 / (1 - decay) steps: after 700 it goes back 78, not 500. So where training goes on from weights that are
-    good already (a student of the stage before), there is none.
+    A constant decay would remember a random start for 1 / (1 - decay) steps. The ramp forgets it at once, but for 9 / (1 - decay) steps the
+    average spans fewer steps than it is meant to: after 700 it reaches back 78, not 500. So there is no ramp where training starts from
+    weights that are good already (the student of the stage before).
     """
     return min(decay, (1 + updates) / (10 + updates)) if ramp else decay
 
@@ -39,7 +39,7 @@ class Ema:
 
     @contextmanager
     def applied(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Put the averages into `parameters` for the time of the block, then put the trained values back, bit for bit."""
+        """Put the averages into `parameters` for the duration of the block, then restore the trained values bit for bit."""
         kept = {name: parameters[name].detach().clone() for name in self.shadow}
         with torch.no_grad():
             for name, value in self.shadow.items():

@@ -25,7 +25,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
 
 
 def load_model(folder: Path, device: torch.device) -> Bagel:
-    """A checkpoint's model, trainable, in fp32 (the optimiser's copy; autocast casts for the forward). Raises InputError."""
+    """A model folder's network, trainable, in fp32 (what the optimiser updates; autocast casts for the forward). Raises InputError."""
     model, _ = load_folder(folder, device, torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.endswith("pos_embed.pos_embed"))  # the fixed tables
@@ -61,7 +61,7 @@ def load_vit(folder: Path, device: torch.device) -> SiglipVisionModel:
 def save_model(
     folder: Path, model: Bagel, vae: AutoEncoder, tokenizer: Path, dtype: torch.dtype, vae_dtype: torch.dtype | None = None
 ) -> None:
-    """Write a folder in BAGEL's layout: ema, ae, four JSON files, tokenizer. Whole or absent. Raises InputError."""
+    """Write a folder in BAGEL's layout (ema, ae, four JSON files, tokenizer), whole or not at all. Raises InputError."""
     make_folder(folder.parent)
     with atomic_path(folder) as temporary:
         save_folder(temporary, model.config, model.state_dict(), vae.state_dict(), dtype=dtype, vae_dtype=vae_dtype)
@@ -71,14 +71,15 @@ def save_model(
 
 
 def install_student(student: Path, model: Path, name: str | None = None, nfe: int | None = None) -> Path:
-    """Copies a student to MODEL/students/NAME in bfloat16 (None: its number of evaluations); an older one of that name is replaced.
+    """Copies a student to MODEL/students/NAME in bfloat16; an older one of that name is replaced. Returns its folder.
 
-    nfe: evaluations it is sampled with from now on, for a student that takes any number (stage cfg); None: as it was made.
-    Returns its folder. Raises InputError for a folder that is no student, a student of another base, or a name that is no student's.
+    name: None takes its number of evaluations. nfe: how many evaluations it is sampled with from now on, for a student that takes any
+    number (stage cfg); None keeps the number it was made for.
+    Raises InputError for a folder that holds no student, a student of another base, or a name that no student can have.
     """
     if name is not None and (not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "none"):
         raise InputError(f"got name {name!r}, expected letters, digits, '-', '_' and '.', not 'none', choose another one")
-    base, _ = load_folder(model, torch.device("cpu"), torch.bfloat16)  # what is written is bf16, and so, mostly, is what is read: no copy
+    base, _ = load_folder(model, torch.device("cpu"), torch.bfloat16)  # bf16 is written and, mostly, read: no copy
     loaded = load_student(student, base)
     if nfe is not None:
         if not 1 <= nfe <= MAX_STEPS:
@@ -92,13 +93,13 @@ def install_student(student: Path, model: Path, name: str | None = None, nfe: in
 
 
 def average_folders(students: Sequence[Path], model: Path, out: Path, rank: int | None = None) -> tuple[Path, float]:
-    """Writes the mean of students of one model (`average_students`) to a new folder, fp32; as a LoRA of `rank`, if it is given.
+    """Writes the mean of several students of one model (`average_students`) to a new folder, in fp32; with `rank`, as a LoRA of that rank.
 
-    Returns the folder and which share of the change that rank has lost. Raises InputError.
+    Returns the folder, and the share of the change that is lost to the rank. Raises InputError.
     """
     if out.exists():
         raise InputError(f"{out}: exists already, expected a new folder, choose another one or remove it")
-    base, _ = load_folder(model, torch.device("cpu"), stored_dtype(model))  # differences to it are written
+    base, _ = load_folder(model, torch.device("cpu"), stored_dtype(model))  # what is written are differences to it
     mean, lost = average_students(students, base), 0.0
     if rank is not None:
         widest = base.config.llm.intermediate_size

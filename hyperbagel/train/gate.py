@@ -1,7 +1,7 @@
-"""The gate between stages: a student goes on only if its own held-out measure says that the stage made it better than it came in.
+"""The gate between stages: a student is passed on only if, by its own held-out measure, the stage made it better than it came in.
 
-A distillation stage measures its student before the first step, on the conditions and noises of all later evaluations, and keeps the best
-checkpoint. So the verdict is read from the run folder alone, and two runs of one stage (couplings of DMDO) can be compared.
+A distillation stage measures its student before the first step, on the same conditions and noises as in all later evaluations, and keeps
+the best checkpoint. So the verdict is read from the run folder alone, and runs of one stage (the couplings of DMDO) can be compared.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.run import read_metrics
 from hyperbagel.train.checkpoint import best_checkpoint, best_score, read_best
 
-SCORE_LOSS = 0.03  # ours: most of `score` that a gain in reward may cost; more is the reward being exploited
+SCORE_LOSS = 0.03  # ours: how much `score` a gain in reward may cost; if it costs more, the reward is being exploited
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a finished run says of itself. `alarms`: of the evaluation that its export was taken from."""
+    """What the figures of a finished run say. `alarms`: those of the evaluation that its export was taken from."""
 
     run: Path
     measure: str
@@ -30,7 +30,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Better than at the start, and no collapse."""
+        """Better than at the start, without collapse and without losing more score than a gain in reward may cost."""
         return self.step > 0 and self.best > self.start and not {"collapse", "score_lost"} & set(self.alarms)
 
     def __str__(self) -> str:

@@ -47,7 +47,7 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
     torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     world = join_world(device)
-    # the stage first: a mistake in the recipe then leaves no folder behind that "holds a run"
+    # The stage is built before the run folder: a mistake in the recipe then leaves no folder behind.
     stage = module.build(settings, device)
     try:
         if settings.shard and world.size > 1:
@@ -60,7 +60,7 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
 
 
 def resolve_models(settings: Config) -> None:
-    """The name toybox means the shipped model in a recipe too; the run's own settings then say which folder that was."""
+    """Replace the name toybox, in a recipe too, by the shipped model's folder; the run's stored settings then name that folder."""
     for key in ("model", "target", "init", "init_base"):
         if getattr(settings, key, None) == Path("toybox"):
             setattr(settings, key, model_folder("toybox"))

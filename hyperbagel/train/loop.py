@@ -37,12 +37,12 @@ from hyperbagel.train.stage import Draws, Metrics, Stage, TrainRecipe
 
 
 class Diverged(FloatingPointError):
-    """A loss or gradient is not finite. The last good state has been saved."""
+    """A loss or gradient norm is not finite. The last good state has been saved."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a training ended and what its last evaluation said."""
+    """Where training ended, and the figures of its last evaluation."""
 
     step: int
     seconds: float
@@ -50,18 +50,19 @@ class TrainResult:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises InputError if CUDA is asked for and absent."""
+    """The device of a recipe's `device`; "auto" is CUDA if available. Under torchrun a rank gets its own GPU, so weights are loaded there.
+
+    Raises InputError if CUDA is asked for and not available.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device: got 'cuda', expected a CUDA device on this machine, use device=cpu or device=auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return (
-        torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-    )  # a rank's own: weights go there
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 on CUDA and on CPUs where it is measured to be faster than fp32."""
+    """The dtype of a recipe's `precision`; "auto" is bf16 on CUDA, and on CPUs where it was measured to be faster than fp32."""
     if name == "auto":
         name = "bf16" if fast_bf16(device) else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32
@@ -78,31 +79,31 @@ def train(
 ) -> TrainResult:
     """Train until `max_steps` or `max_seconds`, whichever comes first; checkpoint at the end.
 
-    In the main thread the first SIGINT or SIGTERM ends it after the step at hand, with a checkpoint; a second one ends it at once, but for
-    a rank that waits for others (Python handles no signal there): that one ends when they come, or by SIGKILL.
-    On a CPU with schedule_by "steps" a resumed run equals the unbroken one bit for bit.
+    In the main thread, the first SIGINT or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at once.
+    (A rank that is waiting for others handles no signals: it ends when they arrive, or by SIGKILL.)
+    On a CPU with schedule_by "steps", a resumed run equals an unbroken one bit for bit.
 
     Raises:
         Diverged: a loss or gradient norm is not finite; the weights before that step are saved, a resume goes on with the next batch.
         InputError: a checkpoint cannot be read or written.
-        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM, once the checkpoint is written; of several ranks one has got it, all stop.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came, and the checkpoint is written; if one of several ranks got it, all stop.
     """
     return _Loop(stage, recipe, run, clock, world or World()).go(resume)
 
 
 class _Signals:
-    """Inside, the first SIGINT or SIGTERM is only remembered, and what comes then does what it did outside."""
+    """Inside, the first SIGINT or SIGTERM is only remembered; a second one does what it would do outside."""
 
-    TWICE = 1.0  # seconds: torchrun passes on to its ranks what SLURM or a shell may have sent them too
+    TWICE = 1.0  # seconds within which a second signal may be the same one: torchrun forwards what SLURM or a shell has sent to ranks too
 
     def __init__(self, ranks: int) -> None:
         self.ranks, self.number, self.at = ranks, 0, 0.0
         self.usual: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            # None: of a library that is not Python's; ignored: a shell's job in the background. Both stay
+            # None: a handler that was not set from Python; SIG_IGN: a background job of a shell. Both stay as they are.
             self.usual = {number: usual for number, usual in found.items() if usual not in (None, signal.SIG_IGN)}
             for number in self.usual:
                 signal.signal(number, self._remember)
@@ -120,7 +121,7 @@ class _Signals:
             signal.signal(number, usual)
 
     def leave(self) -> None:
-        """End as a process does that such a signal ends: 130 for SIGINT, 143 for SIGTERM, also of a rank that heard of it from another."""
+        """End with the exit status of such a signal, 130 for SIGINT and 143 for SIGTERM; also on ranks that did not get it themselves."""
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
@@ -128,8 +129,8 @@ class _Signals:
 
 @contextmanager
 def _unseen_by_workers() -> Iterator[None]:
-    """Worker processes that are started inside never see SIGINT and SIGTERM: a terminal, `timeout` or a cluster sends them to the whole
-    group, and the step at hand needs its workers. The pool ends them by its queue."""
+    """Worker processes started inside never see SIGINT and SIGTERM: a terminal, `timeout` or a cluster sends these to the whole process
+    group, but the current step still needs its workers. The pool ends them through its queue."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -144,21 +145,21 @@ class _Loop:
     def __init__(self, stage: Stage, recipe: TrainRecipe, run: RunFolder, clock: Callable[[], float], world: World) -> None:
         self.stage, self.recipe, self.run, self.clock, self.world = stage, recipe, run, clock, world
         self.device = pick_device(recipe.device)
-        if self.device.type == "cuda":  # cuDNN's attention plans every new shape anew, a tenth of a second, and rows of text are always new
+        if self.device.type == "cuda":  # cuDNN's attention takes a tenth of a second to plan each new shape, and rows of text always differ
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = pick_precision(recipe.precision, self.device)
         self.step = 0
-        self.refused = 0  # batches that gave this step no finite loss
+        self.refused = 0  # batches of this step that gave no finite loss
         self.turns: Counter[str] = Counter()  # steps of each player so far
         self.before = 0.0  # seconds trained by earlier launches
         self.began = clock()
-        self.seconds = 0.0  # trained so far; rank 0's, so that all ranks decide alike
-        self.evaluated: tuple[int, dict[str, float]] = (-1, {})
+        self.seconds = 0.0  # trained so far, by rank 0's clock, so that all ranks decide alike
+        self.evaluated: tuple[int, dict[str, float]] = (-1, {})  # (step, figures) of the last evaluation
         self.drawn = -1  # step of the last sheet
-        self.first = True  # no batch yet
+        self.first = True  # no batch has been made yet
 
     def share(self, by_time: bool) -> float:
-        """Progress in [0, 1]: by time (needs max_seconds) or by steps."""
+        """Progress in [0, 1]: by time (if the recipe has max_seconds) or by steps."""
         if by_time and self.recipe.max_seconds:
             return min(1.0, self.seconds / self.recipe.max_seconds)
         return self.step / max(1, self.recipe.max_steps)
@@ -169,17 +170,7 @@ class _Loop:
 
     def _go(self, resume: bool, signals: _Signals) -> TrainResult:
         r, stopped = self.recipe, False
-        torch.set_num_threads(r.threads)
-        torch.manual_seed(r.seed)  # dropout; batches and losses draw from Draws
-        if resume and (found := list_checkpoints(self.run.checkpoints)):
-            progress = load_checkpoint(found[-1], self.stage)
-            self.step, self.before, self.refused = progress.step, progress.seconds, progress.refused
-            self.turns.update(self.stage.turn(step) for step in range(self.step))
-        for player in self.stage.players.values():
-            self.world.share(trained_tensors(player).values())
-        if resume and self.world.leads:  # only now: a resume that is refused leaves the run as it was
-            self.run.rewind(self.step)
-            note_best(self.run.checkpoints, self.stage)
+        self.prepare(resume)
         logged_at, saved_at = (self.clock(), self.step), self.clock()
         with ProgressReport(type(self.stage).__name__) as report:
             if self.stage.measures_start and self.works and best_score(self.run.checkpoints) == -math.inf and self.step == 0:
@@ -198,7 +189,7 @@ class _Loop:
                     rate = (self.step - logged_at[1]) / max(1e-9, now - logged_at[0])
                     logged_at = (now, self.step)
                     self.run.log(self.step, _numbers(values) | {"steps_per_second": rate, "seconds": self.seconds})
-                if stopped:  # nothing that takes long now
+                if stopped:  # start nothing that takes long
                     break
                 if self.step % r.evaluate_every == 0:
                     report.line(_show(self.step, self.evaluate()))
@@ -214,7 +205,7 @@ class _Loop:
                 if not stopped:
                     report.line("done: " + _show(self.step, self.evaluate()))
                 path = self.save()
-            if not self.world.all(not signals.number):  # all ranks are here: the first process that ends takes the others with it
+            if not self.world.all(not signals.number):  # a point that all ranks reach: the first process to end takes the others with it
                 if self.world.leads:
                     report.line(f"stopped after step {self.step}, saved in {path}; the same command with --resume goes on from there")
                 signals.leave()
@@ -223,16 +214,29 @@ class _Loop:
                     self.stage.finish(self.run.path)
                 self.sample()  # last: a sheet that cannot be drawn must not cost the run
         self.world.wait()
-        metrics = self.evaluated[1]
-        return TrainResult(self.step, self.seconds, metrics)
+        return TrainResult(self.step, self.seconds, self.evaluated[1])
+
+    def prepare(self, resume: bool) -> None:
+        """Threads, seeds and, on a resume, the newest checkpoint; then the same weights on every rank."""
+        torch.set_num_threads(self.recipe.threads)
+        torch.manual_seed(self.recipe.seed)  # for dropout; batches and losses draw from Draws
+        if resume and (found := list_checkpoints(self.run.checkpoints)):
+            progress = load_checkpoint(found[-1], self.stage)
+            self.step, self.before, self.refused = progress.step, progress.seconds, progress.refused
+            self.turns.update(self.stage.turn(step) for step in range(self.step))
+        for player in self.stage.players.values():
+            self.world.share(trained_tensors(player).values())
+        if resume and self.world.leads:  # only now: a resume that is refused leaves the run as it was
+            self.run.rewind(self.step)
+            note_best(self.run.checkpoints, self.stage)
 
     @property
     def works(self) -> bool:
-        """Whether this rank takes part in evaluations and checkpoints: the leading one, or all if each holds a part of the weights."""
+        """Whether this rank takes part in evaluations and checkpoints: only the leading one, or all if each holds a part of the weights."""
         return self.world.leads or self.stage.sharded
 
     def decide(self, flag: bool) -> bool:
-        """Rank 0's decision, if all ranks must take part in what follows."""
+        """`flag`; rank 0's, if all ranks must take part in what follows."""
         return bool(self.world.agree(flag)[0]) if self.stage.sharded else flag
 
     def time_is_left(self) -> bool:
@@ -253,7 +257,7 @@ class _Loop:
         logged: dict[str, list[Any]] = {}
         losses = []
         for micro in range(r.accumulate):
-            with _unseen_by_workers() if self.first else nullcontext():  # a loader starts its workers when it is first asked
+            with _unseen_by_workers() if self.first else nullcontext():  # a loader starts its workers with its first batch
                 batch = self.stage.batch(self.step, self.draws(micro))
             self.first = False
             with self.autocast():
@@ -267,7 +271,7 @@ class _Loop:
             (loss / r.accumulate).backward()
             for key, value in {"loss": self.world.mean(loss), **metrics}.items():
                 logged.setdefault(key, []).append(value.detach() if isinstance(value, Tensor) else value)
-        means = {key: sum(found) / len(found) for key, found in logged.items()}  # a batch says nothing of other sources than its own
+        means = {key: sum(found) / len(found) for key, found in logged.items()}  # a batch only logs its own source
         self.world.average_gradients(list(player.parameters.values()))
         clip = clip_gradients if self.stage.sharded else torch.nn.utils.clip_grad_norm_
         norm = clip(list(player.parameters.values()), player.optim.clip)
@@ -282,18 +286,18 @@ class _Loop:
         return {f"{name}/{key}": value for key, value in means.items()} | {f"{name}/grad_norm": norm, f"{name}/lr": lr}
 
     def draws(self, micro: int) -> Draws:
-        """Of a batch of the present step. What follows a batch that gave no finite loss draws anew."""
+        """Generators for a batch of the current step; other ones after each batch of it that gave no finite loss."""
         key = (self.recipe.seed, self.step, self.world.rank * self.recipe.accumulate + micro)
         return Draws.at(*key, self.refused) if self.refused else Draws.at(*key)
 
     def check(self, value: Tensor, what: str, metrics: Metrics) -> None:
-        """Stop on a number that is not finite. No optimiser has moved yet in this step, so the weights are still good."""
+        """Raise Diverged if a number is not finite. No optimiser has moved in this step yet, so the weights are still good."""
         if self.world.all(math.isfinite(value.item())):
             return
         self.refused += 1
         self.stage.refuse()
         path = self.save() if self.works else self.run.checkpoints
-        self.world.wait()  # the first process that ends takes the others with it, also one that is still writing
+        self.world.wait()  # the first process to end takes the others with it, even one that is still writing
         raise Diverged(
             f"step {self.step}: got {value.item()} for {what} ({_show(self.step, metrics)}), expected a finite number, "
             f"lower the learning rate or use precision=fp32; the weights before this step are in {path}, and a resume goes on "
@@ -304,7 +308,7 @@ class _Loop:
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out numbers of the present step, computed once."""
+        """Held-out figures of the current step, computed once."""
         if self.evaluated[0] != self.step:
             with torch.no_grad(), self.autocast():
                 values = _numbers(self.stage.evaluate(self.step))
@@ -314,7 +318,7 @@ class _Loop:
         return self.evaluated[1]
 
     def sample(self) -> None:
-        """The sheet of the present step, drawn once."""
+        """Draw the sheet of the current step, once."""
         if self.drawn == self.step:
             return
         self.drawn = self.step
@@ -323,7 +327,7 @@ class _Loop:
 
     @property
     def score(self) -> float | None:
-        """The stage's own measure of this very step, if it was taken."""
+        """The stage's `best_metric` at the current step, if it has been evaluated."""
         best = self.stage.best_metric
         return self.evaluated[1].get(best) if best and self.evaluated[0] == self.step else None
 

@@ -1,4 +1,4 @@
-"""Sample sheets of a model in training: toybox captions drawn, edits made, questions answered, beside the truth."""
+"""Sample sheets of a model in training: toybox captions drawn, edits made and questions answered, with the truth for comparison."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ STEPS = 24
 
 
 def write_previews(path: Path, parts: Parts, seed: int, steps: int = STEPS) -> None:
-    """One PNG: two rows of T2I, two of edits (before, made, wanted), one of questions. Samples and noise are functions of the seed; guided
-    as the model's own defaults say."""
+    """One PNG: two rows of T2I, two of edits (before, made, wanted), one of questions. Samples and noise are functions of the seed; the
+    model's own defaults guide."""
     rng = random.Random(seed)
     size = parts.model.config.options.default_size
     drawn = [sample_t2i(rng, style="terse") for _ in range(2 * COLUMNS)]

@@ -1,15 +1,15 @@
-"""A reward model of HPSv3's kind (Ma et al. 2025), from a local folder: Qwen2-VL reads picture and prompt, and a small head says on the
-hidden state of one token how much people would like the picture. Differentiable by the picture.
+"""A reward model of HPSv3's kind (Ma et al. 2025) from a local folder: Qwen2-VL reads picture and prompt, and from the hidden state of one
+token a small head tells how much people would like the picture. Differentiable with respect to the picture.
 
-The folder holds Qwen2-VL as transformers reads it (config.json, the tokenizer with its chat template, safetensors with the head's tensors
-as `rm_head.*` among them) and reward.json, which says how the model is asked:
+The folder holds Qwen2-VL as transformers reads it (config.json, the tokenizer with its chat template, and safetensors that also hold the
+head's tensors, as `rm_head.*`) and reward.json, which says how the model is asked:
 
-    template    the text behind the picture; {prompt} stands for what was asked for, and `token` stands in it once
+    template    the text after the picture; {prompt} stands for the prompt, and `token` must occur once
     token       whose hidden state the head reads (default "<|Reward|>")
     output      which of the head's outputs is the reward (default 0: HPSv3's mean; its second one is the spread)
-    pixels      area that pictures are resized to (default 256 * 28 * 28, as HPSv3 does)
+    pixels      area that pictures are resized to (default 256 * 28 * 28, as in HPSv3)
 
-Shape legend: B pictures, n patches of one (merged four to a token), L tokens, E hidden size.
+Shape legend: B pictures, n patches of one (four merge into a token), E hidden size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import one_line, read_json
 from hyperbagel.model.weights import TensorFolder
 
-# what OpenAI's CLIP was trained with, and Qwen2-VL too
+# per channel; those that OpenAI's CLIP was trained with, and Qwen2-VL too
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HEAD = "rm_head."
 
@@ -48,7 +48,8 @@ class VlmReward:
     """(pictures [B, 3, H, W] in [-1, 1], B prompts) -> [B]."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """dtype: of the backbone; None: bfloat16 on a GPU, else float32. The head is fp32. Raises InputError for a folder that is none."""
+        """dtype: the backbone's; None: bfloat16 on a GPU, else float32. The head is fp32. Raises InputError without transformers, or for a
+        folder that holds no such model."""
         try:
             transformers: Any = importlib.import_module("transformers")
         except ImportError as error:
@@ -57,7 +58,7 @@ class VlmReward:
         if self.asking.template.count(self.asking.token) != 1 or "{prompt}" not in self.asking.template:
             raise InputError(f"{folder}/reward.json: got a template without {{prompt}}, or not with one {self.asking.token}; correct it")
         kind = read_json(folder / "config.json").get("model_type")
-        if kind != "qwen2_vl":  # without a file transformers would make up a model of 7B
+        if kind != "qwen2_vl":  # if it were missing, transformers would make up a model of 7B
             raise InputError(
                 f"{folder}/config.json: got model_type {kind!r}, expected 'qwen2_vl'; other reward models come by reward_entry"
             )
@@ -70,14 +71,14 @@ class VlmReward:
         try:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             config = transformers.Qwen2VLConfig.from_pretrained(folder, local_files_only=True)
-            config.text_config.vocab_size = rows[0]  # HPSv3 has a token more than the model that it began as
+            config.text_config.vocab_size = rows[0]  # HPSv3 has one token more than the model it was made from
             numbers = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
             model, info = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
                 folder, config=config, dtype=numbers, local_files_only=True, output_loading_info=True
             )
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # the library has errors of its own for each kind of damage
+        except Exception as error:  # the library raises a different error for each kind of damage
             raise InputError(f"{folder}: got no Qwen2-VL that transformers can read ({one_line(error)}), restore the folder") from error
         if missing := sorted({*info["missing_keys"]} - {"lm_head.weight"}):
             raise InputError(
@@ -105,7 +106,7 @@ class VlmReward:
         tokens = math.prod(grid) // self.merge**2  # of one picture
         rows = [self.ids(prompt, tokens) for prompt in prompts]
         longest = max(map(len, rows))
-        # padded behind, where nobody looks
+        # padded at the end, where attention is masked
         ids = torch.tensor([row + [self.mark] * (longest - len(row)) for row in rows], device=self.device)
         seen = torch.arange(longest, device=self.device) < torch.tensor([len(row) for row in rows], device=self.device)[:, None]
         where = torch.tensor([[1, *grid]] * len(rows), device=self.device)
@@ -113,15 +114,15 @@ class VlmReward:
         pictures = torch.cat(list(getattr(found, "pooler_output", found)))  # [B n / 4, E]
         x = self.core.get_input_embeddings()(ids)
         x = x.masked_scatter((ids == self.picture)[..., None].expand_as(x), pictures.to(x.dtype))
-        # HPSv3 counts positions one by one, through pictures too: none are given
+        # no position_ids: HPSv3 counts positions one by one, through pictures too
         hidden = self.core.language_model(inputs_embeds=x, attention_mask=seen.long(), use_cache=False).last_hidden_state
         at = torch.tensor([row.index(self.mark) for row in rows], device=self.device)
-        with torch.autocast(self.device.type, enabled=False):  # near 6 the steps of bf16 are 1/32
+        with torch.autocast(self.device.type, enabled=False):  # near 6, bf16 has steps of 1/32
             return self.head(hidden[torch.arange(len(rows), device=self.device), at].float())[:, self.asking.output]
 
     def ids(self, prompt: str, tokens: int) -> list[int]:
-        """What the model reads for one picture of so many tokens."""
-        for special in self.special:  # a caption is words
+        """What the model reads for one picture of `tokens` tokens and its prompt."""
+        for special in self.special:  # a prompt must not bring special tokens
             prompt = prompt.replace(special, "")
         words = self.asking.template.replace("{prompt}", prompt)
         content = [{"type": "image"}, {"type": "text", "text": words}]
@@ -139,13 +140,13 @@ class VlmReward:
         x = (x - mean) / std
         b, c, m, p = len(x), x.shape[1], self.merge, self.patch
         h, w = height // p, width // p
-        x = x.reshape(b, c, h // m, m, p, w // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)  # the four patches of a token stand together
-        x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, self.frames, -1, -1)  # a still picture is so many equal frames
+        x = x.reshape(b, c, h // m, m, p, w // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)  # the four patches of a token are neighbours
+        x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, self.frames, -1, -1)  # a still picture is a video of equal frames
         return x.reshape(b, h * w, c * self.frames * p * p), (h, w)
 
 
 def resized(height: int, width: int, unit: int, pixels: int) -> tuple[int, int]:
-    """The size nearest to the picture's shape with at most `pixels` pixels, or at least as many if it was smaller; multiples of `unit`."""
+    """(height, width) in multiples of `unit`, of nearly the same shape: shrunk to at most, or enlarged to at least, `pixels` pixels."""
     h, w = (max(unit, round(side / unit) * unit) for side in (height, width))
     scale = math.sqrt(height * width / pixels)
     if h * w > pixels:
@@ -156,8 +157,8 @@ def resized(height: int, width: int, unit: int, pixels: int) -> tuple[int, int]:
 
 
 def make_head(tensors: dict[str, Tensor], folder: Path) -> nn.Module:
-    """Linear layers with ReLU between, in the order of their numbers (`0.weight`, `3.weight`, ...; dropout does nothing here). A lone one
-    has no number."""
+    """Linear layers with ReLU between them, in the order of their numbers (`0.weight`, `3.weight`, ...; without dropout); a single layer
+    has no number. Raises InputError if a weight is missing."""
     numbers = sorted({int(name.split(".")[0]) for name in tensors if name[0].isdigit()})
     names = [f"{i}." for i in numbers] or [""]
     layers: list[nn.Module] = []
@@ -172,7 +173,7 @@ def make_head(tensors: dict[str, Tensor], folder: Path) -> nn.Module:
 
 
 def open_vlm(folder: Path | None, device: torch.device) -> VlmReward:
-    """Raises InputError without a folder, or for one that cannot be used."""
+    """The reward model in `folder`. Raises InputError without a folder, or for one that cannot be used."""
     if folder is None or not folder.is_dir():
         got = "no folder" if folder is None else f"{folder}, which is no folder"
         raise InputError(f"reward: got {got}, expected that of a reward model (HPSv3), set reward=FOLDER")

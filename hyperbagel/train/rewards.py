@@ -32,29 +32,29 @@ from hyperbagel.train.discriminator import vit_input
 from hyperbagel.train.losses.refl import refl_loss
 from hyperbagel.train.reward_vlm import open_vlm
 
-# (pictures [B, 3, H, W] in [-1, 1], the samples they were drawn for) -> [B]; differentiable by the pictures
+# (pictures [B, 3, H, W] in [-1, 1], the samples they were drawn for) -> [B]; differentiable with respect to the pictures
 Reward = Callable[[Tensor, Sequence[Sample]], Tensor]
 
 
 class RewardSettings(BaseModel):
-    """Recipe keys of stages that go by a reward: which one, and how many pictures it sees."""
+    """Recipe keys of the stages that use a reward: which one, and how many pictures it sees."""
 
-    reward: Path | None = None  # folder of stage reward, of a reward model (vlm), or what `reward_entry` reads
-    # answers (ours): the base is asked about the picture, no folder; vlm: HPSv3 and its like (train.reward_vlm)
+    reward: Path | None = None  # folder of stage reward or of a reward model (vlm), or what `reward_entry` reads
+    # answers (ours): the base is asked about the picture, no folder needed; vlm: HPSv3 and similar models (train.reward_vlm)
     reward_kind: Literal["preferences", "answers", "vlm"] = "preferences"
-    question: str | None = None  # answers: asked of pictures that bring no questions; {prompt} stands for what was asked for
-    answer: str = "Yes"  # the right one to `question`
-    reward_entry: str | None = None  # "module:function" of a reward model of your own (HPSv3 and the like)
-    ceiling: float = 6.0  # 3.2.5, for HPSv3; set it to where your reward's best pictures lie
-    reward_samples: int = Field(default=0, ge=0)  # pictures of a batch that are decoded and rewarded; 0: all
-    reward_cap: float = Field(default=0.3, gt=0)  # ours: longest the reward's gradient may be beside the one that holds the student
+    question: str | None = None  # answers: what is asked about samples without questions of their own; {prompt} stands for their prompt
+    answer: str = "Yes"  # the right answer to `question`
+    reward_entry: str | None = None  # "module:function" of a reward model of your own
+    ceiling: float = 6.0  # 3.2.5, for HPSv3; set it to what your reward gives its best pictures
+    reward_samples: int = Field(default=0, ge=0)  # pictures per batch that are decoded and rewarded; 0: all
+    reward_cap: float = Field(default=0.3, gt=0)  # ours: cap on the reward's gradient, relative to the one that holds the student
 
 
 HERE = VitImage(np.zeros((0, 0, 3), np.uint8))  # the drawn picture's place in a plan
 
 
 class RewardHead(nn.Module):
-    """Hidden states of the prompt's last token and of their mean, [B, 2 E] -> [B]."""
+    """[B, 2 E] -> [B]: a reward from the hidden state of the prompt's last token and the mean over the prompt's tokens."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -66,7 +66,8 @@ class RewardHead(nn.Module):
 
 
 def understand(base: Bagel, spec: PackSpec, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
-    """What the understanding branch makes of [input pictures | the picture | the prompt]: [B, 2 E]. Gradients pass to the pixels."""
+    """What the understanding branch makes of [input pictures | the picture | the prompt]: [B, 2 E], as RewardHead takes it. Gradients pass
+    to the pixels."""
     plans: list[Sample] = []
     for sample in samples:
         before, _, prompt = split_sample(sample)
@@ -85,13 +86,13 @@ def understand(base: Bagel, spec: PackSpec, pixels: Tensor, samples: Sequence[Sa
 
 
 def pack_with(base: Bagel, spec: PackSpec, pixels: Tensor, plans: Sequence[Sample]) -> PackedBatch:
-    """A batch of plans, one a row, in which HERE stands for a drawn picture: pixels [B, 3, H, W], one a plan. Gradients pass to them."""
+    """A batch of plans, one per row, in which HERE stands for the plan's drawn picture, of pixels [B, 3, H, W]. Gradients pass to them."""
     patches, _, (h, w) = vit_input(base, pixels)
     side = spec.vit_patch
-    blank = VitImage(np.zeros((h * side, w * side, 3), np.uint8))  # holds its place
+    blank = VitImage(np.zeros((h * side, w * side, 3), np.uint8))  # a placeholder of the same size
     plans = [[blank if item is HERE else item for item in plan] for plan in plans]
-    nothing = torch.Generator().manual_seed(0)  # pack draws noise for latents; here are none
-    batch = pack(plans, spec, encode=_no_latents, generator=nothing, device=base.device)
+    unused = torch.Generator().manual_seed(0)  # pack draws noise for latents, and there are none here
+    batch = pack(plans, spec, encode=_no_latents, generator=unused, device=base.device)
     own = [item is blank for plan in plans for item in plan if isinstance(item, VitImage)]
     place = torch.tensor(own, device=base.device).repeat_interleave(torch.tensor(batch.vit_lens, device=base.device)).nonzero().flatten()
     batch.vit_patches = batch.vit_patches.index_copy(0, place, patches.to(batch.vit_patches.dtype))
@@ -103,7 +104,7 @@ def _no_latents(pixels: Tensor) -> Tensor:
 
 
 class UnderstandingReward:
-    """r = head(understanding branch); the base stays frozen, the head was trained on preference pairs (stage "reward")."""
+    """r = head(understanding branch): a head trained on preference pairs (stage "reward") over the frozen base."""
 
     def __init__(self, base: Bagel, spec: PackSpec, head: RewardHead) -> None:
         self.base, self.spec, self.head = base, spec, head
@@ -113,18 +114,19 @@ class UnderstandingReward:
 
 
 class AnswerReward:
-    """r = mean log-probability of the right answers, when the base is asked about the picture. Nothing is trained; 0 is certainty.
+    """r = mean log-probability of the right answers when the base is asked about the picture; at most 0. Nothing is trained.
 
-    ours (after VQAScore, Lin et al. 2024, and TIFA, Hu et al. 2023). A sample may bring questions and answers behind its picture, as pairs
-    of texts; none sees another, since an answer in sight would give others away, and all share one reading of the picture. The others are
-    asked `question` with their {prompt} behind their input pictures and the drawn one, and `answer` is right.
+    ours (after VQAScore, Lin et al. 2024, and TIFA, Hu et al. 2023). Questions and answers may follow a sample's picture, as pairs of
+    texts. All share one reading of the picture, and no pair sees another, since one answer could give away the next. About any other
+    sample, `question` is asked with its {prompt} filled in, after its input pictures and the drawn one; the right answer is `answer`.
     """
 
     def __init__(self, base: Bagel, spec: PackSpec, tokenizer: Tokenizer, question: str | None = None, answer: str = "Yes") -> None:
         self.base, self.spec, self.tokenizer, self.question, self.answer = base, spec, tokenizer, question, answer
 
     def __call__(self, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:
-        """[B]. Raises InputError for a sample without questions if there is no general one."""
+        """The reward [B], differentiable with respect to the pixels. Raises InputError for a sample without questions if there is no
+        `question` for all."""
         plans = [self._plan(sample) for sample in samples]
         pictures = [sum(not isinstance(x, Text) for x in plan) for plan in plans]
         batch, together = apart(pack_with(self.base, self.spec, pixels, plans), pictures)
@@ -135,7 +137,7 @@ class AnswerReward:
         return ce.new_zeros(len(plans)).index_add(0, of, -ce) / questions
 
     def _plan(self, sample: Sample) -> Sample:
-        """The pictures of one sample, then what is asked of the drawn one: question, answer, question, answer, ..."""
+        """The pictures of one sample, then what is asked about the drawn one: question, answer, question, answer, ..."""
         if checks := checks_behind(sample):
             return [HERE, *(text for check in checks for text in check)]
         if self.question is None:
@@ -165,7 +167,8 @@ def open_reward(settings: RewardSettings, base: Bagel, spec: PackSpec, tokenizer
 def feedback(
     reward: Reward, settings: RewardSettings, decode: Callable[[Tensor], Tensor], x0: Tensor, samples: Sequence[Sample]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a reward says of latents x0 [B, N, C], a leaf that needs gradient: mean reward, `refl_loss`, and its gradient [B, N, C]."""
+    """What a reward makes of latents x0 [B, N, C] (a leaf that requires gradient): the mean reward, `refl_loss`, and the gradient of that
+    by x0 [B, N, C]."""
     rows = some(len(x0), settings.reward_samples)
     score = reward(decode(x0[rows]), samples[rows])
     loss = refl_loss(score, settings.ceiling)
@@ -173,10 +176,10 @@ def feedback(
 
 
 def apart(batch: PackedBatch, pictures: Sequence[int]) -> tuple[PackedBatch, Tensor]:
-    """Makes turns that stand behind one another in a row alternatives of each other, all behind the same pictures.
+    """Makes the successive turns of a row independent of each other, each as if it alone followed the row's pictures.
 
     pictures: how many splits each row begins with; a turn is two splits, a question and its answer. Returns the batch with positions that
-    begin anew with each turn, and a mask [B, 1, S, S] to be joined with the usual one: no turn sees another.
+    start again for each turn, and a mask [B, 1, S, S] to combine with the usual one, under which no turn sees another.
     """
     begin = torch.tensor(pictures, device=batch.split_id.device)[:, None]
     turn = (batch.split_id - begin).div(2, rounding_mode="floor").clamp_min(-1)  # [B, S]; -1: pictures, padding
@@ -191,7 +194,7 @@ def apart(batch: PackedBatch, pictures: Sequence[int]) -> tuple[PackedBatch, Ten
 
 
 def checks_behind(sample: Sample) -> list[tuple[Text, Text]]:
-    """(question, answer) pairs behind the picture to draw."""
+    """(question, answer) pairs that follow the picture to draw."""
     last = max(i for i, item in enumerate(sample) if isinstance(item, VaeImage) and item.loss)
     texts = [item for item in sample[last + 1 :] if isinstance(item, Text)]
     return list(zip(texts[::2], texts[1::2], strict=True))
@@ -222,9 +225,9 @@ def load_reward(folder: Path, base: Bagel, spec: PackSpec) -> UnderstandingRewar
 
 
 def foreign_reward(entry: str, folder: Path | None, device: torch.device, tokenizer: Tokenizer) -> Reward:
-    """A reward model of the user's own (HPSv3 and the like): `entry` is "module:function", called once as function(folder, device).
+    """A reward model of the user's own. `entry` is "module:function", which is called once as function(folder, device).
 
-    What it returns is called with pictures [B, 3, H, W] in [-1, 1] and B prompts and must be differentiable by the pictures.
+    The callable it returns gets pictures [B, 3, H, W] in [-1, 1] and B prompts and gives [B], differentiable with respect to the pictures.
     Raises InputError if it cannot be imported.
     """
     module, _, name = entry.partition(":")
@@ -242,12 +245,12 @@ def of_prompts(score: Callable[[Tensor, list[str]], Tensor], tokenizer: Tokenize
 
 
 def prompt_text(sample: Sample, tokenizer: Tokenizer) -> str:
-    """What the picture was asked for with, in words."""
+    """The prompt of the first picture to draw, in words."""
     return tokenizer.decode(list(prompt_of(sample).ids))
 
 
 def prompt_of(sample: Sample) -> Text:
-    """The text that asks for the first picture to draw."""
+    """The text that asks for the first picture to draw, as token ids."""
     before, _, at = split_sample(sample)
     prompt = before[at]
     assert isinstance(prompt, Text)

@@ -1,8 +1,8 @@
 """Weights, gradients, averages and optimiser states split over ranks with FSDP2, and their checkpoints (DCP, as safetensors).
 
-A unit of sharding is one linear layer or table. Adapters are what makes that the natural one: student, fake model, discriminator and base
-are different trees over the same layers, so a layer that is gathered when it is called is right in each of them. Layers below a size stay
-whole on every rank, since gathering a norm costs more than it saves; their gradients are averaged as in plain data parallel training.
+The unit of sharding is one linear layer or embedding table, because of the adapters: student, fake model, discriminator and base are
+different trees over the same layers, and a layer that is gathered when it is called is right in each of them. Layers below a size stay
+whole on every rank, since gathering a norm costs more than it saves; their gradients are averaged as in plain data-parallel training.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ _SHARDS = "shards"
 
 
 def shard_stage(stage: Stage, world: World, above: int) -> None:
-    """Split the players' and the frozen modules' layers of at least `above` values over all ranks; the players get new optimisers.
-
-    Call it on a stage that has not trained yet. Raises InputError for a stage or an optimiser that cannot be split.
+    """Split the players' and the frozen modules' layers of at least `above` values over all ranks. The players get new optimisers, so the
+    stage must not have trained yet. Raises InputError for a stage or an optimiser that cannot be split.
     """
     if not stage.can_shard:
         raise InputError(
@@ -38,7 +37,7 @@ def shard_stage(stage: Stage, world: World, above: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     modules = [*stage.frozen_modules, *(player.module for player in stage.players.values())]
-    # a linear layer's output is a view of its product; nothing here writes into one
+    # harmless here: nothing writes in place into a linear layer's output
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(next(modules[0].parameters()).device.type, (world.size,))
     for layer in {id(m): m for module in modules for m in module.modules() if _large(m, above)}.values():
@@ -53,7 +52,7 @@ def _large(module: nn.Module, above: int) -> bool:
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale gradients, whole or split, to a norm of at most `limit`; returns the norm that they had together."""
+    """Scale gradients, whole or split, to a joint norm of at most `limit`; returns the norm that they had."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     squares = torch.stack([torch.zeros(()), torch.zeros(())]).to(gradients[0].device)
     for gradient in gradients:
@@ -69,7 +68,7 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
 
 
 def player_tensors(name: str, player: Player) -> dict[str, Tensor]:
-    """All tensors of a player that a checkpoint keeps, live, whole or split: weights, averages, optimiser states."""
+    """The live tensors of a player that a checkpoint keeps, whole or split: weights, averages, optimiser states."""
     found = {f"{name}/weights/{key}": value.detach() for key, value in player.parameters.items()}
     if player.ema is not None:
         found |= {f"{name}/ema/{key}": value for key, value in player.ema.shadow.items()}
@@ -93,7 +92,7 @@ def save_shards(folder: Path, players: Mapping[str, Player]) -> None:
 def load_shards(folder: Path, players: Mapping[str, Player]) -> None:
     """Put a checkpoint of `save_shards` into the players; a collective. Raises InputError if its tensors do not fit."""
     sizes = _sizes(folder)
-    for name, player in players.items():  # an optimiser that has not moved yet has no states to read into
+    for name, player in players.items():  # an optimiser that has not moved yet has no states to read into: make them
         for key, parameter in player.parameters.items():
             stored = [path for path in sizes if re.fullmatch(re.escape(f"{name}/optimizer/{key}/") + r"\w+", path)]
             for path in stored:
@@ -110,7 +109,8 @@ def load_shards(folder: Path, players: Mapping[str, Player]) -> None:
 
 
 def whole_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Tensors of a sharded checkpoint below `prefix`, put together; any process can read them alone."""
+    """The tensors of a sharded checkpoint whose names begin with `prefix`, put together, by the rest of their names. Not a collective: one
+    process can read them alone."""
     found = {path: torch.empty(size) for path, size in _sizes(folder).items() if path.startswith(prefix)}
     _read(folder, found, alone=True)
     return {path.removeprefix(prefix): tensor for path, tensor in found.items()}
@@ -134,5 +134,5 @@ def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of a single process, which is what was asked for
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is what was asked for
         dcp.load(tensors, storage_reader=_reader(folder), no_dist=alone)

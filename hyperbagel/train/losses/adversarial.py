@@ -1,6 +1,6 @@
 """Hinge losses over the heads of a discriminator, and the approximate R1 penalty (3.2.2 and 3.2.4; DMDX's settings).
 
-Shape legend: B samples, M judgements of one head; a list holds one [B, M] tensor a head.
+Shape legend: B samples, M judgements of one head; lists hold one [B, M] tensor per head.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def hinge_generator(fake: Sequence[Tensor]) -> Tensor:
 
 
 def approximate_r1(clean: Sequence[Tensor], noised: Sequence[Tensor]) -> Tensor:
-    """Mean over heads of |D(x) - D(x + sigma n)|^2: R1's penalty on the slope at real data, without second derivatives.
+    """Mean over heads of |D(x) - D(x + sigma n)|^2: R1's penalty on the slope at real data without second derivatives.
 
-    For a linear D it is sigma^2 |grad D|^2 in expectation.
+    For a linear D its expectation is sigma^2 |grad D|^2.
     """
     return _mean([(c - n).square() for c, n in zip(clean, noised, strict=True)])
 
 
 def accuracy(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """Share of judgements on the right side; 0.5: cannot tell, 1: the generator learns nothing any more."""
+    """Share of judgements on the right side of 0: at 0.5 the discriminator cannot tell, at 1 the generator no longer learns from it."""
     return 0.5 * (_mean([(r > 0).float() for r in real]) + _mean([(f < 0).float() for f in fake]))

@@ -1,4 +1,4 @@
-"""Guidance distillation (Hyper-Bagel 3.2.1): one evaluation learns what two or three guided ones say.
+"""Guidance distillation (Hyper-Bagel 3.2.1): one evaluation learns to give what guidance combines from two or three.
 
 Shape legend: B samples, N latent tokens, C values of a token.
 """

@@ -2,13 +2,13 @@
 
 Shape legend: B samples, N latent tokens, C values of a token; times [B], after the shift, t = 1 is noise.
 
-The generator makes x0 from x_T. Real and fake model judge x_tau; which x_tau, and what the fake model learns on it, is the coupling:
+The generator makes x0 from x_T. The real and the fake model judge x_tau. The coupling is which x_tau, and what the fake model learns there:
 
-    paired       x_tau = lerp(x0, the SAME x_T)   literal 3.2.3. The fake model can know x0 exactly, the real one (trained on independent
-                                                  noise) cannot, so the student contracts: see `contraction`.
+    paired       x_tau = lerp(x0, the SAME x_T)   3.2.3 to the letter. The fake model can infer x0 exactly, the real one (trained on
+                                                  independent noise) cannot, so the student contracts: see `contraction`.
     independent  x_tau = lerp(x0, fresh n)        the usual DMD
-    reflowed     as paired, but the real model was trained on the teacher's own ODE pairs (x_T, x0), so it knows as much
-    tdm          x_tau re-noised from the state x_s at a segment's end: matches the marginals the sampler passes through
+    reflowed     as paired, but with a real model trained on the teacher's own ODE pairs (x_T, x0), so that it can infer as much
+    tdm          x_tau re-noised from the state x_s at a segment's end: matches the marginals that the sampler passes through
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COUPLINGS: tuple[Coupling, ...] = ("paired", "independent", "reflowed", "tdm")
 
 
 class Coupled(NamedTuple):
-    """x_tau and the velocity that a fake model learns there, [B, N, C]; weight [B, 1, 1] of its squared error."""
+    """x_tau and the velocity that the fake model learns there, [B, N, C]; weight [B, 1, 1] of its squared error."""
 
     x_tau: Tensor
     velocity: Tensor
@@ -33,9 +33,9 @@ class Coupled(NamedTuple):
 
 
 def couple(kind: Coupling, x0: Tensor, x_T: Tensor, x_s: Tensor, s: Tensor, tau: Tensor, noise: Tensor) -> Coupled:
-    """Couples a trajectory's tensors with noise at time tau. x0, x_T, x_s, noise [B, N, C]; s < tau, each [B].
+    """A trajectory coupled with noise at time tau. x0, x_T, x_s, noise [B, N, C]; s < tau, each [B].
 
-    x0: the trajectory's end or the generator's x0_hat; x_T: its start; x_s: its state at s, read by `tdm` alone.
+    x0: the trajectory's end, or the generator's x0_hat; x_T: its start; x_s: its state at s, used by `tdm` alone.
     """
     t = tau[:, None, None]
     if kind == "tdm":
@@ -48,9 +48,9 @@ def _renoised(x_s: Tensor, s: Tensor, tau: Tensor, n: Tensor) -> Coupled:
     """x_tau = a x_s + c n with a = (1 - tau) / (1 - s), c^2 = tau^2 - a^2 s^2: if x_s is a marginal of the path, so is x_tau.
 
     The score of x_tau is -E[n | x_tau] / c, and -E[e | x_tau] / tau for the path's own noise e. So the fake model learns e = tau n / c, as
-    the velocity v = (e - x_tau) / (1 - tau). That target scatters with variance (S / (1 - s)^2) (tau / c)^2 / D about its mean (unit
-    Gaussian data; S = (1 - s)^2 + s^2, D = (1 - tau)^2 + tau^2): far more than a plain one where s is near 1 or tau near s. The weight is
-    its inverse up to D, so that all levels count alike; at s = 0 it is 1 and this is the independent coupling.
+    the velocity v = (e - x_tau) / (1 - tau). Around its mean that target has variance (S / (1 - s)^2) (tau / c)^2 / D (unit Gaussian data;
+    S = (1 - s)^2 + s^2, D = (1 - tau)^2 + tau^2): far more than the usual target where s is near 1 or tau near s. The weight is the inverse
+    of that but for D, so that all levels count alike; at s = 0 it is 1, and this is the independent coupling.
     """
     a, c = renoise_factors(s, tau)
     x = a * x_s + c * n
@@ -85,10 +85,11 @@ def dmd_loss(x0_hat: Tensor, gradient: Tensor) -> Tensor:
 
 
 def contraction(times: Tensor, std: float = 1.0) -> Tensor:
-    """Where literal DMDO (`paired`) rests on a scalar Gaussian: the student's std over the teacher's, for times tau of equal weight.
+    """Where DMDO to the letter (`paired`) comes to rest on a scalar Gaussian: the student's std over the teacher's.
 
-    Teacher data N(0, std^2), student x0 = a x_T. At x_tau = ((1 - tau) a + tau) x_T the fake model knows x0_fake = a x_T; the real one,
-    trained on independent noise, says x0_real = (1 - tau) std^2 / D x_tau with D = (1 - tau)^2 std^2 + tau^2. So
+    times: levels tau, of equal weight. Teacher data N(0, std^2), student x0 = a x_T. At x_tau = ((1 - tau) a + tau) x_T the fake model
+    knows x0_fake = a x_T; the real one, trained on independent noise, gives x0_real = (1 - tau) std^2 / D x_tau with
+    D = (1 - tau)^2 std^2 + tau^2. So
 
         g / x_T = (a tau^2 - (1 - tau) tau std^2) / D,    E[g x_T] = 0  at  a = std^2 E[tau (1 - tau) / D] / E[tau^2 / D].
 

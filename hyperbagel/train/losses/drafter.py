@@ -1,4 +1,4 @@
-"""What drafters learn: to say what the target says, weighted by how far ahead. Pure functions.
+"""What drafters learn: the target's next-token distributions, weighted by how far ahead they draft. Pure functions.
 
 Shape legend: B rows, R entries of an answer, A anchors, K tokens of a block, N picked entries, V vocabulary.
 """
@@ -17,9 +17,9 @@ Metrics = dict[str, Tensor]
 
 
 def soft_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL(p || q), its part that does not depend on q) of rows [N, V] -> [N] each; their sum with a minus is the soft cross-entropy.
+    """(KL(p || q), entropy of p) for rows [N, V] -> [N] each; their sum is the soft cross-entropy -sum p log q.
 
-    Where the drafter cannot say a token (logit -inf), the target's distribution is taken over the rest.
+    p: the target's distribution, over the tokens that the drafter can say (its other logits are -inf). q: the drafter's.
     """
     can = torch.isfinite(logits)
     log_p = target.float().masked_fill(~can, float("-inf")).log_softmax(-1)
@@ -31,7 +31,7 @@ def soft_terms(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def total_variation(logits: Tensor, target: Tensor) -> Tensor:
-    """1/2 sum |p - q| of rows [..., V] -> [...]: the chance that a draft drawn from q is refused."""
+    """1/2 sum |p - q| for rows [..., V] -> [...]: the chance that a draft drawn from q is rejected."""
     return 0.5 * (logits.float().softmax(-1) - target.float().softmax(-1)).abs().sum(-1)
 
 
@@ -39,7 +39,7 @@ def unrolled_loss(outs: Sequence[Tensor], lesson: Lesson, *, ce_weight: float, d
     """Mean over the steps of training-time test, step j weighted decay^j: KL(p || q) + ce_weight * CE(argmax p).
 
     EAGLE-3 has ce_weight 0 and decay 0.8; its soft cross-entropy is KL plus a constant. Hyper-Bagel has ce_weight 0.1.
-    outs: logits [B, R, V] of each step. Metrics: `rate_k`, how often the k-th draft is the target's choice, given that those before were.
+    outs: logits [B, R, V] of each step. Metrics: `rate_k`, how often the k-th draft is the target's choice if all before it were.
     """
     total, weights = outs[0].new_zeros(()), 0.0
     right, metrics = None, {}
@@ -68,9 +68,10 @@ def unrolled_loss(outs: Sequence[Tensor], lesson: Lesson, *, ce_weight: float, d
 def block_loss(
     logits: Tensor, confidence: Tensor, anchors: Tensor, lesson: Lesson, *, ce_weight: float = 0.1, tv_weight: float = 0.9
 ) -> tuple[Tensor, Metrics]:
-    """0.1 CE + 0.9 total variation, token k weighted exp(-k / 4), plus the confidence head's cross-entropy against 1 - TV (DSpark).
+    """ce_weight * CE + tv_weight * total variation (DSpark: 0.1 and 0.9), token k weighted exp(-k / 4), plus the confidence head's
+    cross-entropy against 1 - TV, a target without gradient.
 
-    logits [B, A, K, V], confidence [B, A, K], anchors [B, A]. The confidence target carries no gradient.
+    logits [B, A, K, V], confidence [B, A, K], anchors [B, A]. Metrics: `tv`, its mean, and `rate_k` as in `unrolled_loss`.
     """
     b, a, k, v = logits.shape
     at = anchors[..., None] + torch.arange(k, device=anchors.device)  # [B, A, K]

@@ -1,6 +1,6 @@
 """BAGEL's objective: flow matching on noise tokens and cross-entropy on answer tokens.
 
-Path (rectified flow): x_t = (1 - t) x0 + t e, so the velocity that is learned is v = dx_t / dt = e - x0.
+Path (rectified flow): x_t = (1 - t) x0 + t e, so the velocity to learn is v = dx_t / dt = e - x0.
 Shape legend: Nmse noise tokens, C values of a latent token, Nce answer tokens.
 """
 
@@ -18,7 +18,7 @@ def flow_loss(squared: Tensor) -> Tensor:
 def answer_loss(ce: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean of the cross-entropies. ce, weights: [Nce], not empty.
 
-    With weights n^-1/2 (n: length of the answer) a long answer counts by the root of its length.
+    With weights n^-1/2 (n: length of the answer) an answer counts by the root of its length.
     """
     return (ce.float() * weights).sum() / weights.sum()
 
@@ -26,7 +26,7 @@ def answer_loss(ce: Tensor, weights: Tensor) -> Tensor:
 def mixed_objective(
     squared: Tensor, ce: Tensor, ce_weights: Tensor, *, mse_weight: float = 1.0, ce_weight: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """mse_weight * flow + ce_weight * answers, and both parts for the log; a part without tokens is left out.
+    """mse_weight * flow_loss + ce_weight * answer_loss, and both parts for the log; a part without tokens is left out.
 
     Raises:
         ValueError: a batch with neither noise nor answer tokens has nothing to learn.

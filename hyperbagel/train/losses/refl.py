@@ -1,4 +1,4 @@
-"""Reward feedback on the one-step picture (Hyper-Bagel 3.2.5) and the training of a reward on pairs.
+"""Reward feedback on the one-step picture (Hyper-Bagel 3.2.5), and the loss that trains a reward on preference pairs.
 
 Shape legend: B samples.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def refl_loss(reward: Tensor, ceiling: float = 6.0) -> Tensor:
-    """Mean of relu(ceiling - r), reward [B] (3.2.5: 6.0 for HPSv3). Pictures that reach the ceiling pull no more."""
+    """Mean of relu(ceiling - r), reward [B] (3.2.5: 6.0 for HPSv3). Pictures that have reached the ceiling no longer pull."""
     return torch.relu(ceiling - reward.float()).mean()
 
 
@@ -23,9 +23,9 @@ def preference_loss(better: Tensor, worse: Tensor) -> Tensor:
 def balanced_weight(holding: Tensor, reward: Tensor, cap: float = 0.3, *, by_row: bool = False) -> Tensor:
     """ours: the weight in [0, 1] under which the reward's gradient is at most `cap` times as long as the one that holds the student.
 
-    holding, reward: gradients of the two terms by the same tensor (x0_hat), [B, N, C]. A reward that outweighs the judges is exploited;
-    stop where the held-out reward peaks. by_row: a weight for each row, [B, 1, 1]; a reward's gradients are of very unlike lengths, and
-    under one weight the few longest leave the others nothing.
+    holding, reward: gradients of the two terms by the same tensor (x0_hat), [B, N, C]. A reward that outweighs what holds the student gets
+    exploited; stop where the held-out reward peaks. by_row: a weight for each row, [B, 1, 1]; the lengths of a reward's gradients vary
+    widely, and under a common weight the few longest would leave the others nothing.
     """
     over = (1, 2) if by_row else None
     limit, length = (torch.linalg.vector_norm(g.float(), dim=over, keepdim=by_row) for g in (holding, reward))

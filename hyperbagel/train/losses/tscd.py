@@ -24,15 +24,15 @@ class SegmentTimes(NamedTuple):
 
 
 def segment_times(u: Tensor, segments: int, step: float, shift: float, snap: float = 0.5) -> SegmentTimes:
-    """Times from uniform draws u [4, B] in [0, 1): segment, place in it, s, and whether s is the segment's end b_j.
+    """Times from uniform draws u [4, B] in [0, 1), which decide on the segment, t_n in it, s, and whether s is the segment's end b_j.
 
-    `step`: length of the teacher's step in unshifted time, cut at b_j. `snap`: share of draws with s = b_j.
-    ours: snap > 0. The sampler only ever jumps to b_j, so these are the jumps that count; the rest teach the way there.
+    step: length of the teacher's step in unshifted time, cut off at b_j. snap: share of draws with s = b_j.
+    ours: snap > 0. The sampler only ever jumps to b_j, so these are the jumps that count; the others teach the way there.
     """
     bounds = segment_bounds(segments).to(u)
     j = (u[0] * segments).long().clamp(max=segments - 1)
     low, high = bounds[j], bounds[j + 1]
-    t_n = high - (high - low) * u[1]  # in (low, high]: the segment's start, where the sampler stands, is included
+    t_n = high - (high - low) * u[1]  # in (low, high]: includes the segment's start, where the sampler stands
     t_m = torch.maximum(t_n - step, low)
     s = torch.where(u[3] < snap, low, low + (t_m - low) * u[2])
     return SegmentTimes(*(shift_time(t, shift) for t in (t_n, t_m, s)))
@@ -44,9 +44,9 @@ def jump(x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 
 def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
-    """Mean over samples of sqrt(|x - y|^2 / (N C) + c^2) - c: quadratic near 0, linear far off. y gets no gradient.
+    """Mean over samples of sqrt(|x - y|^2 / (N C) + c^2) - c: quadratic near 0, linear far from it. y gets no gradient.
 
-    ours: a small weight of it holds the student in place where the adversarial loss alone drifts (the paper has no such term).
+    ours (the paper has no such term): a small weight of it holds the student in place where the adversarial loss alone lets it drift.
     """
     square = (x.float() - y.detach().float()).square().flatten(1).mean(1)
     return (square / (torch.sqrt(square + c * c) + c)).mean()  # = sqrt(..) - c, without its cancellation

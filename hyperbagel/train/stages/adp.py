@@ -1,7 +1,7 @@
 """Adversarial distillation on ODE pairs (Hyper-Bagel 3.2.4): from six evaluations to one.
 
-The 6-NFE student makes pairs (x_T, x_0). The generator sees x_t between them and predicts x0_hat; discriminators in latent and in pixel
-space judge it against x_0.
+The 6-NFE student makes pairs (x_T, x_0). The generator sees an x_t between them and predicts x0_hat, which discriminators in latent and in
+pixel space judge against x_0.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Recipe(DistillRecipe):
     teacher: Path | None = None  # makes the pairs with its own sampler; None: `init`
     latent_weight: float = Field(default=0.85, ge=0)  # 3.2.4, DMDX's
     pixel_weight: float = Field(default=0.15, ge=0)
-    huber_weight: float = Field(default=0.25, ge=0)  # ours: the pair is known, so a little of it holds the student; 0 is the paper's
+    huber_weight: float = Field(default=0.25, ge=0)  # ours: the pair is known, so a little regression holds the student; the paper has 0
     huber_c: float = Field(default=0.03, gt=0)
-    full_noise: float = Field(default=0.5, ge=0, le=1)  # ours: share of generator times that are exactly 1, where one step starts
+    full_noise: float = Field(default=0.5, ge=0, le=1)  # ours: share of the generator's times that are exactly 1, where one step starts
     r1_weight: float = Field(default=1.0, ge=0)
     r1_sigma: float = Field(default=0.05, gt=0)
     latent_heads: int = Field(default=4, ge=1)
     pixel_heads: int = Field(default=2, ge=1)
-    pixel_samples: int = Field(default=0, ge=0)  # ours: pictures of a batch that are decoded and judged in pixels; 0: all
+    pixel_samples: int = Field(default=0, ge=0)  # ours: pictures per batch that are decoded and judged in pixels; 0: all
     discriminator_optim: OptimConfig = OptimConfig(lr=2e-4, betas=(0.0, 0.95), warmup_steps=50, schedule="constant")
 
 
@@ -71,11 +71,11 @@ def cubic_time(u: Tensor) -> Tensor:
 class AdpStage(DistillStage):
     """Players "discriminator" and "student", in turns."""
 
-    needs_pictures = False  # the real pictures are the 6-NFE student's
+    recipe: Recipe
+    needs_pictures = False  # what the judges take as real is the 6-NFE student's
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        self.own = recipe
         folder = required(recipe.teacher or recipe.init, "init", "the 6-NFE student of stage dmdo")
         teacher = self.freeze(self.load(folder))
         self.teacher, self.teacher_sampler = teacher.network(self.base), teacher.sampler
@@ -95,7 +95,7 @@ class AdpStage(DistillStage):
         times = time_grid(self.teacher_sampler.nfe, self.teacher_sampler.shift)
         x_0 = euler(x_T, self.as_velocity(self.teacher, conditions, scales), times)
         t = cubic_time(self.uniform(rng, n))
-        t = torch.where(self.uniform(rng, n) < self.own.full_noise, torch.ones_like(t), t)
+        t = torch.where(self.uniform(rng, n) < self.recipe.full_noise, torch.ones_like(t), t)
         tau = 0.98 * self.uniform(rng, n)  # 3.2.4: uniform
         return Prepared(conditions, scales, x_T, x_0, t, tau, self.noise(conditions, rng), self.noise(conditions, rng))
 
@@ -110,11 +110,11 @@ class AdpStage(DistillStage):
         return self.judges.latent(batch.conditions, batch.scales, noised, batch.tau)
 
     def in_pixels(self, batch: Prepared, x0: Tensor) -> list[Tensor]:
-        return self.judges.pixel(self.base, self.decode(x0[some(len(x0), self.own.pixel_samples)], batch.conditions))
+        return self.judges.pixel(self.base, self.decode(x0[some(len(x0), self.recipe.pixel_samples)], batch.conditions))
 
     def judged(self, batch: Prepared, x0_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The generator's loss on its prediction, and metrics."""
-        r, name = self.own, batch.conditions.source
+        """The generator's loss for its prediction, and metrics."""
+        r, name = self.recipe, batch.conditions.source
         values = {where: hinge_generator(judge(batch, x0_hat)) for where, _, judge in self.judging}
         values["huber"] = pseudo_huber(x0_hat, batch.x_0, r.huber_c)
         loss = r.huber_weight * values["huber"] + sum(weight * values[where] for where, weight, _ in self.judging)
@@ -123,7 +123,7 @@ class AdpStage(DistillStage):
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if player == "student":
             return self.judged(batch, self.predict(batch))
-        r, name = self.own, batch.conditions.source
+        r, name = self.recipe, batch.conditions.source
         with torch.no_grad():
             fake = self.predict(batch)
         total = torch.zeros((), device=fake.device)

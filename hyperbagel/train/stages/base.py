@@ -1,6 +1,6 @@
-"""Trains BAGEL itself: pictures from captions, edits, answers, in one sequence model. Every later stage starts from it.
+"""Trains BAGEL itself: pictures from captions, edits and answers, in one sequence model. Every later stage starts from it.
 
-The same file trains the embedded model from nothing and goes on from a BAGEL checkpoint with own data.
+The same code trains the embedded model from scratch and trains a BAGEL checkpoint further on data of one's own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ENDS = ("language_model.lm_head", "vae2llm", "llm2vae", "time_embedder", "conne
 
 
 class Shape(Config):
-    """A new model's shape; unknown keys are refused here, although checkpoint files may carry them. The VAE's comes from its own folder."""
+    """A new model's shape. Unknown keys, which checkpoint files may have, are refused here. The VAE's shape comes from its own folder."""
 
     llm: LLMConfig = LLMConfig()
     vit: ViTConfig = ViTConfig()
@@ -56,13 +56,13 @@ class Shape(Config):
 class Recipe(TrainRecipe):
     """Settings of the stage "base"."""
 
-    init: Path | None = None  # a BAGEL folder to go on from; None: a new model of `shape`
+    init: Path | None = None  # a BAGEL folder to start from; None: a new model of `shape`
     shape: Shape = Shape()
-    vae: Path | None = None  # folder of ae.safetensors; None: the one of `init`
-    vit: Path | None = None  # folder of a pretrained vision encoder (stage vit) to begin with; None: the one of `init`, else a new one
-    tokenizer: Path | None = None  # folder of tokenizer.json; None: the one of `init`, else the embedded model's
-    frozen: tuple[str, ...] = ()  # parameters whose names begin so are not trained
-    freeze_understanding: bool = False  # train drawing alone: answers stay bit for bit, and drafters stay right
+    vae: Path | None = None  # folder with ae.safetensors; None: that of `init`
+    vit: Path | None = None  # folder of a pretrained vision encoder (stage vit) to start with; None: that of `init`, else a new one
+    tokenizer: Path | None = None  # folder with tokenizer.json; None: that of `init`, else the embedded model's
+    frozen: tuple[str, ...] = ()  # parameters whose names begin with one of these are not trained
+    freeze_understanding: bool = False  # train drawing alone: answers stay the same bit for bit, so drafters stay valid
     data: RowsConfig
     held_out: RowsConfig | None = None  # what is measured; its mixture is not used
     held_out_batches: int = Field(default=2, ge=1)  # of each held-out source
@@ -70,9 +70,9 @@ class Recipe(TrainRecipe):
     mse_weight: float = Field(default=1.0, ge=0)
     ce_weight: float = Field(default=1.0, ge=0)
     align: Alignment | None = None
-    shrink: float = Field(default=1.0, gt=0)  # what the understanding layers write is divided by it at the start, see model.init
-    recompute: bool = False  # keep one tensor a layer and run layers again for their gradients: more time, far less memory
-    compile: bool = False  # decoder layers through inductor: twice as fast on a CPU with bf16 units, a minute to begin with
+    shrink: float = Field(default=1.0, gt=0)  # at the start, what the understanding layers write is divided by it: see model.init
+    recompute: bool = False  # keep one tensor per layer and rerun layers for their gradients: more time, far less memory
+    compile: bool = False  # decoder layers through inductor: twice as fast on a CPU with bf16 units, after a minute of compiling
     export_dtype: str = Field(default="bfloat16", pattern="^(bfloat16|float32)$")
     optim: OptimConfig = OptimConfig(lr=1e-3, ema_decay=0.999)
 
@@ -86,7 +86,7 @@ class BaseStage(Stage):
         if source is None:
             raise InputError("vae: got no folder, expected one with ae.safetensors, set vae=FOLDER or init=FOLDER")
         self.vae = load_vae(source, device)
-        self.vae_dtype = stored_dtype(source, "ae") if recipe.vae is None else None  # what came with `init` keeps every value
+        self.vae_dtype = stored_dtype(source, "ae") if recipe.vae is None else None  # of `init`: exported as it is stored
         self.tokenizer_folder = recipe.tokenizer or recipe.init or Path(__file__).parents[2] / "assets" / "toybox"
         tokenizer = Tokenizer.from_folder(self.tokenizer_folder)
         self.model = self._model()
@@ -96,24 +96,17 @@ class BaseStage(Stage):
                 "own, or raise shape.llm.vocab_size"
             )
         if recipe.vit is not None:
-            self._take_eye(recipe.vit)
+            self._take_vit(recipe.vit)
         if recipe.shrink != 1:
             shrink_writes(self.model, recipe.shrink)
-        names = [name for name, _ in self.model.named_parameters()]
-        if strange := [prefix for prefix in recipe.frozen if not any(name.startswith(prefix) for name in names)]:
-            raise InputError(f"frozen: got {strange[0]!r}, which begins no parameter's name, expected one such as vit_model, correct it")
-        for name, parameter in self.model.named_parameters():
-            if name.startswith(recipe.frozen) or (recipe.freeze_understanding and not generates(name)):
-                parameter.requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise InputError(f"frozen: got {', '.join(recipe.frozen)}, which covers the whole model, expected something left to train")
+        self._freeze()
         if recipe.init is not None and stored_dtype(recipe.init) == pick_precision(recipe.precision, device) == torch.bfloat16:
             hold_in_bf16(self.model)
         self.aligner = Aligner(recipe.align, self.model, device) if recipe.align else None
-        # Muon is for the matrices inside: what reads or writes tokens, patches, latents and times goes with Adam
+        # Muon is for the inner matrices: layers that read or write tokens, patches, latents and times are left to Adam
         both = nn.ModuleDict({"model": self.model, "projector": self.aligner.projector}) if self.aligner else self.model
         ends = (*(f"model.{end}" for end in _ENDS), "projector") if self.aligner else _ENDS
-        fresh = recipe.init is None or recipe.shrink != 1 or recipe.vit is not None  # what it begins with is not worth remembering
+        fresh = recipe.init is None or recipe.shrink != 1 or recipe.vit is not None  # then the average should forget the start
         self.players = {"model": Player.of(both, recipe.optim, ends, ramp=fresh)}
         self.model.language_model.model.recompute = recipe.recompute
         if recipe.compile:
@@ -127,7 +120,7 @@ class BaseStage(Stage):
             self.measured += [batches.next(Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_batches)]
             batches.close()
         self.best_metric = "score" if self.measured else None
-        self.measures_start = bool(self.measured) and recipe.init is not None  # what comes in is the first candidate: see train.gate
+        self.measures_start = bool(self.measured) and recipe.init is not None  # `init` is the first candidate: see train.gate
 
     def _batches(self, data: RowsConfig, seed: int, world: World | None = None, see: Encode | None = None) -> Batches:
         return Batches(
@@ -149,8 +142,20 @@ class BaseStage(Stage):
         config = BagelConfig(llm=r.shape.llm, vit=r.shape.vit, options=r.shape.options, vae=self.vae.config)
         return fresh_bagel(config, torch.Generator().manual_seed(r.seed)).to(self.device)
 
-    def _take_eye(self, folder: Path) -> None:
-        """Put a pretrained vision encoder in place of the model's."""
+    def _freeze(self) -> None:
+        """Apply `frozen` and `freeze_understanding`. Raises InputError for a prefix without parameters, or if nothing is left to train."""
+        recipe = self.recipe
+        names = [name for name, _ in self.model.named_parameters()]
+        if strange := [prefix for prefix in recipe.frozen if not any(name.startswith(prefix) for name in names)]:
+            raise InputError(f"frozen: got {strange[0]!r}, which no parameter's name begins with, expected a prefix such as vit_model")
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(recipe.frozen) or (recipe.freeze_understanding and not generates(name)):
+                parameter.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise InputError(f"frozen: got {', '.join(recipe.frozen)}, which covers the whole model, expected something left to train")
+
+    def _take_vit(self, folder: Path) -> None:
+        """Replace the model's vision encoder by a pretrained one. Raises InputError if its shape differs."""
         vit = load_vit(folder, self.device)
         new, own = vit.config, self.model.config.vit
         if new != own:
@@ -172,8 +177,8 @@ class BaseStage(Stage):
         return loss, {f"{batch.source}_{name}": value for name, value in parts.items()}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out losses of each source with the averaged weights; the flow's also by quarters of t (0: clean, 3: noise). `score`: minus
-        the flow's mean over sources and the answers', weighted as in training."""
+        """Each source's held-out losses with the averaged weights; the flow loss also by quarters of t (0: clean, 3: noise). `score`: minus
+        the weighted sum, as in training, of the mean flow loss and the mean answer loss over sources."""
         found: dict[str, list[float]] = {}
         with self.players["model"].averaged(), uncompiled():
             for batch in self.measured:
@@ -204,8 +209,8 @@ class BaseStage(Stage):
         self.batches.load_state(state)
 
     def finish(self, out: Path) -> None:
-        """export/: a whole model folder in BAGEL's layout, averaged weights: of the best checkpoint, or, where nothing was measured, the
-        last."""
+        """export/: a whole model folder in BAGEL's layout, with the averaged weights of the best checkpoint or, if nothing was measured, of
+        the last step."""
         player, best = self.players["model"], best_checkpoint(out / "checkpoints")
         with player.averaged(), torch.no_grad():
             for name, value in averaged_tensors(best, "model").items() if best else ():
@@ -218,8 +223,8 @@ class BaseStage(Stage):
 
 
 def hold_in_bf16(model: nn.Module) -> None:
-    """Linear layers of which nothing is trained, half as large: autocast multiplies in bf16 anyway, and weights that came in bf16 lose
-    nothing. Norms and tables stay in fp32, as the streams between the layers do."""
+    """Halve the memory of linear layers that are not trained: autocast multiplies in bf16 anyway, and weights that came in bf16 lose
+    nothing. Norms and tables stay in fp32, as do the streams between layers."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and not any(parameter.requires_grad for parameter in layer.parameters()):
             layer.to(torch.bfloat16)

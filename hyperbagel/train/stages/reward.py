@@ -1,8 +1,8 @@
 """Trains a reward for stage refl on preference pairs: a small head over the base's frozen understanding branch.
 
 ours (the paper takes HPSv3 as it is). The better picture of a pair is the true one. The worse one is the sample's second picture to draw,
-if it has one (people's second choice, or the embedded world's `near_misses`), another sample's (where a batch is one sample: the same one,
-asked for in the words of the batch before), the unchanged source of an edit, or the true one with noise in its latent. No detector has a
+if it has one (people's second choice, or the embedded world's `near_misses`); another sample's picture (or, if a batch is one sample, the
+true one under the previous batch's prompt); the unchanged source of an edit; or the true one with noise in its latents. No detector has a
 say, so the reward cannot be tuned to the score that is reported.
 """
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from hyperbagel.data.loader import Loader
 from hyperbagel.data.mixture import DataConfig
 from hyperbagel.data.plan import Sample, Text, VaeImage
 from hyperbagel.data.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ class Recipe(TrainRecipe):
     held_out: DataConfig | None = None
     held_out_groups: int = Field(default=4, ge=1)
     noise: float = Field(default=0.5, gt=0)  # largest share of noise in a damaged latent
-    second: float = Field(default=0.6, ge=0, le=1)  # of samples with a second picture to draw: share where that is the worse one
+    second: float = Field(default=0.6, ge=0, le=1)  # among samples with a second picture to draw: share where that is the worse one
     optim: OptimConfig = OptimConfig(lr=1e-3, warmup_steps=20, schedule="cosine")
 
 
@@ -79,21 +80,21 @@ class RewardStage(Stage):
                 self.measured += [self._pairs(loader, Draws.at(HELD_OUT_SEED, i), words) for i in range(recipe.held_out_groups)]
                 loader.close()
 
-    def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Any:
+    def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Loader:
         return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world, as_served=True)
 
     def batch(self, step: int, rng: Draws) -> Pairs:
         return self._pairs(self.loader, rng, self.words)
 
     @torch.no_grad()
-    def _pairs(self, loader: Any, rng: Draws, words: dict[str, Text]) -> Pairs:
-        """The next pairs. words: see `self.words`; read and written."""
+    def _pairs(self, loader: Loader, rng: Draws, words: dict[str, Text]) -> Pairs:
+        """The next group as pairs. words: see `self.words`; read and updated."""
         group = loader.next_group()
         parts = [split_sample(sample) for sample in group.samples]
         better = torch.stack([to_tensor(target.pixels) for _, target, _ in parts]).to(self.device)
         sources = [[item for item in before if isinstance(item, VaeImage)] for before, _, _ in parts]
         damaged = damage(better, self.vae, self.recipe.noise, rng, self.device)
-        worse, asked = damaged.clone(), list(group.samples)  # and for what the worse one is taken
+        worse, asked = damaged.clone(), list(group.samples)  # for the worse one, and the samples that it is shown for
         for i, given in enumerate(sources):
             kind, target = rng.python.random(), parts[i][1].pixels
             second = second_picture(group.samples[i], target)
@@ -115,7 +116,7 @@ class RewardStage(Stage):
         return loss, {f"{batch.source}_accuracy": (better > worse).float().mean()}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Share of held-out pairs in the right order, and where good pictures lie (a ceiling for stage refl)."""
+        """Share of held-out pairs in the right order, and the mean reward of better (a ceiling for stage refl) and of worse pictures."""
         if not self.measured:
             return {}
         better = torch.cat([self.head(pairs.better) for pairs in self.measured])
@@ -130,7 +131,7 @@ class RewardStage(Stage):
         self.words = {source: Text(ids, enable_cfg=True) for source, ids in state.get("words", {}).items()}
 
     def finish(self, out: Path) -> None:
-        """export/: the head of the best checkpoint, for stage refl; without held-out pairs, of the last step."""
+        """export/: the head of the best checkpoint or, without held-out pairs, of the last step; for stage refl."""
         if best := best_checkpoint(out / "checkpoints"):
             self.head.load_state_dict(averaged_tensors(best, "reward"))
         save_reward(out / "export", self.head, self.base, self.evaluate(0))
@@ -140,14 +141,14 @@ class RewardStage(Stage):
 
 
 def with_prompt(sample: Sample, prompt: Text) -> Sample:
-    """The sample with another prompt of its first picture to draw."""
+    """The sample with another prompt for its first picture to draw."""
     at = split_sample(sample)[2]
     return [*sample[:at], prompt, *sample[at + 1 :]]
 
 
 def second_picture(sample: Sample, first: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-    """The last picture that the same words ask for, if it is another than the first and of its size. What a next instruction makes of the
-    first one, in a chain of edits, is no worse."""
+    """The last picture to draw for the same prompt, if it differs from the first and has its size. What a further instruction in a chain of
+    edits makes of the first picture does not count: it is no worse."""
     drawn: list[NDArray[np.uint8]] = []
     for item in sample:
         if drawn and not (isinstance(item, VaeImage) and item.loss):
@@ -159,7 +160,7 @@ def second_picture(sample: Sample, first: NDArray[np.uint8]) -> NDArray[np.uint8
 
 
 def damage(pixels: Tensor, vae: AutoEncoder, most: float, rng: Draws, device: torch.device) -> Tensor:
-    """Pictures [B, 3, H, W] with up to `most` noise in their latents: what a bad student draws."""
+    """Pictures [B, 3, H, W] after noise was mixed into their latents, at most a share `most`: as a bad student draws them."""
     z = posterior_encoder(vae, rng.torch, device)(pixels)
     share = most * (0.2 + 0.8 * torch.rand(len(pixels), 1, 1, 1, generator=rng.torch)).to(device)
     noise = torch.randn(z.shape, generator=rng.torch).to(device)

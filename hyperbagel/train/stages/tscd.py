@@ -41,7 +41,7 @@ class Prepared:
     scales: Scales
     x_tn: Tensor  # [B, N, C]
     times: SegmentTimes
-    target: Tensor  # [B, N, C]: where the averaged student, from the teacher's x_tm, lands at s
+    target: Tensor  # [B, N, C]: where the averaged student lands at s from the teacher's x_tm
     tau: Tensor  # [B]: noise level at which both ends are judged
     noise: Tensor  # [B, N, C], the same for both
     r1_noise: Tensor
@@ -50,9 +50,10 @@ class Prepared:
 class TscdStage(DistillStage):
     """Players "discriminator" and "student", in turns."""
 
+    recipe: Recipe
+
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__(recipe, device)
-        self.own = recipe
         self.teacher = self.frozen(required(recipe.teacher or recipe.init, "init", "the student of stage cfg"))
         self.judge = LatentDiscriminator(self.base, self.student, recipe.discriminator_heads).to(device)
         self.players["discriminator"] = Player.of(self.judge, recipe.discriminator_optim)
@@ -61,7 +62,7 @@ class TscdStage(DistillStage):
         return ("discriminator", "student")[step % 2]
 
     def prepare(self, step: int, rng: Draws) -> Prepared:
-        r, conditions = self.own, self.conditions(rng)
+        r, conditions = self.recipe, self.conditions(rng)
         scales, e, n = self.scales(conditions, rng), self.noise(conditions, rng), len(conditions)
         times = segment_times(self.uniform(rng, 4, n), r.segments, r.teacher_step, r.shift, r.snap)
         x_tn = interpolate(conditions.x0, e, times.t_n[:, None, None])
@@ -72,12 +73,13 @@ class TscdStage(DistillStage):
         return Prepared(conditions, scales, x_tn, times, target, tau, self.noise(conditions, rng), self.noise(conditions, rng))
 
     def judged(self, batch: Prepared, x_s: Tensor) -> list[Tensor]:
-        """ours: both ends are re-noised to one tau, so that the judge never sees a noise level that the teacher did not."""
+        """Judgements of x_s [B, N, C]. ours: both ends are re-noised to one tau, so that the judge only sees noise levels that the teacher
+        has seen."""
         a, c = renoise_factors(batch.times.s[:, None, None], batch.tau[:, None, None])
         return self.judge(batch.conditions, batch.scales, a * x_s + c * batch.noise, batch.tau)
 
     def loss(self, player: str, batch: Prepared, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        r, name = self.own, batch.conditions.source
+        r, name = self.recipe, batch.conditions.source
         with torch.set_grad_enabled(player == "student"):
             v = student_velocity(self.network, batch.conditions, batch.scales, batch.x_tn, batch.times.t_n)
             fake = jump(batch.x_tn, v, batch.times.t_n, batch.times.s)

@@ -1,4 +1,4 @@
-"""Trains the autoencoder on toybox pictures drawn while it trains. The first stage: every later one works on its latents.
+"""Trains the autoencoder on toybox pictures that are drawn during training. The first stage: every later one works on its latents.
 
 Shape legend: B pictures, R x R pixels, Z latent channels, h = R / downsample.
 """
@@ -31,7 +31,7 @@ from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRec
 
 
 class Architecture(Config):
-    """The FLUX autoencoder's shape; scale and shift are measured at the end."""
+    """Sizes of an autoencoder of FLUX's kind; scale and shift of its latents are measured at the end."""
 
     downsample: int = 8
     ch: int = 16
@@ -51,11 +51,11 @@ class Recipe(TrainRecipe):
     crowded: float = Field(default=0.6, ge=0, le=1)  # share of training scenes with four things: more to learn in each picture
     kl_weight: float = Field(default=1e-4, ge=0)  # per latent element, against losses per colour value
     latent_noise: float = Field(default=0.0, ge=0)  # standard deviation, in units of the batch's own latent deviation
-    finest_from_step: int = Field(default=0, ge=0)  # before, the residual blocks at full resolution sleep: they cost most, add least
+    finest_from_step: int = Field(default=0, ge=0)  # until then the residual blocks at full resolution sleep: they cost most and add least
     held_out: int = Field(default=128, ge=1)  # pictures measured
     architecture: Architecture = Architecture()
-    init: Path | None = None  # folder with ae.safetensors and vae_config.json to start from; `architecture` must be its own
-    freeze_encoder: bool = False  # train the decoder alone: latents stay what later stages have learned
+    init: Path | None = None  # folder with ae.safetensors and vae_config.json to start from; `architecture` must match it
+    freeze_encoder: bool = False  # train the decoder alone: latents stay the ones that later stages have learned
     optim: OptimConfig = OptimConfig(kind="muon", lr=0.02, ema_decay=0.998)
 
     @model_validator(mode="after")
@@ -79,8 +79,11 @@ def to_signed(pictures: np.ndarray) -> Tensor:
 
 
 def initialise(model: AutoEncoder) -> None:
-    """Start as a linear autoencoder that keeps the scale of its signal: residual branches add nothing, the main path neither shrinks nor
-    grows. ours: PyTorch's own start shrinks the main path threefold at each convolution and takes two to three times the steps to 17 dB."""
+    """Initialise as a linear autoencoder that keeps its signal's scale: residual branches add nothing, and the main path neither shrinks
+    nor grows it.
+
+    ours: PyTorch's own initialisation shrinks the main path threefold at each convolution; 17 dB then take two to three times the steps.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(_of(module.bias))
@@ -101,16 +104,16 @@ def initialise(model: AutoEncoder) -> None:
 
 
 def finest_blocks(model: AutoEncoder) -> list[ResBlock]:
-    """The residual blocks at the pictures' own resolution, of encoder and decoder."""
+    """The residual blocks of encoder and decoder that work at the pictures' own resolution."""
     return [m for level in (model.encoder.down[0], model.decoder.up[0]) for m in level.modules() if isinstance(m, ResBlock)]
 
 
 def set_asleep(block: ResBlock, asleep: bool) -> None:
-    """Asleep, a block computes its shortcut only. After `initialise` that is what it computes anyway, at a fraction of the time."""
+    """Asleep, a block computes its shortcut alone: what it computes anyway after `initialise`, in a fraction of the time."""
     block.__dict__.pop("forward", None)
     if asleep:
         shortcut = block.nin_shortcut
-        # in the instance's own dictionary it hides the class's method and is no submodule
+        # put straight into the instance's dictionary, it hides the class's method without being registered as a submodule
         block.__dict__["forward"] = (lambda x: x) if shortcut is None else shortcut.forward
 
 
@@ -178,12 +181,12 @@ class VaeStage(Stage):
         return pictures.to(self.device), eps.to(self.device)
 
     def _pictures(self, seed: int, step: int) -> np.ndarray:
-        """With workers, the pictures of the next steps are ordered now; the seeds are those that `batch` will draw."""
+        """The pictures of `seed`. With workers, those of the next steps are ordered as well, by the seeds that `batch` will draw."""
         r = self.recipe
         if self.pool is None:
             return draw_pictures(seed, r.batch_size, r.resolution, r.variety, r.crowded)
         wanted = [seed]
-        own = range(self.rank * r.accumulate, (self.rank + 1) * r.accumulate)  # this rank's micro-batches of a step: see train.loop
+        own = range(self.rank * r.accumulate, (self.rank + 1) * r.accumulate)  # this rank's micro-batches: see train.loop
         for future_step in range(step + 1, step + 1 + 2 * r.workers):
             wanted += [Draws.at(r.seed, future_step, micro).python.getrandbits(62) for micro in own]
         for key in wanted:
@@ -204,11 +207,11 @@ class VaeStage(Stage):
         error = self.model.decode_raw(z).float() - pictures
         l1, mse, kl = error.abs().mean(), error.square().mean(), kl_to_normal(mean, logvar).mean()
         loss = l1 + mse + self.recipe.kl_weight * kl
-        # PSNR in the [0, 1] scale of pictures: a quarter of the squared error in [-1, 1]
+        # PSNR for values in [0, 1]: there the squared error is a quarter of that in [-1, 1]
         return loss, {"l1": l1, "mse": mse, "kl": kl, "psnr": -10 * torch.log10(mse.detach() / 4)}
 
     def _reconstruct(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoded pictures and raw latents, sampled as in use, with the averaged weights."""
+        """Decoded pictures and raw latents with the averaged weights, the latents sampled as they are in use."""
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
         shown, latents = [], []
         with self.players["vae"].averaged():
@@ -220,7 +223,7 @@ class VaeStage(Stage):
         return torch.cat(shown), torch.cat(latents)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Mean and 5th percentile of the PSNR of held-out pictures, dB."""
+        """Mean and 5th percentile of the held-out pictures' PSNR in dB, and the standard deviation of their raw latents."""
         shown, latents = self._reconstruct(self.held_out)
         values = psnr(to_uint8(shown), to_uint8(self.held_out))
         return {"psnr": values.mean().item(), "psnr_p5": values.quantile(0.05).item(), "latent_std": latents.std().item()}
@@ -231,9 +234,9 @@ class VaeStage(Stage):
         write_sheet(out / f"step-{step:08d}.png", [self.held_out[:12], shown])
 
     def finish(self, out: Path) -> None:
-        """export/ae.safetensors and vae_config.json, scale and shift measured so that latents have mean 0 and deviation 1."""
+        """export/: ae.safetensors and vae_config.json, with a measured scale and shift under which latents have mean 0 and deviation 1."""
         r, config = self.recipe, self.model.config
-        if not r.freeze_encoder:  # else the latents are the old ones, and so are scale and shift
+        if not r.freeze_encoder:  # else latents, scale and shift are the old ones
             pictures = draw_pictures(HELD_OUT_SEED + 1, 512, r.resolution, r.variety)
             _, latents = self._reconstruct(to_signed(pictures).to(self.device))
             config = config.model_copy(update={"scale_factor": 1 / latents.std().item(), "shift_factor": latents.mean().item()})

@@ -1,9 +1,10 @@
-"""Pretrains the vision encoder on drawn pictures: each patch must tell what stands there. BAGEL begins with a trained SigLIP.
+"""Pretrains the vision encoder on drawn pictures: each patch must tell what stands there. BAGEL itself starts from a trained SigLIP.
 
-ours: a base trained from nothing learns to see through its answers alone, and one answer says little about a picture; a dense target says
-everything about it, at the cost of the encoder alone (no language model runs). Only combinations of the training split are drawn.
+ours: a base trained from scratch learns to see from its answers alone, and one answer says little about a picture. A dense target says
+everything about it and costs only the encoder (no language model runs). Only combinations of the training split are drawn.
 
-Shape legend: B pictures, N = h x h patches of one, V width of the encoder, G = 16 cells a side of the targets, K values of one attribute.
+Shape legend: B pictures, N = h x h patches of one, P values of a patch, V width of the encoder, G = 16 cells per side of the targets,
+K values of one attribute.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Recipe(TrainRecipe):
     """Settings of the stage "vit"."""
 
     vit: ViTConfig = ViTConfig()
-    init: Path | None = None  # folder with vit.safetensors to go on from; its shape wins
-    per_side: int = Field(default=16, ge=1)  # positions a side of the base's table: its vit_max_num_patch_per_side
+    init: Path | None = None  # folder with vit.safetensors to start from; overrides `vit`
+    per_side: int = Field(default=16, ge=1)  # positions per side of the base's table: its vit_max_num_patch_per_side
     resolution: int = Field(default=64, ge=16)
     batch_size: int = Field(default=64, ge=1)
     variety: float = Field(default=0.06, ge=0, le=0.5)  # how often materials, styles and tones vary
@@ -63,18 +64,18 @@ class Recipe(TrainRecipe):
 
 
 class Eye(nn.Module):
-    """The encoder and two linear heads that are thrown away afterwards: what each patch shows, and what the whole picture is like."""
+    """The encoder and two linear heads, which are discarded after training: what each patch shows, and how the whole picture looks."""
 
     def __init__(self, vit: SiglipVisionModel, cells: int) -> None:
         super().__init__()
         width = vit.config.hidden_size
         self.vit_model = vit
-        self.cells = cells  # of the targets, a side, in one patch
+        self.cells = cells  # of the targets, along one side of a patch
         self.thing = nn.Linear(width, cells * cells * sum(THING_WIDTHS.values()))
         self.picture = nn.Linear(width, sum(PICTURE_WIDTHS.values()))
 
     def forward(self, patches: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """patches [B, N, P], positions [N] -> the detector's maps: object [B, G, G], place [B, 3, G, G], [B, K, ...] an attribute."""
+        """patches [B, N, P], positions [N] -> the detector's maps: object [B, G, G], place [B, 3, G, G], [B, K, ...] for each attribute."""
         b, n, _ = patches.shape
         x = self.vit_model(patches.flatten(0, 1), positions.repeat(b), [n] * b).unflatten(0, (b, n))
         side = round(n**0.5)
@@ -83,7 +84,7 @@ class Eye(nn.Module):
 
 
 class VitStage(Stage):
-    """One player, "vit"; the loss is the sum of the detector's losses, one a head."""
+    """One player, "vit"; the loss is the sum of the detector's losses, one per map."""
 
     best_metric = "right"
 
@@ -93,7 +94,7 @@ class VitStage(Stage):
             vit = load_vit(recipe.init, device).requires_grad_(True)
         else:
             vit = SiglipVisionModel(recipe.vit)
-            nn.init.normal_(vit.vision_model.embeddings.position_embedding.weight, std=0.02)  # the model's own start leaves it undefined
+            nn.init.normal_(vit.vision_model.embeddings.position_embedding.weight, std=0.02)  # SiglipVisionModel leaves it uninitialised
         self.config = vit.config
         side = recipe.resolution // self.config.patch_size
         self.eye = Eye(vit, GRID // side).to(device)
@@ -115,11 +116,11 @@ class VitStage(Stage):
         return patchify(pixels * 2 - 1, self.config.patch_size).to(self.device)
 
     def batch(self, step: int, rng: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """Patches [B, N, P] of pictures, half of them spoiled as a decoder spoils them, and what they show."""
+        """Patches [B, N, P] of pictures, half of which are spoiled the way a decoder spoils them, and the targets of what they show."""
         scenes = self._scenes(rng.python, self.recipe.batch_size)
         pixels = self._pixels(scenes)
         spoiled = pixels.clone()
-        if self.recipe.resolution == SIDE:  # the only size it spoils
+        if self.recipe.resolution == SIDE:  # `spoil` takes no other size
             spoiled[::2] = spoil(pixels[::2], rng.python, rng.torch)
         return self._patches(spoiled), {k: v.to(self.device) for k, v in scene_targets(scenes).items()}
 
@@ -129,7 +130,8 @@ class VitStage(Stage):
         return torch.stack(list(losses.values())).sum(), losses
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Shares of the things in held-out pictures whose noun, colour, ... is read right at their cell; `right`: both of these two."""
+        """For each attribute, the share of things in held-out pictures for which it is read right at their cell; `right`: noun and colour
+        both. For background, style and tone, the share of pictures."""
         targets = {k: v.to(self.device) for k, v in scene_targets(self.measured).items()}
         with self.players["vit"].averaged():
             maps = self.eye(self._patches(self._pixels(self.measured)), self.positions)
@@ -140,7 +142,7 @@ class VitStage(Stage):
         return found | {"right": (hit["noun"] & hit["colour"]).float().mean().item()}
 
     def finish(self, out: Path) -> None:
-        """export/vit.safetensors and vit_config.json, averaged weights: what stage base takes as `vit`."""
+        """export/: vit.safetensors (averaged weights) and vit_config.json, which stage base takes as `vit`."""
         make_folder(out)
         with atomic_path(out / "export") as folder, self.players["vit"].averaged():
             folder.mkdir()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import permutations
 
 import numpy as np
 import pytest
 
 from hyperbagel.evaluate.calibration import read_all
-from hyperbagel.evaluate.edits import GROUPS, EditScore, gain, match, overall, score_edit, untouched
+from hyperbagel.evaluate.edits import EditScore, gain, match, score_edit, untouched
+from hyperbagel.evaluate.summary import summarise_edits
 from hyperbagel.evaluate.toybox import load_detector
 from hyperbagel.toybox.detector import Detector, Reading
+from hyperbagel.toybox.edits import GROUPS
 from hyperbagel.toybox.items import EditItem, edit_eval_items
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene, Thing, sample_scene
@@ -36,7 +38,8 @@ def marks(detector: Detector, items: list[EditItem], pictures: list[np.ndarray])
 
 
 def mean_o(items: list[EditItem], scores: list[EditScore]) -> float:
-    return overall([i.group for i in items], [s.o for s in scores])["overall"]
+    records = [{"group": i.group, "o": s.o, **asdict(s)} for i, s in zip(items, scores, strict=True)]
+    return summarise_edits(records)["O of 10"]["overall"]["mean"]
 
 
 def moved_right(picture: np.ndarray, pixels: int) -> np.ndarray:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hyperbagel.evaluate.t2i import overall, relations, what_is_wrong
+from hyperbagel.evaluate.summary import summarise_t2i
+from hyperbagel.evaluate.t2i import relations, what_is_wrong
 from hyperbagel.toybox.detector import Detection, Reading
 from hyperbagel.toybox.items import T2IItem, Wanted
 from hyperbagel.toybox.scene import Scene
@@ -80,9 +81,9 @@ def test_position_needs_the_relation() -> None:
 
 
 def test_overall_is_the_unweighted_mean_of_categories() -> None:
-    table = overall(["single"] * 3 + ["counting"], [1, 1, 1, 0])
-    assert table == {"single": 1.0, "counting": 0.0, "overall": 0.5}
-    assert overall([], []) == {}
+    scored = [("single", True)] * 3 + [("counting", False)]
+    table = summarise_t2i([{"category": name, "plain": right, "strict": right, "psnr": 0.0} for name, right in scored])["plain"]
+    assert {name: row["mean"] for name, row in table.items()} == {"single": 1.0, "counting": 0.0, "overall": 0.5}
 
 
 def test_an_offset_within_the_shrinking_has_no_direction_whatever_its_length() -> None:

@@ -145,7 +145,7 @@ def test_one_step_begins_at_noise(stage: Any) -> None:
     batch.t = torch.ones(3)
     with torch.no_grad():
         one = batch.x_T - says(stage.network, batch.conditions, batch.scales, batch.x_T, 1.0)
-        same(one, walk(stage.network, batch.conditions, batch.scales, batch.x_T, grid_of(stage.own.nfe, 3.0))[-1])
+        same(one, walk(stage.network, batch.conditions, batch.scales, batch.x_T, grid_of(stage.recipe.nfe, 3.0))[-1])
         latent, pixel = -mean_of(in_latents(stage, batch, one)), -mean_of(in_pixels(stage, batch, one))
         same(stage.loss("student", batch, 1)[0], 0.85 * latent + 0.15 * pixel + 0.25 * huber_of(one, batch.x_0, 0.03))
 

@@ -59,7 +59,7 @@ def test_the_students_gradient_is_matchings_and_the_judges(cap: float, base: Pat
     with torch.no_grad():
         v_fake = student_velocity(stage.fake, t.conditions, t.scales, x_tau, batch.tau)
         fake, real = (x0_from_velocity(x_tau, v, tau) for v in (v_fake, stage.real(t, x_tau, batch.tau)))
-        matching = dmd_gradient(x0, fake, real, stage.own.normaliser_floor) / x0.numel()
+        matching = dmd_gradient(x0, fake, real, stage.recipe.normaliser_floor) / x0.numel()
     weights = (cap * matching.flatten(1).norm(dim=1) / pulls.flatten(1).norm(dim=1)).clamp(max=1.0)
     assert metrics["t2i_adversarial_weight"] == pytest.approx(weights.mean().item(), rel=1e-3)
     assert metrics["t2i_adversarial"] == pytest.approx(lack.item(), rel=1e-4)

@@ -165,7 +165,7 @@ def test_feedback_through_the_sampler(k: int, base: Path, student: Path, head: P
             torch.testing.assert_close(p.grad, theirs[name])
     assert {stage.turn(step) for step in range(4)} == {"student"}
     loss, metrics = stage.loss("student", batch, 0)
-    expected = stage.own.huber_weight * metrics["t2i_huber"] + torch.relu(6 - metrics["t2i_reward"])
+    expected = stage.recipe.huber_weight * metrics["t2i_huber"] + torch.relu(6 - metrics["t2i_reward"])
     assert set(metrics) == {"t2i_huber", "t2i_reward", "t2i_reward_weight"} and torch.allclose(loss, expected, rtol=1e-4)
 
 
@@ -262,7 +262,7 @@ def test_a_reward_beside_distribution_matching(cap: float, base: Path, student: 
     with torch.no_grad():
         x_tau = stage.coupled(batch, x0, x0).x_tau
         fake, real = (x0_from_velocity(x_tau, v, batch.tau[:, None, None]) for v in velocities(stage, batch, x_tau))
-        matching = dmd_gradient(x0, fake, real, stage.own.normaliser_floor).flatten(1).norm(dim=1) / x0.numel()
+        matching = dmd_gradient(x0, fake, real, stage.recipe.normaliser_floor).flatten(1).norm(dim=1) / x0.numel()
     weights = (cap * matching / pulls).clamp(max=1.0)
     assert "t2i_reward" not in plain and metrics["t2i_reward_weight"] == pytest.approx(weights.mean().item(), rel=1e-3)
     pulled = gradient((weights * lack).mean())
