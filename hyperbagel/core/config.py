@@ -16,7 +16,7 @@ from hyperbagel.core.errors import InputError
 
 
 class Config(BaseModel):
-    """Base of every settings class: unknown keys are refused, values are checked also on assignment."""
+    """Base class of all settings: unknown keys are refused, and values are validated on assignment too."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -35,7 +35,7 @@ def load_config(cls: type[C], path: Path | str | None = None, overrides: list[st
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key or any(not part for part in key.split(".")):
-            raise InputError(f"override: got {text!r}, expected key=value or group.key=value, do not leave out the key or the equals sign")
+            raise InputError(f"override: got {text!r}, expected key=value or group.key=value, add what is missing")
         _put(values, key.split("."), _parse(cls, key.split("."), value), text)
     return check_config(cls, values, source)
 
@@ -65,26 +65,28 @@ def check_config(cls: type[C], values: dict[str, Any], source: str) -> C:
 
 
 def refuse_unknown(kind: type[BaseModel], value: Any) -> Any:
-    """For a "before" validator: `value` as it is, ValueError for keys that `kind` does not have (a checkpoint's file may carry others)."""
+    """For a "before" validator: returns `value` unchanged, or raises ValueError for a key that `kind` does not define.
+
+    The shapes of model.config ignore extra keys, since a checkpoint's files carry some; in a recipe the same key is a typo.
+    """
     for key in sorted(set(value) - set(kind.model_fields)) if isinstance(value, dict) else ():
         near = difflib.get_close_matches(str(key), kind.model_fields, n=1, cutoff=0.5)
         raise ValueError(f"unknown key {key!r}, {f'did you mean {near[0]!r}?' if near else 'use one of ' + ', '.join(kind.model_fields)}")
     return value
 
 
-def check_weights(weights: dict[str, float] | None, known: Iterable[str], what: str) -> dict[str, float] | None:
-    """Weights to draw by, None for the usual ones. ValueError for an unknown name, a negative weight, or nothing to draw."""
+def check_weights(weights: dict[str, float] | None, known: Iterable[str], what: str) -> None:
+    """Checks sampling weights by name (None: the defaults). Raises ValueError for an unknown name, a negative weight or a sum of 0."""
     if weights is None:
-        return None
+        return
     if odd := sorted(set(weights) - set(known)):
         raise ValueError(f"unknown {what} {odd[0]!r}, use some of {', '.join(known)}")
     if min(weights.values(), default=0) < 0 or sum(weights.values()) <= 0:
         raise ValueError(f"got weights {weights} of {what}, expected none below 0 and a sum above it")
-    return weights
 
 
 def changed(settings: BaseModel, names: Iterable[str]) -> list[str]:
-    """Which of these keys are not at their defaults: what was asked for, also after `dump_config`, which writes every key."""
+    """Those of `names` whose values differ from their defaults. Holds after `dump_config` as well, which writes every key."""
     return [name for name in names if getattr(settings, name) != type(settings).model_fields[name].get_default(call_default_factory=True)]
 
 
@@ -94,6 +96,7 @@ def dump_config(config: Config) -> str:
 
 
 def _explain(cls: type[Config], detail: Any) -> str:
+    """One of pydantic's complaints as got, expected, what to do."""
     loc = [str(part) for part in detail["loc"]]
     name = ".".join(loc) or "settings"
     if detail["type"] == "extra_forbidden":
@@ -102,7 +105,7 @@ def _explain(cls: type[Config], detail: Any) -> str:
         near = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*loc[:-1], near[0]])!r}?" if near else f"use one of {', '.join(valid)}"
         return f"got unknown key {name!r}, expected a known one, {hint}"
-    if detail["type"] == "missing":  # its input is all that is around it
+    if detail["type"] == "missing":  # pydantic's input is then the whole enclosing mapping
         return f"{name}: got nothing, expected a value, add the key"
     if detail["type"] == "value_error":  # a rule over several keys: the message names them
         return f"{name}: {detail['ctx']['error']}, correct it"
@@ -110,14 +113,14 @@ def _explain(cls: type[Config], detail: Any) -> str:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The alternatives of a union, or the annotation alone."""
+    """The alternatives of a union without None, or the annotation itself."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [a for a in typing.get_args(annotation) if a is not type(None)]
     return [annotation]
 
 
 def _model_at(cls: type[Config], keys: list[str]) -> type[Config] | None:
-    """The settings class found by following `keys` from `cls`; None where the path leaves the classes."""
+    """The settings class reached by following `keys` from `cls`; None if the path leaves the settings classes."""
     for key in keys:
         field = cls.model_fields.get(key)
         below = [a for a in _members(field.annotation) if isinstance(a, type) and issubclass(a, Config)] if field else []
@@ -141,6 +144,7 @@ def _parse(cls: type[Config], keys: list[str], text: str) -> Any:
 
 
 def _put(values: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
+    """Sets values[k0][k1]... in place, making groups on the way. `text`: the override as written, for the error."""
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):

@@ -20,9 +20,10 @@ from hyperbagel.core.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # not on Windows: there nobody watches who writes
+except ImportError:  # Windows has no fcntl: `sole_writer` then locks nothing
     fcntl = None  # type: ignore[assignment]
 
+# errno of a failed write -> (got, what to do)
 _REASONS = {
     errno.EACCES: ("no permission to write", "choose a folder you may write to"),
     errno.EPERM: ("no permission to write", "choose a folder you may write to"),
@@ -36,8 +37,7 @@ _REASONS = {
     errno.EISDIR: ("a folder where a file should go", "choose another name or remove the folder"),
 }
 
-
-# The same where nobody knew better: reading or writing, in words without numbers.
+# The same for errors that reached the top, where nobody knows whether a read or a write failed.
 _PLAIN = {
     errno.EACCES: ("no permission", "choose a place that you may use"),
     errno.EPERM: ("no permission", "choose a place that you may use"),
@@ -51,7 +51,7 @@ _PLAIN = {
 
 
 def plain_error(error: OSError) -> str:
-    """A refusal of the operating system as got, expected, what to do; as Python words it if it is none of the usual ones."""
+    """An OSError worded as got, expected, what to do; one of an unusual kind keeps Python's own text."""
     if error.errno not in _PLAIN:
         return str(error)
     got, do = _PLAIN[error.errno]
@@ -61,12 +61,12 @@ def plain_error(error: OSError) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What a user is told of an error, as one line; a refusal of the operating system in plain words."""
+    """An error as one line for the user, an OSError in plain words."""
     return " ".join((plain_error(error) if isinstance(error, OSError) else str(error)).split())
 
 
 def read_json(path: Path, missing: str = "restore the file") -> dict[str, Any]:
-    """The object in a JSON file. Raises InputError for a missing (`missing`: what to do then), unreadable or foreign file."""
+    """The object in a JSON file. Raises InputError if it is missing (`missing`: the advice given then), unreadable or no JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -80,7 +80,7 @@ def read_json(path: Path, missing: str = "restore the file") -> dict[str, Any]:
 
 @contextmanager
 def readable_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals at `path` into an InputError that says what to do; others pass through."""
+    """Turns an OSError about writing `path` into an InputError that says what to do; all other errors pass through."""
     try:
         yield
     except OSError as error:
@@ -102,12 +102,12 @@ def _concerns(path: Path, error: OSError) -> bool:
 
 
 def _beside(path: Path) -> str:
-    """How the names of its temporary neighbours begin. Only with the first letters of its own: a name may fill the 255 bytes alone."""
+    """Prefix of the names of its temporary neighbours. Cut at 32 characters, since a name alone may fill the 255 bytes allowed."""
     return f".{path.name[:32]}."
 
 
 def fsync_path(path: Path) -> None:
-    """Flush one file or folder to the disk."""
+    """Flushes one file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -130,8 +130,8 @@ def _remove(path: Path) -> None:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Rename over whatever is at `path`. A folder cannot replace a full folder in one step, so the old one steps aside first; another
-    process may do the same meanwhile, and the last one stays."""
+    """Renames over whatever is at `path`. A folder cannot replace a non-empty one in a single step, so the old one is moved aside first.
+    Other processes may do the same at the same time; the last one's folder stays."""
     while True:
         aside = None
         if temporary.is_dir() and path.is_dir():
@@ -156,7 +156,7 @@ def _replace(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what the caller makes there (a file or a folder) is fsynced and renamed to `path` on success.
+    """Yields a temporary path beside `path`; what the caller makes there (a file or a folder) is fsynced and renamed to `path` on success.
 
     On an exception the temporary is removed and `path` is untouched. The parent folder must exist.
 
@@ -180,7 +180,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
-    """Write `data` to `path`: the file is then the old one or the new one, never a part. Raises InputError as `atomic_path` does."""
+    """Writes `data` to `path`, leaving the old file or the new one, never a part. Raises InputError as `atomic_path` does."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
@@ -191,7 +191,7 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 
 
 def make_folder(path: Path | str) -> Path:
-    """Create a folder and its parents; an existing one is fine. Raises InputError as `atomic_path` does."""
+    """Creates a folder and its parents; an existing one is fine. Raises InputError as `atomic_path` does."""
     folder = Path(path)
     with readable_errors(folder):
         try:
@@ -210,9 +210,10 @@ def shelf(folder: Path | None, file: str) -> list[str]:
 
 @contextmanager
 def sole_writer(path: Path, about: str = "") -> Iterator[None]:
-    """Keeps other processes from writing the same meanwhile: locks the file `path`, made if absent. A killed process leaves no lock.
+    """Holds an exclusive lock on the file `path` (made if absent) against other processes. A killed process leaves no lock behind.
 
-    Raises InputError (`about`: what was got) if another process is inside.
+    Raises InputError if another process holds it; `about` then says what was got, in place of the path. Without file locks (Windows,
+    some network file systems) nothing is locked.
     """
     with readable_errors(path):
         file = path.open("ab")
@@ -227,10 +228,10 @@ def sole_writer(path: Path, about: str = "") -> Iterator[None]:
                     f"{about or f'{path}: got a file'} that another process is writing, expected one of this process alone; "
                     "wait for the other or give another folder"
                 ) from error
-            except OSError:  # some network file systems have no locks
+            except OSError:
                 pass
         try:
             yield
         finally:
             if locked:
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it with a child that was forked meanwhile
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a child forked meanwhile would still hold the lock

@@ -1,4 +1,4 @@
-"""What the processor at hand is good at."""
+"""What this machine's processors can do: fast bf16 or not, a clock that waits for the GPU, which devices are usable."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 
 from hyperbagel.core.errors import InputError
 
+_agreed: list[bool] = []  # the CPU's answer if `agree_on_bf16` was called, else empty
+
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are faster here than fp32 ones: on CUDA, and on a CPU where they were measured to be.
+    """Whether bf16 matrix products are faster than fp32 ones here: always on CUDA, on a CPU if a measurement says so.
 
-    The processor's flags do not tell: with AVX512-bf16 one machine multiplied bf16 three times as fast as fp32, another half as fast.
+    A CPU's flags do not tell: with AVX512-bf16 one machine multiplied bf16 three times as fast as fp32, another half as fast.
     """
     if device.type == "cuda":
         return True
@@ -23,17 +25,14 @@ def fast_bf16(device: torch.device) -> bool:
     return has and _cpu_multiplies_bf16_faster()
 
 
-_agreed: list[bool] = []
-
-
 def agree_on_bf16(fast: bool) -> None:
-    """From here on this is the answer for the CPU: processes that train together must choose alike, and each would measure for itself."""
+    """Fixes the CPU's answer for this process: processes that train together must choose alike, and each would measure for itself."""
     _agreed[:] = [fast]
 
 
 @cache
 def _cpu_multiplies_bf16_faster(side: int = 512, runs: int = 5) -> bool:
-    """Measured once a process: the fastest run of each, in turns so that other work on the machine meets both, and a clear lead."""
+    """Measured once per process: the fastest run of each dtype, alternating so that other load hits both; bf16 must win clearly."""
     sides = {dtype: torch.ones(side, side, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     best = dict.fromkeys(sides, float("inf"))
     for _ in range(runs + 1):  # the first one warms up
@@ -45,14 +44,14 @@ def _cpu_multiplies_bf16_faster(side: int = 512, runs: int = 5) -> bool:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, with all work that was asked of the device done: a GPU's calls return before it has computed anything."""
+    """Seconds on a monotonic clock, once all work queued on the device is done: CUDA calls return before anything is computed."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def usable_device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU if there is one. Raises InputError for what cannot be used here."""
+    """The device of that name; None: a GPU if there is one, else the CPU. Raises InputError for a device that cannot be used here."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -20,18 +20,18 @@ def format_seconds(seconds: float) -> str:
 
 
 def count_step(done: int, total: int) -> None:
-    """A counter that stays on its line and goes at the end; on a terminal only."""
+    """Redraws a step counter in place and erases it at the last step; on a terminal only."""
     if sys.stderr.isatty():
         print(f"\rstep {done} of {total}", end=clear_line() if done == total else "", file=sys.stderr, flush=True)
 
 
 def clear_line() -> str:
-    """What takes a counter that was left on a terminal's line away."""
+    """The escape sequence that erases a counter left on the line; empty where stderr is no terminal."""
     return "\r\033[K" if sys.stderr.isatty() else ""
 
 
 class ProgressReport:
-    """Context manager. `update(share, text)` as often as you like; it shows at most one plain line every `every` seconds."""
+    """Context manager. Call `update(share, text)` as often as you like: it prints at most one plain line every `every` seconds."""
 
     def __init__(
         self, title: str, *, every: float = 20.0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
@@ -44,7 +44,7 @@ class ProgressReport:
             self._bar = Progress(*columns, console=Console(file=self._stream))
         self._began = clock()
         self._last = float("-inf")
-        self._first: float | None = None  # share done when this process began: a resumed job is no reason for optimism
+        self._first: float | None = None  # share at the first update: time left is judged by this process's own work, not a resumed job's
 
     def __enter__(self) -> ProgressReport:
         if self._bar is not None:

@@ -1,6 +1,7 @@
-"""The run folder: everything needed to believe a figure and to make it again.
+"""The run folder: everything needed to trust a figure and to reproduce it.
 
-config.yaml (resolved), provenance.json (one entry a launch), metrics.jsonl (one line a logged step), tensorboard/, samples/, checkpoints/.
+config.yaml (resolved), provenance.json (one entry per launch), metrics.jsonl (one line per logged step),
+tensorboard/, samples/, checkpoints/.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _PACKAGES = ("hyperbagel", "torch", "numpy", "pillow", "safetensors", "tokenizer
 
 
 def git_sha(folder: Path) -> str | None:
-    """Commit of the work tree that holds `folder`, with "+changes" if it differs; None outside git."""
+    """Commit of the work tree that holds `folder`, with "+changes" if tracked files differ from it; None outside git."""
     try:
         sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
         changes = subprocess.run(
@@ -40,7 +41,7 @@ def git_sha(folder: Path) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that bear on a result."""
+    """Versions of Python and of the installed packages that affect a result."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -51,10 +52,10 @@ def versions() -> dict[str, str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a metrics file; a line cut off by a kill is not read. Raises InputError for a damaged one."""
+    """The complete lines of a metrics file; a last line cut off by a kill is skipped. Raises InputError for a damaged one."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is not whole
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is incomplete
     try:
         found = [json.loads(line) for line in lines]
     except ValueError as error:
@@ -75,15 +76,17 @@ def check_run_folder(path: Path, *, resume: bool) -> None:
 
 
 class RunFolder:
-    """One training's folder, of no other process while it is open. Opening it writes config and provenance, of a resumed run `rewind` does;
-    a `with` block closes its files."""
+    """The folder of one training run, locked against other processes while it is open; a `with` block closes it.
+
+    Opening a new run writes its config and provenance; of a resumed one `rewind` does.
+    """
 
     def __init__(self, path: Path | str, config: Config, *, seed: int, resume: bool = False, leads: bool = True) -> None:
         """
         Args:
-            leads: False for all but one of several processes that train together: such a folder writes nothing when it is opened.
+            leads: False for all but one of several processes that train together; opening then neither locks nor writes anything.
         Raises:
-            InputError: see `check_run_folder`; or the folder cannot be written, or another process trains in it.
+            InputError: see `check_run_folder`; also if the folder cannot be written or another process trains in it.
         """
         self.path = Path(path)
         self._metrics: int | None = None
@@ -119,9 +122,9 @@ class RunFolder:
         )
         self._about = {"config.yaml": dump_config(config), "provenance.json": json.dumps({"launches": launches}, indent=1)}
         if not resume:
-            self._tell()
+            self._write_about()
 
-    def _tell(self) -> None:
+    def _write_about(self) -> None:
         for name, text in self._about.items():
             atomic_write_text(self.path / name, text)
 
@@ -138,13 +141,13 @@ class RunFolder:
         return make_folder(self.path / name)
 
     def rewind(self, step: int) -> None:
-        """A resumed run goes on from `step`: its settings are this run's now, and metric lines beyond are dropped, to be written again."""
-        self._tell()
+        """Continues from `step`: writes this launch's settings and drops the metric lines beyond, which the run will write again."""
+        self._write_about()
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= step]
         atomic_write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line {"step": ..., name: value, ...}. One write call: a kill leaves whole lines and at most one cut one."""
+        """Appends one line {"step": ..., name: value, ...}, in one write call, so that a kill cuts at most that line. Not finite: null."""
         if self._metrics is None:
             with readable_errors(self.metrics_path):
                 self._metrics = os.open(self.metrics_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

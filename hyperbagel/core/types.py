@@ -1,4 +1,4 @@
-"""Plain data that passes between packages.
+"""The packed training batch, which the data package fills and the model reads.
 
 Shape legend: B rows of a batch, Su / Sg slots of the understanding / generation stream in a row, S = Su + Sg,
 Nt text tokens, Nv ViT patches, Ng latent tokens, P values of a ViT patch, C values of a latent token (64 in BAGEL).
@@ -18,9 +18,9 @@ class PackedBatch:
     """Training sequences, split into the two streams of the mixture of transformers.
 
     Each row holds one or more samples. A row's understanding stream (text, ViT patches, vision markers) and its generation stream
-    (VAE latents, clean or noisy) are padded to Su and Sg apart; attention sees them concatenated, [understanding | generation].
+    (VAE latents, clean or noisy) are padded separately, to Su and Sg; attention sees them concatenated, [understanding | generation].
     Attention does not depend on the order of its keys, so nothing is ever scattered back into reading order: `order` says
-    who may see whom, `positions` what RoPE sees. Flat slots index [B * Su] or [B * Sg].
+    who may see whom, `positions` is what RoPE uses. Flat slots index [B * Su] or [B * Sg].
     """
 
     su: int

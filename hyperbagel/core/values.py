@@ -1,4 +1,4 @@
-"""Numbers and sizes as callers give them: NumPy's are taken, anything else that is none is one clear line and no traceback."""
+"""Numbers and sizes as callers give them: NumPy's count as well, and anything that is not one raises an InputError of one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZE = re.compile(r"(\d{1,6})[xX×](\d{1,6})")
 
 
 def whole(name: str, value: Any) -> int:
-    """Raises InputError for what is no whole number."""
+    """`value` as an int. Raises InputError if it is not a whole number."""
     try:
         return operator.index(value)
     except TypeError as error:
@@ -20,7 +20,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """Raises InputError for what is no number; a text is none, whatever it says."""
+    """`value` as a float (an int stays one). Raises InputError if it is not a number; text and bool never are."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     try:
@@ -32,7 +32,7 @@ def number(name: str, value: Any) -> float:
 
 
 def seed_of(value: Any) -> int:
-    """0 to 2^63 - 1. Raises InputError."""
+    """`value` as a seed, 0 to 2^63 - 1. Raises InputError for anything else."""
     seed = whole("seed", value)
     if not 0 <= seed < 2**63:
         raise InputError(f"got seed {seed}, expected 0 to 2^63 - 1")
@@ -40,7 +40,7 @@ def seed_of(value: Any) -> int:
 
 
 def size_of(value: Any) -> tuple[int, int]:
-    """(height, width) of two whole numbers in that order, or of a text "WIDTHxHEIGHT". Raises InputError."""
+    """(height, width) from two whole numbers in that order or from a text "WIDTHxHEIGHT". Raises InputError."""
     if isinstance(value, str):
         if (match := SIZE.fullmatch(value.strip())) is None:
             raise InputError(f"got size {value!r}, expected WIDTHxHEIGHT, write for instance 512x512")
@@ -50,7 +50,7 @@ def size_of(value: Any) -> tuple[int, int]:
 
 
 def interval_of(value: Any) -> tuple[float, float]:
-    """Two times. Raises InputError."""
+    """(low, high), two times. Raises InputError for anything else."""
     low, high = _two("interval", value, "two times such as (0.4, 1.0)")
     return number("interval", low), number("interval", high)
 
