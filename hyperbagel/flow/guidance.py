@@ -1,4 +1,4 @@
-"""BAGEL's nested guidance over two dropped contexts, with its three renormalisations.
+"""BAGEL's nested classifier-free guidance (Ho and Salimans 2022) over two dropped contexts, with its three renormalisations.
 
 Shape legend: B samples, N latent tokens, C values of a token. Padding tokens must hold zeros in every velocity.
 
@@ -28,8 +28,8 @@ def guide(
 ) -> Tensor:
     """The guided velocity, all [B, N, C].
 
-    `v_text` is needed if text_scale > 1, `v_image` if besides image_scale > 1. Without text guidance image guidance is off too,
-    as in the reference. `global` takes its norm over one sample (the reference couples the whole batch).
+    `v_text` is needed if text_scale > 1, and `v_image` if image_scale > 1 as well. Without text guidance image guidance is off too,
+    as in the reference. `global` takes its norm over one sample (the reference takes it over the whole batch).
     """
     if text_scale <= 1 or v_text is None:
         return v
@@ -46,7 +46,7 @@ def guide_each(
     renorm: Renorm = "global",
     renorm_min: float = 0.0,
 ) -> Tensor:
-    """`guide` with scales [B] of each sample's own; v where `guided` [B] is False. The same rule, without a call a sample."""
+    """`guide` with scales [B], one per sample, in a single call; a sample whose `guided` [B] is False keeps its v. Returns [B, N, C]."""
     s_t, s_i = text_scale[:, None, None], image_scale[:, None, None]
     u = _guided(v, v_text, None, s_t, s_i, renorm, renorm_min)
     if v_image is not None:
@@ -63,7 +63,7 @@ def _guided(
     renorm: Renorm,
     renorm_min: float,
 ) -> Tensor:
-    """Both guidances on; without `v_image` the text's alone. Scales: numbers, or [B, 1, 1]."""
+    """Text guidance, then image guidance unless `v_image` is None. Scales: numbers, or [B, 1, 1]."""
     u = v_text + text_scale * (v - v_text)
     if renorm == "text_channel":
         u = u * _ratio(v, u, (-1,), renorm_min)
@@ -77,11 +77,11 @@ def _guided(
 
 
 def _ratio(v: Tensor, u: Tensor, dims: tuple[int, ...], floor: float) -> Tensor:
-    """|v| / |u|, clamped to [floor, 1]: guidance may turn a velocity, never lengthen it."""
+    """|v| / |u| over `dims`, clamped to [floor, 1]: guidance may turn a velocity, never lengthen it."""
     norm_v, norm_u = (torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (v, u))
     return (norm_v / (norm_u + 1e-8)).clamp(floor, 1.0)
 
 
 def guidance_on(t: float, interval: tuple[float, float]) -> bool:
-    """lo < t <= hi, t after the shift."""
+    """Whether guidance acts at time t (after the shift): lo < t <= hi of `interval`."""
     return interval[0] < t <= interval[1]

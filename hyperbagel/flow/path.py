@@ -1,4 +1,4 @@
-"""The straight path of rectified flow and its four views. x0 data, e noise, t = 1 is noise; t broadcasts against x.
+"""The straight path of rectified flow (Liu et al. 2022) and its views. x0 data, e noise, t = 1 is noise; t broadcasts against x.
 
 x_t = (1 - t) x0 + t e        v = dx/dt = e - x0
 """
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def interpolate(x0: Tensor, e: Tensor, t: Tensor | float) -> Tensor:
-    """x_t."""
+    """x_t = (1 - t) x0 + t e."""
     return (1 - t) * x0 + t * e
 
 
 def velocity(x0: Tensor, e: Tensor) -> Tensor:
-    """v."""
+    """v = e - x0."""
     return e - x0
 
 

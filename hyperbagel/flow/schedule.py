@@ -1,4 +1,4 @@
-"""Where on [0, 1] the sampler stands."""
+"""The times in [0, 1] that a sampler visits: the shift, grids and segments."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t' = s t / (1 + (s - 1) t): s > 1 spends more of the steps near noise."""
+    """t' = s t / (1 + (s - 1) t): s > 1 spends more of the steps near noise (SD3, Esser et al. 2024)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def unshift_time(t: Tensor, shift: float) -> Tensor:
-    """Inverse of `shift_time`."""
+    """Inverse of `shift_time`: t = t' / (s - (s - 1) t')."""
     return t / (shift - (shift - 1) * t)
 
 
@@ -22,11 +22,11 @@ def time_grid(num_steps: int, shift: float) -> Tensor:
 
 
 def times_between(start: Tensor, end: Tensor, num_steps: int, shift: float) -> Tensor:
-    """num_steps + 1 times from `start` to `end` [...], equal parts in unshifted time: [num_steps + 1, ...]."""
+    """num_steps + 1 times from `start` to `end`, both [...], equally spaced in unshifted time: [num_steps + 1, ...]."""
     share = torch.linspace(0, 1, num_steps + 1, device=start.device).view(-1, *(1 for _ in start.shape))
     return shift_time(torch.lerp(unshift_time(start, shift), unshift_time(end, shift), share), shift)
 
 
 def segment_bounds(segments: int) -> Tensor:
-    """0 = b_0 < ... < b_k = 1, equal parts in unshifted time (TSCD, Hyper-Bagel 3.2.2)."""
+    """0 = b_0 < ... < b_k = 1, equally spaced in unshifted time (TSCD, Hyper-Bagel 3.2.2): [segments + 1]."""
     return torch.linspace(0, 1, segments + 1)

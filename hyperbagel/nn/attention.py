@@ -26,7 +26,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = Fal
 
     q [B, Hq, Sq, D], k and v [B, Hk, Sk, D] -> [B, Hq, Sq, D]. `mask` is a bool tensor, True where a key is seen, that broadcasts to
     [B, 1, Sq, Sk], or a flex BlockMask (which then picks the kernel). `causal` aligns bottom right: the last query sees every key.
-    Give one of the two at most.
+    Give at most one of the two.
     """
     assert not (causal and mask is not None), "give a mask or causal, not both"
     if backend == "reference":
@@ -50,9 +50,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = Fal
 
 
 def prepared(mask: Any, causal: bool, sq: int, sk: int, like: Tensor, backend: str) -> tuple[Any, bool]:
-    """Mask and causal flag as every layer of a forward will want them, sq new tokens of sk keys: made once here, not in each of them.
+    """The mask and causal flag of a forward of sq new tokens over sk keys, as `attend` needs them: converted once, not in every layer.
 
-    For fp32 served on a CPU masks become numbers to add, 0 or -inf, which PyTorch else makes of them in every call.
+    In fp32 inference on a CPU a bool mask becomes numbers to add, 0 or -inf, which PyTorch would otherwise make of it in every call.
+    `like`: any tensor of the forward.
     """
     if causal and backend == "sdpa" and 1 < sq < sk:
         mask, causal = causal_mask(sq, sk, like.device), False
@@ -62,16 +63,15 @@ def prepared(mask: Any, causal: bool, sq: int, sk: int, like: Tensor, backend: s
 
 
 class _Readers:
-    """How many threads read texts now, and what cuDNN's switch stood at before: it is the whole process's, and a server has a thread for
-    each GPU."""
+    """How many threads are inside `readers`, and the setting to restore: cuDNN's switch is process-wide, a server has a thread per GPU."""
 
     lock, inside, before = threading.Lock(), 0, True
 
 
 @contextmanager
 def readers() -> Iterator[None]:
-    """Around forwards of texts alone on a GPU: no attention of cuDNN's, which plans every new number of keys anew (a tenth of a second on
-    an H200), and while an answer grows each token brings a new one. Pictures keep their sizes, so their plans are found again."""
+    """Switches cuDNN's attention off around text-only forwards on a GPU. It makes a new plan for every number of keys (a tenth of a second
+    on an H200), and a growing answer has a new number at each token. Pictures keep their sizes, so their plans are reused."""
     with _Readers.lock:
         if _Readers.inside == 0:
             _Readers.before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -98,7 +98,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The same attention as two batched matrix products in the inputs' own type, for training on a CPU: there the backward pass of
+    """The same attention as two batched matrix products in the inputs' own dtype, for training on a CPU, where the backward pass of
     PyTorch's fused kernel is up to five times slower (bf16, rows of 30 to 300 tokens)."""
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, Hk, groups, Sq, D]
     scores = grouped @ k.unsqueeze(2).mT * q.shape[-1] ** -0.5  # [B, Hk, groups, Sq, Sk]
@@ -110,7 +110,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def without_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The same attention with as many key-value heads as query heads: PyTorch's fused CUDA kernels take a mask or groups, not both.
 
-    One query a row: its heads of a group become queries of one head, and nothing is copied. Else keys and values are repeated.
+    With one query per row, the heads of a group become the queries of one head and nothing is copied; otherwise keys and values are
+    repeated.
     """
     groups = q.shape[1] // k.shape[1]
     if q.shape[2] == 1:
@@ -121,7 +122,7 @@ def without_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def causal_mask(sq: int, sk: int, device: torch.device) -> Tensor:
-    """[Sq, Sk], bottom right aligned. Two new tokens behind three cached ones:
+    """bool [Sq, Sk], aligned bottom right. Two new tokens after three cached ones:
 
     1 1 1 1 .
     1 1 1 1 1
@@ -130,7 +131,7 @@ def causal_mask(sq: int, sk: int, device: torch.device) -> Tensor:
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises InputError for a backend that is unknown or cannot work here."""
+    """Raises InputError for a backend that is unknown, or unusable on this device with this dtype."""
     if backend not in BACKENDS:
         raise InputError(f"got attention {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "flash":

@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass
 class Plan:
-    """Where n new tokens go and what they see; made once a forward, used by every layer."""
+    """Where n new tokens go and what they see; made once per forward, used by every layer."""
 
     slots: slice | Tensor  # one slice for all rows, or [B, n]
     visible: int  # keys 0 .. visible - 1 are attended over
@@ -29,7 +29,8 @@ class Plan:
 class KVCache:
     """Keys and values, `lengths` of them valid in each row.
 
-    `taps`: hidden states that enter these layers are kept as well (L: leave the last), each [B, 1, K, width]; and positions [B, 1, K, 1].
+    `taps`: layers whose incoming hidden states are kept too (the number of layers stands for what leaves the last), each
+    [B, 1, K, width]; with any taps RoPE positions [B, 1, K, 1] are kept as well.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class KVCache:
         return sum(x.nbytes for store in self._stores() for x in store)
 
     def reserve(self, slots: int) -> None:
-        """Makes room for `slots` keys a row; what is stored stays."""
+        """Makes room for `slots` keys per row; what is stored stays."""
         if slots <= self.capacity:
             return
         for store in self._stores():
@@ -76,12 +77,12 @@ class KVCache:
                 store[i] = new
 
     def grow(self, slots: int) -> None:
-        """`reserve` for what grows token by token: if there is no room for `slots` keys, for many more."""
+        """`reserve` for a cache that grows token by token: it doubles, by 1,024 slots at most, so that it is rarely copied."""
         if slots > self.capacity:
             self.reserve(max(slots, min(2 * self.capacity, self.capacity + 1024)))
 
     def plan(self, counts: Sequence[int], causal: bool) -> Plan:
-        """Room for counts[b] new tokens in row b, causal or full among themselves; both see their row's past."""
+        """Makes room for counts[b] new tokens in row b. They see their row's past, and one another causally or fully."""
         n, ends = max(counts), [have + new for have, new in zip(self.lengths, counts, strict=True)]
         self.grow(max(self.lengths) + n)
         device = self.k[0].device
@@ -90,13 +91,14 @@ class KVCache:
         start = torch.tensor(self.lengths, device=device)[:, None]
         slots = start + torch.arange(n, device=device)
         key = torch.arange(max(ends), device=device)
+        end = torch.tensor(ends, device=device)[:, None]
         # causal: query i sees keys up to its own slot; full: up to its row's end. Padding queries see what the last real one sees.
-        last = slots.minimum(torch.tensor(ends, device=device)[:, None] - 1) if causal else torch.tensor(ends, device=device)[:, None] - 1
+        last = slots.minimum(end - 1) if causal else end - 1
         return Plan(slots, max(ends), (key <= last.unsqueeze(-1)).unsqueeze(1), False)
 
     def plan_blocks(self, own: Tensor) -> Plan:
-        """Of a lone row: token i belongs to block own[i]; it sees the past, all of its block, and the blocks before. Blocks 0 1 2 2, a text
-        of two tokens and two that see each other:
+        """The plan of a lone row in blocks: token i, of block own[i], sees the past, its whole block and the blocks before it. Blocks
+        0 1 2 2, a text of two tokens and then two tokens that see each other:
 
         1 . . .
         1 1 . .
@@ -109,7 +111,7 @@ class KVCache:
         return replace(self.plan([n], causal=False), mask=seen[None, None])
 
     def append(self, layer: int, plan: Plan, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes [B, H, n, D] at the plan's slots and returns all visible keys and values. Lengths move only with `advance`."""
+        """Writes k and v [B, H, n, D] at the plan's slots and returns all visible ones. Only `advance` changes the lengths."""
         _write(self.k[layer], plan, k)
         _write(self.v[layer], plan, v)
         return self.k[layer][:, :, : plan.visible], self.v[layer][:, :, : plan.visible]
@@ -125,6 +127,7 @@ class KVCache:
             _write(self.positions[0], plan, positions[:, None, :, None])
 
     def advance(self, counts: Sequence[int]) -> None:
+        """Makes the counts[b] tokens appended last to row b count as its own."""
         self.lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
 
     def truncate(self, lengths: Sequence[int]) -> None:
@@ -134,7 +137,7 @@ class KVCache:
         self.lengths = list(lengths)
 
     def keep(self, start: int, kept: Tensor, row: int = 0) -> None:
-        """Of row `row`, keeps slots [0, start) and then, in this order, the slots `kept` (all >= start): the accepted path of a tree."""
+        """Row `row` keeps slots [0, start) and then, in this order, the slots `kept` (all >= start): the accepted path of a tree."""
         n = kept.numel()
         for store in self._stores():
             for x in store:
@@ -149,21 +152,21 @@ class KVCache:
         return view
 
     def first_rows(self, rows: int) -> KVCache:
-        """The first rows alone. Shares storage: appends within the capacity are seen by both."""
+        """The first `rows` rows alone. Shares storage: appends within the capacity show in both."""
         view = copy.copy(self)
         view.k, view.v, view.tapped, view.positions = ([x[:rows] for x in store] for store in self._stores())
         view.lengths = self.lengths[:rows]
         return view
 
     def fork(self) -> KVCache:
-        """A copy that can grow on its own."""
+        """An independent copy."""
         return KVCache.stack([self], taps=self.taps)
 
     @staticmethod
     def stack(caches: Sequence[KVCache], extra: int = 0, taps: Sequence[int] = (), spent: bool = False) -> KVCache:
-        """Rows of several caches in one, with room for `extra` more tokens a row. Copies; the originals stay as they are.
+        """The rows of several caches copied into one, with room for `extra` more tokens per row; the originals stay as they are.
 
-        `taps`: () for none, else those of the caches. `spent`: nobody needs the originals any more, so each gives its storage back as
+        `taps`: () keeps none, else those of the caches. `spent`: the originals are not needed any more, so each frees its storage as
         soon as it is copied.
         """
         lengths = [n for cache in caches for n in cache.lengths]
@@ -177,9 +180,9 @@ class KVCache:
         return whole
 
     def load(self, caches: Sequence[KVCache], spent: bool = False) -> None:
-        """Copies the rows of several caches, as many as there are here and none longer than the capacity. The storage stays in place.
+        """Copies several caches into this one, as many rows as it has and none longer than its capacity. Its storage stays in place.
 
-        What lies behind them is wiped: steps of fixed shape only mask what the last request left, and 0 times nan is nan.
+        The slots behind them are zeroed: steps of fixed shape only mask what an earlier request left there, and 0 * nan is nan.
         """
         self._copy(caches, spent)
         for store in (*self.k, *self.v):
@@ -198,7 +201,7 @@ class KVCache:
             at += rows
             if spent:
                 for store in cache._stores():
-                    store.clear()  # its lengths stay: they say how long the context was
+                    store.clear()  # its lengths stay: callers still ask how long the context was
         self.lengths = [n for cache in caches for n in cache.lengths]
 
 
@@ -208,5 +211,5 @@ def _write(store: Tensor, plan: Plan, new: Tensor) -> None:
         store[:, :, plan.slots] = new
     else:
         rows = torch.arange(new.shape[0], device=new.device)[:, None]
-        # Padding may point past the last slot it was promised; those writes land in slots that the next append overwrites.
-        store[rows, :, plan.slots] = new.transpose(1, 2).to(store.dtype)  # under autocast the new ones are bf16
+        # Padding may be written past the slots promised to its row; the next append overwrites it.
+        store[rows, :, plan.slots] = new.transpose(1, 2).to(store.dtype)  # under autocast `new` is bf16

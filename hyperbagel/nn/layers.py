@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back, then times the weight (the order matters in bf16)."""
+    """[..., size] -> the same: x / rms(x) in fp32, cast back, then times the weight (the order matters in bf16)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 def quick(x: Tensor) -> bool:
-    """Whether x is served in fp32 on a CPU: there the calls of small operations take longer than their arithmetic."""
+    """Whether this is fp32 inference on a CPU, where calling small operations takes longer than their arithmetic."""
     served = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
     return served and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
@@ -41,12 +41,13 @@ def root_of_squares(x: Tensor, eps: float) -> Tensor:
 
 @lru_cache
 def _number(value: float) -> Tensor:
+    """A constant on the CPU, made once: whatever grad mode, default dtype and device hold at its first use must not stick to it."""
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float32, device="cpu")  # whatever the defaults of that moment are
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 class MLP(nn.Module):
-    """SwiGLU, no biases."""
+    """SwiGLU without biases (Shazeer 2020), [..., size] -> the same: W_down (silu(W_gate x) * W_up x)."""
 
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
@@ -59,12 +60,12 @@ class MLP(nn.Module):
 
 
 def embedding(rows: int, size: int) -> nn.Embedding:
-    """A table without values: PyTorch's own initialisation on the meta device imports its compiler, seconds of start-up for nothing."""
+    """An uninitialised table: PyTorch's own initialisation on the meta device imports its compiler, which costs seconds of start-up."""
     return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
 
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For positions [B, S], each [B, S, 1, D]: cos, and sin with the sign that the halves take. Computed in fp32."""
+    """RoPE (Su et al. 2021): cos and sin [B, S, 1, D] of positions [B, S], in fp32; sin has the sign that `rotate` needs in each half."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions.float()[..., None, None] * frequency  # [B, S, 1, D/2]
     cos, sin = angle.cos(), angle.sin()
@@ -72,13 +73,13 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtyp
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half RoPE on x [B, S, H, D] = [a | b]: [a cos - b sin | b cos + a sin]."""
+    """Rotate-half RoPE of x [B, S, H, D] = [a | b]: [a cos - b sin | b cos + a sin]."""
     other = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, other, sin) if quick(x) else x * cos + other * sin
 
 
 def sincos_table(side: int, size: int) -> Tensor:
-    """Fixed 2-D table [side * side, size]: first half of the channels is the column, second half the row, each [sin | cos]."""
+    """Fixed 2-D table [side * side, size]: the first half of the channels encodes the column, the second the row, each as [sin | cos]."""
 
     def one(position: Tensor, channels: int) -> Tensor:
         omega = 1e4 ** (-torch.arange(channels // 2, dtype=torch.float64) / (channels / 2))

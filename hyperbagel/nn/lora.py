@@ -1,7 +1,7 @@
-"""Adapters over one frozen model: low-rank or full changes of named leaf modules, as a module of their own.
+"""Adapters over one frozen model: low-rank (LoRA, Hu et al. 2021) or full changes of named leaf modules, as a module of their own.
 
-`attach` gives a second model that shares every tensor with the first and differs only where the adapter says so. Which network runs is
-which object is called: nothing is switched, and the first model's path stays bit for bit what it was.
+`attach` gives a second model that shares every tensor with the first and differs only where the adapter says so. Which network runs
+depends on which object is called: nothing is switched, and the first model computes bit for bit what it did before.
 
 Shape legend: r rank, I / O input and output size of a linear layer.
 """
@@ -31,13 +31,13 @@ class LowRank(nn.Module):
             self.lora_B.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):  # which casts by itself, and would cast back: a copy in fp32 for nothing
+        if not torch.is_autocast_enabled(x.device.type):  # autocast would only cast the fp32 copy back
             x = x.to(self.lora_A.weight.dtype)
         return self.lora_B(self.lora_A(x))
 
 
 class AdaptedLinear(nn.Module):
-    """base(x) + scale B A x; the base layer is shared."""
+    """base(x) + scale B A x, [..., I] -> [..., O]; the base layer is shared."""
 
     def __init__(self, base: nn.Linear, change: LowRank, scale: float) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class AdaptedLinear(nn.Module):
 
 
 class MergedLinear(nn.Module):
-    """One matrix again: a weight of its own, the base's bias. For inference, where two small products cost more than they save."""
+    """The same as one matrix, with the base's bias. For inference, where two small products cost more than they save."""
 
     def __init__(self, base: nn.Linear, change: LowRank, scale: float) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class MergedLinear(nn.Module):
 
 
 class _Node(nn.Module):
-    """A name on the way to an adapted module, so that parameter names equal the model's."""
+    """An empty container on the path to an adapted module, so that parameter names equal the model's."""
 
 
 class Adapter(nn.Module):
     """Changes of leaf modules of a model, by name: `low_rank` ones and whole `copies` (which start equal to the model's).
 
-    Parameter names are the model's own, e.g. `layers.0.q_proj.lora_A.weight` or `llm2vae.weight`; all want gradients.
+    Parameter names are the model's own, e.g. `layers.0.q_proj.lora_A.weight` or `llm2vae.weight`; all require gradients.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Adapter(nn.Module):
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """alpha: the change is scaled by alpha / rank; None: alpha = rank. dtype: of the parameters; less than fp32 for inference alone."""
+        """alpha: the change is scaled by alpha / rank; None: alpha = rank. dtype: of the parameters; below fp32 for inference only."""
         super().__init__()
         self.low_rank, self.copies = tuple(low_rank), tuple(copies)
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
@@ -116,8 +116,8 @@ class Adapter(nn.Module):
 def attach(model: M, adapter: Adapter, *, merged: bool = False) -> M:
     """A model of the same class that shares all tensors with `model` and runs the adapter's modules instead of its own.
 
-    Training the adapter's parameters changes the result; training or moving `model` changes both. `merged`: low-rank changes are added into
-    matrices of their own, as they are now (inference only).
+    Training the adapter's parameters changes the result; training or moving `model` changes both. `merged` (inference only): each
+    low-rank change, as it is now, is added to a copy of its layer's matrix.
     """
     changed: dict[str, nn.Module] = {name: adapter.get_submodule(name) for name in adapter.copies}
     for name in adapter.low_rank:
@@ -146,7 +146,7 @@ def _replace(module: M, changed: dict[str, nn.Module]) -> M:
 
 
 class Factors(NamedTuple):
-    """A change [O, I] as b [O, r] a [r, I], and what that misses: its squared norm, and the change's."""
+    """A change [O, I] approximated by b [O, r] a [r, I]; the squared norms of what that misses and of the whole change."""
 
     a: Tensor
     b: Tensor
@@ -154,14 +154,14 @@ class Factors(NamedTuple):
     whole: float
 
 
-_EXACT = 1024  # largest smaller side of a matrix whose whole decomposition is computed; beyond it only the leading part is
+_EXACT = 1024  # a matrix whose smaller side is at most this is decomposed in full; of a larger one only the leading part
 
 
 @torch.no_grad()
 def factorise(change: Tensor, rank: int) -> Factors:
-    """The best b a of that rank in the sense of least squares (Eckart-Young): the leading singular vectors, each side taking half.
+    """The best b a of that rank in least squares (Eckart-Young): the leading singular vectors, each factor with the root of the values.
 
-    Large matrices: by randomised subspace iteration, which comes very near to it; the error told is that of what it gave.
+    Large matrices take randomised subspace iteration (Halko et al. 2011), which comes very close; `missed` is the error of its result.
     """
     if min(change.shape) <= max(_EXACT, 2 * rank):
         u, s, vh = torch.linalg.svd(change.double(), full_matrices=False)

@@ -1,4 +1,4 @@
-"""Queries, keys and values of attentions; at inference as one product."""
+"""The query, key and value projections of an attention; at inference as one matrix product."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hyperbagel.nn.layers import RMSNorm, quick, root_of_squares
 
 
 class Joined:
-    """Projections of the same tokens as one product, with the norms behind it: [B, S, E] -> [B, S, Hq + 2 Hk, D]. For inference.
+    """The three projections as one product, and the norms after it: [B, S, E] -> [B, S, Hq + 2 Hk, D]. For inference.
 
     The layers' weights become views of one matrix, stored by columns, so that nothing is stored twice; biases and norms are copied and
-    must not be changed by hand afterwards. What moves, converts, loads or copies the module makes it forget (`Projections`).
+    must not be changed in place afterwards. Moving, converting, loading or copying the module discards this one (`Projections`).
     """
 
     def __init__(self, layers: Sequence[Any], norms: Sequence[Any], heads: Sequence[int]) -> None:
-        """layers: of queries, keys and values, modules with weight and bias, of `heads` heads each. norms: of queries and keys, RMSNorms
-        or nothing."""
+        """layers: the query, key and value projections, modules with weight and bias, of `heads` heads each. norms: of queries and keys,
+        RMSNorm or Identity."""
         self.modules = *layers, *norms
         self.heads = [heads[0] + heads[1], heads[2]]
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
@@ -38,12 +38,12 @@ class Joined:
             self.scale *= self.scale.shape[1] ** 0.5
 
     def of(self, modules: Iterable[nn.Module | None]) -> bool:
-        """Whether these are its layers and norms: an adapter may have taken the place of one since."""
+        """Whether these are the modules it was made from: an adapter may have replaced one since."""
         return all(mine is theirs for mine, theirs in zip(self.modules, modules, strict=True))
 
     def __call__(self, x: Tensor, queries: bool = True) -> tuple[Tensor, Tensor]:
-        """Queries and keys, normed, and values; without `queries` keys and values alone."""
-        skip = 0 if queries else self.heads[0] - self.heads[1]  # heads of queries
+        """x [B, S, E] -> normed queries and keys [B, S, Hq + Hk, D] and values [B, S, Hk, D]; without `queries` keys alone and values."""
+        skip = 0 if queries else self.heads[0] - self.heads[1]  # the query heads
         weight, bias, scale, heads = self.weight, self.bias, self.scale, [self.heads[0] - skip, self.heads[1]]
         if skip:
             rows = skip * (len(weight) // sum(self.heads))
@@ -57,9 +57,9 @@ class Joined:
 
 
 class Projections(nn.Module):
-    """What attentions share: queries, keys and values of a token by three linear layers, queries and keys normed for each head.
+    """What attentions share: three linear layers give a token's queries, keys and values; queries and keys are normed per head.
 
-    Layers are found by their names, q_proj, k_proj, v_proj, q_norm and k_norm, with `suffix` behind them (an expert's).
+    Layers are found by name: q_proj, k_proj, v_proj, q_norm and k_norm, each followed by an expert's suffix.
     """
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, suffixes: Sequence[str] = ("",)) -> None:
@@ -69,18 +69,18 @@ class Projections(nn.Module):
         self.joined: dict[str, Joined] = {}
 
     def join(self) -> None:
-        """Makes one product of the three layers of each expert that is served in fp32 on a CPU."""
+        """Joins the three layers of each expert into one product, where they are in fp32 on a CPU."""
         for suffix, names in self.names.items():
             modules: list[Any] = [self.get_submodule(name) for name in names]
             weights = [getattr(layer, "weight", None) for layer in modules[:3]]  # an adapted layer has no matrix of its own
             stale = suffix not in self.joined or not self.joined[suffix].of(modules)
             if stale and all(weight is not None and _served(weight) for weight in weights):
                 joined = Joined(modules[:3], modules[3:], (self.heads, self.kv_heads, self.kv_heads))
-                self.joined = {**self.joined, suffix: joined}  # a new one: shallow copies of this module keep theirs
+                self.joined = {**self.joined, suffix: joined}  # a new dict: shallow copies of this module keep theirs
 
     def project(self, x: Tensor, suffix: str = "", queries: bool = True) -> tuple[Tensor, Tensor]:
-        """x [B, S, E] -> queries and keys, normed, [B, S, Hq + Hk, D] and values [B, S, Hk, D]. Without `queries` keys [B, S, Hk, D] and
-        values."""
+        """x [B, S, E] -> normed queries and keys [B, S, Hq + Hk, D] and values [B, S, Hk, D]. Without `queries`: keys [B, S, Hk, D]
+        and values."""
         modules: list[Any] = [self._modules[name] for name in self.names[suffix]]
         joined = self.joined.get(suffix)
         if joined is not None and quick(x) and joined.of(modules):
@@ -89,7 +89,7 @@ class Projections(nn.Module):
         k = modules[4](k)
         return (torch.cat([modules[3](modules[0](x).unflatten(-1, (-1, self.head_dim))), k], dim=2) if queries else k), v
 
-    # Joined matrices are of the weights as they lay: whatever lays them elsewhere or gives them other values makes them stale.
+    # A joined matrix holds the weights as they were: moving, casting, loading or copying them makes it stale.
 
     def _apply(self, *args: Any, **how: Any) -> Any:
         self.joined = {}
@@ -109,9 +109,9 @@ class Projections(nn.Module):
 def store_by_columns(module: nn.Module) -> None:
     """Stores the fp32 weights of all linear layers on a CPU by columns, in place: same shapes, same values, other strides. For inference.
 
-    x W^T then reads W as it lies. By rows it is packed anew in every product, which costs most where a product has few rows: 2.4 to 1.4 ms
-    for all products of the embedded model with 11 rows (a verified draft), 7.2 to 4.8 with 64 (a picture's latents), the same with one
-    (AVX512, one thread). One layer at a time, so a memory-mapped model never lies in memory twice.
+    x W^T then reads W in memory order. A W stored by rows is repacked in every product, which costs most where x has few rows: 2.4 to
+    1.4 ms for all products of the embedded model with 11 rows (a verified draft), 7.2 to 4.8 with 64 (a picture's latents), the same with
+    one (AVX512, one thread). One layer at a time, so that a memory-mapped model is never in memory twice.
     """
     for layer in module.modules():
         if isinstance(layer, Projections):
