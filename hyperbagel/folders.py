@@ -1,8 +1,7 @@
-"""What a folder is: a model, a student, a drafter, a checkpoint or a training's run folder. Reads headers and settings, no weights."""
+"""What a folder is: a model, a student, a drafter, a checkpoint or a run of training. Reads headers and settings, no weights."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from hyperbagel.model.weights import TensorFolder, inspect_folder
 from hyperbagel.speculative.drafters.folder import read_acceptance, read_config
 from hyperbagel.train.checkpoint import best_checkpoint, list_checkpoints
 
-TRAINED = ".weights.safetensors"
+TRAINED = ".weights.safetensors"  # how the file of a trained player in a checkpoint ends
 PARTS = {"ae": "an autoencoder (stage vae)", "vit": "a vision encoder (stage vit)", "reward": "a reward head (stage reward)"}
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """The report that `hyperbagel inspect` prints. Raises InputError for a folder of no such kind, or a damaged one."""
+    """The report that `hyperbagel inspect` prints. Raises InputError for a folder of none of these kinds, or a damaged one."""
     if (folder / "drafter.json").is_file():
         return _drafter(folder)
     if (folder / "state.json").is_file():
@@ -27,7 +26,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         return _run(folder)
     for stem, what in PARTS.items():  # exports of stages that train a part of a model
         if (folder / f"{stem}.safetensors").is_file() and not (folder / "llm_config.json").exists():
-            return {"folder": str(folder), "part": what, "weights": {stem: _sizes(folder, stem)}}
+            return {"folder": str(folder), "part": what, "weights": {stem: TensorFolder(folder, stem).sizes()}}
     if folder.is_dir() and not any([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         raise InputError(
             f"{folder}: got a folder without weights or settings, expected a model (llm_config.json), a student (sampler.json), a drafter "
@@ -42,7 +41,7 @@ def _drafter(folder: Path) -> dict[str, Any]:
     target |= {"heads": config.heads, "kv_heads": config.kv_heads}
     rates = [round(rate, 3) for rate in read_acceptance(folder)]
     report = {"folder": str(folder), "drafter": {"kind": config.kind, "layers": config.layers}, "target": target}
-    return report | {"acceptance": rates or "not measured", "weights": {"drafter": _sizes(folder, "drafter")}}
+    return report | {"acceptance": rates or "not measured", "weights": {"drafter": TensorFolder(folder, "drafter").sizes()}}
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     report = {key: state.get(key) for key in ("step", "seconds", "score")}
     sharded = "; split over ranks (shards/)" if (folder / "shards").is_dir() else ""
     players = {path.name.removesuffix(TRAINED): path.name.removesuffix(".safetensors") for path in sorted(folder.glob(f"*{TRAINED}"))}
-    weights = {name: _sizes(folder, stem) for name, stem in players.items()}
+    weights = {name: TensorFolder(folder, stem).sizes() for name, stem in players.items()}
     return {"folder": str(folder), "checkpoint": report, "players": ", ".join(state.get("players", {})) + sharded, "weights": weights}
 
 
@@ -80,9 +79,3 @@ def _run(folder: Path) -> dict[str, Any]:
         if of_kind:
             figures[name] = {key.removeprefix("held_out/"): value for key, value in of_kind[-1].items()}
     return {"folder": str(folder), "run": report, "last_figures": figures}
-
-
-def _sizes(folder: Path, stem: str) -> dict[str, Any]:
-    source = TensorFolder(folder, stem)
-    numbers = sum(math.prod(shape) for shape in source.shapes.values())
-    return {"tensors": len(source.shapes), "parameters": numbers, "dtypes": sorted(set(source.dtypes.values()))}

@@ -28,6 +28,8 @@ class TrainOutput(NamedTuple):
 
 
 class Connector(nn.Module):
+    """Two-layer MLP from the ViT's width to the language model's: [..., inner] -> [..., size]."""
+
     def __init__(self, inner: int, size: int) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(inner, size), nn.Linear(size, size)
@@ -37,12 +39,12 @@ class Connector(nn.Module):
 
 
 class FixedTable(nn.Module):
-    """A sin-cos table that checkpoints carry as a tensor."""
+    """A fixed sin-cos table that checkpoints store as a tensor: positions [...] -> [..., size]."""
 
     def __init__(self, side: int, size: int) -> None:
         super().__init__()
         table = torch.empty(side * side, size)
-        # On the meta device values cannot matter, and computing them there imports PyTorch's compiler: seconds of start-up.
+        # On the meta device values do not matter, and computing them there imports PyTorch's compiler: seconds of start-up.
         self.pos_embed = nn.Parameter(table if table.is_meta else sincos_table(side, size), requires_grad=False)
 
     def forward(self, positions: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class FixedTable(nn.Module):
 
 
 class Bagel(nn.Module):
-    """Everything in ema.safetensors; the autoencoder is a module of its own (model.vae). `attention`: see nn.attention.BACKENDS."""
+    """The model of ema.safetensors; the autoencoder is a module of its own (model.vae). `attention`: one of nn.attention.BACKENDS."""
 
     def __init__(self, config: BagelConfig, attention: str = "sdpa") -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class Bagel(nn.Module):
         return self.vae2llm.weight.device
 
     def new_cache(self, rows: int = 1, taps: Sequence[int] = ()) -> KVCache:
-        """An empty cache. `taps`: also keep the hidden states that enter these layers, for a drafter."""
+        """An empty cache. `taps`: layers whose incoming hidden states it also keeps, for a drafter."""
         llm = self.config.llm
         return KVCache(
             llm.num_hidden_layers,
@@ -115,7 +117,7 @@ class Bagel(nn.Module):
     def embed_packed(self, batch: PackedBatch) -> Streams:
         """The two streams [B, Su, E] and [B, Sg, E] of a packed batch; latents are noised to their own t."""
         rows, e = batch.rows, self.config.llm.hidden_size
-        # Under autocast embeddings stay fp32 while projections come out in bf16: the streams take the widest of the two.
+        # Under autocast embeddings stay fp32 while projections come out in bf16: both streams take the embeddings' dtype.
         text = self.embed_text(batch.text_ids)
         u = text.new_zeros(rows * batch.su, e).index_copy(0, batch.text_slots, text)
         if batch.vit_lens:

@@ -17,7 +17,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Shape(BaseModel):
-    # Checkpoint JSON files carry many keys of their training framework: extra keys are theirs, not mistakes.
+    # A checkpoint's JSON files carry many keys of its training framework: extra keys are not mistakes.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
@@ -113,12 +113,12 @@ class VaeConfig(_Shape):
 
 
 class _Own(BaseModel):
-    # Settings that only this program knows: a key it does not know is a slip of the finger.
+    # Only this program writes these settings: an unknown key is a typo.
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ImageSizes(_Own):
-    """Resize limits of one image pathway, pixels (see data.transforms)."""
+    """Resize limits of one image pathway, in pixels (see data.transforms.ImageTransform)."""
 
     max_size: Count
     min_size: Count
@@ -127,19 +127,19 @@ class ImageSizes(_Own):
 
 
 class GuidanceDefaults(_Own):
-    """How this model is guided where a request does not say. None: the program's usual, which is BAGEL's."""
+    """This model's guidance where a request does not set it. None: the program's default, which is BAGEL's."""
 
     interval: tuple[Finite, Finite] | None = None  # times at which guidance acts
     text_scale: Positive | None = None
     image_scale: Positive | None = None
 
 
-# Keys of the reference's own BagelConfig that say nothing here: what there is shows in the tensors, and the shift is one of training.
+# Ignored keys of the reference's own BagelConfig: the tensors show which parts there are, and timestep_shift concerns training.
 _REFERENCE_KEYS = ("visual_gen", "visual_und", "connector_act", "timestep_shift")
 
 
 class BagelOptions(_Own):
-    """`bagel_config.json` (optional): what the reference passes in code."""
+    """`bagel_config.json` (optional): what the reference sets in code."""
 
     latent_patch_size: Count = 2
     max_latent_size: Count = 64
@@ -167,19 +167,19 @@ class BagelConfig(_Shape):
 
     @property
     def latent_channels(self) -> int:
-        """Values of one latent token: z * p * p, 64 in BAGEL."""
+        """Values of one latent token, z_channels * latent_patch_size^2: 64 in BAGEL."""
         return self.vae.z_channels * self.options.latent_patch_size**2
 
     @property
     def latent_stride(self) -> int:
-        """Pixels per latent token and side, 16 in BAGEL."""
+        """Side of one latent token in pixels: 16 in BAGEL."""
         return self.vae.downsample * self.options.latent_patch_size
 
     @classmethod
     def from_folder(cls, folder: Path) -> BagelConfig:
         """Reads the four JSON files; the last two may be missing.
 
-        Raises InputError for a missing or unreadable file.
+        Raises InputError for a missing or unreadable file, or for shapes that do not fit together.
         """
         found = cls(
             llm=_read(folder / "llm_config.json", LLMConfig),
@@ -199,7 +199,7 @@ class BagelConfig(_Shape):
                 raise InputError(f"{folder / 'bagel_config.json'}: got {name} {value}, expected a multiple of {unit}; correct the file")
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """The JSON files of a folder, by name."""
+        """File name -> contents of the JSON files that `from_folder` reads."""
         return {
             "llm_config.json": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **self.llm.model_dump(mode="json")},
             "vit_config.json": {"model_type": "siglip_vision_model", **self.vit.model_dump(mode="json")},
@@ -209,6 +209,7 @@ class BagelConfig(_Shape):
 
 
 def _read(path: Path, kind: type[T], optional: bool = False) -> T:
+    """One config file. `optional`: defaults stand in for a missing one. Raises InputError."""
     if not path.exists():
         if optional:
             return kind()

@@ -1,4 +1,4 @@
-"""Guidance scales as inputs of a distilled model (Hyper-Bagel 3.2.1): two more embedders like the timestep's, added where its output is."""
+"""Guidance scales as inputs of a distilled model (Hyper-Bagel 3.2.1): two more embedders like the timestep's, added in the same place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hyperbagel.nn.layers import TimestepEmbedder
 
 
 class GuidanceEmbedders(nn.Module):
-    """Text and image scale -> one vector for all latent tokens of a sample. Output zero at the start: the model is then the base's."""
+    """Text and image scale -> one vector for all latent tokens of a sample. It starts at zero, so that the model starts as the base."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -22,5 +22,5 @@ class GuidanceEmbedders(nn.Module):
                 last.bias.zero_()
 
     def forward(self, text_scale: Tensor, image_scale: Tensor) -> Tensor:
-        """[B], [B] -> [B, 1, E], to be added to the latent embeddings [B, N, E] (`Bagel.embed_latent` adds the timestep's there)."""
+        """[B], [B] -> [B, 1, E], to be added to the latent embeddings [B, N, E] beside the timestep's (`Bagel.embed_latent`)."""
         return (self.text(text_scale) + self.image(image_scale)).unsqueeze(1)

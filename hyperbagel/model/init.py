@@ -21,7 +21,7 @@ def fresh_bagel(config: BagelConfig, generator: torch.Generator, std: float = 0.
                 nn.init.zeros_(parameter)
             continue
         width = std
-        if name.startswith("vit_model") or name.startswith("connector") or name.startswith("vae2llm"):
+        if name.startswith(("vit_model", "connector", "vae2llm")):
             width = parameter.shape[1] ** -0.5 if "position" not in name else std
         if name.endswith(("o_proj.weight", "o_proj_moe_gen.weight", "down_proj.weight")):
             width = std / (2 * config.llm.num_hidden_layers) ** 0.5
@@ -36,10 +36,10 @@ def fresh_bagel(config: BagelConfig, generator: torch.Generator, std: float = 0.
 
 @torch.no_grad()
 def shrink_writes(model: Bagel, factor: float) -> None:
-    """Divide what the understanding expert's layers add to the residual stream by `factor`, in place.
+    """Divides what the understanding expert's layers add to the residual stream by `factor`, in place.
 
-    A repair for weights that were left to grow. Where the stream after layer 0 is a thousand times its input, the final norm hides that:
-    text is hardly changed, and what a picture's tokens brought in is seen again by later layers.
+    A repair for weights that grew in training until the stream after layer 0 was a thousand times its input. Later layers then see again
+    what a picture's tokens brought in, and the final norm hides the change of scale, so that text hardly changes.
     """
     for layer in model.language_model.model.layers:
         assert isinstance(layer, DecoderLayer)

@@ -1,7 +1,7 @@
-"""A student written into a model's own tensors, so that code that knows nothing of students runs it.
+"""A student merged into its model's own tensors, so that code that knows nothing of students can run it.
 
-What a student adds to the model is a change of layers and a vector for the guidance scales (Hyper-Bagel 3.2.1). At fixed scales that vector
-is a constant, added where the timestep's embedding is added: it goes into the last bias of the timestep's embedder, and nothing is left.
+A student adds two things to the model: changed layers, and a vector for the guidance scales (Hyper-Bagel 3.2.1). At fixed scales that
+vector is a constant, added where the timestep's embedding is added, so it folds into the last bias of the timestep's embedder.
 
 Shape legend: E hidden size, r rank, I / O input and output size of a linear layer.
 """
@@ -33,7 +33,7 @@ def check_scales(sampler: Sampler, text_scale: float, image_scale: float) -> Non
 
 
 def folded_sampler(sampler: Sampler, text_scale: float, image_scale: float) -> Sampler:
-    """How the merged weights are to be sampled: the student's steps and shift, and no guidance beside what is inside."""
+    """How the merged weights are sampled: with the student's steps and shift, and no guidance beyond what is folded in."""
     return replace(
         sampler,
         text_scale=1.0,
@@ -55,7 +55,7 @@ def guidance_vector(student: Student, text_scale: float, image_scale: float) -> 
 
 
 def changed_tensors(base: Bagel, student: Student, text_scale: float, image_scale: float) -> Iterator[tuple[str, Tensor]]:
-    """One by one the tensors of the base that the student replaces, by the base's own names, fp32 on the base's device."""
+    """Yields the tensors that the student replaces, under the base's own names, in fp32 on the base's device."""
     adapter = student.adapter
     folded = base.get_parameter(FOLD)
     for name in adapter.copies:
@@ -83,23 +83,26 @@ def merged_tensors(
 
 @dataclass(frozen=True)
 class LowRankStudent:
-    """A student as a LoRA and whole layers. `tensors`: names of the base's modules with lora_A.weight, lora_B.weight and, where the student
-    changes the bias of a layer that has a LoRA, lora_B.bias; the whole layers under their own names."""
+    """A student as a LoRA and replaced layers.
+
+    `tensors`: under each LoRA layer's name lora_A.weight [r, I], lora_B.weight [O, r] and, if `biases`, lora_B.bias [O]; the replaced
+    layers' tensors under their own names.
+    """
 
     rank: int
     alpha: float
-    layers: tuple[str, ...]  # have a LoRA
-    whole: tuple[str, ...]  # are replaced
+    layers: tuple[str, ...]  # modules with a LoRA
+    whole: tuple[str, ...]  # modules that are replaced
     biases: bool  # every layer with a LoRA has lora_B.bias
     tensors: dict[str, Tensor]
     error: float  # |change - what the LoRA gives| / |change|, over all layers with a LoRA
-    worst: tuple[str, float]  # the layer where that is largest
+    worst: tuple[str, float]  # the layer with the largest such error, and that error
 
 
 @torch.no_grad()
 def as_low_rank(base: Bagel, student: Student, text_scale: float, image_scale: float, rank: int | None = None) -> LowRankStudent:
-    """A student as a LoRA with the guidance folded in. An adapter student keeps its own factors (`rank` must be left out: nothing is lost);
-    a full one is factorised at `rank`."""
+    """A student as a LoRA with the guidance folded in. A LoRA student keeps its own factors, so nothing is lost; one of whole layers is
+    factorised at `rank`. Raises InputError for a rank given to the former, or none to the latter."""
     adapter = student.adapter
     changed = dict(changed_tensors(base, student, text_scale, image_scale))
     head = FOLD.rpartition(".")[0]
@@ -132,6 +135,6 @@ def as_low_rank(base: Bagel, student: Student, text_scale: float, image_scale: f
 
 
 def _whole(base: Bagel, changed: dict[str, Tensor], modules: tuple[str, ...]) -> dict[str, Tensor]:
-    """Every tensor of these modules, as the student has it."""
+    """Every tensor of these modules as the student has it, fp32, by the base's names."""
     state = {f"{name}.{leaf}": value for name in modules for leaf, value in base.get_submodule(name).state_dict().items()}
     return {name: changed.get(name, value.float()) for name, value in state.items()}

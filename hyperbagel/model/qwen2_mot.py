@@ -30,7 +30,7 @@ class Streams(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What attention needs besides the tokens: cos, sin [B, S, 1, D]; who sees whom; at inference a cache and the plan for it."""
+    """What attention needs besides the tokens: RoPE's cos and sin [B, S, 1, D]; who sees whom; at inference a cache and its plan."""
 
     cos: Tensor
     sin: Tensor
@@ -41,7 +41,7 @@ class Sight(NamedTuple):
     backend: str = "sdpa"
 
 
-EXPERTS = ("", "_moe_gen")  # of the streams u and g, behind the names of their layers
+EXPERTS = ("", "_moe_gen")  # suffixes of the layers' names, for the streams u and g
 
 
 class SelfAttention(Projections):
@@ -49,7 +49,7 @@ class SelfAttention(Projections):
 
     def __init__(self, cfg: LLMConfig) -> None:
         super().__init__(cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, EXPERTS)
-        self.attend = attend  # of the instance, so that training can keep it out of a compiled graph
+        self.attend = attend  # an attribute, so that training can keep it out of a compiled graph
         e, q, kv = cfg.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj, self.q_proj_moe_gen = nn.Linear(e, q), nn.Linear(e, q)
         self.k_proj, self.k_proj_moe_gen = nn.Linear(e, kv), nn.Linear(e, kv)
@@ -59,7 +59,7 @@ class SelfAttention(Projections):
         self.k_norm, self.k_norm_moe_gen = RMSNorm(self.head_dim, cfg.rms_norm_eps), RMSNorm(self.head_dim, cfg.rms_norm_eps)
 
     def forward(self, x: Streams, sight: Sight, layer: int, wanted: str = "ug") -> Streams:
-        """Streams that are not `wanted` leave keys and values alone."""
+        """`wanted`: streams whose output is computed; the others only contribute keys and values, and come back as None."""
         parts = [self.project(part, expert) for part, expert in zip(x, EXPERTS) if part is not None]
         qk, v = parts[0] if len(parts) == 1 else (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
         qk, v = rotate(qk, sight.cos, sight.sin).transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
@@ -72,18 +72,18 @@ class SelfAttention(Projections):
         if last - first < q.shape[2]:
             if first == last:
                 return Streams(None, None)
-            assert not sight.causal, "text is causal, and nothing is drawn beside it"
+            assert not sight.causal, "got a causal plan for a part of the streams, expected a mask"
             q = q[:, :, first:last]
             mask = mask[..., first:last, :] if isinstance(mask, Tensor) and mask.shape[-2] > 1 else mask
         out = self.attend(q, k, v, mask, sight.causal, sight.backend).transpose(1, 2).flatten(2)  # [B, S, Hq D]
-        # `view`: a slice of one row has a stride that says nothing. FSDP2 tidies it up in a forward, not where a layer is run again for its
-        # gradient (`recompute`), and the products' saved shapes then differ.
+        # `view`: a one-row slice has an arbitrary batch stride. FSDP2 normalises it in a forward but not where a layer is run again for
+        # its gradient (`recompute`), and the shapes saved for the products would then differ.
         u, g = (part.view(part.shape) if part.shape[1] else None for part in (out[:, : su - first], out[:, su - first :]))
         return Streams(None if u is None else self.o_proj(u), None if g is None else self.o_proj_moe_gen(g))
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each token through its own expert. Streams [B, Su, E] and [B, Sg, E] -> the same."""
+    """Pre-norm attention and MLP, each token through its own expert. Streams [B, Su, E] and [B, Sg, E] -> the same, if `wanted`."""
 
     def __init__(self, cfg: LLMConfig) -> None:
         super().__init__()
@@ -132,11 +132,15 @@ class Qwen2MoT(nn.Module):
         taps: list[Streams] | None = None,
         wanted: str = "ug",
     ) -> Streams:
-        """All layers and the final norms. positions [B, S] in stream order [u | g]. `taps` collects the output of every layer; a
-        cache with taps keeps those it was made for.
+        """All layers and the final norms.
 
-        wanted: streams to return, "ug", "g" or "" (a context that is read for its keys and values). What only the others would need of
-        the last layer is not computed.
+        Args:
+            positions: [B, S] for RoPE, in stream order [u | g].
+            mask: who sees whom where there is no cache; with one, `plan` says it.
+            backend: replaces the attention that the model was made with.
+            taps: collects the output of every layer. A cache with taps keeps the layers that it was made for.
+            wanted: streams to return, "ug", "g" or "" (a context read for its keys and values alone). The last layer leaves out what
+                only the others would need.
         """
         some = x.u if x.u is not None else x.g
         assert some is not None, "a forward needs tokens"
@@ -166,7 +170,7 @@ class Qwen2MoT(nn.Module):
 
 
 class Qwen2ForCausalLM(nn.Module):
-    """Only here so that keys equal the checkpoint's: language_model.model.*, language_model.lm_head.weight."""
+    """Exists so that keys equal the checkpoint's: language_model.model.*, language_model.lm_head.weight."""
 
     def __init__(self, cfg: LLMConfig, attention: str = "sdpa") -> None:
         super().__init__()

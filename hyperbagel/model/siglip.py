@@ -74,7 +74,7 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
 
     def forward(self, patches: Tensor, positions: Tensor, lens: Sequence[int]) -> Tensor:
-        """patches [Nv, P], positions [Nv], patches per image -> [Nv, V]. An image sees itself alone."""
+        """patches [Nv, P], positions [Nv], `lens` patches of each image -> [Nv, V]. An image sees only itself."""
         x = self.embeddings(patches, positions)
         longest = max(lens)
         if min(lens) == longest:
@@ -91,7 +91,7 @@ class VisionTransformer(nn.Module):
 
 
 class SiglipVisionModel(nn.Module):
-    """Only here so that keys equal the checkpoint's: vit_model.vision_model.*"""
+    """Exists so that keys equal the checkpoint's: vit_model.vision_model.*"""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()

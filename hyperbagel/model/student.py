@@ -32,9 +32,9 @@ PEFT_PREFIX = "base_model.model."
 _HEADS = ("vae2llm", "llm2vae", "time_embedder.mlp.0", "time_embedder.mlp.2")
 _GENERATION = re.compile(r"_moe_gen(\.|$)")
 _FORMAT = 1
-_LARGEST = 10_000  # of evaluations, shift and scales: beyond it a file is damaged
+_LARGEST = 10_000  # no file holds more evaluations, nor a larger shift or scale, unless it is damaged
 _MISSING = "a student folder has sampler.json, guidance.safetensors and its adapter"
-# Kinds of sampler.json that no student has: written by hyperbagel.export.
+# Values of `kind` in a sampler.json that is no student's: hyperbagel.export writes them.
 OTHER_KINDS = {
     "merged": "a model with a student merged into it (give it as --model)",
     "peft": "a LoRA with the guidance folded in, for PEFT (give the student that it was made from)",
@@ -43,7 +43,7 @@ OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a student is to be sampled; it travels with the weights. Scales are the defaults: the embedders take any in their ranges."""
+    """How a student is sampled; it travels with the weights. Scales are defaults: the embedders take any scale in the ranges."""
 
     nfe: int = 6
     shift: float = 3.0
@@ -53,11 +53,11 @@ class Sampler:
     edit_image_scale: float = 2.0
     text_range: tuple[float, float] = (1.0, 5.0)
     image_range: tuple[float, float] = (1.0, 2.5)
-    stage: str = ""  # what made it
+    stage: str = ""  # the stages of training that made it
 
 
 def generation_modules(model: Bagel) -> tuple[list[str], list[str]]:
-    """(linear layers, other layers with weights) of the generation expert, by name."""
+    """Names of the generation expert's (linear layers, other layers with weights)."""
     linear: list[str] = []
     other: list[str] = []
     for name, module in model.named_modules():
@@ -67,7 +67,7 @@ def generation_modules(model: Bagel) -> tuple[list[str], list[str]]:
 
 
 def generates(parameter: str) -> bool:
-    """Whether a parameter of a Bagel, by name, belongs to drawing alone: generation expert, latents in and out, timestep embedder."""
+    """Whether a parameter of a Bagel serves drawing alone: that of the generation expert, latents in and out, the timestep embedder."""
     return _GENERATION.search(parameter) is not None or parameter.startswith(tuple(f"{head}." for head in _HEADS))
 
 
@@ -83,8 +83,8 @@ def make_adapter(
 ) -> Adapter:
     """An adapter of the generation expert that changes nothing yet.
 
-    lora: low-rank changes of its linear layers. full: copies of all its layers. heads: copies of vae2llm, llm2vae and the timestep embedder
-    too (the clean latents of a context are prefilled by the base and never see them).
+    lora: low-rank changes of its linear layers. full: copies of all its layers. heads: also copies of vae2llm, llm2vae and the timestep
+    embedder (the clean latents of a context are prefilled by the base and never pass through them).
     """
     linear, other = generation_modules(model)
     extra = _HEADS if heads else ()
@@ -102,26 +102,26 @@ class Student(nn.Module):
 
     @classmethod
     def fresh(cls, model: Bagel, adapter: Adapter, sampler: Sampler) -> Student:
-        """Equal to the base until it is trained."""
+        """A student that equals the base until it is trained, if its adapter does."""
         guidance = GuidanceEmbedders(model.config.llm.hidden_size).to(model.device)
         return cls(adapter, guidance, sampler)
 
     def network(self, base: Bagel, *, merged: bool = False) -> StudentNetwork:
-        """What runs: shares the base's tensors. `merged`: for inference, with the weights as they are now."""
+        """The network that runs; it shares the base's tensors. `merged` (inference only): see nn.lora.attach."""
         return StudentNetwork(attach(base, self.adapter, merged=merged), self.guidance)
 
 
 @dataclass(frozen=True)
 class StudentNetwork:
-    """`model` denoises, and reads what text comes along with the base's own weights; `guidance(text_scale [B], image_scale [B])` is added
-    to the latent embeddings."""
+    """`model` denoises; text in the same forward passes through the base's own weights. `guidance(text_scale [B], image_scale [B])` is
+    added to the latent embeddings."""
 
     model: Bagel
     guidance: GuidanceEmbedders
 
 
 def fingerprint(model: Bagel) -> str:
-    """Names and shapes of all tensors and up to 64 values of each, in bf16 so that a copy in bf16 has the same."""
+    """Hash of the names, shapes and up to 64 values of all tensors, the values in bf16 so that a copy in bf16 has the same one."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
@@ -142,7 +142,7 @@ def save_student(
 ) -> None:
     """Writes a student folder, whole or not at all. Raises InputError if it cannot be written.
 
-    base: the model or its fingerprint. values: tensors by the student's own names to write in place of its present ones.
+    base: the model or its fingerprint. values: tensors to write in place of the student's present ones, by its own names.
     """
     make_folder(folder.parent)
     adapter = student.adapter
@@ -165,9 +165,9 @@ def save_student(
 
 
 def load_student(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) -> Student:
-    """Reads a student of this base, on the base's device. dtype: of its tensors; a copy in fp32 is not made on the way to another.
+    """Reads a student of this base, onto the base's device. dtype: of its tensors, made without a copy in fp32 on the way.
 
-    Raises InputError for a folder that is no student, is damaged, or belongs to another base.
+    Raises InputError for a folder that is not a student's, is damaged, or belongs to another base.
     """
     about = read_json(folder / "sampler.json", _MISSING)
     if str(about.get("kind")) in OTHER_KINDS:
@@ -205,8 +205,8 @@ def load_student(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) 
 def carry_student(folder: Path, old: Bagel, new: Bagel) -> Student:
     """A student of `old`, as one of `new`: the same change on another model of its shape, such as `old` trained on.
 
-    ours (task arithmetic, Ilharco et al. 2023): low-rank changes stay what they are, whole layers take new + (student - old). A place to
-    train on from, not a student of `new` yet. Raises InputError for models of different shapes and for what `load_student` refuses.
+    ours (task arithmetic, Ilharco et al. 2023): low-rank changes stay as they are, whole layers become new + (student - old). A start for
+    further training, not yet a student of `new`. Raises InputError for models of different shapes and for what `load_student` refuses.
     """
     if (was := old.config.model_dump()) != (now := new.config.model_dump()):
         changed = ", ".join(name for name in was if was[name] != now[name])
@@ -222,7 +222,7 @@ def carry_student(folder: Path, old: Bagel, new: Bagel) -> Student:
 
 @torch.no_grad()
 def as_whole(student: Student, base: Bagel) -> Student:
-    """The same student with whole layers in place of low-rank changes, ready to be trained in all of them."""
+    """The same student with whole layers, all trainable, in place of low-rank changes."""
     if not student.adapter.low_rank:
         return student
     given, adapter = student.adapter, make_adapter(base, "full", heads=_has_heads(student))
@@ -237,7 +237,7 @@ def as_whole(student: Student, base: Bagel) -> Student:
 
 @torch.no_grad()
 def factorised(student: Student, base: Bagel, rank: int) -> tuple[Student, float]:
-    """A student of whole layers as a LoRA of that rank, and |what is lost| / |change| of the matrices. Norms and biases stay the base's."""
+    """A student of whole layers as a LoRA of that rank, and |error| / |change| over its matrices. Norms and biases stay the base's."""
     adapter = make_adapter(base, "lora", rank=rank, heads=_has_heads(student))
     missed = whole = 0.0
     for name in adapter.low_rank:
@@ -255,11 +255,11 @@ def _has_heads(student: Student) -> bool:
 
 
 def average_students(folders: Sequence[Path], base: Bagel) -> Student:
-    """The mean of students of one base, tensor by tensor; sampler settings are the first one's, `stage` names all that made them.
+    """The mean of students of one base, tensor by tensor; sampler settings are the first one's, `stage` names all of theirs.
 
-    For students that were trained on from one another: their errors are partly apart, their weights hardly (model soups, Wortsman et al.
-    2022). Of low-rank factors of one rank it is the mean of each factor, not of their product; unlike students become whole layers.
-    Raises InputError for fewer than two, or for other numbers of evaluations.
+    For students trained on from one another, whose weights hardly differ while their errors partly do (model soups, Wortsman et al. 2022).
+    Low-rank students of one rank are averaged factor by factor, not product by product; others become whole layers first. Raises
+    InputError for fewer than two, for layers that differ even then, or for different numbers of evaluations.
     """
     if len(folders) < 2:
         raise InputError(f"got {len(folders)} student to average, expected two or more")
@@ -281,16 +281,17 @@ def average_students(folders: Sequence[Path], base: Bagel) -> Student:
 
 
 def _shape(student: Student) -> tuple[Any, ...]:
+    """What must be equal for a mean of tensors to make sense."""
     return student.adapter.alpha, {name: tensor.shape for name, tensor in student.state_dict().items()}
 
 
 def read_sampler(folder: Path) -> Sampler:
-    """How a student is to be sampled, without loading it. Raises InputError."""
+    """The sampler of a student's folder, without its weights. Raises InputError."""
     return _sampler(read_json(folder / "sampler.json", _MISSING), folder)
 
 
 def peft_config(layers: Sequence[str], whole: Sequence[str], rank: int, alpha: float, base_name: str) -> dict[str, Any]:
-    """PEFT's adapter_config.json. layers: names of modules with a LoRA; whole: names of modules that are replaced."""
+    """The contents of PEFT's adapter_config.json. layers: modules with a LoRA; whole: modules that are replaced, both by name."""
     leaves = sorted({name.rpartition(".")[2] for name in layers if ".mlp_moe_gen." not in name})
     inner = sorted({".".join(name.split(".")[-2:]) for name in layers if ".mlp_moe_gen." in name})
     return {
@@ -308,7 +309,7 @@ def peft_config(layers: Sequence[str], whole: Sequence[str], rank: int, alpha: f
 
 
 def read_merged_sampler(folder: Path) -> Sampler | None:
-    """How a model folder with a student merged into it is to be sampled; None for an ordinary model. InputError for a damaged file."""
+    """The sampler of a model folder with a student merged into it; None for an ordinary model. Raises InputError for a damaged file."""
     path = folder / "sampler.json"
     if not path.exists():
         return None
@@ -317,6 +318,7 @@ def read_merged_sampler(folder: Path) -> Sampler | None:
 
 
 def _sampler(about: Mapping[str, Any], folder: Path) -> Sampler:
+    """The Sampler in a sampler.json's contents, every field checked against the type of its default. Raises InputError."""
     values: dict[str, Any] = {}
     for field in fields(Sampler):
         if field.name not in about:
@@ -336,11 +338,13 @@ def _sampler(about: Mapping[str, Any], folder: Path) -> Sampler:
 
 
 def is_number(value: object) -> bool:
+    """Whether a value read from JSON is a finite number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @torch.no_grad()
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Copies tensors into a module, strictly. Raises InputError for other names or shapes, or values that are not finite."""
     live = module.state_dict()
     odd = sorted(live.keys() ^ tensors.keys()) or sorted(n for n in live if live[n].shape != tensors[n].shape)
     if odd:

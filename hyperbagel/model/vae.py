@@ -13,6 +13,8 @@ from hyperbagel.model.config import VaeConfig
 
 
 class ResBlock(nn.Module):
+    """Two 3 x 3 convolutions, each after a group norm and SiLU: [B, c_in, h, w] -> [B, c_out, h, w]."""
+
     def __init__(self, c_in: int, c_out: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -28,7 +30,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention over all cells."""
+    """Single-head attention over all cells, [B, c, h, w] -> the same."""
 
     def __init__(self, c: int, groups: int) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class AttnBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """x2 down (asymmetric padding, as FLUX) or x2 up (nearest)."""
+    """Halves the resolution (asymmetric padding, as in FLUX) or doubles it (nearest neighbour, then a convolution)."""
 
     def __init__(self, c: int, up: bool) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class Mid(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; `downsample` or `upsample` leads to the next."""
+    """The residual blocks of one resolution, then the step to the next one, if any. resample: "down", "up" or None."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, resample: str | None) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class Decoder(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] <-> latents [B, Z, h, w]."""
+    """Pictures [B, 3, H, W] in [-1, 1] <-> latents [B, Z, h, w], shifted and scaled."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -158,7 +160,7 @@ class AutoEncoder(nn.Module):
 
 
 def unpatchify(tokens: Tensor, h: int, w: int, p: int) -> Tensor:
-    """Inverse of `data.transforms.patchify`: tokens [B, h*w, p*p*Z], order (p, q, c) within a token, to [B, Z, h*p, w*p]."""
+    """Inverse of `data.transforms.patchify`: tokens [B, h*w, p*p*Z], ordered (row, column, channel) within a token, to [B, Z, h*p, w*p]."""
     b, _, n = tokens.shape
     c = n // (p * p)
     return tokens.reshape(b, h, w, p, p, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h * p, w * p)

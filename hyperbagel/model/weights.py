@@ -36,10 +36,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Contiguous tensors of a CPU into a file of a folder that is being made. Raises OSError with the operating system's reason."""
+    """Writes contiguous CPU tensors, not atomically: for a folder still in the making. Raises OSError with the system's reason."""
     try:
         save_file(tensors, str(path), metadata=metadata)
-    except SafetensorError as error:  # its writer tells that reason as text
+    except SafetensorError as error:  # the writer gives the system's reason as text only
         found = re.search(r"os error (\d+)", str(error))
         if found is None:
             raise
@@ -105,7 +105,7 @@ class TensorFolder:
                     self.dtypes[name] = part.get_dtype()
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises InputError naming the first few missing, extra or wrongly shaped tensors."""
+        """Name -> shape against what is there. Raises InputError naming the first few missing, extra or wrongly shaped tensors."""
         missing = [f"missing {n} {list(s)}" for n, s in expected.items() if n not in self.shapes]
         extra = [f"unexpected {n} {list(s)}" for n, s in self.shapes.items() if n not in expected]
         shape = [f"{n} is {list(self.shapes[n])}, expected {list(s)}" for n, s in expected.items() if self.shapes.get(n, s) != s]
@@ -128,9 +128,14 @@ class TensorFolder:
             )
 
     def tensor(self, name: str) -> Tensor:
-        """One of them, on the CPU."""
+        """One tensor, on the CPU."""
         with _open(self.file_of[name], "cpu") as file:
             return file.get_tensor(name)
+
+    def sizes(self) -> dict[str, Any]:
+        """Number of tensors and of parameters, and their dtypes, for a report."""
+        parameters = sum(math.prod(shape) for shape in self.shapes.values())
+        return {"tensors": len(self.shapes), "parameters": parameters, "dtypes": sorted(set(self.dtypes.values()))}
 
     def tensors(self, device: str) -> Iterable[tuple[str, Tensor]]:
         """Every tensor, one at a time, straight from the memory map to the device."""
@@ -180,8 +185,7 @@ def load_folder(
 
 
 def stored_dtype(folder: Path, stem: str = "ema") -> torch.dtype:
-    """bf16 if all of a model's (or, `ae`, its autoencoder's) weights are stored so, else fp32: what keeps every value. bf16 halves the
-    memory."""
+    """bf16 if every weight of the model (`stem` ae: of its autoencoder) is stored in it, else fp32: the least that keeps every value."""
     return torch.bfloat16 if folder.is_dir() and set(TensorFolder(folder, stem).dtypes.values()) == {"BF16"} else torch.float32
 
 
@@ -221,10 +225,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         source = TensorFolder(folder, stem)
         source.check({name: tuple(p.shape) for name, p in module.named_parameters()})
         source.check_numbers()
-        report["weights"][stem] = {
-            "tensors": len(source.shapes),
-            "parameters": sum(p.numel() for p in module.parameters()),
-            "dtypes": sorted(set(source.dtypes.values())),
+        report["weights"][stem] = source.sizes() | {
             "files": sorted({path.name for path in source.file_of.values()}),
             "bytes": sum(path.stat().st_size for path in set(source.file_of.values())),
         }
@@ -232,17 +233,11 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
 
 
 def _inspect_student(folder: Path) -> dict[str, Any]:
-    """Sampler, base and sizes of a student (model.student); whether it fits a base is checked when it is loaded."""
+    """Sampler, base and sizes of a student (model.student). Whether it fits a base shows when it is loaded."""
     report: dict[str, Any] = {"folder": str(folder), "student": read_json(folder / "sampler.json"), "weights": {}}
     for stem in ("adapter_model", "moe_gen", "guidance"):
         if (folder / f"{stem}.safetensors").exists():
-            source = TensorFolder(folder, stem)
-            numbers = sum(math.prod(shape) for shape in source.shapes.values())
-            report["weights"][stem] = {
-                "tensors": len(source.shapes),
-                "parameters": numbers,
-                "dtypes": sorted(set(source.dtypes.values())),
-            }
+            report["weights"][stem] = TensorFolder(folder, stem).sizes()
     return report
 
 
@@ -266,8 +261,10 @@ def _other_weights(folder: Path) -> str:
 
 
 def _index_files(index: Path) -> list[str]:
+    """Names of the shards in a safetensors index. Raises InputError for a damaged index, or one that points out of its folder."""
     try:
-        names = sorted({name + "" for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})  # + "": texts alone
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({name + "" for name in weight_map.values()})  # + "": a TypeError for what is not a string
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index}: not a safetensors index ({error}); it needs a weight_map of tensor names to files") from error
     for name in names:
