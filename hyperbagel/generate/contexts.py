@@ -1,7 +1,7 @@
-"""Prefilled pictures of recent requests, so that a picture which is edited again and again is read once.
+"""Prefilled pictures of recent requests, so that a picture that is edited again and again is prefilled once.
 
-A picture's context depends on the picture, on those before it and on the seed (its latents are a draw from the posterior), so these are
-the key. What follows, text first of all, is prefilled anew every time.
+A picture's context depends on the picture, on those before it and on the seed (its latents are drawn from the posterior): these are the
+key. Whatever follows the pictures, such as the text, is prefilled anew every time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hyperbagel.generate.session import Parts, Session
 
 
 class Contexts:
-    """For one model and one thread. The least recently used go first, when there are too many or they take too much memory."""
+    """Belongs to one model and one thread. Drops the least recently used contexts when they are too many or take too much memory."""
 
     def __init__(self, count: int = 8, memory: int = 2**30) -> None:
         """memory: bytes of keys and values. The newest context stays, however large it is."""
@@ -26,7 +26,7 @@ class Contexts:
         self._kept: OrderedDict[Hashable, tuple[Session, Tensor]] = OrderedDict()
 
     def begin(self, parts: Parts, images: Sequence[Image], generator: torch.Generator) -> tuple[Session, int]:
-        """A session that holds the pictures, as latents and patches, and how many of its tokens were there already.
+        """A session that holds the pictures, as latents and patches, and how many of its tokens were found here (all or none).
 
         `generator`, fresh from its seed, is left as if the pictures had been prefilled with it.
         """

@@ -22,28 +22,28 @@ from hyperbagel.nn.kv_cache import KVCache
 
 @dataclass
 class Decoded:
-    """One session's answer: ids without im_start and im_end."""
+    """One session's answer. ids: without im_start and im_end. finish_reason: "length", or "stop" at im_end."""
 
     ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
-    logits: list[Tensor] = field(default_factory=list)  # [V] a step, only if asked for
+    logits: list[Tensor] = field(default_factory=list)  # [V] per step, only if asked for
 
 
 class Runner(Protocol):
-    """The inner step of decoding: EagerRunner here, GraphRunner in generate.graphs."""
+    """Makes the steps of decoding: EagerRunner here, GraphRunner in generate.graphs."""
 
     def begin(self, caches: Sequence[KVCache], positions: Sequence[int], room: int, spent: bool = False) -> None:
-        """Takes the contexts of B rows, their next positions, and how many tokens may follow. `spent`: see KVCache.stack."""
+        """Takes the contexts of B rows, each row's next position, and how many tokens may follow. `spent`: see KVCache.stack."""
 
     def __call__(self, token: Tensor) -> Tensor:
-        """token [B, 1] joins every row -> logits [B, V] of the next."""
+        """Appends token [B, 1] to the rows -> logits [B, V] of the next one."""
 
     def end(self) -> None:
-        """The caches given to `begin` are as they were, if they were not spent."""
+        """Leaves the caches given to `begin` as they were, unless they were spent."""
 
 
 class EagerRunner:
-    """Every step is planned anew, over exactly the keys there are."""
+    """Plans every step anew, over exactly the keys that there are."""
 
     def __init__(self, model: Bagel) -> None:
         self.model = model
@@ -79,11 +79,19 @@ def decode(
     runner: Runner | None = None,
     spent: bool = False,
 ) -> list[Decoded]:
-    """Starts from im_start behind each session's context, stops at im_end or after `max_tokens` tokens.
+    """Decodes from im_start after each session's context until im_end or `max_tokens` tokens.
 
-    The sessions stay as they were: an answer joins a conversation as text (`Session.add_text`), as in the reference. But with `spent`
-    nobody needs them any more: where rows are copied into one cache, theirs go, of which at 7B a batch may hold ten gigabytes.
-    `runner` is who makes the steps; None: EagerRunner.
+    The sessions stay as they were: an answer joins a conversation as text (`Session.add_text`), as in the reference.
+
+    Args:
+        temperature: 0 is greedy; above it each row draws from its own one of `generators`.
+        on_token: called with (row, token id); may raise to stop the work.
+        keep_logits: keep the logits of every step, and of one more behind the last token.
+        runner: makes the steps; None: EagerRunner.
+        spent: the sessions are not needed any more; where rows are copied into one cache, their own are freed (up to ten gigabytes for
+            a batch at 7B).
+    Raises:
+        InputError: an answer of `max_tokens` does not fit behind a context.
     """
     parts = sessions[0].parts
     model, tokenizer = parts.model, parts.tokenizer

@@ -25,15 +25,13 @@ from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache, Plan
 
 GRANULE = 512  # capacities are multiples of it: few graphs, little attention over empty slots
-
-
-_RECORDING = threading.RLock()  # the collector is the whole process's, and a server has a thread for each GPU
+_RECORDING = threading.RLock()  # the garbage collector is process-wide, and a server has a thread per GPU
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Python's garbage is collected before the block and left alone in it, in one thread at a time. A graph that nobody uses any more may
-    live in a cycle, and if it happens to be freed while another is recorded, that recording fails (seen on an H200)."""
+    """Collects Python's garbage before the block and none inside it, in one thread at a time. An unused graph may survive in a reference
+    cycle, and if it is freed while another graph is being recorded, that recording fails (seen on an H200)."""
     with _RECORDING:
         was = gc.isenabled()
         gc.collect()
@@ -46,9 +44,9 @@ def no_collection() -> Iterator[None]:
 
 
 class Captured:
-    """Calls `function`, which reads and writes tensors that stay in place: first eagerly, then recorded, from then on replayed.
+    """Calls `function`, which reads and writes tensors that stay in place: eagerly at first, then recorded, from then on replayed.
 
-    Every call is a real step, the first (which also warms up the libraries) and the recorded one too. On a CPU all calls are eager.
+    Every call is a real step, including the first (which also warms up the libraries) and the recorded one. On a CPU all are eager.
     `compiler` is a backend of torch.compile ("inductor"), or None for none.
     """
 
@@ -63,7 +61,7 @@ class Captured:
         if self.stream is None:
             return self.function()
         if self.out is None:
-            # Off the default stream, where capture is not allowed, so that workspaces are the ones the graph will use.
+            # On the stream that will be captured (the default one cannot be), so that the graph finds its workspaces made.
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 self.out = self.function()
@@ -73,20 +71,20 @@ class Captured:
             return self.function()
         assert self.graph is not None
         self.graph.replay()
-        return self.out.clone()  # the next replay writes over it
+        return self.out.clone()  # the next replay overwrites it
 
     def _record(self) -> bool:
-        """Records, computes nothing. Where that fails all calls are eager from then on: the same numbers, later."""
+        """Records the step, computing nothing; whether that worked. If not, all later calls are eager: the same numbers, more slowly."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            # What other threads of a server do on the device meanwhile is none of its business.
+            # thread_local: other threads of a server may use the device meanwhile.
             with no_collection(), torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.out = self.function()
         except torch.OutOfMemoryError:
             torch.cuda.set_stream(current)
             raise  # a smaller batch may have the room
         except RuntimeError as error:
-            torch.cuda.set_stream(current)  # a recording that ends badly leaves its own behind
+            torch.cuda.set_stream(current)  # a failed recording leaves its own stream current
             self.stream = None
             warnings.warn(f"a step could not be recorded as a CUDA graph ({one_line(error)}); it runs without one", Notice, stacklevel=2)
             return False
@@ -95,13 +93,13 @@ class Captured:
 
 
 def causal_plan(at: Tensor, capacity: int) -> Plan:
-    """New tokens in slots `at` [B, n] of a cache with K = `capacity` slots a row: each sees all slots up to its own."""
+    """New tokens in slots `at` [B, n] of a cache with K = `capacity` slots per row: each sees all slots up to its own."""
     slots = torch.arange(capacity, device=at.device)
     return Plan(at, capacity, (slots <= at.unsqueeze(-1)).unsqueeze(1), causal=False)  # mask [B, 1, n, K]
 
 
 class _Static:
-    """Rows of a cache of K slots whose lengths and positions lie on the device, so that no shape and no address depends on them."""
+    """A cache of K slots per row with lengths and positions on the device, so that no shape and no address depends on their values."""
 
     def __init__(self, model: Bagel, rows: int, capacity: int, taps: Sequence[int] = ()) -> None:
         device = model.device
@@ -112,7 +110,7 @@ class _Static:
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, n] behind each row's keys, causal among themselves -> logits [B, n, V]."""
+        """tokens [B, n] after each row's keys, causal among themselves -> logits [B, n, V]."""
         ahead = torch.arange(tokens.shape[1], device=tokens.device)
         plan = causal_plan(self.length + ahead, self.capacity)
         u = self.model.embed_text(tokens)
@@ -122,7 +120,7 @@ class _Static:
 
 
 class StaticStep(_Static):
-    """One decoded token a row over a cache of K slots: lengths live on the device, and slots beyond them are masked.
+    """Decodes one token per row over a cache of K slots; slots beyond a row's length are masked.
 
     Rows of lengths 2 and 4 that write their new token (n) into K = 6 slots; what the query sees:
 
@@ -136,18 +134,18 @@ class StaticStep(_Static):
         self.run = Captured(self.compute, model.device, compiler)
 
     def release(self) -> None:
-        """Gives cache and graph back at once: `run` holds a method of this object, and so the object itself."""
+        """Frees cache and graph at once: `run` holds a bound method, so that the two objects would otherwise keep each other alive."""
         del self.run
 
     def load(self, caches: Sequence[KVCache], positions: Sequence[int], spent: bool = False) -> None:
-        """Takes other contexts; the buffers, and with them a recorded graph, stay."""
+        """Takes other contexts into the same buffers, so that a recorded graph stays valid."""
         self.cache.load(caches, spent)
         self.length.copy_(torch.tensor(self.cache.lengths)[:, None])
         self.position.copy_(torch.tensor(list(positions))[:, None])
         self.left = self.capacity - max(self.cache.lengths)
 
     def compute(self) -> Tensor:
-        """Buffers in, logits [B, V] out; lengths and positions move on."""
+        """Reads the buffers -> logits [B, V]; lengths and positions advance by one."""
         logits = self.forward(self.token)[:, -1]
         self.length += 1
         self.position += 1
@@ -160,7 +158,7 @@ class StaticStep(_Static):
         return self.run()
 
 
-SIZES = (1, 4, 8, 16)  # tokens a row that are read at once; others are padded to the next one, so that few graphs are recorded
+SIZES = (1, 4, 8, 16)  # tokens per row of one read; others are padded to the next size, so that few graphs are recorded
 
 
 def padded(n: int) -> int:
@@ -169,13 +167,13 @@ def padded(n: int) -> int:
 
 
 class Kept(Protocol):
-    """What reads a StaticRead's cache and goes with it."""
+    """What reads the cache of a StaticRead, and is released with it."""
 
     def release(self) -> None: ...
 
 
 class StaticRead(_Static):
-    """Several new tokens a row at once, a draft that is verified: causal among themselves, over a cache of K slots.
+    """Reads several new tokens per row at once, a draft to be verified: causal among themselves, over a cache of K slots.
 
     A row of length 2 that reads 3 tokens (n: the token itself) in K = 6 slots:
 
@@ -183,24 +181,24 @@ class StaticRead(_Static):
         1 1 1 n . .
         1 1 1 1 n .
 
-    What stands in slots behind the read tokens was padding; `lengths` says that nobody sees it, and the next read writes over it.
+    Slots after the tokens hold padding: they lie beyond `lengths`, so nothing sees them, and the next read overwrites them.
     """
 
     def __init__(self, model: Bagel, rows: int, capacity: int, taps: Sequence[int] = (), compiler: str | None = None) -> None:
         super().__init__(model, rows, capacity, taps)
         self.compiler = compiler
-        self.runs: dict[int, tuple[Tensor, Captured]] = {}  # by size: the tokens' buffer, and the step that reads it
-        self.drafts: dict[object, Kept] = {}  # by drafter: its graphs, which hold the addresses of this cache
+        self.runs: dict[int, tuple[Tensor, Captured]] = {}  # size -> the tokens' buffer, and the step that reads it
+        self.drafts: dict[object, Kept] = {}  # drafter -> its graphs, which hold the addresses of this cache
 
     def release(self) -> None:
-        """Gives graphs and buffers back at once: each holds a method of this object, and so the object itself."""
+        """Frees graphs and buffers at once: each holds a bound method of this object, and with it the object."""
         for draft in self.drafts.values():
             draft.release()
         self.drafts.clear()
         self.runs.clear()
 
     def __call__(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """tokens [B, n] (-1 as 0), the first of each row at position [B] -> logits [B, n, V]; the cache grows by n a row."""
+        """tokens [B, n] (-1 read as 0), each row's first at `position` [B] -> logits [B, n, V]; the cache grows by n per row."""
         rows, n = tokens.shape
         size = padded(n)
         assert max(self.cache.lengths) + size <= self.capacity, f"got {size} tokens more than the {self.capacity} slots hold"
@@ -221,14 +219,14 @@ S = TypeVar("S", StaticStep, StaticRead)
 
 
 class GraphRunner:
-    """`decode`'s runner with fixed shapes. It keeps the steps of the last few (rows, capacity) pairs, so that a graph outlives a request.
+    """`decode`'s runner with fixed shapes. It keeps the steps of the last `keep` (rows, capacity) pairs, so that graphs outlive a request.
 
-    One runner serves one request at a time; it belongs to its caller. Equal to EagerRunner up to the order of additions in attention.
+    A runner serves one request at a time. Its logits equal EagerRunner's up to the order of additions in attention.
     """
 
     def __init__(self, model: Bagel, *, compiler: str | None = None, keep: int = 2) -> None:
         self.model, self.compiler, self.keep = model, compiler, keep
-        self.steps: dict[tuple[int, int], StaticStep] = {}  # the last used at the end
+        self.steps: dict[tuple[int, int], StaticStep] = {}  # least recently used first
         self.reads: dict[tuple[int, int, tuple[int, ...]], StaticRead] = {}
         self.step: StaticStep | None = None
 
@@ -247,14 +245,14 @@ class GraphRunner:
 
     @torch.inference_mode()
     def reader(self, caches: Sequence[KVCache], room: int, spent: bool = False) -> StaticRead:
-        """For speculative decoding: who reads up to `room` tokens more behind these contexts, with the hidden states that they keep."""
+        """For speculative decoding: reads up to `room` more tokens after these contexts, and keeps the hidden states that they keep."""
         key = sum(len(cache.lengths) for cache in caches), _capacity(caches, room + SIZES[-1]), caches[0].taps
         read = self._take(self.reads, key, lambda: StaticRead(self.model, *key, self.compiler))
         read.cache.load(caches, spent)
         return read
 
     def forget(self) -> None:
-        """Gives back all caches and graphs that are kept for later requests."""
+        """Frees all caches and graphs that are kept for later requests."""
         self.end()
         for step in self.steps.values():
             step.release()
@@ -264,9 +262,9 @@ class GraphRunner:
         self.reads.clear()
 
     def _take(self, shelf: dict[K, S], key: K, make: Callable[[], S]) -> S:
-        """What stands there for `key`, or a new one, as the last used; where there are too many, the longest unused goes first."""
+        """The shelf's entry for `key`, made if absent, now the most recently used. A full shelf first releases its least recent one."""
         found = shelf.pop(key, None)
-        while len(shelf) >= self.keep:  # before a new cache is made: two would have to fit
+        while len(shelf) >= self.keep:  # before a new cache is made, so that both need not fit in memory
             shelf.pop(next(iter(shelf))).release()
         shelf[key] = make() if found is None else found
         return shelf[key]
@@ -290,7 +288,8 @@ class StaticVelocity(Protocol):
 class GraphVelocity:
     """velocity(x_t [B, N, C], t) -> v [B, N, C] with one graph for guided steps and one for the others.
 
-    A graph holds the addresses of its requests' contexts and serves these requests only; recording costs about one launch of a step.
+    A graph holds the addresses of its requests' contexts, so it serves these requests only; recording costs about as much as launching
+    one step.
     """
 
     def __init__(self, velocity: StaticVelocity, compiler: str | None = None) -> None:

@@ -31,13 +31,13 @@ from hyperbagel.nn.kv_cache import KVCache, Plan
 
 
 class GuidedVelocity:
-    """velocity(x_t [B, N, C], t) -> v [B, N, C] of a batch of prefilled sessions; counts its evaluations (NFE) per picture.
+    """velocity(x_t [B, N, C], t) -> v [B, N, C] of a batch of prefilled sessions. `evaluations` counts its NFE per picture.
 
-    The contexts of all branches stand in one stacked cache, rows [full | text dropped | image dropped], so that a guided step is one
-    forward. The latents' keys go into scratch slots behind each row's context and are overwritten by the next step.
+    The contexts of all branches lie in one stacked cache, rows [full | text dropped | image dropped], so that a guided step is one
+    forward. The latents' keys go into scratch slots after each row's context, which the next step overwrites.
 
-    A `student` takes the scales as inputs: one row a request, one evaluation a step. The contexts are the model's own; a text that waits
-    in a lone session is read along with the first evaluation (by the model's own weights, which a student shares).
+    A `student` takes the scales as inputs: one row a request, one evaluation per step. The contexts are the model's own; a text that
+    waits in a lone session is read in the first evaluation (by the model's own weights, which a student shares).
     """
 
     def __init__(
@@ -72,21 +72,24 @@ class GuidedVelocity:
         self.text: _Text | None = None
         if waiting:
             self.text = _Text.before(cache, waiting, n + 2, model, rows[0].position)
-            cache.advance([len(waiting)])  # its slots; what stands there comes with the first evaluation
+            cache.advance([len(waiting)])  # reserves its slots; the first evaluation fills them
         self.guided = cache, cache.plan([c + 2 for c in counts] * self.branches, causal=False)
-        self.plain = _first(self.guided[0], len(sessions), [c + 2 for c in counts]) if self.branches > 1 else self.guided
+        self.plain = self.guided
+        if self.branches > 1:
+            full = cache.first_rows(len(sessions))
+            self.plain = full, full.plan([c + 2 for c in counts], causal=False)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         return self.evaluate(x, torch.full(x.shape[:2], t, device=x.device), self.begin(t))
 
     def begin(self, t: float) -> bool:
-        """Whether the step at t is guided; counts its evaluations."""
+        """Whether the step at t is guided. Adds its evaluations to the count."""
         with_guidance = self.branches > 1 and guidance_on(t, self.settings.interval)
         self.evaluations += self.branches if with_guidance else 1
         return with_guidance
 
     def evaluate(self, x: Tensor, t: Tensor, with_guidance: bool) -> Tensor:
-        """The step on the device alone, the same shapes every time: x [B, N, C], t [B, N] -> v [B, N, C]."""
+        """The device's part of a step, with the same shapes every time: x [B, N, C], t [B, N] -> v [B, N, C]."""
         branches = self.branches if with_guidance else 1
         cache, plan = self.guided if with_guidance else self.plain
         model, rows = self.model, x.shape[0] * branches
@@ -110,7 +113,7 @@ class GuidedVelocity:
 
 
 class _Text(NamedTuple):
-    """A text of m tokens that is read along with the first evaluation: u [1, m, E], that forward's positions [1, m + N + 2] and plan."""
+    """A text of m tokens that the first evaluation reads: its embeddings u [1, m, E], that forward's positions [1, m + N + 2] and plan."""
 
     u: Tensor
     positions: Tensor
@@ -118,28 +121,28 @@ class _Text(NamedTuple):
 
     @classmethod
     def before(cls, cache: KVCache, ids: Sequence[int], n: int, model: Bagel, position: int) -> _Text:
-        """Text `ids` from `position` on, before n tokens that share the position behind it and see all of it: each token of a text is a
-        block by itself."""
+        """Text `ids` from `position` on, before n tokens that share the position after it and see all of it: each token of the text is
+        a block of its own."""
         own = torch.arange(len(ids) + n, device=model.device).clamp(max=len(ids))
         u = model.embed_text(torch.tensor([list(ids)], device=model.device))
         return cls(u, position + own[None], cache.plan_blocks(own))
 
 
-# Latent tokens of a picture from which one forward fills a GPU: branches of unlike contexts in one batch then only bring a mask, which
-# fused attention is slower with. 7B at 1024 x 1024 on an H200: 259 ms in turn, 305 in one batch; edits 440 and 525.
+# From this many latent tokens on, one picture fills a GPU. Branches in one batch then save nothing, and contexts of different lengths need
+# a mask, which slows fused attention down. 7B at 1024 x 1024 on an H200: 259 ms in turn, 305 in one batch; edits 440 and 525.
 FILLS_A_GPU = 1024
 
 
 class InTurnVelocity:
-    """velocity(x_t [B, N, C], t) -> v [B, N, C] like `GuidedVelocity`, one forward a branch, each over exactly its own context.
+    """velocity(x_t [B, N, C], t) -> v [B, N, C] like `GuidedVelocity`, with one forward per branch, each over exactly its own context.
 
-    The paper's accounting, and so the yardstick that a student's speed is given against; slower wherever a forward leaves room.
+    This is the paper's accounting, and so the yardstick for a student's speed; slower wherever one branch does not fill the device.
     """
 
     def __init__(self, sessions: Sequence[Session], grids: Sequence[tuple[int, int]], settings: Denoising) -> None:
         self.settings = settings
         branches = _branches(sessions, settings)
-        alone = replace(settings, text_scale=1.0)  # a velocity without branches of its own
+        alone = replace(settings, text_scale=1.0)  # turns guidance off: each velocity has a single branch
         self.velocities = [
             GuidedVelocity([Session(s.parts, b.view(), b.position) for s, b in zip(sessions, group, strict=True)], grids, alone)
             for group in branches
@@ -161,25 +164,20 @@ class InTurnVelocity:
 
 
 def _branches(sessions: Sequence[Session], settings: Denoising) -> list[list[Branch]]:
-    """The contexts of full, text-dropped and image-dropped velocity, as many of them as guidance asks for."""
+    """The sessions' contexts by branch, [full, text dropped, image dropped], as many of them as guidance asks for."""
     branches = [[s.full() for s in sessions]]
     if settings.text_scale > 1:
         branches.append([s.text_dropped() for s in sessions])
         if settings.image_scale > 1:
             dropped = [s.image_dropped() for s in sessions]
-            # Where nothing but given texts stands, both contexts are one and the same: v_image = v, for free.
+            # Where contexts hold nothing but given texts, dropping images changes nothing: v_image = v, for free.
             if any(b.cache is not s.cache for b, s in zip(dropped, sessions, strict=True)):
                 branches.append(dropped)
     return branches
 
 
-def _first(cache: KVCache, rows: int, counts: Sequence[int]) -> tuple[KVCache, Plan]:
-    view = cache.first_rows(rows)
-    return view, view.plan(counts, causal=False)
-
-
 def latent_grid(config: BagelConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels to latent tokens. Raises InputError if it is no multiple of the stride or too large."""
+    """(height, width) in pixels -> in latent tokens. Raises InputError if a side is no multiple of the stride, or too large."""
     stride = config.latent_stride
     if size[0] % stride or size[1] % stride or min(size) < stride:
         near = "x".join(str(max(stride, round(side / stride) * stride)) for side in (size[1], size[0]))
@@ -206,20 +204,26 @@ def denoise(
     in_turn: bool | None = None,
     kept: Sequence[Kept | None] = (),
 ) -> tuple[list[Tensor], int]:
-    """Euler from noise to latents for a batch of sessions of any sizes. `graphs`: steps as CUDA graphs (generate.graphs).
-    `student`: denoises in the model's place. in_turn: one forward a guidance branch; None: where that is faster, see FILLS_A_GPU.
-    `kept`: what each picture keeps of its source (generate.mask).
+    """Euler steps from noise to latents for a batch of sessions with pictures of any sizes.
 
-    Returns latents, [h_b * w_b, C] each, and the number of velocity evaluations per picture.
+    Args:
+        grids: latent (rows, columns) of each picture.
+        noises: [h_b * w_b, C] each.
+        graphs: replay the steps as CUDA graphs (generate.graphs).
+        student: denoises in the model's place.
+        in_turn: one forward per guidance branch; None: where that is faster, see FILLS_A_GPU.
+        kept: what each picture keeps of its source (generate.mask); () for nothing.
+    Returns:
+        Latents, [h_b * w_b, C] each, and the number of velocity evaluations per picture.
     """
     device = sessions[0].parts.model.device
     n = max(len(noise) for noise in noises)
-    full = device.type == "cuda" and n >= FILLS_A_GPU
-    if graphs or full:  # steps have the same shapes; a text read along brings a mask
+    fills = device.type == "cuda" and n >= FILLS_A_GPU
+    if graphs or fills:  # graphs need equal shapes at every step, and a text read in the first one brings a mask
         for session in sessions:
             session.settle()
     if in_turn is None:
-        in_turn = student is None and not graphs and full
+        in_turn = student is None and not graphs and fills
     velocity: Any = InTurnVelocity(sessions, grids, settings) if in_turn else GuidedVelocity(sessions, grids, settings, student)
     x = torch.stack([torch.nn.functional.pad(noise, (0, 0, 0, n - len(noise))) for noise in noises]).to(device)
     stepper: Velocity = GraphVelocity(velocity) if graphs else velocity
@@ -234,7 +238,7 @@ def denoise(
 
 @torch.inference_mode()
 def decode_latents(parts: Parts, latents: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """Latents [h * w, C] to a picture: VAE, then (x / 2 + 1/2) clamped, times 255, truncated. Raises InputError for non-finite values."""
+    """Latents [h * w, C] -> a picture: decoded, (x / 2 + 1/2) clamped to [0, 1], times 255, truncated. Raises InputError if not finite."""
     z = unpatchify(latents.unsqueeze(0), *grid, parts.model.config.options.latent_patch_size)
     pixels = parts.vae.decode(z.float())[0]
     if not pixels.isfinite().all():  # clamped, they would be a black picture

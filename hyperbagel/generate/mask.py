@@ -1,11 +1,11 @@
-"""A mask says where an edit may change its picture; all else stays the source's, pixel for pixel.
+"""Masked edits: a mask says where an edit may change its picture; everything else stays the source's, pixel for pixel.
 
-Two things make that so. While it is denoised, a latent token outside the mask goes straight from its noise to the source's clean latent,
+Two things ensure that. During denoising a latent token outside the mask moves straight from its noise to the source's clean latent,
 whatever the model says, so that the model sees the surroundings it has to fit into. At the end the source's own pixels are laid over the
-result outside the mask, since the autoencoder would change them a little.
+result outside the mask, since the autoencoder would change them slightly.
 
-BAGEL knows no masks: the weights are not told of it. A student of one step never sees the surroundings in its latents (its only velocity
-is read off pure noise), so there the mask is the laying over alone.
+BAGEL itself has no masks: its weights are not told of them. A one-step student never sees the surroundings in its latents (its only
+evaluation is at pure noise), so for it the mask is the laying over alone.
 
 Shape legend: B requests, N latent tokens of the largest picture, C values of a token, h, w latent rows and columns.
 """
@@ -37,7 +37,7 @@ class MaskedVelocity:
     """velocity(x_t, t) of the model where `edit`, and of the straight path noise - clean elsewhere: x_t = (1 - t) clean + t noise there."""
 
     def __init__(self, velocity: Velocity, kept: Sequence[Kept | None], noise: Tensor) -> None:
-        """noise [B, N, C]: where the denoising starts. None keeps nothing."""
+        """noise [B, N, C]: where denoising starts. kept: None for a picture that keeps nothing."""
         self.velocity = velocity
         self.edit = torch.ones(noise.shape[:2], dtype=torch.bool, device=noise.device)
         self.path = torch.zeros_like(noise)
@@ -62,7 +62,7 @@ def check_mask(mask: Image.Image, source: Image.Image) -> None:
 
 
 def edited_tokens(mask: Image.Image, grid: tuple[int, int]) -> Tensor:
-    """[h * w] bool: tokens with a pixel that may change. A token at the border is drawn whole; the pixels are cut afterwards."""
+    """[h * w] bool: tokens with a pixel that may change. A token on the border is drawn whole; `lay_over` cuts it to the pixel."""
     h, w = grid
     if mask.width % w or mask.height % h:
         mask = mask.resize((w * max(1, mask.width // w), h * max(1, mask.height // h)), Image.Resampling.BOX)

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Below it, logits / T leave fp32's range (inf - inf: nan) or T itself rounds to 0; at it the likeliest token has all of the probability
-# long since.
+# The lowest temperature used. Below it logits / T overflow fp32 (inf - inf is nan) or T itself rounds to 0; here the likeliest token
+# already has all of the probability.
 COLDEST = 1e-6
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / T) over the last dimension, in fp32; T > 0 (what is below COLDEST counts as that)."""
+    """softmax(logits / T) over the last dimension, in fp32; T > 0, at least COLDEST is used."""
     return (logits.float() / max(temperature, COLDEST)).softmax(-1)
 
 
 def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """logits [B, V] -> [B] tokens: argmax for T = 0, else one draw a row from that row's own generator (on the CPU)."""
+    """logits [B, V] -> tokens [B]: argmax for T = 0, else one draw per row with that row's own generator (on the CPU)."""
     if temperature == 0:
         return logits.argmax(-1)
     p = probabilities(logits, temperature)
@@ -28,10 +28,10 @@ def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generato
 
 
 def draw_rows(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token a row from p [B, V], by that row's own generator on the CPU -> [B].
+    """One token per row from p [B, V], by that row's own generator on the CPU -> [B].
 
-    On a GPU one number a row comes from there and the draw is made where p lies: 152,064 probabilities would have to be brought over, and
-    `multinomial` takes milliseconds for a row of them on a CPU. So a seed's draws are others than on a CPU.
+    If p is on a GPU, only one number per row is drawn on the CPU and the choice is made on the GPU: copying 152,064 probabilities over
+    costs, and `multinomial` takes milliseconds for a row of them on a CPU. A seed's draws therefore differ between the two.
     """
     if p.device.type == "cpu":
         return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators, strict=True)])
@@ -40,7 +40,7 @@ def draw_rows(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:
-    """One token a row by inversion: p [B, V], uniforms [B] in [0, 1) -> [B]. A token of probability 0 is never drawn."""
+    """One token per row by inversion: p [B, V], uniforms [B] in [0, 1) -> [B]. A token of probability 0 is never drawn."""
     steps = p.double().cumsum(-1)
     total = steps[:, -1]
     level = (uniforms.double() * total).minimum(torch.nextafter(total, torch.zeros_like(total)))  # a product may round up to the total

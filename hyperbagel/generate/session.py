@@ -25,14 +25,14 @@ from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.nn.projections import store_by_columns
 
-# Tokens of blocks that are run together. Fewer cost what a forward costs whatever is in it; more are worth attention without a mask.
-# In fp32 alone: in bf16 the reference's own division of the work stays nearest to its numbers (golden edits of two pictures, AMX: 2.2 %
-# of latents away from fp32 with a shared forward, under 2 % without).
+# Blocks of up to this many tokens in all share a forward: below, a forward costs about the same whatever is in it; above, attention
+# without a mask is worth a forward each. In fp32 alone: in bf16 the reference's own division of the work stays nearest to its numbers
+# (golden edits of two pictures, AMX: 2.2 % of latents away from fp32 with a shared forward, under 2 % without).
 _SHARED_FORWARD = 512
 
 
 def image_transform(sizes: ImageSizes) -> ImageTransform:
-    """A model's resize rule."""
+    """The resize rule that these limits describe."""
     return ImageTransform(sizes.max_size, sizes.min_size, sizes.stride, sizes.max_pixels)
 
 
@@ -48,7 +48,7 @@ class Parts:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Parts:
-        """Reads a folder in BAGEL's layout. Raises InputError if it is not one."""
+        """Reads a folder in BAGEL's layout. Raises InputError if it is not one, or its tokenizer does not belong to its weights."""
         model, vae = load_folder(folder, device, dtype, attention)
         store_by_columns(model)
         options, tokenizer, known = model.config.options, Tokenizer.from_folder(folder), model.config.llm.vocab_size
@@ -62,7 +62,7 @@ class Parts:
 
 @dataclass
 class Branch:
-    """A context that a denoising step can look at: `length` cached tokens, next position."""
+    """A context that a denoising step can look at: the first `length` tokens of a cache, and the position that follows them."""
 
     cache: KVCache
     length: int
@@ -75,16 +75,15 @@ class Branch:
 
 @dataclass
 class Session:
-    """One conversation: a cache of one row that texts, pictures and answers are appended to, and what guidance must leave out of it."""
+    """One conversation: a cache of one row to which texts, pictures and answers are appended, and what guidance leaves out of it."""
 
     parts: Parts
     cache: KVCache
     position: int = 0
-    texts: list[list[int]] = field(default_factory=list)  # texts the image-dropped context holds
+    texts: list[list[int]] = field(default_factory=list)  # ids of the texts that the image-dropped context holds
     dropped: tuple[int, int] = (0, 0)  # (cached tokens, position) before the last text
-    has_images: bool = False
     last_size: tuple[int, int] | None = None  # (height, width) of the last input image, after its resize
-    waiting: list[int] = field(default_factory=list)  # ids of a text that is not in the cache yet
+    waiting: list[int] = field(default_factory=list)  # ids of a text that is not in the cache yet (`add_text`)
 
     @classmethod
     def new(cls, parts: Parts, taps: Sequence[int] = ()) -> Session:
@@ -92,14 +91,17 @@ class Session:
         return cls(parts, parts.model.new_cache(taps=taps))
 
     def fork(self) -> Session:
-        """A copy that goes its own way; this one stays as it is."""
+        """An independent copy; this one stays as it is."""
         return replace(self, cache=self.cache.fork(), texts=list(self.texts))
 
     # -- context ---------------------------------------------------------------------------------------------------------------
 
     def add_text(self, text: str, *, guided: bool = True, later: bool = False) -> None:
-        """im_start + ids + im_end, causal. `guided`: guidance may drop it (the thinking a model adds to itself is not). `later`: it waits
-        for the first evaluation of a picture, which reads it along, or for whatever else needs it: a forward less."""
+        """Appends im_start + ids + im_end, causal. Raises InputError if it does not fit.
+
+        guided: whether guidance may drop the text (never the thinking that a model adds itself). later: it waits for the first evaluation
+        of a picture, which then reads it, or for whatever else needs it first: one forward less.
+        """
         self.settle()
         tokenizer = self.parts.tokenizer
         ids = [tokenizer.im_start, *tokenizer.encode(text), tokenizer.im_end]
@@ -112,27 +114,26 @@ class Session:
             self.settle()
 
     def settle(self) -> None:
-        """Reads what waits."""
+        """Prefills the text that waits, if any."""
         if self.waiting:
             self.position = _prefill_text(self.parts.model, self.cache, self.waiting, self.position)
             self.waiting = []
 
     def add_image(self, image: Image, *, latents: bool, generator: torch.Generator | None = None, resize: bool = True) -> None:
-        """A picture: as clean latents and ViT patches (`latents`, for generation) or as ViT patches alone (understanding).
+        """Appends a picture: as clean latents and ViT patches (`latents`, for generation) or as ViT patches alone (understanding).
 
         The picture is first resized by the latent rule (`resize`), so that both blocks show the same pixels. `generator` gives the
-        noise of the posterior sample, drawn on the CPU; None takes the mean. After an image there is no text to drop.
+        noise of the posterior sample, drawn on the CPU; None takes the mean. Guidance then has no text to drop until one is added.
         """
         if resize:
             image = self.parts.vae_transform.resize(image)
         blocks = [self.latent_block(self.parts.vae_transform(image), generator)] if latents else []
         self.add_blocks([*blocks, self.vit_block(self.parts.vit_transform(image))])
         self.dropped = (self.cache.lengths[0], self.position)
-        self.has_images = True
         self.last_size = (image.height, image.width)
 
     def latent_block(self, pixels: Tensor, generator: torch.Generator | None) -> Streams:
-        """A picture [3, H, W] as clean latents between the markers."""
+        """A picture [3, H, W] as clean latents between the vision markers. Raises InputError if it is too large."""
         model, options = self.parts.model, self.parts.model.config.options
         tokens, (h, w) = encode_latents(self.parts, pixels, generator)
         check_latent_grid(h, w, options.max_latent_size, model.config.latent_stride)
@@ -140,7 +141,7 @@ class Session:
         return Streams(self.markers(), model.embed_latent(tokens, torch.zeros(tokens.shape[:2], device=model.device), where))
 
     def vit_block(self, pixels: Tensor) -> Streams:
-        """A picture [3, H, W] as ViT patches between the markers."""
+        """A picture [3, H, W] as ViT patches between the vision markers. Raises InputError if it has too many."""
         model = self.parts.model
         patch = model.config.vit.patch_size
         patches = patchify(pixels, patch).to(model.device)
@@ -158,7 +159,7 @@ class Session:
         return Streams(torch.cat([start, seen, end], dim=1), None)
 
     def add_blocks(self, blocks: Sequence[Streams]) -> None:
-        """Blocks that see themselves and all before them, each at one position of its own. Small ones share a forward."""
+        """Appends blocks. Each sees itself and all before it and takes one position; small ones share a forward (_SHARED_FORWARD)."""
         self.settle()
         sizes = [_tokens(block) for block in blocks]
         self.check_room(sum(sizes))
@@ -208,11 +209,12 @@ class Session:
     # -- guidance --------------------------------------------------------------------------------------------------------------
 
     def full(self) -> Branch:
+        """The whole context."""
         self.settle()
         return self.so_far()
 
     def so_far(self) -> Branch:
-        """The context without what waits."""
+        """The context without the text that waits."""
         return Branch(self.cache, self.cache.lengths[0], self.position)
 
     def text_dropped(self) -> Branch:
@@ -220,7 +222,7 @@ class Session:
         return Branch(self.cache, *self.dropped)
 
     def image_dropped(self) -> Branch:
-        """All given texts and no image, from position 0. Equal to the full context if that holds nothing else."""
+        """All guided texts and no image, from position 0. The full context itself if that holds nothing else."""
         given = sum(len(ids) for ids in self.texts)
         if given == self.cache.lengths[0]:
             return self.full()
@@ -231,7 +233,7 @@ class Session:
 
 
 def encode_latents(parts: Parts, pixels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, tuple[int, int]]:
-    """pixels [3, H, W] in [-1, 1] to latent tokens [1, h * w, C] and (h, w). `generator`: a draw from the posterior, else its mean."""
+    """pixels [3, H, W] in [-1, 1] -> latent tokens [1, h * w, C] and (h, w): a draw from the posterior, without `generator` its mean."""
     config = parts.model.config
     f, p = config.vae.downsample, config.options.latent_patch_size
     shape = (1, config.vae.z_channels, pixels.shape[1] // f, pixels.shape[2] // f)

@@ -23,8 +23,8 @@ class Ready:
 class Students:
     """`get("6")` reads FOLDER/6; `get("path/to/student")` reads that folder.
 
-    merged: low-rank changes become matrices of their own. None: on a CPU, where small products cost most. On a GPU they stay factors:
-    merged, each student of a 7B would take 13 GB, as much as the expert that it changes, to save 4 % of the work.
+    merged: whether low-rank changes become matrices of their own. None: on a CPU, where small products cost most; on a GPU they stay
+    factors, since merged, each student of a 7B would take 13 GB, as much as the expert that it changes, to save 4 % of the work.
     """
 
     def __init__(self, base: Bagel, folder: Path | None = None, merged: bool | None = None) -> None:
@@ -33,24 +33,24 @@ class Students:
         self.ready: dict[str, Ready] = {}
 
     def names(self) -> list[str]:
-        """Those that came with the model."""
+        """Names of the students that came with the model."""
         return shelf(self.folder, "sampler.json")
 
     def get(self, name: str) -> Ready:
-        """Raises InputError if there is none of that name, or if it is of another base."""
+        """The student, read at its first use. Raises InputError if there is none of that name, or if it is damaged or of another base."""
         if name not in self.ready:
             student = load_student(self.find(name), self.base, self.base.dtype).requires_grad_(False)
             network = student.network(self.base, merged=self.merged)
-            store_by_columns(network.model)  # copies and factors; of merged weights those of attention become one matrix
+            store_by_columns(network.model)  # copied layers and factors too; merged weights of an attention become one matrix
             self.ready[name] = Ready(network, student.sampler)
         return self.ready[name]
 
     def sampler(self, name: str) -> Sampler:
-        """How a student is to be sampled; its weights are not read. Raises InputError as `get`."""
+        """How a student is sampled; its weights are not read. Raises InputError for a name that means nothing, or a damaged sampler."""
         return self.ready[name].sampler if name in self.ready else read_sampler(self.find(name))
 
     def find(self, name: str) -> Path:
-        """Where a student is. Raises InputError if there is none of that name."""
+        """The folder of a student. Raises InputError if there is none of that name."""
         if name in self.names():
             assert self.folder is not None
             return self.folder / name

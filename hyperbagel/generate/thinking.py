@@ -18,10 +18,10 @@ def write_plan(
     on_token: Callable[[int, int], None] | None = None,
     runner: GraphRunner | None = None,
 ) -> str:
-    """Writes a plan behind what the session holds, reads it back, and returns it.
+    """Writes a plan after what the session holds, reads it back in, and returns it.
 
-    most: tokens; None: ImageRequest.LONGEST_PLAN, or what the context has left. A plan that was cut there is a Notice.
-    Raises InputError if it may not fit.
+    most: tokens of the plan; None: ImageRequest.LONGEST_PLAN, or what the context has left. Warns (Notice) if the plan was cut there.
+    Raises InputError if `most` tokens might not fit.
     """
     spare = session.room() - 2  # it is read back between two markers
     asked = max(1, min(ImageRequest.LONGEST_PLAN, spare)) if most is None else most
@@ -31,7 +31,7 @@ def write_plan(
         warnings.warn(f"the plan was cut at {asked} tokens; raise max_think_tokens (--max-think-tokens)", Notice, stacklevel=2)
     tokenizer = session.parts.tokenizer
     plan = tokenizer.decode(out.ids)
-    while len(tokenizer.encode(plan)) + 2 > session.room():  # half a character that was cut reads back as several tokens
+    while len(tokenizer.encode(plan)) + 2 > session.room():  # a character cut in half reads back as several tokens
         plan = plan[:-1]
     session.add_text(plan, guided=False)  # the reference reads the string back in as a new text; guidance never drops it
     return plan

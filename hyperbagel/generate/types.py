@@ -16,7 +16,7 @@ from hyperbagel.flow.guidance import RENORMS, Renorm
 from hyperbagel.model.config import BagelOptions
 from hyperbagel.model.student import Sampler
 
-MAX_STEPS = 10_000  # a schedule is made whole at first: a slip of the finger must not fill the memory
+MAX_STEPS = 10_000  # a schedule is made at once, as a whole: a typo must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Denoising:
     renorm: Renorm = "global"
     renorm_min: float = 0.0
     shift: float = 3.0
-    student: str | None = None  # who denoises in the model's place: "6", "1" or a folder; scales are then its inputs, no branches
+    student: str | None = None  # denoises in the model's place: "6", "1" or a folder; scales are then its inputs, without branches
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_steps <= MAX_STEPS:
@@ -41,7 +41,7 @@ class Denoising:
             raise InputError(f"got guidance interval {self.interval}, expected two times with 0 <= LO <= HI <= 1")
         if not 0 <= self.renorm_min <= 1:
             raise InputError(f"got renorm_min {self.renorm_min}, expected 0 to 1")
-        if not 1e-3 <= self.shift < 1e3:  # below, the times of a schedule fall together
+        if not 1e-3 <= self.shift < 1e3:  # below it, times of a schedule coincide
             raise InputError(f"got shift {self.shift}, expected 0.001 to 1000; 3 is usual")
         for name in ("text_scale", "image_scale"):
             value = getattr(self, name)
@@ -60,7 +60,8 @@ PAPER_EDIT = replace(EDIT, interval=(0.4, 1.0))
 class ImageRequest:
     """A picture to draw (no images) or to edit. Settings left None take the defaults of the kind (TEXT_TO_IMAGE, EDIT).
 
-    `inputs`, if given, is the interleaved form: texts and images in any order, last text is what guidance drops.
+    `inputs`, if given, is the interleaved form: texts and images in any order, in place of `images` and `prompt`; text guidance drops
+    the last text.
     """
 
     prompt: str = ""
@@ -68,7 +69,7 @@ class ImageRequest:
     seed: int = 0
     size: tuple[int, int] | None = None  # (height, width), or a text "WIDTHxHEIGHT"; None: the last image's, or the model's own
     think: bool = False
-    max_think_tokens: int | None = None  # of the plan; None: LONGEST_PLAN, or what the context has left
+    max_think_tokens: int | None = None  # longest plan; None: LONGEST_PLAN, or what the context has left
     steps: int | None = None
     text_scale: float | None = None
     image_scale: float | None = None
@@ -83,7 +84,7 @@ class ImageRequest:
     LONGEST_PLAN: ClassVar[int] = 1024  # the longest of BAGEL's own app
 
     def __post_init__(self) -> None:
-        """Numbers and sizes in their own types. Raises InputError for what is none."""
+        """Turns numbers, sizes and intervals, as callers give them, into their own types. Raises InputError for what is none."""
         check_text("prompt", self.prompt, "generate_batch")
         take: dict[str, Callable[[Any], Any]] = {"seed": seed_of, "size": size_of, "interval": interval_of}
         take |= {name: partial(whole, name) for name in ("steps", "max_think_tokens")}
@@ -101,12 +102,12 @@ class ImageRequest:
         return any(isinstance(item, Image) for item in self.items())
 
     def with_defaults(self, options: BagelOptions) -> ImageRequest:
-        """The same with the model's own guidance (`bagel_config.json`) where it says nothing."""
+        """The same request with the model's own guidance (`bagel_config.json`) where it sets none."""
         own = options.edit if self.is_edit else options.text_to_image
         return replace(self, **{name: value for name, value in own if getattr(self, name) is None})
 
     def denoising(self) -> Denoising:
-        """The settings with the defaults of the request's kind filled in."""
+        """The settings with the defaults of the request's kind filled in. Raises InputError for values out of range."""
         base = EDIT if self.is_edit else TEXT_TO_IMAGE
         names = {"num_steps": "steps"}
         own = {name: getattr(self, names.get(name, name)) for name in asdict(base)}
@@ -114,7 +115,7 @@ class ImageRequest:
 
 
 def asked_for(request: ImageRequest) -> dict[str, Any]:
-    """What a picture was asked for beside prompt, seed and sampler, for its metadata: enough to ask for the same again."""
+    """What a request held besides prompt, seed and sampler, for the picture's metadata: enough to make the same request again."""
     items = request.items()
     found: dict[str, Any] = {"pictures": sum(not isinstance(item, str) for item in items), "masked": request.mask is not None}
     if request.inputs is not None:
@@ -125,8 +126,10 @@ def asked_for(request: ImageRequest) -> dict[str, Any]:
 
 
 def with_sampler(request: ImageRequest, sampler: Sampler, *, warn: bool = True) -> Denoising:
-    """The settings of a request to a student, or to a model with one merged into it: what it does not say comes from the sampler. An
-    override is a Notice (unless `warn` is off)."""
+    """The settings of a request to a student, or to a model with one merged into it: what it leaves out comes from the sampler.
+
+    With `warn`, a value that the student was not made for, or one that it ignores, is a Notice.
+    """
     who = "this model" if request.student is None else f"student {request.student}"
     settings = request.denoising()
     usual = (sampler.edit_text_scale, sampler.edit_image_scale) if request.is_edit else (sampler.text_scale, sampler.image_scale)
@@ -158,12 +161,12 @@ class AskRequest:
     seed: int = 0
     think: bool = False
     turns: tuple[tuple[str, str], ...] = ()
-    # who drafts ahead: "auto" (the fastest here), "lookup", a name that came with the model, a folder, or "none". None: auto at
-    # temperature 0 if drafters came with the model, else none
+    # The drafter: "auto" (the fastest here), "lookup", the name of one that came with the model, a folder, or "none". None: auto at
+    # temperature 0 if drafters came with the model, else none.
     drafter: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises InputError for what no model answers."""
+        """Turns numbers into their own types. Raises InputError for a value of a wrong type or out of range."""
         check_text("question", self.question, "ask_batch")
         for name, typed in (
             ("seed", seed_of),
@@ -178,17 +181,19 @@ class AskRequest:
 
 
 def check_text(name: str, text: Any, several: str) -> None:
-    """Raises InputError for what is no text."""
+    """Raises InputError if `text` is not a string; `several`: the method that takes many at once."""
     if not isinstance(text, str):
         raise InputError(f"got a {type(text).__name__} as {name}, expected a text; several at once are for {several}")
 
 
 @dataclass
 class ImageResult:
+    """A picture and what it took. `settings`: everything needed to make it again."""
+
     image: Image
     seed: int
     nfe: int  # velocity evaluations this picture took
-    # Seconds: prefill, denoise, decode; shared by the pictures of one batch. A lone student's request reads its last text in `denoise`.
+    # Seconds of prefill, denoise and decode, shared by the pictures of a batch. A student's lone request reads its last text in `denoise`.
     timings: dict[str, float]
     thinking: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -197,14 +202,16 @@ class ImageResult:
 
 @dataclass
 class TextResult:
+    """An answer and what it took."""
+
     text: str
     tokens: int  # generated
     prompt_tokens: int  # of the context, image tokens included
-    timings: dict[str, float]  # seconds: prefill, decode; measure, when costs of drafting were measured first
+    timings: dict[str, float]  # seconds of prefill and decode; of measure, if the costs of drafting were measured first
     thinking: str | None = None
     finish_reason: str = "stop"  # or "length"
-    tau: float | None = None  # mean tokens a forward of the model, if a drafter was at work
-    drafter: str | None = None  # who drafted most of this request; "none" if drafting did not pay
+    tau: float | None = None  # mean tokens per forward of the model, if there was a drafter
+    drafter: str | None = None  # the one that drafted most rounds of this request; "none" if drafting did not pay
 
 
 # Called after each denoising update with (updates done, updates in all, latents [B, N, C]); may raise to stop the work.

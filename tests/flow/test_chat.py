@@ -143,7 +143,7 @@ def test_drawing_editing_showing_and_saving(talk: Talk, model: HyperBagel, tmp_p
     path = tmp_path / "b.png"
     assert talk.answer(f"/save {path}") == str(path) and read_settings(path)["seed"] == 6
     talk.say("/image")
-    assert talk.session.has_images
+    assert talk.session.last_size is not None
     assert talk.answer("what is it?").strip() == model.ask("what is it?", edited.image, max_tokens=8).text
     talk.say("/student 6"), talk.say("/steps 0")
     assert "6 NFE" in talk.answer("/draw x")
