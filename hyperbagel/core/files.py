@@ -71,7 +71,9 @@ def read_json(path: Path, missing: str = "restore the file") -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing; {missing}") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(plain_error(error)) from error
+    except ValueError as error:
         raise InputError(f"{path}: got a file that is not readable as JSON ({error}), expected it whole, restore it") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: got a {type(found).__name__}, expected a JSON object, restore it")

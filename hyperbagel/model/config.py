@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import read_json
 
 T = TypeVar("T", bound=BaseModel)
 Count = Annotated[int, Field(ge=1, le=2**24)]
@@ -210,16 +210,11 @@ class BagelConfig(_Shape):
 
 def _read(path: Path, kind: type[T], optional: bool = False) -> T:
     """One config file. `optional`: defaults stand in for a missing one. Raises InputError."""
-    if not path.exists():
-        if optional:
-            return kind()
-        raise InputError(
-            f"{path}: missing; a BAGEL folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors and tokenizer.json"
-        )
+    if optional and not path.exists():
+        return kind()
+    values = read_json(path, "a BAGEL folder has llm_config.json, vit_config.json, ema.safetensors, ae.safetensors and tokenizer.json")
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); replace the file") from error
+        return kind.model_validate(values)
     except ValidationError as error:
         first: Any = error.errors()[0]
         if first["type"] == "value_error":  # a rule over several keys: the message names them

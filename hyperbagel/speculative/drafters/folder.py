@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyperbagel.core.config import check_config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder
+from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder, read_json
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.weights import TensorFolder, load_tensors, save_tensors
 from hyperbagel.nn.projections import store_by_columns
@@ -30,7 +30,7 @@ _KINDS: dict[str, type[Eagle3] | type[HyperBagelDrafter] | type[BlockDrafter]] =
 
 
 def make_module(config: DrafterConfig) -> Module:
-    """A module of the config's kind, values as PyTorch leaves them (`init_from` gives the right ones)."""
+    """A module of the config's kind with PyTorch's own initial values; `init_from` sets the right ones."""
     return _KINDS[config.kind](config)
 
 
@@ -45,28 +45,18 @@ def save_drafter(folder: Path, module: Module, dtype: torch.dtype = torch.bfloat
 
 
 def read_config(folder: Path) -> DrafterConfig:
-    """Raises InputError for a folder that is no drafter's."""
+    """The settings in a drafter's folder. Raises InputError for a folder that is not a drafter's, or damaged settings."""
     path = folder / "drafter.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: got no readable file, expected a drafter's folder (drafter.json, drafter.safetensors), check the path"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: got a file that is not JSON ({error}), expected a drafter's settings, restore it") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: got a {type(values).__name__}, expected a drafter's settings, restore it")
-    return check_config(DrafterConfig, values, str(path))
+    return check_config(DrafterConfig, read_json(path, "give a drafter's folder (drafter.json, drafter.safetensors)"), str(path))
 
 
 def write_acceptance(folder: Path, measured: dict[str, list[float]]) -> None:
-    """acceptance.json in a drafter's folder: of each split, how often depth 1, 2, ... was accepted if the one before was."""
+    """Writes acceptance.json into a drafter's folder: by split, how often depth 1, 2, ... was accepted if the one before was."""
     atomic_write_text(folder / "acceptance.json", json.dumps(measured, indent=1) + "\n")
 
 
 def read_acceptance(folder: Path) -> list[float]:
-    """The first split's rates; [] where none were written or nothing sensible is there: they only start an estimate."""
+    """The first split's rates, in [0.01, 0.99]; [] if there are none or they are damaged, since they only start an estimate."""
     try:
         rates = next(iter(json.loads((folder / "acceptance.json").read_text(encoding="utf-8")).values()))
         return [min(0.99, max(0.01, float(rate))) for rate in rates]
@@ -75,7 +65,7 @@ def read_acceptance(folder: Path) -> list[float]:
 
 
 def load_module(folder: Path, target: Bagel) -> Module:
-    """A drafter for `target`, on its device and in its dtype. The fit is checked before any weight is read.
+    """A drafter for `target`, on its device and in its dtype. Whether it fits is checked before any weight is read.
 
     Raises InputError: no such folder, damaged, or made for another target.
     """
@@ -92,7 +82,7 @@ def load_module(folder: Path, target: Bagel) -> Module:
 
 
 def check_values(module: Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Raises InputError for tensors that the drafter of these names and shapes cannot run with."""
+    """Raises InputError for tensors of the right names and shapes whose dtypes or values the drafter cannot run with."""
     for name, own in module.state_dict().items():
         x = tensors[name]
         if x.is_floating_point() != own.is_floating_point():
@@ -111,7 +101,7 @@ def check_values(module: Module, tensors: Mapping[str, Tensor], folder: Path) ->
 def make_drafter(
     module: Module, target: Bagel, *, depth: int | None = None, nodes: int = 0, branch: int = 4
 ) -> AutoregressiveDrafter | BlockProposer:
-    """The module at work: a chain, or for the autoregressive kinds a tree of `nodes` nodes."""
+    """The drafter that serves with this module: it drafts chains, or, if autoregressive and `nodes` > 0, trees of `nodes` nodes."""
     if isinstance(module, BlockDrafter):
         return BlockProposer(module, target, depth=depth)
     return AutoregressiveDrafter(module, target, depth=depth or 5, nodes=nodes, branch=branch)
