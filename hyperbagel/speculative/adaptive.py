@@ -1,6 +1,6 @@
-"""A drafter that decides every round who drafts how much, or that nobody does: measured costs against running acceptance.
+"""A drafter that decides every round which drafter drafts how much, if any: measured costs against running acceptance.
 
-Answers stay the target's own whatever it decides, since any draft is verified. What it learnt it keeps from request to request.
+Answers stay the target's own whatever it decides, since any draft is verified. What it has learnt lasts from request to request.
 
 Shape legend: B rows, N drafted nodes.
 """
@@ -18,16 +18,16 @@ from hyperbagel.speculative.budget import Acceptance, Costs, Record, after_round
 from hyperbagel.speculative.costs import measure_costs
 from hyperbagel.speculative.types import Draft, Drafter, Seen
 
-UNKNOWN = (0.6,)  # acceptance of a drafter whose folder says nothing
-DARING = 0.8  # drafters are right more often than they believe: of the shipped one 0.65 to 1 are as fast, 0.5 and 1.4 slower
-TRIAL_DEPTH = 2  # at least, where acceptance so far says that drafting does not pay
-LATE = 3  # rounds are told apart by the tokens of the answer before them: none, one, two or three, more
-_TEXT = "what do you see? Name everything. " * 4  # of the context that costs are measured behind
+UNKNOWN = (0.6,)  # believed acceptance by depth of a drafter whose folder says nothing
+DARING = 0.8  # factor on the threshold: drafters are right more often than they believe. Shipped one: 0.65 to 1 as fast, 0.5, 1.4 slower
+TRIAL_DEPTH = 2  # least depth drafted, even where acceptance so far says that drafting does not pay
+LATE = 3  # the last phase: rounds are grouped by answer tokens before them, 0, 1, 2 to 3, and 4 or more
+_TEXT = "what do you see? Name everything. " * 4  # the context in which costs are measured
 
 
 @dataclass
 class _Phase:
-    """What is known of one kind of round: rounds differ by how far the answer has come, since an answer may be one word."""
+    """What is known of one phase of an answer: an answer may be one word, so its first rounds differ from later ones."""
 
     records: dict[str, Record]
     acceptance: dict[str, Acceptance]
@@ -35,16 +35,16 @@ class _Phase:
 
 @dataclass
 class _Last:
-    """A draft whose fate is not known yet."""
+    """The last draft, until the next call says how much of it was accepted."""
 
     name: str
     phase: _Phase
-    draft: Draft  # how much of it is read off when its fate is known: before its round that would be a wait for the device
-    seconds: float  # of its round
+    draft: Draft  # its nodes are counted only afterwards: before its round that would be a wait for the device
+    seconds: float  # what its round is expected to take
 
 
 class Adaptive:
-    """`drafters` by name. `priors`: acceptance by depth that each is believed to have at first (its folder says)."""
+    """A `Drafter` over several. drafters: by name. priors: the acceptance by depth that each is believed to have at first."""
 
     threshold = 0.0
 
@@ -55,21 +55,21 @@ class Adaptive:
         costs: Costs | None = None,
         graphs: GraphRunner | None = None,
     ) -> None:
-        """costs: used for every batch size instead of measured ones (tests). graphs: who reads its drafts, to measure what that costs."""
+        """costs: used for every batch size instead of measured ones (tests). graphs: the runner that verifies drafts; None: eager."""
         self.graphs = graphs
         self.drafters, self.priors = dict(drafters), dict(priors or {})
         self.taps: tuple[int, ...] = tuple(sorted({tap for drafter in drafters.values() for tap in drafter.taps}))
         self.width = max(drafter.width for drafter in drafters.values())
         self.given, self.measured = costs, dict[tuple[int, bool], Costs]()
         self.phases: dict[tuple[int, bool, int], _Phase] = {}  # (batch size, sampled, how far the answer has come)
-        self.rounds_drafted = dict.fromkeys(drafters, 0)  # in this request
+        self.rounds_drafted = dict.fromkeys(drafters, 0)  # in the current request
         self.last: _Last | None = None
-        self.news: dict[str, Seen | None] = dict.fromkeys(self.drafters)  # what each has not been shown yet
+        self.news: dict[str, Seen | None] = dict.fromkeys(self.drafters)  # what each drafter has not been shown yet
 
     # -- costs -----------------------------------------------------------------------------------------------------------------
 
     def prepare(self, session: Session, rows: int, temperature: float = 0.0) -> Costs:
-        """Costs at a batch size (the next power of two), measured when first asked for. `session` gives the model alone."""
+        """Costs at a batch size (rounded up to a power of two), measured at first use. Of `session` only the model is used."""
         if self.given is not None:
             return self.given
         key = _size(rows), temperature > 0
@@ -83,7 +83,7 @@ class Adaptive:
         """Acceptance by depth that drafter `name` is believed to have before it has drafted."""
         return Acceptance(self.priors.get(name, UNKNOWN)).rates(self.drafters[name].width)
 
-    # -- a drafter -------------------------------------------------------------------------------------------------------------
+    # -- the Drafter protocol --------------------------------------------------------------------------------------------------
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         self.costs = self.prepare(sessions[0], len(sessions), temperature)
@@ -112,7 +112,7 @@ class Adaptive:
                 self.last = _Last(name, phase, draft, seconds)
                 self.rounds_drafted[name] += 1
                 return draft
-            del open_to[name]  # it cost nothing to find nothing; another one may know more
+            del open_to[name]  # finding nothing cost nothing; another one may know more
         after_round(phase.records, None, plain)
         return Draft(seen.root.new_empty(len(seen.root), 0))
 
@@ -123,13 +123,14 @@ class Adaptive:
             drafter.end(counts)
 
     def most_used(self) -> str:
-        """Who drafted most rounds of the request at hand; "none" if nobody did."""
+        """The drafter of most rounds of the current request; "none" if there was none."""
         name = max(self.rounds_drafted, key=lambda name: self.rounds_drafted[name])
         return name if self.rounds_drafted[name] else "none"
 
     # -- decisions -------------------------------------------------------------------------------------------------------------
 
     def _draft(self, name: str, phase: _Phase, seen: Seen, limit: int) -> Draft:
+        """A draft of `name`, as deep and as daring as its costs and its acceptance in this phase make worthwhile."""
         drafter = self.drafters[name]
         rates = phase.acceptance[name].rates(drafter.width)
         depth, _ = best_depth(self.costs, name, rates)
@@ -137,14 +138,14 @@ class Adaptive:
         drafter.threshold = DARING * least_chance(self.costs, name, speed, drafter.width)
         self.news[name] = None
         draft = drafter.propose(seen, min(limit, max(depth, TRIAL_DEPTH)))
-        if draft.tree is None and draft.tokens.device.type == "cpu":  # elsewhere the look would cost a wait
+        if draft.tree is None and draft.tokens.device.type == "cpu":  # on a GPU the look would be a wait for the device
             used = max(draft.drafted(), default=0)
             if used < draft.tokens.shape[1]:
                 draft = replace(draft, tokens=draft.tokens[:, :used])
         return draft
 
     def _learn(self, counts: Sequence[int]) -> None:
-        """The last draft's fate: a row's new slots are its root and what was accepted of it; a finished row has none."""
+        """Notes how the last draft fared: a row's new slots are its root and the accepted nodes; a finished row has none."""
         last, self.last = self.last, None
         if last is None:
             return
@@ -158,6 +159,7 @@ class Adaptive:
             after_round(phase.records, name, 1 / self.costs.plain)
 
     def _phase(self, far: int) -> _Phase:
+        """The records of phase `far` (see LATE) at this batch size; those of a new one start from the priors."""
         key = _size(self.rows), self.sampled, far
         if key not in self.phases:
             acceptance, records = {}, {}
@@ -172,9 +174,10 @@ class Adaptive:
 
 
 def _size(rows: int) -> int:
+    """The next power of two."""
     return 1 << max(0, rows - 1).bit_length()
 
 
 def _free(drafter: Drafter) -> bool:
-    """Finding nothing costs nothing: no hidden state is read."""
+    """Whether a search that finds nothing costs nothing: the drafter reads no hidden states."""
     return not drafter.taps

@@ -16,29 +16,29 @@ from hyperbagel.speculative.drafters.lookup import Lookup
 from hyperbagel.speculative.types import Drafter
 
 LOOKUP, AUTO, NONE = "lookup", "auto", "none"
-DEPTH = 10  # most tokens of a chain: the paper's; the budget decides how many are drafted
-LOOKUP_PRIOR = (0.4, 0.6, 0.7)  # a wrong place is found out at once; a right one goes on
+DEPTH = 10  # most tokens of a chain, as in the paper; the budget decides how many are drafted
+LOOKUP_PRIOR = (0.4, 0.6, 0.7)  # rising with depth: a wrong place shows at once, a right one goes on being right
 
 
 class Drafters:
-    """Names: "lookup" needs no training; a name means FOLDER/name; a path means that folder; "auto" is what is fastest, lookup included."""
+    """Names: "lookup" needs no training; another name means FOLDER/name; a path is a folder; "auto" is the fastest, lookup included."""
 
     def __init__(self, parts: Parts, folder: Path | None = None, graphs: GraphRunner | None = None) -> None:
-        """graphs: who reads drafts when requests are served; None: nobody in particular."""
+        """graphs: the runner that verifies drafts when requests are served; None: eager."""
         self.parts, self.folder, self.graphs = parts, folder, graphs
         self.ready: dict[str, Drafter] = {LOOKUP: Lookup()}
         self.serving: dict[str, Adaptive] = {}
 
     def shipped(self) -> list[str]:
-        """Those that came with the model."""
+        """Names of the drafters that came with the model."""
         return shelf(self.folder, "drafter.json")
 
     def names(self) -> list[str]:
-        """All names that need no folder of the caller's."""
+        """All names that can be given without a folder."""
         return [*self.shipped(), LOOKUP, AUTO, NONE]
 
     def default(self) -> str:
-        """Who drafts if nobody is asked for. With graphs nobody: those are of plain steps, and were asked for."""
+        """The drafter if none is named. With graphs that is none: they replay plain steps, and were asked for."""
         return AUTO if self.graphs is None and self.shipped() else NONE
 
     def check(self, name: str | None) -> None:
@@ -56,7 +56,7 @@ class Drafters:
         raise InputError(f"got drafter {name!r}, expected one of {known}, or a drafter folder (train one: hyperbagel train drafter)")
 
     def get(self, name: str) -> Drafter:
-        """The drafter alone, which drafts as deep as it can. Raises InputError if it is damaged or of another target."""
+        """The drafter alone, without a budget: it drafts as deep as it can. Raises InputError if it is damaged or of another target."""
         if name not in self.ready:
             model = self.parts.model
             self.ready[name] = make_drafter(load_module(self.find(name), model), model, depth=DEPTH)
@@ -74,7 +74,7 @@ class Drafters:
         return Adaptive(drafters, {name: rates for name, rates in priors.items() if rates}, graphs=self.graphs)
 
     def _auto(self) -> Adaptive:
-        """Lookup and the trained drafter that its costs here and its acceptance in training promise most of."""
+        """Lookup, and of the trained drafters the one that promises most by its costs here and its acceptance in training."""
         fitting = []
         for name in self.shipped():
             try:

@@ -1,4 +1,4 @@
-"""How far two decodings of a prompt agree, and how sure the model was where they part: bf16 kernels of other sizes round apart."""
+"""How far two decodings of a prompt agree, and how sure the model was where they part: kernels for other sizes round differently."""
 
 from __future__ import annotations
 

@@ -44,13 +44,13 @@ def decode(
     drafter: Drafter | None = None,
     spent: bool = False,
 ) -> list[Decoded]:
-    """As `generate.decode.decode`; with a drafter the results are `Speculated`. `runner` makes plain decoding's steps; a GraphRunner reads
-    drafts as well, chains of them, in fixed shapes.
+    """As `generate.decode.decode`; with a drafter the results are `Speculated`. `runner` makes the steps of plain decoding; a GraphRunner
+    also verifies drafts, if they are chains, in fixed shapes.
 
-    Greedy answers are those of plain decoding, token for token as far as arithmetic allows (fp32: always seen); sampled ones have its
-    distribution, though not its draws. The sessions stay as they were.
+    Greedy answers are those of plain decoding, token for token as far as arithmetic allows (in fp32 they always were); sampled ones have
+    its distribution, though not its draws. The sessions stay as they were, unless `spent`.
 
-    Where a draft might not fit behind the answer, a warning, and plain decoding.
+    Where a draft might not fit behind the answer, it warns (Notice) and decodes plainly.
 
     Raises:
         InputError: no room in the context, or contexts without the hidden states that the drafter reads.
@@ -77,7 +77,7 @@ def decode(
             work.round()
         drafter.end(work.counts)
     except BaseException:
-        drafter.end([0] * len(sessions))  # nothing to learn; what it holds of this request goes
+        drafter.end([0] * len(sessions))  # nothing to learn, but it must let go of this request's caches
         raise
     finally:
         if work is not None:
@@ -86,13 +86,13 @@ def decode(
 
 
 def _too_wide(sessions: Sequence[Session], max_tokens: int, drafter: Drafter) -> bool:
-    """Whether a whole draft behind the last token would leave the model's context; warns if so."""
+    """Whether the answer fits the model's context, but not with a whole draft behind it; warns if so."""
     limit = sessions[0].parts.model.config.llm.max_position_embeddings
     longest = max(session.cache.lengths[0] for session in sessions) + max_tokens + 1
     if not longest <= limit < longest + drafter.width:
         return False
     most = limit - longest + max_tokens - drafter.width  # tokens of an answer that leave room for drafts
-    if max_tokens > 1:  # one token is never drafted
+    if max_tokens > 1:  # a single token is never drafted
         warnings.warn(
             f"got drafts of {drafter.width} tokens behind {longest} of a context of {limit}, expected room for them; answering without a "
             f"drafter{f', use max_tokens of at most {most} to have one' if most > 1 else ''}",
@@ -113,7 +113,7 @@ def check_taps(session: Session, drafter: Drafter) -> None:
 
 
 class Rounds:
-    """One call: the stacked cache, each row's root and result."""
+    """The state of one call of `decode`: the stacked cache, each row's root and result."""
 
     def __init__(
         self,
@@ -128,8 +128,8 @@ class Rounds:
         graphs: GraphRunner | None = None,
         spent: bool = False,
     ) -> None:
-        """im_end: the token that ends an answer, if not the tokenizer's. graphs: who reads chains in fixed shapes. spent: see `decode` of
-        generate.decode."""
+        """im_end: the token that ends an answer; None: the tokenizer's. graphs: verifies chains in fixed shapes. The rest: see
+        `generate.decode.decode`."""
         parts = sessions[0].parts
         self.model, self.im_end = parts.model, parts.tokenizer.im_end if im_end is None else im_end
         self.max_tokens, self.temperature, self.generators = max_tokens, temperature, generators
@@ -138,14 +138,13 @@ class Rounds:
         self.times = self.results[0].times
         for result in self.results:
             result.times = self.times
-        # a lone session is decoded in place
         room = max_tokens + 1 + drafter.width
-        drafter.begin(sessions, temperature, generators)  # first: a budget that measures reads with the same graphs
+        drafter.begin(sessions, temperature, generators)  # before `reader`: a budget may measure its costs with the same graphs
         caches = [s.cache for s in sessions]
         self.read = None if graphs is None else graphs.reader(caches, room, spent)
         if self.read is not None:
             self.cache = self.read.cache
-        else:
+        else:  # a lone session is decoded in place
             self.cache = caches[0] if len(caches) == 1 else KVCache.stack(caches, room, caches[0].taps, spent)
         self.before = list(self.cache.lengths)
         self.cache.reserve(max(self.before) + room)
@@ -154,17 +153,18 @@ class Rounds:
         self.roots = [parts.tokenizer.im_start] * len(sessions)
         self.position = torch.tensor([s.position for s in sessions], device=device)
         self.alive = set(range(len(sessions)))
-        self.start, self.counts, self.ids = [0] * len(sessions), list(self.before), [[] for _ in sessions]  # type: ignore[var-annotated]
+        self.start, self.counts = [0] * len(sessions), list(self.before)  # as in Seen
+        self.ids: list[list[int]] = [[] for _ in sessions]
 
     def round(self) -> None:
         """Draft, verify, accept, commit, report."""
         clock = [time.perf_counter()]
         left = max(self.max_tokens - len(self.results[b].ids) for b in self.alive)
-        limit = left - 1 + self.keep_logits  # a token more comes from the target itself
+        limit = left - 1 + self.keep_logits  # the target itself adds one token more
         draft = None
         if limit > 0:
             draft = self.drafter.propose(Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position, self.read), limit)
-        else:  # the last token of all: what became of the draft before is known, and no other follows
+        else:  # one token is left, which needs no draft: the drafter learns now how its last one fared
             self.drafter.end(self.counts)
         if draft is None or draft.tokens.shape[1] == 0:
             draft = Draft(self.root.new_empty(len(self.results), 0))
@@ -176,12 +176,12 @@ class Rounds:
         else:
             logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
-        if n == 1:  # as lean as a plain step: rounds without drafts must not cost more
+        if n == 1:  # as lean as a plain step, since rounds without drafts must not cost more
             accepted = Accepted(torch.zeros_like(self.root), pick(logits[:, 0], self.temperature, self.generators))
             read = [[0, own, root] for own, root in zip(accepted.token.tolist(), self.roots, strict=True)]
         else:
             accepted = self._accept(logits, tokens, draft)
-            # the round's one wait for the device: accepted node, the target's token, what was drafted
+            # the round's only wait for the device: accepted node, the target's token, root and drafted tokens
             read = torch.cat([accepted.node[:, None], accepted.token[:, None], tokens], dim=1).tolist()
         begun = [end - n for end in self.cache.lengths]
         if draft.tree is None:
@@ -207,6 +207,7 @@ class Rounds:
         t.draft, t.verify, t.commit, t.host = (x + y for x, y in zip((t.draft, t.verify, t.commit, t.host), spent))
 
     def _accept(self, logits: Tensor, tokens: Tensor, draft: Draft) -> Accepted:
+        """logits [B, n, V] after tokens [B, n] (root first) -> what of the draft is accepted."""
         if self.temperature == 0:
             best = logits.argmax(-1)
             return greedy_chain(best, tokens) if draft.tree is None else greedy(best, tokens, draft.tree.mask)
@@ -219,13 +220,13 @@ class Rounds:
         return sampled(p, tokens, draft.tree.parents, uniforms, draft.q)
 
     def _report(self, b: int, path: list[int], new: list[int], logits: Tensor, deepest: int) -> None:
-        """Hands out row b's new tokens, the accepted ones and the target's own, as far as plain decoding would have gone."""
+        """Adds row b's new tokens, the accepted ones and the target's own, to its result, as far as plain decoding would have gone."""
         result, stats = self.results[b], self.results[b].stats
         stats.rounds += 1
         for i, (node, id_) in enumerate(zip(path, new, strict=True)):
             if self.keep_logits:
                 result.logits.append(logits[b, node].float())
-            if len(result.ids) == self.max_tokens:  # only its logits were wanted
+            if len(result.ids) == self.max_tokens:  # of this one only the logits were wanted
                 self.alive.discard(b)
                 return
             stats.tokens += 1
@@ -245,9 +246,8 @@ class Rounds:
 
 
 def verify_forward(model: Bagel, cache: KVCache, tokens: Tensor, tree: Tree | None, position: Tensor) -> Tensor:
-    """The target reads root and nodes, tokens [B, n] (-1 as 0), root at position [B] -> logits [B, n, V]; the cache grows by n a row.
-
-    `tree` None: a chain."""
+    """The target reads root and nodes, tokens [B, n] (-1 read as 0), the root at `position` [B] -> logits [B, n, V]; the cache grows by n
+    per row. `tree` None: a chain."""
     counts = [tokens.shape[1]] * tokens.shape[0]
     plan = cache.plan(counts, causal=True) if tree is None else tree_plan(cache, tree)
     depths = torch.arange(tokens.shape[1], device=position.device) if tree is None else tree.depths

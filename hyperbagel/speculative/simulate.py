@@ -1,7 +1,7 @@
-"""What speculation would do, told from teacher-forced logits: per-depth acceptance and tau, for chains and trees. Greedy decoding is exact:
+"""What speculation would do, computed from teacher-forced logits: acceptance by depth and tau of chains. For greedy decoding this is exact:
 the engine must show the same figures on the same prompts.
 
-Shape legend: B rows, R entries of an answer, K drafted depths, V vocabulary.
+Shape legend: B rows, R entries of an answer, K drafted depths.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hyperbagel.speculative.types import Stats
 
 
 def simulate(accepted: Tensor, counts: Tensor) -> list[Stats]:
-    """Greedy rounds over each answer.
+    """The counts of greedy rounds over each answer.
 
     Args:
         accepted: bool [B, R, K]: from the root at entry i, the draft of depth k + 1 is right (given that those before it were).
@@ -22,9 +22,8 @@ def simulate(accepted: Tensor, counts: Tensor) -> list[Stats]:
     for row, n in zip(accepted.tolist(), counts.tolist(), strict=True):
         stats, i = Stats(), 0
         while i < n:
-            limit = n - i
             run = next((k for k, right in enumerate(row[i]) if not right), len(row[i]))
-            got = min(run + 1, limit)  # tokens of this round
+            got = min(run + 1, n - i)  # tokens of this round
             for depth in range(1, min(len(row[i]), got) + 1):
                 stats.tried[depth] += 1
                 stats.accepted[depth] += depth <= run

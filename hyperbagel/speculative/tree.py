@@ -1,8 +1,8 @@
-"""Trees of drafted tokens: who is whose parent, and what follows from it for masks, positions and slots.
+"""Trees of drafted tokens: each node's parent, and what follows from it for masks, positions and slots.
 
-Node 0 is the root: the last token that the target chose and has not read yet. Parents come before their children.
+Node 0 is the root: the token that the target chose last and has not read yet. Parents come before their children.
 
-Shape legend: B rows, n nodes (root included), D longest path below the root.
+Shape legend: B rows, n nodes (root included), K slots.
 """
 
 from __future__ import annotations
@@ -60,19 +60,15 @@ class Tree:
         return self.mask.sum(-1) - 1
 
     def paths(self, nodes: Tensor) -> Tensor:
-        """Retrieval indices: nodes on the way from the root (left out) to nodes[b], [B, D], filled up with 0."""
+        """The nodes on the way from the root (left out) to nodes[b], [B, n - 1], filled up with 0 (EAGLE's retrieve indices)."""
         on = self.mask.gather(1, nodes[:, None, None].expand(-1, 1, self.parents.shape[1]))[:, 0]  # [B, n]
         order = torch.argsort((~on).to(torch.int8), dim=1, stable=True)  # indices grow with depth
         kept = torch.where(on.gather(1, order), order, 0)
         return kept[:, 1:]
 
-    def leaves(self) -> list[list[int]]:
-        """Nodes without children, row by row."""
-        return [[i for i in range(len(row)) if i not in row[1:] and (i or len(row) == 1)] for row in self.parents.tolist()]
-
 
 def tree_plan(cache: KVCache, tree: Tree) -> Plan:
-    """Slots and sight of a whole tree behind each row's past. Rows of 1 and 3 cached tokens, parents 0 0 0, node by slot:
+    """Slots and mask of a whole tree after each row's past. Rows of 1 and 3 cached tokens, parents 0 0 0, node by slot:
 
     row 0:  1 1 . . . .     row 1:  1 1 1 1 . .
             1 1 1 . . .             1 1 1 1 1 .
@@ -90,7 +86,7 @@ def tree_plan(cache: KVCache, tree: Tree) -> Plan:
 def commit(cache: KVCache, start: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
     """After a forward over trees: row b keeps what lies before start[b] and its nodes kept[b]; everything else is forgotten.
 
-    Keys, values, positions and tapped features move together. A run from the root on lies where it belongs and is not copied.
+    Keys, values, positions and tapped features move together. A path that is a run from the root on lies in place and is not copied.
     """
     cache.truncate([at + len(path) if list(path) == list(range(len(path))) else have for at, path, have in zip(start, kept, cache.lengths)])
     for row, (at, path) in enumerate(zip(start, kept, strict=True)):

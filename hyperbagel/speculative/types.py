@@ -1,4 +1,4 @@
-"""What the decoder and a drafter say to each other, and what is counted.
+"""What the decoder and a drafter tell each other, and what is counted.
 
 Shape legend: B rows, N drafted nodes (without the root), n = N + 1, V vocabulary.
 """
@@ -22,21 +22,21 @@ from hyperbagel.speculative.tree import Tree
 
 @dataclass(frozen=True)
 class Seen:
-    """News of a round. Row b's slots [start[b], start[b] + counts[b]) of the target's cache are new (at first: the whole context).
+    """What is new since the last round: row b's slots [start[b], start[b] + counts[b]) of the target's cache (at first, the whole context).
 
-    A finished row has counts 0; what is drafted for it is not read.
+    A finished row has a count of 0; what is drafted for it is ignored.
     """
 
     cache: KVCache  # with the drafter's taps
     start: list[int]
     counts: list[int]
-    ids: list[list[int]]  # tokens of the new slots; empty at first, when a context may hold pictures
+    ids: list[list[int]]  # tokens of the new slots; empty at first, since a context may hold pictures
     root: Tensor  # [B] the token that the target reads next
     position: Tensor  # [B] its RoPE position
     read: StaticRead | None = None  # who reads the drafts in fixed shapes; `cache` is its, and stays in place from request to request
 
     def after(self, earlier: Seen | None) -> Seen:
-        """These news and, before them, earlier ones that were not shown."""
+        """These news preceded by `earlier` ones that were not shown."""
         if earlier is None:
             return self
         counts = [a + b for a, b in zip(earlier.counts, self.counts, strict=True)]
@@ -46,55 +46,55 @@ class Seen:
 
 @dataclass(frozen=True)
 class Draft:
-    """N nodes a row. `tree` None: a chain. `q`: where a node's children were drawn from, [B, >= n - 1, V] by node; None: not drawn."""
+    """N nodes per row. tree: None for a chain. q [B, >= n - 1, V]: by node, what its children were drawn from; None: not drawn."""
 
     tokens: Tensor  # [B, N]; -1: no node
     tree: Tree | None = None
     q: Tensor | None = None
 
     def drafted(self) -> list[int]:
-        """Nodes of each row. A wait for the device."""
+        """Number of nodes in each row. Waits for the device."""
         return [sum(id_ >= 0 for id_ in row) for row in self.tokens.tolist()]
 
 
 class Drafter(Protocol):
-    """A proposer at work on one request at a time."""
+    """Proposes tokens, for one request at a time."""
 
     taps: tuple[int, ...]  # hidden states entering these layers must be in the contexts' caches
     width: int  # most nodes it drafts
-    threshold: float  # it drafts nothing whose chance of being accepted, all before it included, it believes to be lower
+    threshold: float  # it drafts no node that it believes to be accepted, along with all before it, with a lower chance
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         """Forgets the last request. `temperature` 0: greedy."""
 
     def propose(self, seen: Seen, limit: int) -> Draft:
-        """Nodes below seen.root, at most `limit` >= 1 deep."""
+        """Nodes below seen.root, at most `limit` >= 1 deep; none if it has nothing to propose."""
 
     def end(self, counts: Sequence[int]) -> None:
-        """No `propose` follows: the request is over, or its last token alone is left (then `end` comes again). `counts` as in Seen, 0 for
-        all where it broke off. Nothing of the request's caches is held from now on."""
+        """No `propose` follows: the request is over, or only its last token is left (then `end` is called again). `counts`: as in Seen, all
+        0 if the request broke off. From now on nothing of the request's caches may be held."""
 
 
 @dataclass
 class Stats:
-    """Of one row. Depths count from 1."""
+    """Counts of one row. Depths count from 1."""
 
     rounds: int = 0  # forwards of the target
-    tokens: int = 0  # that came of them, a stop token included
+    tokens: int = 0  # that these yielded, a stop token included
     tried: Counter[int] = field(default_factory=Counter)  # depth -> rounds in which a node of that depth was decided
     accepted: Counter[int] = field(default_factory=Counter)  # depth -> rounds in which one was accepted
 
     @property
     def tau(self) -> float:
-        """Mean tokens a round (acceptance length, the target's own token included)."""
+        """Mean tokens per round (acceptance length, the target's own token included)."""
         return self.tokens / max(1, self.rounds)
 
     def rates(self) -> list[float]:
-        """Acceptance by depth, given that the depth before was accepted."""
+        """Acceptance by depth from 1 on, given that the depth before was accepted."""
         return [self.accepted[d] / self.tried[d] for d in sorted(self.tried)]
 
     def add(self, other: Stats) -> None:
-        """Pools another row into this one."""
+        """Adds another row's counts to these."""
         self.rounds += other.rounds
         self.tokens += other.tokens
         self.tried.update(other.tried)
@@ -103,7 +103,7 @@ class Stats:
 
 @dataclass
 class Times:
-    """Seconds of one call, all rows: drafting, the target's forwards, acceptance and cache, all else."""
+    """Seconds of one call, all rows: drafting, the target's forwards, acceptance and cache, everything else."""
 
     draft: float = 0.0
     verify: float = 0.0

@@ -1,10 +1,10 @@
 """Which drafted tokens the target accepts. Pure functions of tensors; exact for any drafter.
 
-Greedy: a node is accepted if it is what the target would choose after its parent. Sampled: speculative sampling, and for several children
-of one node recursive rejection: each child is tried against what is left of the target's distribution, so that the token that comes out
-is distributed as if the target had been sampled.
+Greedy: a node is accepted if it is what the target would choose after its parent. Sampled: speculative sampling (Leviathan et al. 2023,
+Chen et al. 2023), and for several children of one node recursive rejection without replacement (Jeon et al. 2024): each child is tried
+against what is left of the target's distribution, so that the resulting token is distributed as if the target had been sampled.
 
-Shape legend: B rows, n nodes (root included), V vocabulary. Node 0 is the root; tokens[:, 0] is not looked at. A token of -1 is no draft.
+Shape legend: B rows, n nodes (root included), V vocabulary. Node 0 is the root; tokens[:, 0] is ignored. A token of -1 is no draft.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ class Accepted(NamedTuple):
 
 def greedy(best: Tensor, tokens: Tensor, mask: Tensor) -> Accepted:
     """best [B, n]: the target's argmax after each node. tokens [B, n]. mask [B, n, n]: Tree.mask. The deepest accepted node wins."""
-    parent_last = mask.clone()  # a node's parent is its last ancestor
-    n = tokens.shape[1]
-    parent_last.diagonal(dim1=1, dim2=2).zero_()
-    index = torch.arange(n, device=tokens.device)
-    parent = (parent_last * index).amax(-1)
+    ancestors = mask.clone()
+    ancestors.diagonal(dim1=1, dim2=2).zero_()
+    parent = (ancestors * torch.arange(tokens.shape[1], device=tokens.device)).amax(-1)  # a node's last ancestor
     right = tokens == best.gather(1, parent)
     right[:, 0] = True
     whole = ~(mask & ~right[:, None, :]).any(-1)  # itself and all ancestors
@@ -40,18 +38,18 @@ def greedy(best: Tensor, tokens: Tensor, mask: Tensor) -> Accepted:
 
 
 def greedy_chain(best: Tensor, tokens: Tensor) -> Accepted:
-    """`greedy` of a chain: best [B, n], tokens [B, n]."""
+    """`greedy` for a chain: best [B, n], tokens [B, n]."""
     node = (tokens[:, 1:] == best[:, :-1]).long().cumprod(1).sum(1)
     return Accepted(node, best.gather(1, node[:, None])[:, 0])
 
 
 def sampled(p: Tensor, tokens: Tensor, parents: Tensor, uniforms: Tensor, q: Tensor | None = None) -> Accepted:
-    """One pass over the nodes in order.
+    """Accepts or rejects the nodes in order, then draws the final token from what is left.
 
     Args:
         p: [B, n, V] the target's distribution after each node.
         tokens, parents: [B, n].
-        uniforms: [B, n] in [0, 1); the root's draws the final token.
+        uniforms: [B, n] in [0, 1), one per node; the root's draws the final token.
         q: [B, n, V] the distribution that each node's children were drawn from, without replacement and in order of index;
             None: the drafts are a deterministic choice.
     """
@@ -61,12 +59,12 @@ def sampled(p: Tensor, tokens: Tensor, parents: Tensor, uniforms: Tensor, q: Ten
     left = p[:, 0]  # what the next token must be distributed as, given the rejections so far
     own = None if q is None else q[:, 0].double()
     for i in range(1, n):
-        here = (parents[:, i] == at) & (tokens[:, i] >= 0)
+        here = (parents[:, i] == at) & (tokens[:, i] >= 0)  # rows that have come as far as this node's parent
         x = tokens[:, i].clamp(min=0)
         chance = left[rows, x] if own is None else left[rows, x] / own[rows, x]
-        taken = here & (uniforms[:, i] < chance)
+        taken = here & (uniforms[:, i] < chance)  # with probability min(1, p(x) / q(x)); a choice has q(x) = 1
         lost = (here & ~taken)[:, None]
-        drawn = torch.zeros_like(left).scatter_(1, x[:, None], 1.0)
+        drawn = torch.zeros_like(left).scatter_(1, x[:, None], 1.0)  # all mass on x
         left = torch.where(lost, residual(left, drawn if own is None else own), left)
         left = torch.where(taken[:, None], p[:, i], left)
         if q is not None and own is not None:
@@ -77,7 +75,7 @@ def sampled(p: Tensor, tokens: Tensor, parents: Tensor, uniforms: Tensor, q: Ten
 
 
 def sampled_chain(p: Tensor, tokens: Tensor, uniforms: Tensor, q: Tensor | None = None) -> Accepted:
-    """`sampled` of a chain, all nodes at once. q: [B, >= n - 1, V] or None."""
+    """`sampled` for a chain, all nodes at once. q: [B, >= n - 1, V] or None."""
     b, n, _ = p.shape
     p, rows = p.double(), torch.arange(b, device=p.device)
     x = tokens[:, 1:].clamp(min=0)
@@ -87,7 +85,7 @@ def sampled_chain(p: Tensor, tokens: Tensor, uniforms: Tensor, q: Tensor | None 
     taken = (uniforms[:, 1:] < chance) & (tokens[:, 1:] >= 0)
     node = taken.long().cumprod(1).sum(1)
     left = p[rows, node]
-    refused = torch.cat([tokens, tokens.new_full((b, 1), -1)], dim=1)[rows, node + 1]  # -1 at the end of the chain
+    refused = torch.cat([tokens, tokens.new_full((b, 1), -1)], dim=1)[rows, node + 1]  # -1: the whole chain was accepted
     if q is None:
         minus = torch.zeros_like(left).scatter_(1, refused.clamp(min=0)[:, None], 1.0)
     else:

@@ -1,1 +1,1 @@
-"""Who proposes tokens. Each drafter has one definition that training and serving share."""
+"""The drafters. Each has one definition, which training and serving share."""

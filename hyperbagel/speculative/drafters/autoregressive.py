@@ -1,7 +1,7 @@
 """Drafters that read one token at a time: what EAGLE-3 and Hyper-Bagel share, from training to serving.
 
 Slot t of the target holds a hidden state f_t; the pair (f_t, token t + 1) predicts token t + 2. A drafted token has no f: the drafter's own
-output h takes its place. Training goes the same way, teacher forced (training-time test, EAGLE-3).
+output h takes its place. Training does the same, teacher forced (training-time test, EAGLE-3).
 
 Shape legend: B rows, S context slots, R answer rows, T tapped layers, E hidden size, V vocabulary.
 """
@@ -23,15 +23,15 @@ Embed = Callable[[Tensor], Tensor]  # token ids [...] -> the target's embeddings
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the target did, for training: contexts with its own answers behind them, padded on the right.
+    """What the target did, to learn from: contexts followed by its own answers, padded on the right.
 
-    Entry i of `tokens` is im_start for i = 0, then the answer; entry i of `logits` is what the target thinks follows it.
+    Entry 0 of `tokens` is im_start, then comes the answer; entry i of `logits` is the target's prediction of what follows it.
     """
 
     features: Tensor  # [B, S, T, E] hidden states of the drafter's layers (DraftModule.layers_read)
     following: Tensor  # [B, S, E] embedding of the slot after each slot
     positions: Tensor  # [B, S] RoPE positions
-    first: Tensor  # [B] last context slot: row 0
+    first: Tensor  # [B] last context slot, the one before entry 0
     counts: Tensor  # [B] entries of each row, at least 1
     tokens: Tensor  # [B, R]
     logits: Tensor  # [B, R, V]
@@ -42,30 +42,30 @@ class Lesson:
         return (self.first[:, None] + r).clamp(max=self.features.shape[1] - 1)
 
     def valid(self, ahead: int) -> Tensor:
-        """[B, R]: entry i + ahead exists."""
+        """bool [B, R]: whether entry i + ahead exists."""
         r = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return r + ahead < self.counts[:, None]
 
 
 def ahead(x: Tensor, n: int) -> Tensor:
-    """Entry i + n in place of entry i of x [B, R, ...]; the last n come from the front and are never valid."""
+    """x [B, R, ...] with entry i + n in place of entry i; the last n wrap around and are never valid (`Lesson.valid`)."""
     return x.roll(-n, dims=1)
 
 
 class DraftModule(nn.Module, ABC):
-    """The weights. `encode` runs once a slot, `step` once a drafted token, `head` makes logits."""
+    """The weights. `encode` runs once per slot, `step` once per drafted token, `head` makes logits."""
 
     config: DrafterConfig
     layers_read: tuple[int, ...]  # hidden states that enter these target layers
-    memory_layers: int  # attention layers that remember
+    memory_layers: int  # attention layers with keys and values in the memory
 
     @abstractmethod
     def encode(self, features: Tensor, sight: Sight) -> Tensor:
-        """[B, n, T, E] of consecutive slots -> [B, n, E], what takes the place of h."""
+        """Features [B, n, T, E] of consecutive slots -> [B, n, E], what h is at a slot of the target."""
 
     @abstractmethod
     def step(self, h: Tensor, token: Tensor, sight: Sight) -> Tensor:
-        """h and the next token's embedding, each [B, n, E] -> the next h, not normalised."""
+        """h and the next token's embedding, both [B, n, E] -> the next h, not normalised."""
 
     @abstractmethod
     def head(self, h: Tensor) -> Tensor:

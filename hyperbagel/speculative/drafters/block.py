@@ -1,8 +1,8 @@
 """Block-parallel drafting: one pass proposes a block of tokens.
 
 Queries are the root's embedding and learned marks for the tokens to come, causal within the block. Every layer reads the target's fused
-features of all committed slots as extra keys and values (DFlash). What one pass cannot know, which token was chosen just before, a low-rank
-Markov head adds to the logits: W2 W1[previous token]. A confidence head says how far a draft is worth verifying (DSpark).
+features of all committed slots as extra keys and values (DFlash). One pass cannot know which token was chosen just before; a low-rank
+Markov head adds that to the logits, as W2 W1[previous token]. A confidence head says how far a draft is worth verifying (DSpark).
 
 Shape legend: B rows, S context slots, R answer rows, A anchors, K tokens of a block, T tapped layers, E hidden size, V vocabulary.
 """
@@ -16,17 +16,17 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.layers import RMSNorm, embedding
 from hyperbagel.speculative.drafters.autoregressive import Embed, Lesson
 from hyperbagel.speculative.drafters.config import DrafterConfig
-from hyperbagel.speculative.drafters.layers import Layer, Memory, Sight, Unrolled
+from hyperbagel.speculative.drafters.layers import Layer, Memory, Sight, Unrolled, copy_layers, init_normal
 
 
 class BlockDrafter(nn.Module):
-    """One forward a round, of the slots that are new and of the block; `link` and `trust` once a drafted token."""
+    """The weights. `forward` runs once per round, over the new slots and the block; `link` and `trust` once per drafted token."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config, self.layers_read, self.memory_layers = config, config.levels, config.layers
         e = config.hidden_size
-        self.feature_norms = nn.ModuleList(RMSNorm(e, config.eps) for _ in range(3))  # one each (EAGLE-3.1)
+        self.feature_norms = nn.ModuleList(RMSNorm(e, config.eps) for _ in range(3))  # one per feature (EAGLE-3.1)
         self.fc = nn.Linear(3 * e, e, bias=False)
         self.context_norm = RMSNorm(e, config.eps)
         self.marks = nn.Parameter(torch.zeros(config.block, e))  # the first is added to the root
@@ -38,14 +38,10 @@ class BlockDrafter(nn.Module):
         self.confidence = nn.Linear(e + config.rank, 1)
 
     def init_from(self, target: Bagel, generator: torch.Generator) -> None:
-        """Layers, norm and head start as the target's last ones; the Markov head adds nothing at first."""
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        """Layers, norm and head start as the target's last ones; the Markov and confidence heads start at zero."""
+        init_normal(self, generator)
         llm = target.language_model
-        for mine, theirs in zip(self.layers, llm.model.layers[-self.config.layers :], strict=True):
-            state = theirs.state_dict()
-            mine.load_state_dict({name: state[name].clone() for name in mine.state_dict()})
+        copy_layers(self.layers, llm.model.layers[-self.config.layers :])
         self.norm.load_state_dict(llm.model.norm.state_dict())
         self.lm_head.load_state_dict(llm.lm_head.state_dict())
         nn.init.zeros_(self.markov_out.weight)
@@ -53,9 +49,9 @@ class BlockDrafter(nn.Module):
 
     def forward(self, features: Tensor, slots: Tensor, root: Tensor, positions: Tensor, memory: Memory, k: int) -> Tensor:
         """Features [B, n, T, E] of committed slots at positions `slots` [B, n], embeddings of roots [B, A, E] at `positions` [B, A] ->
-        normalised outputs [B, A * K, E] of the roots' blocks. Keys go into the memory in that order, slots and blocks.
+        normalised outputs [B, A * k, E] of the roots' blocks. Keys go into the memory in that order, slots first.
 
-        k: tokens of a block, at most the K it was trained for. No token sees a later one, so fewer are the first ones of all.
+        k: tokens of a block, at most the K it was trained for. No token sees a later one, so a shorter block is the start of the whole.
         """
         parts = [norm(x) for norm, x in zip(self.feature_norms, features.unbind(2), strict=True)]
         fused = self.context_norm(self.fc(torch.cat(parts, dim=-1)))
@@ -68,7 +64,7 @@ class BlockDrafter(nn.Module):
         return self.norm(x)
 
     def link(self, previous: Tensor) -> Tensor:
-        """What the Markov head adds to the logits after the tokens `previous` [...], [..., V]."""
+        """What the Markov head adds to the logits after the tokens `previous`: [...] -> [..., V]."""
         return self.markov_out(self.markov_in(previous))
 
     def trust(self, out: Tensor, previous: Tensor) -> Tensor:
@@ -76,11 +72,11 @@ class BlockDrafter(nn.Module):
         return self.trust_of(out) + self.trust_after(previous)
 
     def trust_of(self, out: Tensor) -> Tensor:
-        """What an output says of it."""
+        """The part of `trust` that depends on the output: [..., E] -> [...]."""
         return out @ self.confidence.weight[0, : out.shape[-1]] + self.confidence.bias
 
     def trust_after(self, previous: Tensor) -> Tensor:
-        """What the token before says of it."""
+        """The part of `trust` that depends on the token before: [...] -> [...]."""
         linked = self.markov_in(previous)
         return linked @ self.confidence.weight[0, -linked.shape[-1] :]
 
@@ -102,7 +98,7 @@ class BlockDrafter(nn.Module):
 
 
 def block_mask(last: Tensor, slots: int, k: int) -> Tensor:
-    """Who a block's tokens see: the slots before its root, and the block's earlier tokens. Slots 0 1 2, last [0, 2], K = 2:
+    """Who a block's tokens see: the slots before its root, and the block up to themselves. Slots 0 1 2, last [0, 2], K = 2:
 
         1 . . | 1 . . .
         1 . . | 1 1 . .

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hyperbagel.generate.sampling import draw, draw_rows, probabilities
 
-Chosen = tuple[Tensor, Tensor | None]  # a token a row [B], and what it was drawn from [B, V] (greedy: None)
+Chosen = tuple[Tensor, Tensor | None]  # a token per row [B], and what it was drawn from [B, V] (None if greedy)
 Pick = Callable[[Tensor, int], Chosen]  # logits [B, V] of a draft's token d
 
 
@@ -22,20 +22,21 @@ def choose(logits: Tensor, temperature: float, generators: Sequence[torch.Genera
 
 
 def choose_by(logits: Tensor, temperature: Tensor, uniforms: Tensor) -> Chosen:
-    """One token a row at a temperature > 0 that lies on the device (a scalar), by inversion of `uniforms` [B] in [0, 1)."""
+    """One token per row at a temperature > 0 on the device (a scalar), by inversion of `uniforms` [B] in [0, 1)."""
     q = _sound((logits.float() / temperature).softmax(-1))
     return draw(q, uniforms), q
 
 
 def _sound(q: Tensor) -> Tensor:
-    """A broken drafter costs speed, no request: where a row is not finite, any token is as likely as another."""
+    """Makes every token of a row equally likely where the row is not finite: a broken drafter may cost speed, not the request."""
     return torch.where(q.isfinite().all(-1, keepdim=True), q, 1 / q.shape[-1])
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """How likely the drafter's greedy choice is the target's: logits [..., V] -> [...] in [0.5, 1].
+    """How likely the drafter's greedy choice is the target's as well: logits [..., V] -> [...] in [0.5, 1].
 
-    That is not its probability: where many tokens may follow, both may still have the same favourite. The first choice against the second.
+    This is not the choice's probability: where many tokens may follow, both models may still have the same favourite. So it is
+    p1 / (p1 + p2) of the two likeliest tokens.
     """
     best = logits.float().topk(2, dim=-1).values
     return (best[..., 0] - best[..., 1]).sigmoid()

@@ -1,4 +1,4 @@
-"""What a drafter is: kind, shape, and the target it was made for."""
+"""What a drafter is: its kind, its shape, and the target it was made for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kind = Literal["eagle3", "hyper-bagel", "block"]
 
 
 class DrafterConfig(Config):
-    """`drafter.json`. Everything from `hidden_size` to `target_layers` is the target's."""
+    """`drafter.json`. The fields from `hidden_size` to `target_layers` are the target's."""
 
     kind: Kind
     hidden_size: int = Field(ge=1)
@@ -54,7 +54,7 @@ class DrafterConfig(Config):
 
     @classmethod
     def for_target(cls, kind: Kind, llm: LLMConfig, **own: object) -> DrafterConfig:
-        """The target's shape, and a kind's own settings. Raises InputError for settings that do not fit."""
+        """The config of a drafter of this kind for this target; `own`: the kind's own settings. Raises InputError if they do not fit."""
         default = {"layers": 2} if kind == "hyper-bagel" else {}
         values = {
             "kind": kind,

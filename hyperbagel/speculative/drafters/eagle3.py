@@ -1,4 +1,4 @@
-"""EAGLE-3 (arXiv 2503.01840), exactly: the published baseline. Keys are those of its checkpoints."""
+"""EAGLE-3 exactly as published (arXiv 2503.01840): the baseline. Keys are those of its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.layers import MLP, RMSNorm
 from hyperbagel.speculative.drafters.autoregressive import DraftModule
 from hyperbagel.speculative.drafters.config import DrafterConfig
-from hyperbagel.speculative.drafters.layers import Attention, Sight
+from hyperbagel.speculative.drafters.layers import Attention, Sight, init_normal
 
 
 class MidLayer(nn.Module):
-    """x = [norm(token); norm(h)], width 2E, token first; the residual is h as it came."""
+    """Attention over x = [norm(token); norm(h)], width 2E, then an MLP; the residual stream is h, not normed."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -51,19 +51,17 @@ class Eagle3(DraftModule):
 
     def init_from(self, target: Bagel, generator: torch.Generator) -> None:
         """Random matrices as in EAGLE-3 (normal, 0.02); the head starts as the target's rows."""
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        init_normal(self, generator)
         self.lm_head.weight.data.copy_(target.language_model.lm_head.weight.data[self.drafted()])
 
     def set_vocabulary(self, ids: Tensor) -> None:
-        """Which target tokens can be drafted: sorted ids [Vd]."""
+        """Sets which target tokens can be drafted: sorted ids [Vd]."""
         self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
         self.t2d.zero_()
         self.t2d[ids] = True
 
     def drafted(self) -> Tensor:
-        """Target ids of the draft vocabulary, [Vd]."""
+        """Target ids [Vd] of the draft vocabulary."""
         return drafted_ids(self.d2t)
 
     def encode(self, features: Tensor, sight: Sight) -> Tensor:
@@ -81,5 +79,5 @@ class Eagle3(DraftModule):
 
 
 def drafted_ids(d2t: Tensor) -> Tensor:
-    """Target ids [Vd] from the offsets that the published layout keeps."""
+    """Target ids [Vd] from the offsets that the published layout stores."""
     return d2t + torch.arange(len(d2t), device=d2t.device)

@@ -1,4 +1,4 @@
-"""Growing a draft tree level by level (EAGLE-2), all rows at once.
+"""Growing a draft tree level by level (EAGLE-2, Li et al. 2024), all rows at once.
 
 Shape legend: B rows, k nodes a level that are expanded (the frontier), c candidates, V vocabulary.
 """
@@ -15,12 +15,12 @@ from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft
 
-_TIE = 1e-9  # log-probability a level costs, so that a certain child never outranks its parent (fp64)
+_TIE = 1e-9  # taken off the log-probability per level, so that a child of probability 1 still ranks below its parent (fp64)
 
 
 @dataclass(frozen=True)
 class Level:
-    """Candidates [B, c] of one depth, best k of them the frontier [B, k]."""
+    """Candidates [B, c] of one depth; the k best of them are the frontier [B, k]."""
 
     tokens: Tensor  # [B, c]
     scores: Tensor  # [B, c] log-probability of the path
@@ -52,8 +52,8 @@ def grow(last: Level | None, logits: Tensor, branch: int) -> Level:
 
 
 def level_plan(cache: KVCache, committed: Sequence[int], seen: Tensor) -> Plan:
-    """Slots and sight of a frontier in the drafter's cache: all committed slots, then its ancestors and itself. Row of 2 committed slots,
-    second level, k = 2, both children of the first node:
+    """Slots and mask of a frontier in the drafter's cache: a node sees all committed slots, its ancestors and itself. A row of 2 committed
+    slots, second level, k = 2, both children of the first node:
 
         1 1 | 1 . | 1 .
         1 1 | 1 . | . 1
@@ -69,20 +69,20 @@ def level_plan(cache: KVCache, committed: Sequence[int], seen: Tensor) -> Plan:
 
 
 def best_nodes(levels: Sequence[Level], nodes: int, threshold: float = 0.0) -> Draft:
-    """The most probable `nodes` of all candidates; every one's parent is among them. Order: level by level.
+    """The `nodes` most probable of all candidates, level by level; the parent of each is among them.
 
-    `threshold`: as many as, in the mean of the rows, are at least so probable; a wait for the device.
+    threshold: above 0 it drops the ranks whose probability, averaged over the rows, is lower; this waits for the device.
     """
     offsets = [0]
     for level in levels:
         offsets.append(offsets[-1] + level.tokens.shape[1])
     tokens, scores = (torch.cat([getattr(level, name) for level in levels], dim=1) for name in ("tokens", "scores"))
-    # index of the parent among all candidates; the root is -1
+    # index of the parent among all candidates, -1 for the root
     parents = torch.cat(
         [level.parents + offsets[i - 1] if i else torch.full_like(level.parents, -1) for i, level in enumerate(levels)], dim=1
     )
     nodes = min(nodes, tokens.shape[1])
-    if threshold > 0:  # the n-th best in the mean: rows share the number of nodes
+    if threshold > 0:  # by the mean of the rows' n-th best, since rows share the number of nodes
         worth = scores.sort(dim=1, descending=True).values.exp().mean(0) >= threshold
         nodes = min(nodes, int(worth.sum()))
     kept = scores.topk(nodes, dim=1).indices.sort(dim=1).values  # [B, N]; a parent's index is smaller

@@ -21,7 +21,7 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def export_eagle3(folder: Path, module: Eagle3, llm: LLMConfig, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes the folder, whole or not at all. The keys are the module's own; SGLang skips unknown keys silently, so there are none."""
+    """Writes the folder, whole or not at all. The keys are exactly the module's own: SGLang would skip an unknown one silently."""
     make_folder(folder.parent)
     c = module.config
     config: dict[str, Any] = {
@@ -55,7 +55,7 @@ def export_eagle3(folder: Path, module: Eagle3, llm: LLMConfig, dtype: torch.dty
 
 
 def import_eagle3(folder: Path, llm: LLMConfig) -> Eagle3:
-    """Reads such a folder, also one that was trained elsewhere, in fp32.
+    """Reads such a folder, even of a drafter trained elsewhere, in fp32.
 
     Raises:
         InputError: another architecture, another target, or tensors that do not fit.

@@ -1,7 +1,7 @@
 """Hyper-Bagel's drafter (arXiv 2509.18824, section 3.1): meta queries over all layers, one target-shaped layer, then the draft layers.
 
-Not given in the paper and chosen here (ours:): order fc1 before Dec; both skips as residuals, so that with zero-initialised projections
-the drafter starts as the target's own last layers over its high feature and every part has a gradient from the first step.
+The paper does not say, and we chose (ours:): fc1 comes before Dec; both skips are residuals, so that with zero-initialised projections the
+drafter starts as the target's own last layers over its high feature, and every part has a gradient from the first step.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.layers import RMSNorm
 from hyperbagel.speculative.drafters.autoregressive import DraftModule
 from hyperbagel.speculative.drafters.config import DrafterConfig
-from hyperbagel.speculative.drafters.layers import Layer, Sight
+from hyperbagel.speculative.drafters.layers import Layer, Sight, copy_layers, init_normal
 
-# Tokens of a context that are read at once: at 7B the states of all layers, normed, as keys and as values are 0.6 MB a token, 6 GB for a
-# picture of 4,900 tokens together.
+# Tokens of a context that are read at once: at 7B the states of all layers, normed, as keys and as values take 0.6 MB per token, 6 GB for a
+# picture of 4,900 tokens.
 AT_ONCE = 512
 
 
 class MetaQueries(nn.Module):
-    """f_c = Flatten(CA(f_q, f_i, f_i)): per token, Q learned queries look at that token's hidden states of all L layers.
+    """f_c = Flatten(CA(f_q, f_i, f_i)): for each token, Q learned queries attend to its hidden states f_i of all L layers.
 
     [B, S, L, E] -> [B, S, Q * E].
     """
@@ -54,7 +54,7 @@ class MetaQueries(nn.Module):
 
 
 class HyperBagelDrafter(DraftModule):
-    """Dec attends over the sequence once a slot and is no part of the iterated layers; no token embedding goes into it."""
+    """The weights. Dec attends over the sequence, once per slot and without token embeddings; only `layers` run per drafted token."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -72,15 +72,11 @@ class HyperBagelDrafter(DraftModule):
         self.lm_head = nn.Linear(e, config.vocab_size, bias=False)
 
     def init_from(self, target: Bagel, generator: torch.Generator) -> None:
-        """Dec starts as the target's layer before its last N, the draft layers as those, norm and head as the target's."""
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        """The draft layers start as the target's last N layers, Dec as the one before them, norm and head as the target's."""
+        init_normal(self, generator)
         llm, n = target.language_model, self.config.layers
-        sources = [llm.model.layers[max(0, len(llm.model.layers) - 1 - n)], *llm.model.layers[-n:]]
-        for mine, theirs in zip([self.dec, *self.layers], sources, strict=True):
-            state = theirs.state_dict()
-            mine.load_state_dict({name: state[name].clone() for name in mine.state_dict()})
+        before = llm.model.layers[max(0, len(llm.model.layers) - 1 - n)]
+        copy_layers([self.dec, *self.layers], [before, *llm.model.layers[-n:]])
         self.norm.load_state_dict(llm.model.norm.state_dict())
         self.lm_head.load_state_dict(llm.lm_head.state_dict())
         if self.config.zero_init:
@@ -90,9 +86,8 @@ class HyperBagelDrafter(DraftModule):
     def encode(self, features: Tensor, sight: Sight) -> Tensor:
         picked = [features[:, :, max(level, 1) - 1] for level in self.config.levels]  # each [B, S, E]
         fused = torch.cat(picked, dim=-1) + self.meta(features)  # skip around CA
-        return self.dec(
-            picked[-1] + self.fc1(fused), sight, 0
-        )  # ours: the high feature skips fc1; Dec's own residual is the skip around it
+        # ours: the high feature skips fc1; Dec's own residual is the skip around Dec
+        return self.dec(picked[-1] + self.fc1(fused), sight, 0)
 
     def step(self, h: Tensor, token: Tensor, sight: Sight) -> Tensor:
         x = h + self.fc2(torch.cat([self.token_norm(token), self.feature_norm(h)], dim=-1))  # ours: residual

@@ -1,10 +1,11 @@
-"""Layers of drafters and the memories they attend over: a cache when serving, a growing list when training. The layers do not know which.
+"""Layers of drafters and the memories they attend over: a cache when serving, growing lists when training. The layers cannot tell which.
 
 Shape legend: B rows, S context slots, R answer rows, n tokens of a forward, E hidden size, H heads, D values of a head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,11 +22,11 @@ class Memory(Protocol):
     """Keys and values of earlier tokens."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-        """New keys and values [B, H, n, D] -> all visible ones, who sees whom (mask [B, 1, n, visible]), or causal."""
+        """Takes new keys and values [B, H, n, D] -> all visible ones, the mask [B, 1, n, visible] or None, and whether causal."""
 
 
 class Served(NamedTuple):
-    """Memory of serving: a cache and the plan of this forward."""
+    """The memory when serving: a cache and the plan of this forward."""
 
     cache: KVCache
     plan: Plan
@@ -35,7 +36,7 @@ class Served(NamedTuple):
 
 
 class Unrolled:
-    """Memory of training: every forward's keys are kept, with gradient. `mask` None: causal among this forward's own tokens."""
+    """The memory when training: keys and values of every forward, with gradients. `mask` None: causal, for the first forward."""
 
     def __init__(self, layers: int) -> None:
         self.k: list[list[Tensor]] = [[] for _ in range(layers)]
@@ -57,11 +58,12 @@ class Sight(NamedTuple):
 
     @classmethod
     def at(cls, positions: Tensor, config: DrafterConfig, dtype: torch.dtype, memory: Memory) -> Sight:
+        """Of tokens at RoPE positions [B, n]."""
         return cls(*rope_table(positions, config.head_dim, config.rope_theta, dtype), memory)
 
 
 class Attention(Projections):
-    """Causal attention over a memory. `like_target`: with BAGEL's biases and norms of queries and keys, so that its weights fit."""
+    """Attention over a memory. like_target: with BAGEL's biases and query and key norms, so that the target's weights fit."""
 
     def __init__(self, config: DrafterConfig, width: int, like_target: bool) -> None:
         super().__init__(config.heads, config.kv_heads, config.head_dim)
@@ -74,9 +76,9 @@ class Attention(Projections):
         self.k_norm = RMSNorm(self.head_dim, config.eps) if like_target else nn.Identity()
 
     def forward(self, x: Tensor, sight: Sight, layer: int, beside: Tensor | None = None) -> Tensor:
-        """x [B, n, width]. `beside` [B, m, width]: tokens before them that only leave keys and values; `sight` is of m + n then."""
+        """x [B, n, width] -> [B, n, E]. beside [B, m, width]: tokens before x that only give keys and values; `sight` then covers m + n."""
         n, m = x.shape[1], 0 if beside is None else beside.shape[1]
-        together = beside is not None and m <= 4 * n  # a few queries that nobody needs cost less than calls of their own
+        together = beside is not None and m <= 4 * n  # computing a few unneeded queries costs less than separate calls
         qk, v = self.project(torch.cat([beside, x], dim=1) if together else x)  # type: ignore[list-item]
         cos, sin = (sight.cos, sight.sin) if together else (sight.cos[:, m:], sight.sin[:, m:])
         q, k = rotate(qk, cos, sin).split([self.heads, self.kv_heads], dim=2)
@@ -89,7 +91,7 @@ class Attention(Projections):
 
 
 class Layer(nn.Module):
-    """One decoder layer with the target's shape and keys (its plain expert), so that the target's weights can start it."""
+    """A decoder layer with the shape and keys of the target's understanding expert, so that it can start from its weights."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -99,13 +101,27 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.eps)
 
     def forward(self, x: Tensor, sight: Sight, layer: int, beside: Tensor | None = None) -> Tensor:
-        """`beside`: as of Attention, normed already."""
+        """x [B, n, E] -> the same. beside: as in Attention, already normed."""
         x = x + self.self_attn(self.input_layernorm(x), sight, layer, beside)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def init_normal(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
+    """Draws every matrix from Normal(0, std), in the order of the parameters; vectors keep their values."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def copy_layers(own: Iterable[nn.Module], target: Iterable[nn.Module]) -> None:
+    """Copies the weights of target layers, which hold those of the other expert too, into drafter layers, one by one."""
+    for mine, theirs in zip(own, target, strict=True):
+        state = theirs.state_dict()
+        mine.load_state_dict({name: state[name] for name in mine.state_dict()})
+
+
 def diagonal_mask(rows: Tensor, slots: int, step: int) -> Tensor:
-    """Who an answer row sees at test-time step `step` >= 1: the context up to its own slot, and of each step since then only itself.
+    """Who an answer row sees at step `step` >= 1 of training-time test: the context up to its slot, and of each later step only itself.
 
     Slots 0 1 2, rows [1, 2], step 2 (context | step 1 | step 2):
 

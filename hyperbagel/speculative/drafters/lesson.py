@@ -1,4 +1,4 @@
-"""From contexts and answers to what a drafter learns from: one forward of the target, hidden states taken where serving takes them."""
+"""Makes a drafter's lesson of contexts and answers: one forward of the target, hidden states taken where serving takes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hyperbagel.speculative.drafters.autoregressive import Lesson
 
 @torch.no_grad()
 def make_lesson(sessions: Sequence[Session], answers: Sequence[Sequence[int]], layers: Sequence[int]) -> Lesson:
-    """The target reads im_start and each answer behind its context. Sessions need taps 0 and `layers`, and stay as they were.
+    """The target reads im_start and each answer after its context. The sessions need taps 0 and `layers`, and stay as they were.
 
     B sessions, R the longest answer + 1.
     """

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last few tokens the last time they occurred, in the question or the answer so far. No training."""
+"""Prompt lookup (Saxena 2023): drafts what followed the last few tokens where they last occurred, in question or answer. No training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hyperbagel.speculative.types import Draft, Seen
 
 
 class Lookup:
-    """Drafts a chain of up to `width` tokens after the longest n-gram, `longest` down to `shortest`, that occurred before."""
+    """Drafts a chain of up to `width` tokens after the longest n-gram (n from `longest` down to `shortest`) that occurred before."""
 
     taps: tuple[int, ...] = ()
-    threshold = 0.0  # it has no idea of its chances
+    threshold = 0.0  # never applied: it cannot estimate its chances
 
     def __init__(self, width: int = 8, longest: int = 3, shortest: int = 1) -> None:
         self.width, self.longest, self.shortest = width, longest, shortest
@@ -37,7 +37,7 @@ class Lookup:
 
 
 class NGrams:
-    """A growing text, and where each n-gram of it was last followed by something: a look-up takes the same time behind any text."""
+    """A growing text and what followed each of its n-grams last: a look-up takes the same time however long the text is."""
 
     def __init__(self, ids: Iterable[int], longest: int, shortest: int) -> None:
         self.ids: list[int] = []
@@ -53,10 +53,9 @@ class NGrams:
             self.ids.append(id_)
 
     def continuation(self, root: int, most: int) -> list[int]:
-        """Up to `most` tokens after the latest earlier occurrence of the text's end with `root` behind it; the longest matching end counts,
-        [] if there is none.
+        """Up to `most` tokens that followed the latest earlier occurrence of the longest n-gram ending in `root`; [] if there is none.
 
-        A copy that reaches the end goes on in what it has itself copied: "a b a b" is followed by "a b a b ...".
+        A copy that reaches the end of the text continues with what it has copied itself: "a b a b" is followed by "a b a b ...".
         """
         whole = [*self.ids[-max(self.sizes, default=0) :], root]
         for size in self.sizes:

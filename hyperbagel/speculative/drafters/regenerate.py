@@ -1,4 +1,4 @@
-"""Training data of drafters: contexts from plans, answers from the target itself."""
+"""Contexts for a drafter's training, from planned samples; the target itself answers them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hyperbagel.generate.session import Parts, Session
 
 @torch.no_grad()
 def context_of(parts: Parts, sample: Sample, taps: Sequence[int]) -> Session | None:
-    """The session that a sample's first answer would follow, recorded with `taps`; None if nothing is answered in it."""
+    """The session before a sample's first answer, with `taps` kept; None if the sample holds no answer."""
     if not any(isinstance(item, Text) and item.loss for item in sample):
         return None
     session = Session(parts, parts.model.new_cache(taps=taps))
@@ -23,7 +23,7 @@ def context_of(parts: Parts, sample: Sample, taps: Sequence[int]) -> Session | N
                 return session
             session.add_text(parts.tokenizer.decode(item.ids))
         elif isinstance(item, VitImage):
-            session.add_blocks([session.vit_block(to_tensor(item.pixels))])  # plans carry pixels that are already resized
-        elif not item.loss:  # a picture to draw is no context
+            session.add_blocks([session.vit_block(to_tensor(item.pixels))])  # a plan's pixels are already resized
+        elif not item.loss:  # a picture to be drawn is not context
             session.add_blocks([session.latent_block(to_tensor(item.pixels), None)])
     return session

@@ -1,4 +1,4 @@
-"""Drafters at work: the modules' weights with a cache of their own, kept in step with the target's.
+"""Drafters that serve: a module's weights and a cache of its own, kept in step with the target's.
 
 Shape legend: B rows, n new slots of a round (padded), T tapped layers, E hidden size, k nodes of a tree's level, V vocabulary.
 """
@@ -27,22 +27,22 @@ from hyperbagel.speculative.drafters.layers import Served, Sight
 from hyperbagel.speculative.drafters.static import StaticDraft, Tokens
 from hyperbagel.speculative.types import Draft, Seen
 
-_TABLE = 2048  # largest vocabulary whose pairs are tabled
+_TABLE = 2048  # largest vocabulary for which the Markov head is tabulated, for all pairs of tokens
 
 
 class News(NamedTuple):
-    """New slots of the target as a drafter reads them, [B, n, ...]; rows are padded on the right."""
+    """New slots of the target, as a drafter reads them; rows are padded on the right."""
 
     features: Tensor  # [B, n, T, E]
-    following: Tensor | None  # [B, n, E] embedding of the slot after each; of the last one: the root's
+    following: Tensor | None  # [B, n, E] embedding of the slot after each; after a row's last slot, of its root
     positions: Tensor  # [B, n]
 
 
 def gather_news(seen: Seen, layers: Sequence[int], root: Tensor | None) -> News:
-    """Reads the taps of seen's new slots. `root`: as of `gather`."""
+    """Reads the taps of the new slots. `root`: as in `gather`."""
     cache, device = seen.cache, seen.root.device
     n = max(seen.counts)
-    if root is None and len(set(seen.start)) == len(set(seen.counts)) == 1:  # as they lie
+    if root is None and len(set(seen.start)) == len(set(seen.counts)) == 1:  # all rows alike: a slice
         new = slice(seen.start[0], seen.start[0] + n)
         states = [cache.tapped[cache.taps.index(layer)][:, 0, new] for layer in layers]
         return News(torch.stack(states, dim=2), None, cache.positions[0][:, 0, new, 0])
@@ -51,9 +51,9 @@ def gather_news(seen: Seen, layers: Sequence[int], root: Tensor | None) -> News:
 
 
 def gather(cache: KVCache, layers: Sequence[int], start: Tensor, counts: Tensor, n: int, root: Tensor | None) -> News:
-    """Reads the taps of slots [start, start + counts), each [B, 1], of the target's cache, padded to n a row.
+    """Reads the taps of slots [start, start + counts), each [B, 1], of the target's cache, padded to n per row.
 
-    root: embeddings of the roots [B, E], if `following` is wanted (needs tap 0).
+    root [B, E]: embeddings of the roots, if `following` is wanted (which needs tap 0).
     """
     end, ahead = start + counts, torch.arange(n, device=start.device)
     slots = (start + ahead).minimum((end - 1).clamp(min=0))
@@ -72,6 +72,7 @@ def gather(cache: KVCache, layers: Sequence[int], start: Tensor, counts: Tensor,
 
 
 def _drafts(tokens: list[Tensor], qs: list[Tensor | None], like: Tensor) -> Draft:
+    """A chain from each depth's tokens [B] and distributions [B, V]. like [B, ...]: any tensor of the rows' device."""
     if not tokens:
         return Draft(torch.empty(len(like), 0, dtype=torch.long, device=like.device))
     kept = [q for q in qs if q is not None]
@@ -79,8 +80,8 @@ def _drafts(tokens: list[Tensor], qs: list[Tensor | None], like: Tensor) -> Draf
 
 
 class _Proposer(ABC):
-    """What serving drafters share: the target's embeddings, a cache of the drafter's own, and rounds in fixed shapes where the target's
-    cache stays in place."""
+    """What trained drafters share when they serve: the target's embeddings, a cache of their own, and rounds in fixed shapes where the
+    target's cache stays in place."""
 
     depth: int  # most tokens in line
 
@@ -130,7 +131,7 @@ class _Proposer(ABC):
         """As of StaticDrafter."""
 
     def end(self, counts: Sequence[int]) -> None:
-        """It learns nothing, and its cache goes."""
+        """It learns nothing; its cache is freed."""
         self.__dict__.pop("cache", None)
 
 
@@ -211,7 +212,7 @@ class AutoregressiveDrafter(_Proposer):
         """EAGLE-2's growth: each level expands the `branch` most probable nodes; then the best `nodes` of all are kept."""
         committed = list(self.cache.lengths)
         levels: list[Level] = [grow(None, self.module.head(h)[:, None], self.branch)]
-        states = h[:, None].expand(-1, self.branch, -1)  # h of the parent of each frontier node
+        states = h[:, None].expand(-1, self.branch, -1)  # h of each frontier node's parent
         for d in range(depth - 1):
             level = levels[-1]
             plan = level_plan(self.cache, committed, level.seen)
@@ -224,9 +225,9 @@ class AutoregressiveDrafter(_Proposer):
 
 
 def block_plan(cache: KVCache, counts: Sequence[int], k: int) -> Plan:
-    """Where counts[b] new slots of row b and then the K tokens of its block go, and what the block sees: its row and itself, causally.
+    """Where row b's counts[b] new slots and then the k tokens of its block go, and what the block sees: its row, and itself causally.
 
-    Rows are padded to the longest count; padding goes behind the block, where nobody looks.
+    Rows are padded to the longest count; padding goes behind the block, where nothing looks.
     """
     n, ends = max(counts), [have + new for have, new in zip(cache.lengths, counts, strict=True)]
     cache.grow(max(cache.lengths) + n + k)
@@ -244,13 +245,13 @@ def rows_plan(have: Tensor, counts: Tensor, n: int, k: int, visible: int) -> Pla
 
 
 class BlockProposer(_Proposer):
-    """One pass a round. What the drafter believes of itself is its confidence head if it samples, else its own probability."""
+    """Drafts a block in one pass per round. Its chances it judges by the confidence head if it samples, else by `confidence`."""
 
     def __init__(self, module: BlockDrafter, target: Bagel, *, depth: int | None = None, threshold: float = 0.0) -> None:
         super().__init__(module, target)
         self.module, self.threshold = module, threshold
         self.depth = min(depth or module.config.block, module.config.block)
-        # a small vocabulary: the Markov head as a table of what follows what, one look-up instead of two products a token
+        # For a small vocabulary the Markov head becomes a table over pairs of tokens: one look-up per token instead of two products.
         self.links, self.trust_after = None, None
         if module.config.vocab_size <= _TABLE:
             every = torch.arange(module.config.vocab_size, device=target.device)
@@ -262,7 +263,7 @@ class BlockProposer(_Proposer):
         news = gather_news(seen, self.module.layers_read, None)
         memory = Served(self.cache, block_plan(self.cache, seen.counts, depth))
         logits, out = self._block(news, seen.root, seen.position, memory, depth)
-        self.cache.advance(seen.counts)  # the block leaves no trace
+        self.cache.advance(seen.counts)  # not the block: the next round overwrites it
         if len(logits) == 1 and self.links is not None and _plain_numbers(logits):
             if self.temperature > 0:
                 return self._sampled_row(logits[0], out[0], int(seen.root[0]))
@@ -307,8 +308,8 @@ class BlockProposer(_Proposer):
         return tokens, qs
 
     def _greedy_row(self, logits: Tensor, root: int) -> list[int]:
-        """The greedy tokens after `root`, logits [K, V]: as the loop above, for one request on a CPU, where ten calls of PyTorch a token
-        take longer than their arithmetic (2.4 to 2.1 ms a draft of ten)."""
+        """The greedy tokens after `root`, logits [K, V]: the loop of `_tokens` for one request on a CPU, where ten calls of PyTorch per
+        token take longer than their arithmetic (2.4 to 2.1 ms for a draft of ten)."""
         assert self.links is not None
         links, tokens, previous, chance = self.links.numpy(), [], root, 1.0
         for row in logits.numpy():
@@ -339,7 +340,7 @@ class BlockProposer(_Proposer):
                 q = row + links[previous]
                 q = np.exp((q - q.max()) / temperature)
                 q /= q.sum()
-            if not np.isfinite(q[0]):  # a broken drafter costs speed, no request
+            if not np.isfinite(q[0]):  # a broken drafter may cost speed, not the request
                 q = np.full_like(q, 1 / len(q))
             steps = q.cumsum(dtype=np.float64)
             level = min(u * steps[-1], np.nextafter(steps[-1], 0.0))  # a product may round up to the total
@@ -352,5 +353,5 @@ class BlockProposer(_Proposer):
 
 
 def _plain_numbers(x: Tensor) -> bool:
-    """Whether NumPy can read it as it lies."""
+    """Whether NumPy can read it in place."""
     return x.device.type == "cpu" and x.dtype == torch.float32

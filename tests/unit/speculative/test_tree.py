@@ -23,14 +23,13 @@ def test_the_drawn_mask() -> None:
     """
     assert torch.equal(tree.mask[0], drawn(picture))
     assert tree.depths.tolist() == [[0, 1, 1, 2, 2, 2]]
-    assert tree.leaves() == [[3, 4, 5]]
     for node, path in ((0, [0, 0]), (2, [2, 0]), (4, [1, 4]), (5, [2, 5])):
         assert tree.paths(torch.tensor([node]))[0, :2].tolist() == path
 
 
 def test_chains_and_rows_that_differ() -> None:
     assert torch.equal(Tree.chain(2, 11).mask, torch.ones(2, 12, 12, dtype=torch.bool).tril())
-    assert Tree.chain(1, 0).mask.tolist() == [[[True]]] and Tree.chain(1, 0).leaves() == [[0]]
+    assert Tree.chain(1, 0).mask.tolist() == [[[True]]]
     tree = Tree.of([[0, 0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0, 0]])
     assert tree.depths.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
     assert tree.paths(torch.tensor([6, 3])).tolist() == [[1, 2, 3, 4, 5, 6], [3, 0, 0, 0, 0, 0]]
