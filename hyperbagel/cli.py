@@ -1,7 +1,8 @@
-"""The command line: each command is a thin call, and everything heavy is imported inside it, so that `--help` is instant.
+"""The command line: each command is a thin call that imports everything heavy inside itself, so that `--help` is instant.
 
 Results go to stdout (file names, answers, JSON); remarks go to stderr (the seed that was drawn, timings, errors).
-Exit codes: 0 done, 1 internal error, 2 something the user can mend, 130 Ctrl-C, 143 a training that was told to end (SIGTERM).
+Exit codes: 0 done, 1 internal error or diverged training, 2 something the user can mend, 3 a gate that no run passed, 130 Ctrl-C, 143 a
+training that was told to end (SIGTERM).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 
 def _seed(seed: int | None) -> Callable[[], int]:
-    """Checks a seed, or draws one, which is told when it is asked for: not before everything that can be refused."""
+    """A function that gives the seed, checked or drawn. A drawn one is printed at that call, after everything that can be refused."""
     if seed is not None:
         checks.check_seed(seed)
         return lambda: seed
@@ -78,7 +79,7 @@ def _seed(seed: int | None) -> Callable[[], int]:
 
 
 def _load(since: float, model: str | None, device: str | None, dtype: str | None, graphs: bool = False) -> tuple[Any, dict[str, float]]:
-    """The model, and the seconds that a user waited: since the command began (mostly importing torch), and for loading."""
+    """The model, and the seconds waited so far: `start` since the command began (mostly importing torch), `load` for the model."""
     from hyperbagel.pipeline import HyperBagel
 
     began = time.perf_counter() - since
@@ -89,7 +90,7 @@ def _load(since: float, model: str | None, device: str | None, dtype: str | None
 def _draw(
     prompt: str, pictures: list[Path], paths: list[Path], seed: int | None, where: dict[str, Any], json: bool, **settings: Any
 ) -> None:
-    """Draw or edit: check, load, work, save every picture with its settings inside, then say where, with which seed and in what time."""
+    """Draws or edits: checks, loads, works, saves every picture with its settings inside, then prints paths, seeds and times."""
     since = time.perf_counter()
     from hyperbagel.core.progress import count_step
     from hyperbagel.data.images import save_png
@@ -111,7 +112,7 @@ def _draw(
     results = pipeline.edit(images, prompt, **options) if images else pipeline.generate(prompt, **options)
     for timings in {id(result.timings): result.timings for result in results}.values():  # pictures of one batch share theirs
         spent = {name: spent.get(name, 0.0) + timings.get(name, 0.0) for name in spent | timings}
-    for result, path in zip(results, paths, strict=True):  # all of them before anything that can fail
+    for result, path in zip(results, paths, strict=True):  # all of them, before anything that can fail
         save_png(result.image, path, result.settings)
     rows = []
     for result, path in zip(results, paths, strict=True):
@@ -307,8 +308,8 @@ def demo(
     from hyperbagel.demo import build_demo, painters
 
     pipeline, _ = _load(time.perf_counter(), model, device, dtype)
-    painters(pipeline)  # a damaged student is told before there is a folder
-    print(build_demo(pipeline, make_folder(out), seed=seed, note=note))  # made only now: a mistyped model leaves no empty folder
+    painters(pipeline)  # a damaged student is refused before there is a folder
+    print(build_demo(pipeline, make_folder(out), seed=seed, note=note))  # made only now, so that a mistyped model leaves no empty folder
 
 
 app.command()(serve)
@@ -329,17 +330,17 @@ def version() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; every failure is a single line on stderr.
+    """Runs one command and returns its exit code; every failure is a single line on stderr.
 
-    HYPERBAGEL_DEBUG=1 lets the traceback through as well.
+    HYPERBAGEL_DEBUG=1 prints the traceback as well.
     """
-    for name in ("stdin", "stdout", "stderr"):  # closed by who started us: what is opened next must not take its place
+    for name in ("stdin", "stdout", "stderr"):  # closed by our parent: a file opened next must not take its descriptor
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
-    if argv is None:  # this process is ours: torch's worker threads then sleep while they wait. Spinning ones made a small model on a
-        # busy 2-core machine 60 times slower. It must be said before torch is loaded, and what the user says goes first.
+    if argv is None:  # The process is ours, so torch's worker threads shall sleep while they wait: spinning ones made a small model on a
+        # busy 2-core machine 60 times slower. This must be set before torch is loaded; the user's own setting wins.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names may be any bytes, and a terminal need not know every letter
+        for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names may be any bytes, and a terminal may lack letters
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
     try:
@@ -347,33 +348,38 @@ def main(argv: list[str] | None = None) -> int:
             python_form = warnings.showwarning
 
             def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-                """Ours as a line of our own; others, which are for programmers, as Python shows them."""
+                """A Notice as one line; other warnings, which are for programmers, as Python shows them."""
                 note(f"warning: {message}") if issubclass(category, Notice) else python_form(message, category, *where, **more)
 
             warnings.showwarning = show
             code = app(args=argv, prog_name="hyperbagel", standalone_mode=False)
     except Exception as error:
-        if os.environ.get("HYPERBAGEL_DEBUG") == "1":
-            traceback.print_exc()
-        if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument, a bare `hyperbagel`
-            message, wrong = str(error.format_message()), type(error).__name__ != "NoArgsIsHelpError"
-            note(f"error: {' '.join(message.split())}" if wrong else message)
-            return 2
-        from hyperbagel.core.files import one_line
-
-        if isinstance(error, InputError | OSError):
-            note(f"error: {one_line(error)}")
-            return 2
-        if isinstance(error, FloatingPointError):  # a training that diverged: it says itself what to do
-            note(f"error: {one_line(error)}")
-            return 1
-        note(f"internal error: {type(error).__name__}: {one_line(error)}; set HYPERBAGEL_DEBUG=1 for the traceback")
-        return 1
+        return _tell_failure(error)
     if code == 130:
         from hyperbagel.core.progress import clear_line
 
         note(f"{clear_line()}interrupted")
     return code if isinstance(code, int) else 0
+
+
+def _tell_failure(error: Exception) -> int:
+    """Prints one line on why a command failed and returns its exit code."""
+    if os.environ.get("HYPERBAGEL_DEBUG") == "1":
+        traceback.print_exception(error)
+    if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument, a bare `hyperbagel`
+        message, wrong = str(error.format_message()), type(error).__name__ != "NoArgsIsHelpError"
+        note(f"error: {' '.join(message.split())}" if wrong else message)
+        return 2
+    from hyperbagel.core.files import one_line
+
+    if isinstance(error, InputError | OSError):
+        note(f"error: {one_line(error)}")
+        return 2
+    if isinstance(error, FloatingPointError):  # a training that diverged; its message says what to do
+        note(f"error: {one_line(error)}")
+        return 1
+    note(f"internal error: {type(error).__name__}: {one_line(error)}; set HYPERBAGEL_DEBUG=1 for the traceback")
+    return 1
 
 
 if __name__ == "__main__":

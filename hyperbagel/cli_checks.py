@@ -19,7 +19,7 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".
 
 
 def draw_seed() -> int:
-    """A seed that was not chosen: 31 bits, short enough to type again."""
+    """A random seed of 31 bits, short enough to type again."""
     return secrets.randbits(31)
 
 
@@ -40,7 +40,7 @@ def check_text(text: str, name: str) -> None:
 
 
 def check_outputs(output: Path, n: int) -> list[Path]:
-    """The n files to be written: `a.png`, or `a-0.png`, `a-1.png` ... The folder must be there and writable."""
+    """The n files to be written: `a.png`, or `a-0.png`, `a-1.png` ... Their folder must exist and be writable."""
     if not 1 <= n <= MAX_PICTURES:
         raise InputError(f"got -n {n}, expected 1 to {MAX_PICTURES}, choose another number of pictures")
     if output.suffix.lower() != ".png":
@@ -57,8 +57,8 @@ def check_outputs(output: Path, n: int) -> list[Path]:
     return paths
 
 
-def check_folder(folder: Path) -> Path:
-    """A folder to write into, there or yet to be made; nothing is made here."""
+def check_folder(folder: Path) -> None:
+    """A folder to write into must be writable, or such that it can be made; nothing is made here."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not nearest.is_dir():
         raise InputError(
@@ -66,7 +66,6 @@ def check_folder(folder: Path) -> Path:
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"got the folder {str(folder)!r}, expected one you may write to, choose another one than {str(nearest)!r}")
-    return folder
 
 
 def check_file(option: str, path: Path) -> None:
@@ -82,14 +81,12 @@ def check_no_weights(path: Path) -> None:
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:
-    """ "640x480" (width x height) as (height, width); None stays None."""
-    if size is None:
-        return None
-    return size_of(size)  # which sizes there are is the model's to say
+    """ "640x480" (width x height) as (height, width); None stays None. Whether a model can draw it: `pipeline.check_size`."""
+    return None if size is None else size_of(size)
 
 
 def split_inputs(inputs: Sequence[str], name: str, *, needs_picture: bool) -> tuple[list[Path], str]:
-    """`IMAGE... TEXT` as (pictures, text). A picture in the last place means that the text was forgotten."""
+    """`IMAGE... TEXT` as (paths of the pictures, text). A picture in the last place means that the text was forgotten."""
     *pictures, text = inputs
     check_text(text, name)
     if Path(text).suffix.lower() in PICTURE_SUFFIXES and len(text.split()) == 1:
@@ -105,7 +102,7 @@ def split_inputs(inputs: Sequence[str], name: str, *, needs_picture: bool) -> tu
 
 
 def read_pictures(paths: Sequence[Path]) -> list[Any]:
-    """The pictures as PIL images in RGB; InputError for what is no picture."""
+    """The pictures as PIL images in RGB. Raises InputError for a file that is not a picture."""
     if not paths:
         return []
     from hyperbagel.data.images import open_image
@@ -114,7 +111,7 @@ def read_pictures(paths: Sequence[Path]) -> list[Any]:
 
 
 def named_folders(option: str, given: Sequence[str]) -> dict[str, Path]:
-    """`NAME=FOLDER` each, names distinct."""
+    """Name -> folder from `NAME=FOLDER` texts with distinct names and existing folders."""
     found: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
@@ -127,7 +124,7 @@ def named_folders(option: str, given: Sequence[str]) -> dict[str, Path]:
 
 
 def read_mask(path: Path) -> Any:
-    """The mask of an edit as a PIL image; InputError for what is no picture."""
+    """The mask of an edit as a PIL image. Raises InputError for a file that is not a picture."""
     from hyperbagel.data.images import open_mask
 
     return open_mask(path)
@@ -139,7 +136,7 @@ def seconds(timings: Mapping[str, float]) -> str:
 
 
 def tree(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """Nested settings as indented lines, `key  value`, big numbers with separators; a seed without, to be typed again."""
+    """Nested settings as indented lines, `key  value`; whole numbers with separators, but not a seed, which may be typed again."""
     width = max((len(key) for key, value in values.items() if not isinstance(value, Mapping)), default=0)
     for key, value in values.items():
         if isinstance(value, Mapping):

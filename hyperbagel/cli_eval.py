@@ -1,4 +1,4 @@
-"""`hyperbagel eval SUITE`: each suite a thin call, everything heavy imported inside it."""
+"""`hyperbagel eval SUITE`: each suite is a thin call that imports everything heavy inside itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEdits = Annotated[int | None, typer.Option("--n-edits", help="Edits to make.")]
 
 
 class Suites(TyperGroup):
-    """Says which suites there are if another one is asked for."""
+    """Lists the suites if an unknown one is asked for."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and self.get_command(ctx, args[0]) is None:
@@ -70,7 +70,7 @@ def distillation(
             metavar="NAME=FOLDER", help="A student of the table: cfg, reflow, tscd, dmdo-tdm, 6, adp, refl, 1 ...; give it again for each."
         ),
     ] = None,
-    rows: Annotated[str | None, typer.Option(help="Only these rows, with commas.", show_default="all whose student is there")] = None,
+    rows: Annotated[str | None, typer.Option(help="Only these rows, comma-separated.", show_default="all whose student is there")] = None,
     n_t2i: NT2I = None,
     n_edits: NEdits = None,
     n_diversity: Annotated[int | None, typer.Option("--n-diversity", help="Prompts to draw four times.")] = None,
@@ -107,14 +107,14 @@ def speculative(
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A trained drafter; give it again for each. Shipped ones are always in.")
     ] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of a split.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Times that all ways of decoding take their turns.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds in which every way of decoding takes its turn.")] = None,
     acceptance: Annotated[bool, typer.Option("--acceptance", help="Acceptance alone, no times.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A few short answers, to see that it works.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of a CPU.")] = 1,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Drafters: acceptance and tokens a second beside plain decoding, on words of training, held-out words and free-form captions."""
+    """Drafters: acceptance and tokens a second beside plain decoding, on training wordings, held-out ones and free-form captions."""
     checks.check_at_least("--prompts", prompts, 1)
     checks.check_at_least("--repeats", repeats, 1)
     checks.check_at_least("--threads", threads, 1)
@@ -139,7 +139,7 @@ Seed = Annotated[int, typer.Option(help="Which noise.")]
 def _pictures(
     prompts: Path, out: Path, batch: int, seed: int, model: str | None, device: str | None, dtype: str | None, **settings: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """(the model on this rank's device, the given settings of a request). Everything that can be refused is, before it is loaded."""
+    """Checks all it can, then loads the model on this rank's device -> (the model, the given settings of a request)."""
     checks.check_file("--prompts", prompts)
     checks.check_folder(out)
     checks.check_at_least("--batch", batch, 1)

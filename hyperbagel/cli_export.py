@@ -17,7 +17,7 @@ export = typer.Typer(name="export", help="Write what was trained for other progr
 
 StudentName = Annotated[str, typer.Argument(metavar="STUDENT", help="A student's folder, or the name of one that came with the model.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist.")]
-Model = Annotated[str, typer.Option(help="The model that it belongs to: a folder in BAGEL's layout, or toybox.")]
+Model = Annotated[str, typer.Option(help="The model it belongs to: a folder in BAGEL's layout, or toybox.")]
 TextScale = Annotated[float | None, typer.Option(help="Text guidance to fold in.", show_default="the student's own")]
 ImageScale = Annotated[float | None, typer.Option(help="Image guidance to fold in.", show_default="the student's own for drawing")]
 Dtype = Literal["float32", "bfloat16"]
@@ -51,7 +51,7 @@ def lora(
     model: Model = "toybox",
     text_scale: TextScale = None,
     image_scale: ImageScale = None,
-    rank: Annotated[int | None, typer.Option(help="For a student of whole layers: the rank it is brought down to.")] = None,
+    rank: Annotated[int | None, typer.Option(help="For a student of whole layers: the rank to factorise it at.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = "float32",
 ) -> None:
     """Write a student as a LoRA in PEFT's layout, guidance folded in."""

@@ -1,4 +1,4 @@
-"""Options that several commands take, said once; and how commands speak."""
+"""Options that several commands share, and how commands print remarks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens."
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Only what the user set: every default lives in the pipeline, none here."""
+    """Only the options that the user set (not None): defaults live in the pipeline, none here."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def note(text: object) -> None:
-    """A remark: stderr, so that stdout holds results alone."""
+    """Prints a remark on stderr, so that stdout holds results alone."""
     print(text, file=sys.stderr)

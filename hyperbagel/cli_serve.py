@@ -62,7 +62,7 @@ def serve(
         settings = Settings(**loaded, device=device[0] if device else None, api_key=api_key, name=name, limits=limits, hosts=hosts)
         run_replicas(settings, replicas, host, port, lambda address: _tell(f"{replicas} x {settings.model}", address))
         return
-    with bind(host, port) as listener:  # first: a taken port must not cost the loading of a model
+    with bind(host, port) as listener:  # first, so that a taken port is told before a model is loaded
         models = [HyperBagel.from_pretrained(**loaded, device=one) for one in device or (None,)]
         for one in models:
             warm_up(one)

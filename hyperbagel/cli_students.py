@@ -1,4 +1,4 @@
-"""`hyperbagel gate` and `hyperbagel install`: between the stages of a distillation, and at its end."""
+"""`hyperbagel gate`, `average` and `install`: which student to go on with, the mean of several, and putting one beside its model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def average(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for their mean.")],
     rank: Annotated[int | None, typer.Option(help="Write it as a LoRA of this rank, whatever the students are.")] = None,
 ) -> None:
-    """Average students, tensor by tensor: what one run spoilt another one has not. Measure it beside them."""
+    """Average students, tensor by tensor, so that the flaws of single runs even out. Measure the mean beside them."""
     checks.check_folder(out)
     from hyperbagel.pipeline import model_folder
     from hyperbagel.train.folder import average_folders
