@@ -1,4 +1,4 @@
-"""A conversation in the terminal. What was said stays in one session: each turn reads only what is new.
+"""A conversation in the terminal. All of it stays in one session, so that each turn reads only what is new.
 
 Answers go to stdout as they come; remarks (timings, seeds, errors) to stderr. Ctrl-C stops the answer or the picture at its next token or
 step; the conversation goes on. Without a terminal the lines of stdin are the turns.
@@ -49,7 +49,7 @@ TEXT               ask, or say something
 
 
 class Stopped(Exception):
-    """Raised at the next token or step after Ctrl-C."""
+    """Raised between two tokens or steps after Ctrl-C."""
 
 
 class Chat:
@@ -68,12 +68,12 @@ class Chat:
         out: Callable[[str], Any] | None = None,
         note: Callable[[str], Any] | None = None,
     ) -> None:
-        """drafter: None takes what is fastest of the model's own drafters and prompt lookup."""
+        """drafter: None takes the fastest of the model's own drafters and prompt lookup, or with CUDA graphs none."""
         self.model, self.seed, self.max_tokens, self.temperature, self.think, self.steps = model, seed, max_tokens, temperature, think, 0
         self.student = self._student(student) if student else None
-        name = drafter or (AUTO if model.runner is None else NONE)  # graphs are of plain steps
+        name = drafter or (AUTO if model.runner is None else NONE)  # graphs replay plain steps
         self.drafter = None if name == NONE else model.drafters.budgeted(name)
-        if self.drafter is not None:  # measures what drafting costs here, so that the first answer need not
+        if self.drafter is not None:  # measured now, so that the first answer need not wait for it
             with torch.inference_mode():
                 self.drafter.prepare(Session.new(model.parts), 1)
         self.out = out or (lambda text: print(text, end="", flush=True))
@@ -84,6 +84,7 @@ class Chat:
         self.new()
 
     def new(self) -> None:
+        """Begins a new conversation; settings and the last picture stay."""
         self.session = Session.new(self.model.parts, () if self.drafter is None else self.drafter.taps)
         self.told_to_think = False
 
@@ -108,6 +109,7 @@ class Chat:
 
     @torch.inference_mode()
     def ask(self, question: str) -> None:
+        """Answers, streaming to `out`. Raises InputError if question and answer may not fit; nothing has then been read."""
         session, tokenizer, began = self.session, self.model.parts.tokenizer, time.perf_counter()
         fresh = [question, *([THINK_ANSWER] if self.think and not self.told_to_think else [])]
         session.check_room(sum(len(tokenizer.encode(text)) + 2 for text in fresh) + self.max_tokens + 3)
@@ -131,7 +133,7 @@ class Chat:
             pass
         self.out(text.finish() + "\n")
         spent = time.perf_counter() - middle
-        # An answer joins the conversation as text, also as much of one as was said before it was stopped.
+        # An answer joins the conversation as text, also the part of one that was stopped.
         session.add_text(tokenizer.decode(ids))
         self.seed += self.temperature > 0
         told = f"{len(ids)} tokens, {len(ids) / max(spent, 1e-9):.1f} tok/s, first after {middle - began:.2f} s"
@@ -141,10 +143,12 @@ class Chat:
         self.note(why + told)
 
     def check(self) -> None:
+        """Raises Stopped if Ctrl-C was pressed."""
         if self.stop:
             raise Stopped
 
     def _make(self, prompt: str, images: Sequence[Image] = ()) -> None:
+        """Draws, or edits `images`, and makes the result the last picture."""
         if not prompt:
             raise InputError("got an empty prompt, expected some words after the command")
         request = ImageRequest(prompt, tuple(images), self.seed, think=self.think, steps=self.steps or None, student=self.student)
@@ -243,6 +247,7 @@ class Chat:
         self.note(f"{self.student or 'the model itself'} draws")
 
     def _student(self, name: str) -> str | None:
+        """The name of a student, loaded; None for the model itself. Raises InputError for one that cannot be used."""
         if name in ("", "none"):
             return None
         self.model.students.get(name)
@@ -254,13 +259,14 @@ class Chat:
 
 
 def _number(word: str, name: str, low: int, high: int) -> int:
+    """The argument of command `name` as a whole number in [low, high]. Raises InputError."""
     if not word.isdecimal() or len(word) > 20 or not low <= int(word) <= high:
         raise InputError(f"got /{name} {word}, expected a whole number from {low} to {high}")
     return int(word)
 
 
 def _path(text: str) -> Path:
-    """A path as a shell reads it. Raises InputError for the home of nobody."""
+    """A path with ~ expanded as a shell does. Raises InputError for a user without a home."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -269,8 +275,8 @@ def _path(text: str) -> Path:
 
 @contextmanager
 def stoppable(chat: Chat) -> Iterator[None]:
-    """Inside, the first Ctrl-C only asks the work to stop, so that it ends between two tokens and nothing is half done; the second one ends
-    the program."""
+    """Inside, the first Ctrl-C only asks the work to stop, so that it ends between two tokens or steps and leaves nothing half done; the
+    second one ends the program."""
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
         if chat.stop:
@@ -286,7 +292,7 @@ def stoppable(chat: Chat) -> Iterator[None]:
 
 
 def run(chat: Chat, first: Sequence[str] = ()) -> None:
-    """`first`, then lines of stdin, until /quit or the end."""
+    """Says the lines of `first`, then those of stdin, until /quit or the end of input."""
     terminal = sys.stdin.isatty()
     if terminal:
         chat.note(f"{chat.model.name}: /help lists the commands; Ctrl-C stops an answer; /quit ends")
@@ -303,7 +309,7 @@ def run(chat: Chat, first: Sequence[str] = ()) -> None:
             with stoppable(chat):
                 if not chat.say(line):
                     return
-        except (InputError, OSError) as error:  # a place that cannot be written must not end what was said
+        except (InputError, OSError) as error:  # a path that cannot be written must not end the conversation
             chat.note(f"error: {one_line(error)}")
         except torch.OutOfMemoryError:
             chat.note("error: the device is out of memory; what was said is kept, smaller pictures or /new need less")

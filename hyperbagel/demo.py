@@ -1,7 +1,7 @@
-"""A page of pictures, edits and answers made by one model on this machine: one HTML file, pictures inside, nothing fetched.
+"""A page of pictures, edits and answers made by one model on this machine: one HTML file that holds its pictures and fetches nothing.
 
-What is asked comes from the toybox with a seed, unpicked: the page shows failures as they fall. Beside an edit stands the picture
-that was wanted, beside an answer the right one, so that a reader can judge without knowing the toybox.
+The toybox and a seed choose what is asked, and nothing is picked out: the page shows failures too. Beside an edit stands the wanted
+picture, beside an answer the right one, so that a reader can judge without knowing the toybox.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from hyperbagel.toybox.scene import Scene
 if TYPE_CHECKING:
     from hyperbagel.pipeline import HyperBagel, ImageResult
 
-PICTURES, EDITS, ANSWERS = 8, 9, 8  # nine groups of edits
+PICTURES, EDITS, ANSWERS = 8, 9, 8  # cards of each section; there are nine groups of edits
 
 
 @dataclass(frozen=True)
 class Card:
-    """One thing on the page: labelled pictures, what was asked, what came back (for an answer), and what it took, in words and seconds."""
+    """One card of the page: (label, picture) pairs, what was asked, for a question the answer and the right one, and what it took."""
 
     pictures: tuple[tuple[str, Image.Image], ...]
     asked: str
@@ -51,7 +51,7 @@ class Section:
 
 
 def distinct(draw: Callable[[], Any], key: Callable[[Any], Any], n: int, tries: int = 400) -> list[Any]:
-    """n draws whose keys are as different as the draws allow: first one of each key, in the order they came."""
+    """n draws with as many different keys as `tries` draws gave: the first of each key, then others, in the order they came."""
     first: dict[Any, Any] = {}
     spare: list[Any] = []
     for _ in range(tries):
@@ -66,28 +66,29 @@ def distinct(draw: Callable[[], Any], key: Callable[[Any], Any], n: int, tries: 
 
 
 def took(timings: Mapping[str, float], tail: str) -> dict[str, Any]:
-    """What a card says of its cost: `0.03 s prefill + 1.20 s denoise + 0.05 s decode, 150 NFE`, and the sum in seconds."""
+    """A card's fields `took` (0.03 s prefill + 1.20 s denoise + 0.05 s decode, 150 NFE) and `seconds`, the sum."""
     parts = " + ".join(f"{value:.2f} s {name}" for name, value in timings.items())
     return {"took": f"{parts}, {tail}", "seconds": sum(timings.values())}
 
 
 def draw_scene(scene: Scene, model: HyperBagel) -> Image.Image:
-    """The scene as a square picture of the model's own height."""
+    """The scene as a square picture with the model's own height."""
     return Image.fromarray(render(scene, model.default_size[0]))
 
 
 def painters(model: HyperBagel) -> list[str]:
-    """The model itself, then its students from the slowest to the fastest: same words, same seed."""
+    """Who draws each picture: the model itself ("none"), then its students from the slowest to the fastest."""
     names = model.students.names()
     return ["none", *sorted(names, key=lambda name: -model.students.sampler(name).nfe)]
 
 
 def labelled(results: Sequence[ImageResult]) -> tuple[tuple[str, Image.Image], ...]:
-    """Each picture with its evaluations and seconds."""
+    """Each picture, labelled with its evaluations and seconds."""
     return tuple((f"{result.nfe} NFE, {sum(result.timings.values()):.2f} s", result.image) for result in results)
 
 
 def pictures(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) -> Iterable[Card]:
+    """A card for each caption, drawn by all of `painters` with one seed."""
     samples = distinct(lambda: language.sample_t2i(rng), lambda sample: sample.category, PICTURES)
     for i, sample in enumerate(samples):
         note(f"picture {i + 1} of {len(samples)}: {sample.prompt}")
@@ -98,6 +99,7 @@ def pictures(model: HyperBagel, rng: random.Random, note: Callable[[str], None])
 
 
 def edits(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) -> Iterable[Card]:
+    """A card for each instruction: the source, the edits of all `painters` with one seed, and the wanted picture."""
     samples = distinct(lambda: language.sample_edit(rng), lambda sample: sample.group, EDITS)
     for i, sample in enumerate(samples):
         note(f"edit {i + 1} of {len(samples)}: {sample.instruction}")
@@ -109,6 +111,7 @@ def edits(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) ->
 
 
 def answers(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) -> Iterable[Card]:
+    """A card for each question, with the model's answer and the right one."""
     samples = distinct(lambda: language.sample_question(rng), lambda sample: sample.kind, ANSWERS)
     for i, sample in enumerate(samples):
         note(f"question {i + 1} of {len(samples)}: {sample.question}")
@@ -120,7 +123,7 @@ def answers(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) 
 
 
 def build_demo(model: HyperBagel, out: Path, *, seed: int = 0, note: Callable[[str], None] = lambda text: None) -> Path:
-    """Draw, edit and ask with `model`, and write `out`/index.html (the folder must exist). Returns the path of the page.
+    """Draws, edits and asks with `model`, and writes `out`/index.html (the folder must exist). Returns the path of the page.
 
     The seed chooses scenes, texts and noise. `note` hears one line before each piece of work.
     """
@@ -160,7 +163,7 @@ def card_html(card: Card) -> str:
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The whole page as HTML. Pure: pictures and texts in, one string out; every text is escaped."""
+    """The whole page as HTML, every text escaped."""
     body = []
     for section in sections:
         cards = "".join(map(card_html, section.cards))

@@ -1,4 +1,4 @@
-"""`HyperBagel`: load a checkpoint, draw, edit, answer."""
+"""`HyperBagel`: loads a checkpoint, then draws, edits and answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from hyperbagel.speculative.choose import NONE, Drafters
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.types import Speculated
 
-Picture = Image | str | Path  # a PIL image of any mode, or where one is
+Picture = Image | str | Path  # a PIL image of any mode, or the path of one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -56,8 +56,8 @@ class HyperBagel:
         sampler: Sampler | None = None,
         graphs: bool = False,
     ) -> None:
-        """students, drafters: folders of what came with the model; a student's own folder is named by its evaluations. sampler: of a model
-        that has a student merged into it. graphs: see from_pretrained."""
+        """students, drafters: folders with those that came with the model, each under its name. sampler: that of a student merged into the
+        model, if any. graphs: see from_pretrained."""
         self.parts, self.name, self.load_seconds = parts, name, load_seconds
         self.students, self.sampler = Students(parts.model, students), sampler
         self.runner = GraphRunner(parts.model) if graphs else None
@@ -78,9 +78,9 @@ class HyperBagel:
         Args:
             device: "cpu", "cuda", ...; default: a GPU if there is one.
             dtype: of the weights and the computation; default: float32 on a CPU, bfloat16 on a GPU. The autoencoder is always float32.
-            attention: "sdpa" everywhere; "flash" uses flash-attn, if installed, where no mask is needed; "reference" is slow and plain.
-            graphs: text is decoded, and the drafts of a named drafter are made and read, in steps of fixed shapes, on a GPU replayed as
-                CUDA graphs: there launching the kernels of one token takes longer than running them. On a CPU slower.
+            attention: "sdpa" runs everywhere; "flash" uses flash-attn, if installed, where there is no mask; "reference" is slow and plain.
+            graphs: text is decoded, and the drafts of a named drafter are made and verified, in steps of fixed shapes, on a GPU replayed
+                as CUDA graphs: launching the kernels of one token takes longer there than running them. Slower on a CPU.
         Raises:
             InputError: the folder, device or dtype cannot be used.
         """
@@ -97,7 +97,7 @@ class HyperBagel:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """(height, width) of a picture when none is asked for."""
+        """(height, width) of a picture if a request does not say."""
         return self.parts.model.config.options.default_size
 
     # -- one request -----------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ class HyperBagel:
     def generate(
         self, prompt: str, *, n: int = 1, seed: int | None = None, on_step: OnStep | None = None, **settings: Any
     ) -> list[ImageResult]:
-        """Draws `n` pictures, with seeds seed, seed + 1, ... (None: a random one). Settings: fields of ImageRequest."""
+        """Draws `n` pictures, with seeds seed, seed + 1, ... (None: a random one). settings: fields of ImageRequest."""
         return self._pictures(ImageRequest(prompt, **settings), n, seed, on_step)
 
     def edit(
@@ -118,8 +118,8 @@ class HyperBagel:
         on_step: OnStep | None = None,
         **settings: Any,
     ) -> list[ImageResult]:
-        """Changes a picture, or composes several, as the instruction says. A picture is a PIL image or a path. Settings: fields of
-        ImageRequest."""
+        """Changes a picture, or composes several, as the instruction says; `n` results, seeds as in `generate`. A picture is a PIL image or
+        a path. settings: fields of ImageRequest."""
         given = _tuple(images)
         if not given:
             raise InputError("got no image to edit, expected at least one; to draw from text alone use generate")
@@ -128,7 +128,7 @@ class HyperBagel:
     def ask(
         self, question: str, images: Picture | Sequence[Picture] = (), *, on_token: OnToken | None = None, **settings: Any
     ) -> TextResult:
-        """Answers a question about any number of images, PIL images or paths. Settings: fields of AskRequest."""
+        """Answers a question about any number of pictures, PIL images or paths. settings: fields of AskRequest."""
         return self.ask_batch([AskRequest(question, _tuple(images), **settings)], on_token=on_token)[0]
 
     def _pictures(self, request: ImageRequest, n: int, seed: int | None, on_step: OnStep | None) -> list[ImageResult]:
@@ -148,19 +148,26 @@ class HyperBagel:
         on_token: OnToken | None = None,
         contexts: Contexts | None = None,
     ) -> list[ImageResult]:
-        """Draws or edits many at once; each result is what the request alone would give. Sizes and prompts may differ; requests with
-        equal denoising settings share forwards. on_token: called for each token of a request's plan (`think`). contexts: where prefilled
-        pictures are kept for the next call, and looked for."""
+        """Draws or edits many at once; each result is what its request alone would give. Sizes and prompts may differ; requests with
+        equal denoising settings share forwards.
+
+        Args:
+            on_step: called after each denoising update of a group of requests.
+            on_token: called with (index of the request, token id) for each token of a plan (`think`).
+            contexts: where prefilled pictures are looked for, and kept for the next call.
+        Raises:
+            InputError: a request that cannot be met; found before any work starts, where that is possible.
+        """
         requests = [_with_pictures(request) for request in requests]
         for request in requests:
             self._check(request)
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[self.settings(request), request.is_edit, request.think].append(i)  # of like branches: a picture's NFE is its own
+            groups[self.settings(request), request.is_edit, request.think].append(i)  # a group has like branches, so one NFE
         results, where = dict[int, ImageResult](), self.parts.model.device
         for (settings, _, think), members in groups.items():
             start = clock(where)
-            later = settings.student is not None and len(members) == 1 and not think  # its first evaluation reads the text
+            later = settings.student is not None and len(members) == 1 and not think  # the first evaluation then reads the text
             prepared = [self._prepare(requests[i], contexts, on_token, i, later) for i in members]
             grids = [self.grid(requests[i]) for i in members]
             noises = [draw_noise(self.parts, grid, ready.generator) for grid, ready in zip(grids, prepared)]
@@ -181,10 +188,11 @@ class HyperBagel:
 
     @torch.inference_mode()
     def ask_batch(self, requests: Sequence[AskRequest], *, on_token: OnToken | None = None) -> list[TextResult]:
-        """Answers many at once; requests with equal max_tokens, temperature and drafter are decoded together.
+        """Answers many at once; requests with equal max_tokens, temperature and drafter are decoded together. on_token: called with (index
+        of the request, token id).
 
-        A drafter changes the speed alone (sampled answers keep their distribution, but no seed repeats them). One that cannot be used is
-        a warning, and the answer comes without it.
+        A drafter changes only the speed (sampled answers keep their distribution, but no seed repeats them). If one cannot be used, a
+        warning says so and the answer comes without it. Raises InputError for a request that cannot be met.
         """
         requests = [replace(request, images=tuple(map(as_picture, request.images))) for request in requests]
         for request in requests:
@@ -202,7 +210,7 @@ class HyperBagel:
             generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
             middle = clock(where)
             if drafter is not None:
-                drafter.prepare(sessions[0], len(sessions), temperature)  # measures costs, once a batch size
+                drafter.prepare(sessions[0], len(sessions), temperature)  # measures costs, once per batch size
             ready = clock(where)
 
             def report(row: int, token: int, members: list[int] = members) -> None:
@@ -225,7 +233,7 @@ class HyperBagel:
     # -- contexts --------------------------------------------------------------------------------------------------------------
 
     def settings(self, request: ImageRequest, *, warn: bool = True) -> Denoising:
-        """How a request is denoised. A student's sampler travels with its weights, merged or not; else defaults hold."""
+        """How a request is denoised: as it says, else by its student's sampler (merged ones have theirs too), else by the defaults."""
         if request.student in (None, "none"):
             own = replace(request, student=None)
             if self.sampler is not None:
@@ -238,7 +246,7 @@ class HyperBagel:
         return with_sampler(request, self.students.get(str(request.student)).sampler, warn=warn)
 
     def _check(self, request: ImageRequest) -> None:
-        """Everything that can be refused before work starts."""
+        """Raises InputError for everything that can be refused before work starts."""
         items = request.items()
         if not any(isinstance(item, str) and item.strip() for item in items):
             raise InputError("got an empty prompt, expected some text")
@@ -259,7 +267,7 @@ class HyperBagel:
             raise InputError(f"got a prompt of {tokens} tokens, expected at most {limit} for this model; shorten it")
 
     def grid(self, request: ImageRequest) -> tuple[int, int]:
-        """Latent rows and columns: of the size asked for, of the picture under the mask, of the last picture, or the model's own."""
+        """Latent (rows, columns): of the size asked for, else of the picture under the mask, of the last picture, or the model's own."""
         pictures = [item for item in request.items() if isinstance(item, Image)]
         size = request.size or self.default_size
         if request.size is None and pictures:
@@ -268,7 +276,7 @@ class HyperBagel:
         return latent_grid(self.parts.model.config, size)
 
     def _kept(self, request: ImageRequest, grid: tuple[int, int]) -> Kept | None:
-        """Latents of what the mask keeps: the first picture at the result's size, the posterior's mean."""
+        """What the mask keeps: latents of the first picture at the result's size, the posterior's mean. None without a mask."""
         if request.mask is None:
             return None
         stride = self.parts.model.config.latent_stride
@@ -279,6 +287,7 @@ class HyperBagel:
         return Kept(edited_tokens(request.mask, grid), encode_latents(self.parts, pixels)[0][0].cpu())
 
     def _masked(self, request: ImageRequest, image: Image) -> Image:
+        """The result with the source's pixels outside the mask, if there is one."""
         if request.mask is None:
             return image
         return lay_over(image, first_picture(request), request.mask, self.parts.model.config.latent_stride / 8)
@@ -286,6 +295,7 @@ class HyperBagel:
     def _prepare(
         self, request: ImageRequest, contexts: Contexts | None = None, on_token: OnToken | None = None, row: int = 0, later: bool = False
     ) -> _Ready:
+        """Prefills everything that a picture is drawn from. row: the index that `on_token` hears. later: see Session.add_text."""
         generator = torch.Generator().manual_seed(request.seed)
         session, items, reused = Session.new(self.parts), request.items(), 0
         images = list(takewhile(lambda item: isinstance(item, Image), items))
@@ -310,21 +320,23 @@ class HyperBagel:
         return _Ready(session, generator, thinking, reused)
 
     def _drafter_name(self, request: AskRequest) -> str:
-        """Unasked, the model's own drafters draft where they change nothing but speed: sampled answers would need other draws of a seed."""
+        """If none is named, the default drafts at temperature 0 alone: of sampled answers it would change what a seed draws."""
         if request.drafter is None:
             return self.drafters.default() if request.temperature == 0 else NONE
         return request.drafter
 
     def _drafter(self, name: str) -> Adaptive | None:
+        """The drafter of a known name; None, with a warning, if it cannot be used."""
         if name == NONE:
             return None
         try:
             return self.drafters.budgeted(name)
-        except InputError as error:  # the name is known: a drafter that is damaged or does not fit only costs speed
+        except InputError as error:  # a drafter that is damaged or does not fit only costs speed
             warnings.warn(f"{error}; answering without a drafter", Notice, stacklevel=3)
             return None
 
     def _context(self, request: AskRequest, drafter: Adaptive | None = None) -> Session:
+        """Prefills everything that a question is answered from."""
         session = Session.new(self.parts, () if drafter is None else drafter.taps)
         if request.think:
             session.add_text(THINK_ANSWER)
@@ -338,21 +350,21 @@ class HyperBagel:
 
 
 def model_folder(model: str | Path) -> Path:
-    """The folder of "toybox", which ships with the package, or the one that was given. Raises InputError for an empty name."""
+    """The folder of "toybox", which ships with the package, or the one given. Raises InputError for an empty name."""
     if not str(model).strip():
         raise InputError("got an empty name of a model, expected 'toybox' or a folder; is a variable not set?")
     return Path(str(files("hyperbagel") / "assets" / "toybox")) if str(model) == "toybox" else Path(model)
 
 
 def check_size(model: str | Path, size: tuple[int, int]) -> None:
-    """(height, width) against a model's configuration, before its weights are loaded. Raises InputError for what it cannot draw."""
+    """Checks (height, width) against a model's config, before its weights are loaded. Raises InputError for a size it cannot draw."""
     latent_grid(BagelConfig.from_folder(model_folder(model)), size)
 
 
 @dataclass
 class _Ready:
-    """Context of a picture, its random stream (the posterior's noise was drawn first, the initial noise comes next), its thinking, and how
-    many tokens of the context were there before."""
+    """The context of a picture, its random stream (the posterior's noise was drawn from it, the initial noise comes next), its plan, and
+    how many tokens of the context came from an earlier request."""
 
     session: Session
     generator: torch.Generator
@@ -361,12 +373,12 @@ class _Ready:
 
 
 def _tuple(images: Picture | Sequence[Picture]) -> tuple[Any, ...]:
-    """One picture or several as a tuple; a path is one, though its letters could be counted. What is neither is refused with the rest."""
+    """One picture or several as a tuple; a string is one path, not many letters. What is no picture is refused later."""
     return tuple(images) if isinstance(images, Iterable) and not isinstance(images, (Image, str, Path)) else (images,)
 
 
 def _with_pictures(request: ImageRequest) -> ImageRequest:
-    """The request with RGB pictures, whatever was given for them. In the interleaved form a string is a text."""
+    """The request with its pictures opened, as RGB. In the interleaved form a string is a text, not a path."""
     inputs = request.inputs and tuple(item if isinstance(item, str) else as_picture(item) for item in request.inputs)
     given: dict[str, Any] = {"images": tuple(map(as_picture, request.images)), "inputs": inputs}
     given["mask"] = None if request.mask is None else as_mask(request.mask)
