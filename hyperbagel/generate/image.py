@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.transforms import grid_positions
@@ -61,11 +62,7 @@ class GuidedVelocity:
         n = max(counts)
         inside = torch.arange(n) < torch.tensor(counts)[:, None]
         self.inside = None if min(counts) == n else inside.unsqueeze(-1).to(device)  # [B, N, 1], only if sizes differ
-        options = model.config.options
-        self.where = torch.zeros(len(grids), n, dtype=torch.long)
-        for i, (h, w) in enumerate(grids):
-            self.where[i, : h * w] = grid_positions(h, w, options.max_latent_size, options.interpolate_pos)
-        self.where = self.where.to(device)
+        self.where = _table_rows(grids, model.config).to(device)
         self.markers = sessions[0].markers().expand(len(rows), -1, -1)
         self.positions = torch.tensor([b.position + len(waiting) for b in rows], device=device)[:, None].expand(-1, n + 2)
         cache = KVCache.stack([b.view() for b in rows], len(waiting) + n + 2)
@@ -176,6 +173,12 @@ def _branches(sessions: Sequence[Session], settings: Denoising) -> list[list[Bra
     return branches
 
 
+def _table_rows(grids: Sequence[tuple[int, int]], config: BagelConfig) -> Tensor:
+    """Row of the position table for each latent token of each picture, [B, N]; 0 on padding."""
+    own = [grid_positions(h, w, config.options.max_latent_size, config.options.interpolate_pos) for h, w in grids]
+    return pad_sequence(own, batch_first=True)
+
+
 def latent_grid(config: BagelConfig, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in pixels -> in latent tokens. Raises InputError if a side is no multiple of the stride, or too large."""
     stride = config.latent_stride
@@ -225,7 +228,7 @@ def denoise(
     if in_turn is None:
         in_turn = student is None and not graphs and fills
     velocity: Any = InTurnVelocity(sessions, grids, settings) if in_turn else GuidedVelocity(sessions, grids, settings, student)
-    x = torch.stack([torch.nn.functional.pad(noise, (0, 0, 0, n - len(noise))) for noise in noises]).to(device)
+    x = pad_sequence(list(noises), batch_first=True).to(device)
     stepper: Velocity = GraphVelocity(velocity) if graphs else velocity
     if any(one is not None for one in kept):
         stepper = MaskedVelocity(stepper, kept, x)

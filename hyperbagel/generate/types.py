@@ -56,6 +56,9 @@ PAPER_TEXT_TO_IMAGE = replace(TEXT_TO_IMAGE, interval=(0.0, 1.0))
 PAPER_EDIT = replace(EDIT, interval=(0.4, 1.0))
 
 
+_REQUEST_NAMES = {"num_steps": "steps"}  # fields of Denoising that ImageRequest calls otherwise
+
+
 @dataclass(frozen=True)
 class ImageRequest:
     """A picture to draw (no images) or to edit. Settings left None take the defaults of the kind (TEXT_TO_IMAGE, EDIT).
@@ -109,8 +112,7 @@ class ImageRequest:
     def denoising(self) -> Denoising:
         """The settings with the defaults of the request's kind filled in. Raises InputError for values out of range."""
         base = EDIT if self.is_edit else TEXT_TO_IMAGE
-        names = {"num_steps": "steps"}
-        own = {name: getattr(self, names.get(name, name)) for name in asdict(base)}
+        own = {name: getattr(self, _REQUEST_NAMES.get(name, name)) for name in asdict(base)}
         return replace(base, **{name: value for name, value in own.items() if value is not None})
 
 
@@ -136,7 +138,7 @@ def with_sampler(request: ImageRequest, sampler: Sampler, *, warn: bool = True) 
     scales = {"text_scale": usual[0], "image_scale": usual[1]}
     made: dict[str, Any] = {"num_steps": sampler.nfe, "shift": sampler.shift, **scales}
     for name, own in made.items():
-        asked = getattr(request, {"num_steps": "steps"}.get(name, name))
+        asked = getattr(request, _REQUEST_NAMES.get(name, name))
         if asked is None:
             continue
         low, high = {"text_scale": sampler.text_range, "image_scale": sampler.image_range}.get(name, (own, own))

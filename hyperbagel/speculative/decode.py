@@ -141,9 +141,9 @@ class Rounds:
         room = max_tokens + 1 + drafter.width
         drafter.begin(sessions, temperature, generators)  # before `reader`: a budget may measure its costs with the same graphs
         caches = [s.cache for s in sessions]
-        self.read = None if graphs is None else graphs.reader(caches, room, spent)
-        if self.read is not None:
-            self.cache = self.read.cache
+        self.reader = None if graphs is None else graphs.reader(caches, room, spent)
+        if self.reader is not None:
+            self.cache = self.reader.cache
         else:  # a lone session is decoded in place
             self.cache = caches[0] if len(caches) == 1 else KVCache.stack(caches, room, caches[0].taps, spent)
         self.before = list(self.cache.lengths)
@@ -159,34 +159,26 @@ class Rounds:
     def round(self) -> None:
         """Draft, verify, accept, commit, report."""
         clock = [time.perf_counter()]
-        left = max(self.max_tokens - len(self.results[b].ids) for b in self.alive)
-        limit = left - 1 + self.keep_logits  # the target itself adds one token more
-        draft = None
-        if limit > 0:
-            draft = self.drafter.propose(Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position, self.read), limit)
-        else:  # one token is left, which needs no draft: the drafter learns now how its last one fared
-            self.drafter.end(self.counts)
-        if draft is None or draft.tokens.shape[1] == 0:
-            draft = Draft(self.root.new_empty(len(self.results), 0))
+        draft = self._propose()
         clock.append(time.perf_counter())
         n = 1 + draft.tokens.shape[1]
         tokens = torch.cat([self.root[:, None], draft.tokens], dim=1) if n > 1 else self.root[:, None]  # [B, n]
-        if self.read is not None and draft.tree is None:
-            logits = self.read(tokens, self.position)
+        if self.reader is not None and draft.tree is None:
+            logits = self.reader(tokens, self.position)
         else:
             logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
+        # rows: of each row the accepted node, the target's own token, root and drafted tokens; the only wait for the device of a chain
         if n == 1:  # as lean as a plain step, since rounds without drafts must not cost more
             accepted = Accepted(torch.zeros_like(self.root), pick(logits[:, 0], self.temperature, self.generators))
-            read = [[0, own, root] for own, root in zip(accepted.token.tolist(), self.roots, strict=True)]
+            rows = [[0, own, root] for own, root in zip(accepted.token.tolist(), self.roots, strict=True)]
         else:
             accepted = self._accept(logits, tokens, draft)
-            # the round's only wait for the device: accepted node, the target's token, root and drafted tokens
-            read = torch.cat([accepted.node[:, None], accepted.token[:, None], tokens], dim=1).tolist()
+            rows = torch.cat([accepted.node[:, None], accepted.token[:, None], tokens], dim=1).tolist()
         begun = [end - n for end in self.cache.lengths]
         if draft.tree is None:
-            paths = [list(range(row[0] + 1)) for row in read]
-            deepest = [sum(id_ >= 0 for id_ in row[3:]) for row in read]
+            paths = [list(range(row[0] + 1)) for row in rows]
+            deepest = [sum(id_ >= 0 for id_ in row[3:]) for row in rows]
         else:
             paths = [[0, *[i for i in path if i]] for path in draft.tree.paths(accepted.node).tolist()]
             deepest = torch.where(tokens >= 0, draft.tree.depths, 0).amax(1).tolist()
@@ -195,16 +187,29 @@ class Rounds:
             commit(self.cache, begun, paths)
         clock.append(time.perf_counter())
         self.start, self.counts = begun, [len(path) for path in paths]
-        self.ids = [[read[b][2 + i] for i in path] for b, path in enumerate(paths)]
+        self.ids = [[rows[b][2 + i] for i in path] for b, path in enumerate(paths)]
         for b in sorted(self.alive):
-            self._report(b, paths[b], [*self.ids[b][1:], read[b][1]], logits, deepest[b])
-        self.root, self.roots = accepted.token, [row[1] for row in read]
+            self._report(b, paths[b], [*self.ids[b][1:], rows[b][1]], logits, deepest[b])
+        self.root, self.roots = accepted.token, [row[1] for row in rows]
         same = self.counts[0] if len(set(self.counts)) == 1 else None
         self.position = self.position + (torch.tensor(self.counts, device=self.position.device) if same is None else same)
         clock.append(time.perf_counter())
         spent = [b - a for a, b in pairwise(clock)]
         t = self.times
         t.draft, t.verify, t.commit, t.host = (x + y for x, y in zip((t.draft, t.verify, t.commit, t.host), spent))
+
+    def _propose(self) -> Draft:
+        """The drafter's proposal, without nodes where it has none or none is needed."""
+        left = max(self.max_tokens - len(self.results[b].ids) for b in self.alive)
+        limit = left - 1 + self.keep_logits  # the target itself adds one token more
+        if limit > 0:
+            seen = Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position, self.reader)
+            draft = self.drafter.propose(seen, limit)
+            if draft.tokens.shape[1]:
+                return draft
+        else:  # one token is left, which needs no draft: the drafter learns now how its last one fared
+            self.drafter.end(self.counts)
+        return Draft(self.root.new_empty(len(self.results), 0))
 
     def _accept(self, logits: Tensor, tokens: Tensor, draft: Draft) -> Accepted:
         """logits [B, n, V] after tokens [B, n] (root first) -> what of the draft is accepted."""
