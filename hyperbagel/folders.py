@@ -60,7 +60,10 @@ def _run(folder: Path) -> dict[str, Any]:
     if not isinstance(launches, list) or not all(isinstance(one, dict) for one in launches):
         raise InputError(f"{folder / 'provenance.json'}: got no list of launches, expected one, restore the file")
     last = launches[-1]
-    command = [str(word) for word in last.get("command", ())]
+    words = last.get("command", [])
+    if not isinstance(words, list):
+        raise InputError(f"{folder / 'provenance.json'}: got command {words!r}, expected a list of words, restore the file")
+    command = [str(word) for word in words]
     stage = command[command.index("train") + 1] if "train" in command[:-1] else "unknown"
     lines = read_metrics(folder / "metrics.jsonl")
     report = {

@@ -25,6 +25,7 @@ def test_a_shipped_drafter() -> None:
     [
         ("provenance.json", '{"launches": [1]}'),
         ("provenance.json", '{"launches": {"a": 1}}'),
+        ("provenance.json", '{"launches": [{"command": null}]}'),
         ("metrics.jsonl", '{"a": 1}\n'),
         ("metrics.jsonl", "3\n"),
     ],
