@@ -334,15 +334,7 @@ def main(argv: list[str] | None = None) -> int:
 
     HYPERBAGEL_DEBUG=1 prints the traceback as well.
     """
-    for name in ("stdin", "stdout", "stderr"):  # closed by our parent: a file opened next must not take its descriptor
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
-    if argv is None:  # The process is ours, so torch's worker threads shall sleep while they wait: spinning ones made a small model on a
-        # busy 2-core machine 60 times slower. This must be set before torch is loaded; the user's own setting wins.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names may be any bytes, and a terminal may lack letters
-            if isinstance(stream, TextIOWrapper):
-                stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
+    _prepare_process(ours=argv is None)
     try:
         with warnings.catch_warnings():
             python_form = warnings.showwarning
@@ -360,6 +352,20 @@ def main(argv: list[str] | None = None) -> int:
 
         note(f"{clear_line()}interrupted")
     return code if isinstance(code, int) else 0
+
+
+def _prepare_process(ours: bool) -> None:
+    """Makes the standard streams usable. ours: nothing else runs in this process, so that its threads and encodings may be set, too."""
+    for name in ("stdin", "stdout", "stderr"):  # closed by our parent: a file opened next must not take its descriptor
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+    if ours:
+        # torch's worker threads should sleep while they wait: spinning ones made a small model on a busy 2-core machine 60 times slower.
+        # This must be set before torch is loaded; the user's own setting wins.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names may be any bytes, and a terminal may not encode every letter
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
 
 
 def _tell_failure(error: Exception) -> int:
