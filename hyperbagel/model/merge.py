@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.student import Sampler, Student
-from hyperbagel.nn.lora import factorise
+from hyperbagel.nn.lora import Adapter, factorise
 
 FOLD = "time_embedder.mlp.2.bias"
+_HEAD = FOLD.rpartition(".")[0]  # its layer, which is always replaced
 
 
 def check_scales(sampler: Sampler, text_scale: float, image_scale: float) -> None:
@@ -105,18 +106,27 @@ def as_low_rank(base: Bagel, student: Student, text_scale: float, image_scale: f
     factorised at `rank`. Raises InputError for a rank given to the former, or none to the latter."""
     adapter = student.adapter
     changed = dict(changed_tensors(base, student, text_scale, image_scale))
-    head = FOLD.rpartition(".")[0]
     if adapter.low_rank:
         if rank not in (None, adapter.rank):
             raise InputError(f"got rank {rank} for a student that is a LoRA of rank {adapter.rank} already; leave the rank out")
-        whole = tuple(dict.fromkeys((*adapter.copies, head)))
-        tensors = {n: v for n, v in adapter.state_dict().items() if n.endswith(("lora_A.weight", "lora_B.weight"))}
-        tensors |= _whole(base, changed, whole)
-        return LowRankStudent(adapter.rank, adapter.alpha, adapter.low_rank, whole, False, tensors, 0.0, ("", 0.0))
+        return _own_factors(base, adapter, changed)
     if rank is None:
         raise InputError("got a student of whole layers, expected a rank to factorise it at; give --rank, for instance 64")
+    return _factorised(base, adapter, changed, rank)
+
+
+def _own_factors(base: Bagel, adapter: Adapter, changed: dict[str, Tensor]) -> LowRankStudent:
+    """`as_low_rank` of a LoRA student."""
+    whole = tuple(dict.fromkeys((*adapter.copies, _HEAD)))
+    tensors = {n: v for n, v in adapter.state_dict().items() if n.endswith(("lora_A.weight", "lora_B.weight"))}
+    tensors |= _whole(base, changed, whole)
+    return LowRankStudent(adapter.rank, adapter.alpha, adapter.low_rank, whole, False, tensors, 0.0, ("", 0.0))
+
+
+def _factorised(base: Bagel, adapter: Adapter, changed: dict[str, Tensor], rank: int) -> LowRankStudent:
+    """`as_low_rank` of a student of whole layers: its matrices are factorised, its norms and heads stay whole."""
     layers = tuple(n for n in adapter.copies if "_moe_gen" in n and isinstance(base.get_submodule(n), nn.Linear))
-    whole = tuple(dict.fromkeys((*(n for n in adapter.copies if n not in layers), head)))
+    whole = tuple(dict.fromkeys((*(n for n in adapter.copies if n not in layers), _HEAD)))
     tensors, missed, full, errors, moved = _whole(base, changed, whole), 0.0, 0.0, {}, {}
     for name in layers:
         linear = base.get_submodule(name)
