@@ -1,4 +1,4 @@
-"""Denoising latents behind prefilled contexts, and turning them into pictures.
+"""Denoises latents after prefilled contexts, and turns them into pictures.
 
 Shape legend: B requests, N latent tokens of the largest picture, C values of a token, R = B * branches rows of one forward.
 """

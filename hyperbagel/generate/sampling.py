@@ -1,4 +1,4 @@
-"""From logits to a token."""
+"""Sampling: from logits to tokens."""
 
 from __future__ import annotations
 

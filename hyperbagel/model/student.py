@@ -67,7 +67,7 @@ def generation_modules(model: Bagel) -> tuple[list[str], list[str]]:
 
 
 def generates(parameter: str) -> bool:
-    """Whether a parameter of a Bagel serves drawing alone: that of the generation expert, latents in and out, the timestep embedder."""
+    """Whether a parameter of a Bagel, by name, serves drawing only: generation expert, latents in and out, timestep embedder."""
     return _GENERATION.search(parameter) is not None or parameter.startswith(tuple(f"{head}." for head in _HEADS))
 
 

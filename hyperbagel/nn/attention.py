@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, causal: bool = Fal
         kernel = torch.compile(flex_attention) if q.is_cuda else flex_attention
         return kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     if causal and q.shape[2] > 1 and q.shape[2] != k.shape[2]:
-        # SDPA's own causal flag aligns top left, which is wrong behind a cache.
+        # SDPA's own causal flag aligns top left, which is wrong after a cache.
         mask, causal = causal_mask(q.shape[2], k.shape[2], q.device), False
     causal = causal and q.shape[2] > 1
     if q.device.type == "cpu" and mask is not None and torch.is_grad_enabled() and q.requires_grad:

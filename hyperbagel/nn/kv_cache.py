@@ -127,11 +127,11 @@ class KVCache:
             _write(self.positions[0], plan, positions[:, None, :, None])
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Makes the counts[b] tokens appended last to row b count as its own."""
+        """Adds counts[b] to the length of row b, once every layer has appended that many tokens."""
         self.lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forgets everything behind lengths[b] in row b."""
+        """Forgets everything after the first lengths[b] tokens of row b."""
         shorter = all(0 <= new <= have for new, have in zip(lengths, self.lengths, strict=True))
         assert shorter, f"cannot truncate {self.lengths} to {list(lengths)}"
         self.lengths = list(lengths)

@@ -27,7 +27,7 @@ class DraftCost:
     start: float = 0.0
 
     def seconds(self, depth: int) -> float:
-        """Of a draft of `depth` tokens, without `start`."""
+        """Seconds of a draft of `depth` tokens, without `start`."""
         return self.first + self.more * max(0, depth - 1) if depth else 0.0
 
 
@@ -44,11 +44,11 @@ class Costs:
 
     @property
     def plain(self) -> float:
-        """Of a step of plain decoding."""
+        """Seconds of a step of plain decoding."""
         return self.verify[0][1]
 
     def verify_seconds(self, n: int) -> float:
-        """Of reading n tokens: on the straight line through the two nearest measured sizes, between and beyond them."""
+        """Seconds of reading n tokens, on the straight line through the two nearest measured sizes, between and beyond them."""
         if n not in self.known:
             self.known[n] = self._line(n)
         return self.known[n]
@@ -61,7 +61,7 @@ class Costs:
         return s0 + (s1 - s0) * (n - m0) / (m1 - m0)
 
     def round_seconds(self, name: str, drafted: int, read: int, fresh: bool = False) -> float:
-        """Of a round in which `name` drafted `drafted` deep and the target read `read` tokens; `fresh`: with DraftCost.start."""
+        """Seconds of a round in which `name` drafted `drafted` deep and the target read `read` tokens; `fresh`: with DraftCost.start."""
         return self.draft[name].seconds(drafted) + self.verify_seconds(read) + fresh * self.draft[name].start
 
 
@@ -113,7 +113,7 @@ class Acceptance:
             self.taken[depth] = keep * self.taken[depth] + (depth < accepted)
 
     def rates(self, depth: int) -> list[float]:
-        """Of depths 1 to `depth`."""
+        """Rates of depths 1 to `depth`."""
         known = [a / b for a, b in zip(self.taken, self.tried)]
         return [known[min(i, len(known) - 1)] for i in range(depth)]
 

@@ -38,7 +38,7 @@ class BlockDrafter(nn.Module):
         self.confidence = nn.Linear(e + config.rank, 1)
 
     def init_from(self, target: Bagel, generator: torch.Generator) -> None:
-        """Layers, norm and head start as the target's last ones; the Markov and confidence heads start at zero."""
+        """Layers, norm and head start as the target's last ones; at first the Markov head adds nothing and confidence is constant."""
         init_normal(self, generator)
         llm = target.language_model
         copy_layers(self.layers, llm.model.layers[-self.config.layers :])

@@ -58,7 +58,7 @@ class Sight(NamedTuple):
 
     @classmethod
     def at(cls, positions: Tensor, config: DrafterConfig, dtype: torch.dtype, memory: Memory) -> Sight:
-        """Of tokens at RoPE positions [B, n]."""
+        """The sight of tokens at RoPE positions [B, n]."""
         return cls(*rope_table(positions, config.head_dim, config.rope_theta, dtype), memory)
 
 
