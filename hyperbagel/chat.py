@@ -71,7 +71,7 @@ class Chat:
         """drafter: None takes the fastest of the model's own drafters and prompt lookup, or with CUDA graphs none."""
         self.model, self.seed, self.max_tokens, self.temperature, self.think, self.steps = model, seed, max_tokens, temperature, think, 0
         self.student = self._student(student) if student else None
-        name = drafter or (AUTO if model.runner is None else NONE)  # graphs replay plain steps
+        name = drafter or (AUTO if model.runner is None else NONE)  # graphs were asked for, so nothing drafts
         self.drafter = None if name == NONE else model.drafters.budgeted(name)
         if self.drafter is not None:  # measured now, so that the first answer need not wait for it
             with torch.inference_mode():

@@ -204,7 +204,7 @@ def make_folder(path: Path | str) -> Path:
 
 
 def shelf(folder: Path | None, file: str) -> list[str]:
-    """Names of the folders in `folder` that have such a file. Not those that begin with a dot: a killed process left them."""
+    """Names of the folders in `folder` that hold such a file, without hidden ones: those a killed process left behind."""
     if folder is None or not folder.is_dir():
         return []
     return sorted(path.parent.name for path in folder.glob(f"*/{file}") if not path.parent.name.startswith("."))

@@ -84,7 +84,7 @@ class TensorFolder:
         self.folder = folder
         index = folder / f"{stem}.safetensors.index.json"
         single = folder / f"{stem}.safetensors"
-        if single.exists() or single.is_symlink():  # a link into a cache that was emptied is told as such
+        if single.exists() or single.is_symlink():  # opening a dangling link then says that its file is missing
             files = [single]
         elif index.exists():
             files = [folder / name for name in _index_files(index)]
@@ -118,7 +118,7 @@ class TensorFolder:
             )
 
     def check_numbers(self) -> None:
-        """Raises InputError for tensors of whole numbers: quantised ones, which mean nothing without their scales."""
+        """Raises InputError for tensors of integers: these are quantised, and mean nothing without their scales."""
         whole = {name: kind for name, kind in self.dtypes.items() if not kind.startswith(("F", "BF"))}
         if whole:
             name, kind = next(iter(whole.items()))
@@ -251,7 +251,7 @@ def _open(path: Path, device: str) -> safe_open:  # type: ignore[valid-type]
 
 
 def _other_weights(folder: Path) -> str:
-    """What a folder without a model's own file of weights has in its place, as the end of a sentence."""
+    """What a folder without the model's weights holds in their place, as the end of a sentence; '' if nothing."""
     by_size = sorted(folder.glob("*"), key=lambda path: (-path.lstat().st_size, path.name))  # the largest is the model's
     for path in by_size:
         if path.name.endswith(".safetensors") and path.name != "ae.safetensors":

@@ -38,7 +38,7 @@ class Drafters:
         return [*self.shipped(), LOOKUP, AUTO, NONE]
 
     def default(self) -> str:
-        """The drafter if none is named. With graphs that is none: they replay plain steps, and were asked for."""
+        """The drafter if none is named: auto if drafters came with the model, but none with graphs, which were asked for."""
         return AUTO if self.graphs is None and self.shipped() else NONE
 
     def check(self, name: str | None) -> None:

@@ -33,7 +33,7 @@ class Seen:
     ids: list[list[int]]  # tokens of the new slots; empty at first, since a context may hold pictures
     root: Tensor  # [B] the token that the target reads next
     position: Tensor  # [B] its RoPE position
-    read: StaticRead | None = None  # who reads the drafts in fixed shapes; `cache` is its, and stays in place from request to request
+    read: StaticRead | None = None  # verifies drafts in fixed shapes; `cache` is then its own and stays in place from request to request
 
     def after(self, earlier: Seen | None) -> Seen:
         """These news preceded by `earlier` ones that were not shown."""

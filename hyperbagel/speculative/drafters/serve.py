@@ -103,7 +103,7 @@ class _Proposer(ABC):
         return self._propose(seen, min(self.depth, limit))
 
     def _fixed(self, read: StaticRead) -> StaticDraft | None:
-        """This drafter's rounds behind the cache of `read`."""
+        """This drafter's rounds in fixed shapes after the cache of `read`; None if it has none."""
         if self not in read.drafts:
             read.drafts[self] = StaticDraft(self, read)
         found = read.drafts[self]
@@ -111,12 +111,14 @@ class _Proposer(ABC):
         return found
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
+        """An empty cache for the drafter's own keys and values, with room for `slots` per row."""
         c, model = self.config, self.target
         cache = KVCache(self.memory_layers, c.kv_heads, c.head_dim, rows=rows, device=model.device, dtype=model.dtype)
         cache.reserve(slots)
         return cache
 
     def static_depth(self, depth: int) -> int:
+        """See StaticDrafter."""
         return min(padded(depth), self.depth)
 
     def _pick(self, logits: Tensor, d: int) -> Chosen:
@@ -124,11 +126,11 @@ class _Proposer(ABC):
 
     @abstractmethod
     def _propose(self, seen: Seen, depth: int) -> Draft:
-        """A draft of at most `depth` tokens in line, in shapes of its own."""
+        """A draft of at most `depth` tokens in line, in shapes that may differ from round to round."""
 
     @abstractmethod
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
-        """As of StaticDrafter."""
+        """See StaticDrafter."""
 
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing; its cache is freed."""
@@ -136,7 +138,7 @@ class _Proposer(ABC):
 
 
 class AutoregressiveDrafter(_Proposer):
-    """EAGLE-3 or Hyper-Bagel: a chain of `depth` tokens, or (`nodes` > 0) the best `nodes` of a tree with `branch` children a node."""
+    """EAGLE-3 or Hyper-Bagel: a chain of `depth` tokens, or (`nodes` > 0) the best `nodes` of a tree with `branch` children per node."""
 
     def __init__(self, module: DraftModule, target: Bagel, *, depth: int = 5, nodes: int = 0, branch: int = 4) -> None:
         super().__init__(module, target)
@@ -145,7 +147,7 @@ class AutoregressiveDrafter(_Proposer):
         self.width = nodes or depth
 
     def _fixed(self, read: StaticRead) -> StaticDraft | None:
-        """Chains alone: a tree's shape hangs on what it finds."""
+        """For chains alone: a tree's shape depends on what it finds."""
         return None if self.nodes else super()._fixed(read)
 
     def _propose(self, seen: Seen, depth: int) -> Draft:
@@ -162,12 +164,11 @@ class AutoregressiveDrafter(_Proposer):
         news = gather(at.seen, self.module.layers_read, at.start, at.counts, n, self.target.embed_text(at.root))
         new = torch.arange(n, device=at.have.device)
         h = self._read(news, at.counts[:, 0], causal_plan(at.have + new, at.capacity), at.cache)
-        ends = at.have + at.counts  # padding of the news is written over, or lies behind and is not seen
-
-        return self._chain(h, at.position, k, pick, lambda d: Served(at.cache, causal_plan(ends + d, at.capacity)), waits=False)
+        ends = at.have + at.counts  # padding of the news is overwritten, or lies beyond and is not seen
+        return self._chain(h, at.position, k, pick, lambda d: Served(at.cache, causal_plan(ends + d, at.capacity)), early=False)
 
     def _read(self, news: News, counts: Tensor, plan: Plan, cache: KVCache | None = None) -> Tensor:
-        """The committed slots, counts [B] of each row, join the memory; h [B, E] of each row's last one."""
+        """Reads the committed slots, counts [B] per row, into the memory -> h [B, E] of each row's last one."""
         assert news.following is not None
         sight = Sight.at(news.positions, self.config, news.features.dtype, Served(self.cache if cache is None else cache, plan))
         h = self.module.step(self.module.encode(news.features, sight), news.following, sight)
@@ -182,15 +183,15 @@ class AutoregressiveDrafter(_Proposer):
                 self.cache.advance(ones)
             return Served(self.cache, self.cache.plan(ones, causal=True))
 
-        return _drafts(*self._chain(h, position, depth, self._pick, memory, waits=h.device.type == "cpu"), h)
+        return _drafts(*self._chain(h, position, depth, self._pick, memory, early=h.device.type == "cpu"), h)
 
-    def _chain(self, h: Tensor, position: Tensor, depth: int, pick: Pick, memory: Callable[[int], Served], waits: bool) -> Tokens:
-        """Tokens below h [B, E], the first of them at position [B]. memory(d): where the d-th goes and what it sees. waits: whether a look
-        at the chances is no wait for the device, so that a draft may end early."""
+    def _chain(self, h: Tensor, position: Tensor, depth: int, pick: Pick, memory: Callable[[int], Served], early: bool) -> Tokens:
+        """Up to `depth` tokens below h [B, E], the first of them at `position` [B]. memory(d): where the d-th goes and what it sees. early:
+        whether the draft may end early; that looks at its chances, which on a GPU would be a wait."""
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
         # Greedy only: a sampled draft may be good at low confidence, and what is drafted must not depend on how likely the drawn token was.
-        careful = waits and self.threshold > 0 and self.temperature == 0
+        careful = early and self.threshold > 0 and self.temperature == 0
         chance, ended = torch.ones(len(h)), torch.zeros(len(h), dtype=torch.bool)
         for d in range(depth):
             logits = self.module.head(h)
@@ -201,7 +202,7 @@ class AutoregressiveDrafter(_Proposer):
                     break
             tokens.append(token)
             qs.append(q)
-            if waits and (ended := ended | (token == self.im_end)).all():  # nothing follows
+            if early and (ended := ended | (token == self.im_end)).all():  # nothing follows
                 break
             if d + 1 < depth:
                 sight = Sight.at((position + d)[:, None], self.config, h.dtype, memory(d))
@@ -238,7 +239,7 @@ def block_plan(cache: KVCache, counts: Sequence[int], k: int) -> Plan:
 
 
 def rows_plan(have: Tensor, counts: Tensor, n: int, k: int, visible: int) -> Plan:
-    """The same from numbers on the device, have and counts [B, 1], with n slots a row for the new ones."""
+    """The same plan from lengths `have` and counts on the device, both [B, 1], with n slots per row for the new ones."""
     ahead, own = torch.arange(n, device=have.device), have + counts + torch.arange(k, device=have.device)
     slots = torch.cat([have + ahead + k * (ahead >= counts), own], dim=1)
     return Plan(slots, visible, (torch.arange(visible, device=have.device) <= own[..., None]).unsqueeze(1), False)
@@ -269,27 +270,27 @@ class BlockProposer(_Proposer):
                 return self._sampled_row(logits[0], out[0], int(seen.root[0]))
             return Draft(torch.tensor([self._greedy_row(logits[0], int(seen.root[0]))], dtype=torch.long))
         least = self.threshold if self.threshold > 0 else None
-        return _drafts(*self._tokens(logits, out, seen.root, self._pick, least, waits=out.device.type == "cpu"), out)
+        return _drafts(*self._tokens(logits, out, seen.root, self._pick, least, early=out.device.type == "cpu"), out)
 
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
         news = gather(at.seen, self.module.layers_read, at.start, at.counts, n, None)
         memory = Served(at.cache, rows_plan(at.have, at.counts, n, k, at.capacity))
         logits, out = self._block(news, at.root, at.position, memory, k)
-        return self._tokens(logits, out, at.root, pick, at.least, waits=False)
+        return self._tokens(logits, out, at.root, pick, at.least, early=False)
 
     def static_depth(self, depth: int) -> int:
-        """All of the block: its tokens come of one pass."""
+        """The whole block, since its tokens come from one pass."""
         return self.depth
 
     def _block(self, news: News, root: Tensor, position: Tensor, memory: Served, k: int) -> tuple[Tensor, Tensor]:
-        """One pass over new slots and blocks of k tokens below root [B] at position [B] -> logits [B, K, V] and outputs [B, K, E]."""
+        """One pass over new slots and blocks of k tokens below root [B] at `position` [B] -> logits [B, k, V] and outputs [B, k, E]."""
         embedded = self.target.embed_text(root)[:, None]
         out = self.module(news.features, news.positions, embedded, position[:, None], memory, k)
         return self.module.lm_head(out), out
 
-    def _tokens(self, logits: Tensor, out: Tensor, root: Tensor, pick: Pick, least: Tensor | float | None, waits: bool) -> Tokens:
-        """The tokens of blocks, logits [B, K, V] and outputs [B, K, E], one after the other. least: the trust below which a row ends.
-        waits: as of a chain; where it would be a wait, each row ends its own draft with -1."""
+    def _tokens(self, logits: Tensor, out: Tensor, root: Tensor, pick: Pick, least: Tensor | float | None, early: bool) -> Tokens:
+        """Chooses the tokens of blocks with logits [B, K, V] and outputs [B, K, E] one by one. least: the trust below which a row ends.
+        early: as in `_chain`; if not, each row ends its own draft with -1."""
         previous, trust, ended = root, torch.ones_like(root, dtype=torch.float32), torch.zeros_like(root, dtype=torch.bool)
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
@@ -298,12 +299,12 @@ class BlockProposer(_Proposer):
             if least is not None:  # decided before the token is drawn, so that it does not bend the distribution
                 sure = self.module.trust(out[:, d], previous).float().sigmoid() if self.temperature > 0 else confidence(mine)
                 trust = trust * sure
-                if waits and trust.mean() < least:
+                if early and trust.mean() < least:
                     break
             previous, q = pick(mine, d)
-            tokens.append(previous if waits or least is None else torch.where(trust >= least, previous, -1))
+            tokens.append(previous if early or least is None else torch.where(trust >= least, previous, -1))
             qs.append(q)
-            if waits and (ended := ended | (previous == self.im_end)).all():  # nothing follows
+            if early and (ended := ended | (previous == self.im_end)).all():  # nothing follows
                 break
         return tokens, qs
 

@@ -1,5 +1,5 @@
-"""A drafter's rounds in fixed shapes and fixed buffers: new slots read, tokens drafted and chosen without a look at any number, so that a
-GPU replays a round as one CUDA graph (generate.graphs). On a CPU the same rounds run as they are.
+"""A drafter's rounds in fixed shapes and fixed buffers: new slots are read and tokens drafted and chosen without the CPU seeing any number,
+so that a GPU can replay a round as one CUDA graph (generate.graphs). On a CPU the same rounds run as they are.
 
 Shape legend: B rows, n new slots of a round (padded), k drafted tokens, K slots of the drafter's cache, V vocabulary.
 """
@@ -20,11 +20,11 @@ from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.drafters.choice import Chosen, Pick, choose_by
 from hyperbagel.speculative.types import Draft, Seen
 
-Tokens = tuple[list[Tensor], list[Tensor | None]]  # of each drafted token: its ids [B], and what they were drawn from [B, V] (greedy: None)
+Tokens = tuple[list[Tensor], list[Tensor | None]]  # by drafted token: ids [B], and what they were drawn from [B, V] (None if greedy)
 
 
 class StaticDrafter(Protocol):
-    """What is asked of a drafter."""
+    """What StaticDraft needs of a drafter."""
 
     target: Bagel
     depth: int
@@ -35,24 +35,24 @@ class StaticDrafter(Protocol):
     def new_cache(self, rows: int, slots: int) -> KVCache: ...
 
     def static_depth(self, depth: int) -> int:
-        """How deep it drafts where `depth` tokens are wanted: few depths, so that few rounds are recorded."""
+        """How deep it drafts if `depth` tokens are wanted: one of a few depths, so that few rounds are recorded."""
 
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
-        """k tokens behind n new slots a row, from the buffers of `at` alone."""
+        """k tokens after n new slots per row, from the buffers of `at` alone."""
 
 
 class StaticDraft:
-    """Rounds of one drafter behind the target's cache of `read`, and the drafter's own cache. Both stay in place from request to request.
+    """Rounds of one drafter after the target's cache of `read`, with a cache of its own. Both caches stay in place from request to request.
 
-    A round is recorded for each padded (n, k), greedy and sampled apart. Numbers that change between rounds lie in buffers.
+    A round is recorded for each padded (n, k), greedy and sampled separately. Numbers that change between rounds are kept in buffers.
     """
 
     def __init__(self, drafter: StaticDrafter, read: StaticRead) -> None:
         rows, device = len(read.cache.lengths), drafter.target.device
         self.drafter, self.seen = drafter, read.cache
-        self.capacity = read.capacity + SIZES[-1] + drafter.depth  # padded news, and behind them a draft
+        self.capacity = read.capacity + SIZES[-1] + drafter.depth  # room for padded news and a draft after them
         self.cache = drafter.new_cache(rows, self.capacity)
-        # Of each row: its new slots in the target's cache and how many they are, slots before them in the drafter's.
+        # Per row: where its new slots begin in the target's cache, how many they are, and how many slots the drafter's cache holds.
         self.start, self.counts, self.have = (torch.zeros(rows, 1, dtype=torch.long, device=device) for _ in range(3))
         self.root, self.position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
         self.uniforms = torch.zeros(rows, drafter.depth, dtype=torch.float64, device=device)
@@ -61,12 +61,12 @@ class StaticDraft:
         self.runs: dict[tuple[int, int, bool], Captured] = {}
 
     def release(self) -> None:
-        """Gives graphs and what they hold back at once."""
+        """Frees graphs and buffers at once."""
         self.runs.clear()
         self.q.clear()
 
     def empty_cache(self) -> KVCache:
-        """The drafter's cache for a new request. It is wiped: slots beyond a row's length are only masked, and 0 times nan is nan."""
+        """The drafter's cache for a new request, zeroed: slots beyond a row's length are only masked, and 0 * nan is nan."""
         self.cache.truncate([0] * len(self.cache.lengths))
         for store in (*self.cache.k, *self.cache.v):
             store.zero_()
@@ -76,7 +76,7 @@ class StaticDraft:
         """A chain of at most `limit` tokens, [B, k]; -1 from where a row is too unsure."""
         drafter, sampled = self.drafter, self.drafter.temperature > 0
         assert seen.cache is self.seen, "got news of another cache"
-        if self.cache.capacity > self.capacity:  # many new slots at once had it grow: recorded rounds hold the old one's addresses
+        if self.cache.capacity > self.capacity:  # many new slots made it grow: recorded rounds hold old addresses
             self.release()
             self.capacity = self.cache.capacity
         k = min(limit, drafter.depth)
@@ -94,11 +94,11 @@ class StaticDraft:
         if key not in self.runs:
             self.runs[key] = Captured(partial(self._round, *key), self.root.device)
         tokens = self.runs[key]()
-        self.cache.advance(seen.counts)  # the draft leaves no trace
-        return Draft(tokens[:, :k], None, self.q[key][:, :k].clone() if sampled else None)  # the next replay writes over q
+        self.cache.advance(seen.counts)  # not the draft: the next round overwrites it
+        return Draft(tokens[:, :k], None, self.q[key][:, :k].clone() if sampled else None)  # the next replay overwrites q
 
     def _round(self, n: int, k: int, sampled: bool) -> Tensor:
-        """Buffers in, tokens [B, k] out."""
+        """Reads the buffers -> tokens [B, k]."""
         tokens, qs = self.drafter.draft_static(self, n, k, self._draw if sampled else _greedy)
         if sampled:
             self.q[n, k, sampled] = torch.stack([q for q in qs if q is not None], dim=1)
