@@ -16,7 +16,7 @@ from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.folder import make_module
 from hyperbagel.speculative.drafters.layers import Served, Sight
-from hyperbagel.speculative.drafters.serve import BlockProposer, block_plan
+from hyperbagel.speculative.drafters.serve_blocks import BlockProposer, block_plan
 from hyperbagel.speculative.types import Seen
 
 DEPTH = 4

@@ -20,6 +20,7 @@ from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters import hyper_bagel
 from hyperbagel.speculative.drafters.autoregressive import DraftModule, Lesson
 from hyperbagel.speculative.drafters.block import BlockDrafter, block_mask
+from hyperbagel.speculative.drafters.choice import choose
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.expand import best_nodes, grow
@@ -27,7 +28,7 @@ from hyperbagel.speculative.drafters.export import IDS, export_eagle3, import_ea
 from hyperbagel.speculative.drafters.folder import Module, load_module, make_drafter, make_module, save_drafter
 from hyperbagel.speculative.drafters.layers import diagonal_mask
 from hyperbagel.speculative.drafters.lesson import make_lesson
-from hyperbagel.speculative.drafters.serve import BlockProposer, choose
+from hyperbagel.speculative.drafters.serve_blocks import BlockProposer
 from hyperbagel.speculative.simulate import simulate
 from hyperbagel.speculative.types import Seen, Speculated, Stats
 from hyperbagel.train.losses.drafter import block_loss, unrolled_loss

@@ -17,7 +17,8 @@ from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters.choice import choose_by
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.folder import make_drafter, make_module
-from hyperbagel.speculative.drafters.serve import AutoregressiveDrafter, BlockProposer
+from hyperbagel.speculative.drafters.serve_blocks import BlockProposer
+from hyperbagel.speculative.drafters.serve_chains import AutoregressiveDrafter
 from hyperbagel.speculative.drafters.static import StaticDraft
 from hyperbagel.speculative.types import Draft, Seen
 

@@ -19,7 +19,8 @@ from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.eagle3 import Eagle3, drafted_ids
 from hyperbagel.speculative.drafters.hyper_bagel import HyperBagelDrafter
-from hyperbagel.speculative.drafters.serve import AutoregressiveDrafter, BlockProposer
+from hyperbagel.speculative.drafters.serve_blocks import BlockProposer
+from hyperbagel.speculative.drafters.serve_chains import AutoregressiveDrafter
 
 Module = Eagle3 | HyperBagelDrafter | BlockDrafter
 _KINDS: dict[str, type[Eagle3] | type[HyperBagelDrafter] | type[BlockDrafter]] = {

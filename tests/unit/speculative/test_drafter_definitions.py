@@ -30,7 +30,7 @@ from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.export import export_eagle3
 from hyperbagel.speculative.drafters.folder import Module, make_module, save_drafter
 from hyperbagel.speculative.drafters.hyper_bagel import HyperBagelDrafter
-from hyperbagel.speculative.drafters.serve import AutoregressiveDrafter
+from hyperbagel.speculative.drafters.serve_chains import AutoregressiveDrafter
 from hyperbagel.speculative.types import Draft, Seen
 from hyperbagel.train.losses.drafter import block_loss
 
