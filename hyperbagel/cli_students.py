@@ -9,6 +9,7 @@ import typer
 
 from hyperbagel import cli_checks as checks
 from hyperbagel.cli_options import note
+from hyperbagel.core.errors import InputError
 
 
 def gate(
@@ -30,18 +31,28 @@ def gate(
 
 
 def install(
-    student: Annotated[Path, typer.Argument(help="A student's folder (RUN/export).")],
-    model: Annotated[str, typer.Option(help="The model that it was distilled from: its folder, or toybox.")],
-    name: Annotated[str | None, typer.Option(help="What --student calls it.", show_default="its number of evaluations")] = None,
+    trained: Annotated[Path, typer.Argument(help="A student's or drafter's folder (RUN/export).")],
+    model: Annotated[str, typer.Option(help="The model that it was trained for: its folder, or toybox.")],
+    name: Annotated[str | None, typer.Option(help="What to call it.", show_default="a student's evaluations, a drafter's kind")] = None,
     nfe: Annotated[int | None, typer.Option(help="Evaluations it is sampled with from now on.", show_default="as it was made")] = None,
 ) -> None:
-    """Put a student beside its model, in bfloat16: MODEL/students/NAME, where --student NAME finds it."""
+    """Put a student or a drafter beside its model: MODEL/students/NAME (in bfloat16) or MODEL/drafters/NAME, where --student and --drafter
+    find it."""
     from hyperbagel.pipeline import model_folder
-    from hyperbagel.train.folder import install_student
 
     folder = model_folder(model)
-    checks.check_folder(folder / "students")
-    print(install_student(student, folder, name, nfe))
+    if (trained / "drafter.json").is_file():
+        from hyperbagel.speculative.drafters.folder import install_drafter
+
+        if nfe is not None:
+            raise InputError("got --nfe for a drafter, which draws nothing; leave it out")
+        checks.check_folder(folder / "drafters")
+        print(install_drafter(trained, folder, name))
+    else:
+        from hyperbagel.train.folder import install_student
+
+        checks.check_folder(folder / "students")
+        print(install_student(trained, folder, name, nfe))
 
 
 def average(

@@ -53,7 +53,5 @@ if [ -z "${NO_TABLES:-}" ]; then
     "$bin/hyperbagel" eval speculative --model "$model" --out "$out/speed" "${main[@]}"
 fi
 for name in ${SHIP:-}; do
-    mkdir -p "$model/drafters"
-    rm -rf "${model:?}/drafters/$name"
-    cp -r "$out/$name/export" "$model/drafters/$name"
+    "$bin/hyperbagel" install "$out/$name/export" --model "$model" --name "$name"
 done

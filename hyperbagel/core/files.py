@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -201,6 +202,14 @@ def make_folder(path: Path | str) -> Path:
         except FileExistsError as error:
             raise InputError(f"{folder}: got a file, expected a folder or nothing, choose another name") from error
     return folder
+
+
+def check_name(name: str, *reserved: str) -> str:
+    """The name of a student or drafter in its model's folder. Raises InputError for one that leads elsewhere or means something else."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in reserved:
+        words = " or ".join(repr(word) for word in reserved)
+        raise InputError(f"got name {name!r}, expected letters, digits, '-', '_' and '.', not {words}, choose another one")
+    return name
 
 
 def shelf(folder: Path | None, file: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_path, make_folder
+from hyperbagel.core.files import atomic_path, check_name, make_folder
 from hyperbagel.generate.types import MAX_STEPS
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import VaeConfig, ViTConfig
@@ -77,8 +76,8 @@ def install_student(student: Path, model: Path, name: str | None = None, nfe: in
     number (stage cfg); None keeps the number it was made for.
     Raises InputError for a folder that holds no student, a student of another base, or a name that no student can have.
     """
-    if name is not None and (not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name == "none"):
-        raise InputError(f"got name {name!r}, expected letters, digits, '-', '_' and '.', not 'none', choose another one")
+    if name is not None:
+        check_name(name, "none")
     base, _ = load_folder(model, torch.device("cpu"), torch.bfloat16)  # bf16 is written and, mostly, read: no copy
     loaded = load_student(student, base)
     if nfe is not None:

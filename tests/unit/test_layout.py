@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_serve": {"core", "pipeline", "serve", "cli_checks", "cli_options"},
     "cli_export": {"core", "export", "cli_checks", "cli_options"},
     "cli_chat": {"core", "pipeline", "chat", "cli_checks", "cli_options"},
-    "cli_students": {"core", "pipeline", "train", "cli_checks", "cli_options"},
+    "cli_students": {"core", "pipeline", "train", "speculative", "cli_checks", "cli_options"},
     "cli_eval": {"core", "pipeline", "evaluate", "cli_checks", "cli_options"},
     "cli": BELOW_PIPELINE
     | {"pipeline", "train", "evaluate", "demo", "serve", "export", "chat", "folders"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from hyperbagel.core.config import check_config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder, read_json
+from hyperbagel.core.files import atomic_path, atomic_write_text, check_name, make_folder, read_json
 from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.config import BagelConfig, LLMConfig
 from hyperbagel.model.weights import TensorFolder, load_tensors, save_tensors
 from hyperbagel.nn.projections import store_by_columns
 from hyperbagel.speculative.drafters.block import BlockDrafter
@@ -65,18 +67,24 @@ def read_acceptance(folder: Path) -> list[float]:
         return []
 
 
+def _read(folder: Path, llm: LLMConfig, device: str) -> tuple[Module, dict[str, Tensor]]:
+    """(a module on the meta device, its tensors as stored). Errors: see `load_module`."""
+    config = read_config(folder)
+    config.check_target(llm, str(folder))
+    with torch.device("meta"):
+        module = make_module(config)
+    TensorFolder(folder, "drafter").check({name: tuple(x.shape) for name, x in module.state_dict().items()})
+    tensors = load_tensors(folder / "drafter.safetensors", device)
+    check_values(module, tensors, folder)
+    return module, tensors
+
+
 def load_module(folder: Path, target: Bagel) -> Module:
     """A drafter for `target`, on its device and in its dtype. Whether it fits is checked before any weight is read.
 
     Raises InputError: no such folder, damaged, or made for another target.
     """
-    config = read_config(folder)
-    config.check_target(target.config.llm, str(folder))
-    with torch.device("meta"):
-        module = make_module(config)
-    TensorFolder(folder, "drafter").check({name: tuple(x.shape) for name, x in module.state_dict().items()})
-    tensors = load_tensors(folder / "drafter.safetensors", str(target.device))
-    check_values(module, tensors, folder)
+    module, tensors = _read(folder, target.config.llm, str(target.device))
     module.load_state_dict({n: x.to(target.dtype) if x.is_floating_point() else x for n, x in tensors.items()}, assign=True)
     store_by_columns(module)
     return module.eval().requires_grad_(False)
@@ -97,6 +105,24 @@ def check_values(module: Module, tensors: Mapping[str, Tensor], folder: Path) ->
                 f"{folder}: got d2t with draft tokens {int(ids.min())} to {int(ids.max())}, expected 0 to {module.config.vocab_size - 1}, "
                 "restore the file"
             )
+
+
+def install_drafter(drafter: Path, model: Path, name: str | None = None) -> Path:
+    """Copies a drafter to MODEL/drafters/NAME (None: its kind), where `ask` finds it; an older one of that name is replaced.
+
+    Returns its folder. Raises InputError for a folder that is no drafter, a drafter of another target, or an unusable name.
+    """
+    module, _ = _read(drafter, BagelConfig.from_folder(model).llm, "cpu")
+    target = model / "drafters" / check_name(module.config.kind if name is None else name, "auto", "lookup", "none")
+    if target.exists() and not (target / "drafter.json").is_file():
+        raise InputError(f"{target}: got something there that is no drafter, expected nothing or a drafter to replace, choose another name")
+    make_folder(target.parent)
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        for file in ("drafter.json", "drafter.safetensors", "acceptance.json"):
+            if (drafter / file).exists():
+                shutil.copyfile(drafter / file, temporary / file)
+    return target
 
 
 def make_drafter(

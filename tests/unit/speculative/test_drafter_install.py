@@ -1,0 +1,68 @@
+"""Drafters beside their model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperbagel import cli
+from hyperbagel.core.errors import InputError
+from hyperbagel.model.config import BagelConfig, LLMConfig, VaeConfig, ViTConfig
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.model.weights import load_folder, save_folder
+from hyperbagel.speculative.drafters.config import DrafterConfig
+from hyperbagel.speculative.drafters.folder import install_drafter, load_module, make_module, save_drafter, write_acceptance
+
+CONFIG = BagelConfig(
+    llm=LLMConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=50),
+    vit=ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=7),
+    vae=VaeConfig(ch=4, ch_mult=(1, 1), num_res_blocks=1, z_channels=2, norm_groups=2, downsample=2),
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    bagel = fresh_bagel(CONFIG, torch.Generator().manual_seed(0))
+    save_folder(tmp_path / "m", CONFIG, bagel.state_dict(), AutoEncoder(CONFIG.vae).state_dict(), dtype=torch.float32)
+    return tmp_path / "m"
+
+
+@pytest.fixture
+def drafter(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_drafter(tmp_path / "d", make_module(DrafterConfig.for_target("block", CONFIG.llm, block=4, rank=8)))
+    write_acceptance(tmp_path / "d", {"in_template": [0.9, 0.8]})
+    return tmp_path / "d"
+
+
+def test_a_drafter_is_installed_by_its_kind_or_a_name(model: Path, drafter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["install", str(drafter), "--model", str(model)]) == 0
+    assert capsys.readouterr().out.strip() == str(model / "drafters" / "block")
+    assert install_drafter(drafter, model, "mine") == install_drafter(drafter, model, "mine")  # an older one is replaced
+    assert {path.name for path in (model / "drafters").iterdir()} == {"block", "mine"}
+    assert {p.name: p.read_bytes() for p in (model / "drafters" / "mine").iterdir()} == {p.name: p.read_bytes() for p in drafter.iterdir()}
+    load_module(model / "drafters" / "mine", load_folder(model)[0])
+
+
+@pytest.mark.parametrize("name", ["auto", "lookup", "none", "", "..", "a/b"])
+def test_a_name_that_means_something_else_is_refused(name: str, model: Path, drafter: Path) -> None:
+    with pytest.raises(InputError, match="choose another one"):
+        install_drafter(drafter, model, name)
+    assert not (model / "drafters").exists()
+
+
+def test_what_does_not_fit_is_not_installed(model: Path, drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = CONFIG.llm.model_copy(update={"vocab_size": 40})
+    save_drafter(tmp_path / "other", make_module(DrafterConfig.for_target("block", other, block=4, rank=8)))
+    with pytest.raises(InputError, match="another model"):
+        install_drafter(tmp_path / "other", model)
+    (model / "drafters" / "block").mkdir(parents=True)
+    (model / "drafters" / "block" / "notes.txt").write_text("keep")
+    with pytest.raises(InputError, match="no drafter"):
+        install_drafter(drafter, model)
+    assert cli.main(["install", str(drafter), "--model", str(model), "--name", "mine", "--nfe", "6"]) == 2
+    assert "--nfe" in capsys.readouterr().err
+    assert [path.name for path in model.glob("drafters/**/*")] == ["block", "notes.txt"]
