@@ -112,8 +112,8 @@ def install_drafter(drafter: Path, model: Path, name: str | None = None) -> Path
 
     Returns its folder. Raises InputError for a folder that is no drafter, a drafter of another target, or an unusable name.
     """
-    module, _ = _read(drafter, BagelConfig.from_folder(model).llm, "cpu")
-    target = model / "drafters" / check_name(module.config.kind if name is None else name, "auto", "lookup", "none")
+    target = model / "drafters" / check_name(read_config(drafter).kind if name is None else name, "auto", "lookup", "none")
+    _read(drafter, BagelConfig.from_folder(model).llm, "cpu")  # for its checks
     if target.exists() and not (target / "drafter.json").is_file():
         raise InputError(f"{target}: got something there that is no drafter, expected nothing or a drafter to replace, choose another name")
     make_folder(target.parent)

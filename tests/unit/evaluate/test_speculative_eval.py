@@ -113,7 +113,7 @@ def test_names_of_the_other_ways_of_decoding_are_refused(model: HyperBagel, draf
 
 def test_folders_that_cannot_be_used(model: HyperBagel, drafter: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="expected a drafter's folder"):
+    with pytest.raises(InputError, match="give a drafter's folder"):
         run_speculative_eval(model, {"mine": tmp_path / "empty"}, out=tmp_path / "out", plan=QUICK)
     with pytest.raises(InputError, match="too briefly"):
         plan = replace(QUICK, speed=False, free_tokens=10_000, prompts=1)

@@ -14,13 +14,20 @@ from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, save_folder
 from hyperbagel.speculative.drafters.config import DrafterConfig
-from hyperbagel.speculative.drafters.folder import install_drafter, load_module, make_module, save_drafter, write_acceptance
+from hyperbagel.speculative.drafters.folder import Module, install_drafter, load_module, make_module, save_drafter, write_acceptance
 
 CONFIG = BagelConfig(
     llm=LLMConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=50),
     vit=ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=7),
     vae=VaeConfig(ch=4, ch_mult=(1, 1), num_res_blocks=1, z_channels=2, norm_groups=2, downsample=2),
 )
+
+
+def module_for(llm: LLMConfig) -> Module:
+    module = make_module(DrafterConfig.for_target("block", llm, block=4, rank=8))
+    for parameter in module.parameters():
+        torch.nn.init.ones_(parameter)
+    return module
 
 
 @pytest.fixture
@@ -32,8 +39,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def drafter(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    save_drafter(tmp_path / "d", make_module(DrafterConfig.for_target("block", CONFIG.llm, block=4, rank=8)))
+    save_drafter(tmp_path / "d", module_for(CONFIG.llm))
     write_acceptance(tmp_path / "d", {"in_template": [0.9, 0.8]})
     return tmp_path / "d"
 
@@ -56,7 +62,7 @@ def test_a_name_that_means_something_else_is_refused(name: str, model: Path, dra
 
 def test_what_does_not_fit_is_not_installed(model: Path, drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = CONFIG.llm.model_copy(update={"vocab_size": 40})
-    save_drafter(tmp_path / "other", make_module(DrafterConfig.for_target("block", other, block=4, rank=8)))
+    save_drafter(tmp_path / "other", module_for(other))
     with pytest.raises(InputError, match="another model"):
         install_drafter(tmp_path / "other", model)
     (model / "drafters" / "block").mkdir(parents=True)
