@@ -1,4 +1,4 @@
-"""`create_app`: the endpoints. Each one reads a body, hands a job to the engine, and turns what comes back into OpenAI's answer."""
+"""`create_app`: the HTTP endpoints. Each reads a body, submits a job to the engine and answers in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from hyperbagel import __version__
 from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest
+from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve import streams
 from hyperbagel.serve.card import model_card
 from hyperbagel.serve.forms import EDIT_FORM, read_edit
@@ -30,8 +30,8 @@ from hyperbagel.serve.schemas import ApiError, ChatBody, ErrorBody, GenerationBo
 from hyperbagel.serve.streams import as_api_error, collect, event_stream
 from hyperbagel.serve.worker import Engine, Job, device_failed, shutting_down
 
-CLIENT_GONE = 499  # nobody reads this status; it is what logs and metrics say
-DRAIN_SECONDS = 30.0
+CLIENT_GONE = 499  # the status, known from nginx, of a request whose client left: for logs and metrics, nobody receives it
+DRAIN_SECONDS = 30.0  # how long a server that shuts down finishes what it has accepted
 
 
 def create_app(
@@ -45,13 +45,16 @@ def create_app(
     """The server as an ASGI application.
 
     Args:
-        model: one loaded model, or one a device, of equal weights.
-        api_key: what clients must send; None: no key is asked for.
-        name: what the model is called in requests; default: its folder's name.
-        limits: what is accepted.
-        hosts: names by which it may be called besides localhost, addresses and names of a local network; None: any name.
+        model: one loaded model, or one per device with the same weights.
+        api_key: what clients must send; None: no key is needed.
+        name: what requests call the model; None: its folder's name.
+        limits: what is accepted; None: the defaults.
+        hosts: host names accepted in requests, besides localhost, IP addresses and names of a local network; None: any name.
+
+    Raises:
+        InputError: the key is empty.
     """
-    api_key = None if api_key is None else api_key.strip()  # clients cannot send what is around it, such as a line's end from a file
+    api_key = None if api_key is None else api_key.strip()  # a header cannot hold the line end of a key that was read from a file
     if api_key == "":
         raise InputError("got an empty API key, expected some characters; leave it out to serve without one")
     models = [model] if isinstance(model, HyperBagel) else list(model)
@@ -62,7 +65,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(engine.close, DRAIN_SECONDS)  # the loop stays free to send what is still being finished
+        await asyncio.to_thread(engine.close, DRAIN_SECONDS)  # in a thread: the event loop still sends what is being finished
 
     app = FastAPI(title="Hyper-Bagel", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.engine, app.state.metrics, app.state.body_bytes = engine, metrics, limits.body_bytes
@@ -80,12 +83,13 @@ def create_app(
 
 
 class Service:
-    """The endpoints of one model."""
+    """The endpoints of one model. created: when it was loaded, as a Unix time."""
 
     def __init__(self, engine: Engine, incoming: Incoming, name: str, limits: Limits, created: int) -> None:
         self.engine, self.incoming, self.name, self.limits, self.created = engine, incoming, name, limits, created
 
     def router(self) -> APIRouter:
+        """All endpoints with what the OpenAPI page says about them."""
         errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
         router = APIRouter(responses=errors)
         event = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}, "required": ["data"]}
@@ -105,7 +109,7 @@ class Service:
     # -- about the server ------------------------------------------------------------------------------------------------------
 
     async def health(self) -> dict[str, str]:
-        """200 while requests are taken, 503 while the server shuts down and where a device no longer computes."""
+        """200 while requests are taken; 503 while the server shuts down, and after a device has failed for good."""
         if self.engine.closed:
             raise shutting_down()
         if self.engine.broken:
@@ -116,7 +120,7 @@ class Service:
         return {"version": __version__}
 
     async def metrics(self) -> PlainTextResponse:
-        """Prometheus' text format."""
+        """Counters in Prometheus' text format."""
         return PlainTextResponse(self.engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:
@@ -146,10 +150,11 @@ class Service:
     ) -> Response:
         requests = await asyncio.to_thread(self.incoming.pictures, body, files, mask)
         stream = bool(body.stream)
-        job = Job(requests, stream=stream, previews=(body.partial_images or 0) * stream, progress=stream and bool(body.progress))
+        previews = body.partial_images or 0 if stream else 0
+        job = Job(requests, stream=stream, previews=previews, progress=stream and bool(body.progress))
         self.engine.submit(job)
         model = self.incoming.model
-        if body.stream:
+        if stream:
             return await event_stream(job, request, streams.image_events(job, model, body, requests, event))
         results = await collect(job, request)
         if results is None:
@@ -160,9 +165,10 @@ class Service:
     # -- chat ------------------------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request, body: Annotated[ChatBody, Body()]) -> Response:
-        """Answers with text; with "image" in modalities, with a picture."""
+        """Answers with text, or with a picture if "image" is among the modalities."""
         draw = "image" in (body.modalities or ())
-        requests = await asyncio.to_thread(self._read_chat, body, draw)
+        read = self.incoming.chat_pictures if draw else self.incoming.questions
+        requests = await asyncio.to_thread(read, body)
         job = Job(requests, stream=bool(body.stream))
         self.engine.submit(job)
         if body.stream:
@@ -172,8 +178,6 @@ class Service:
             return Response(status_code=CLIENT_GONE)
         return JSONResponse(await asyncio.to_thread(self._completion, body, requests, results))
 
-    def _read_chat(self, body: ChatBody, draw: bool) -> Sequence[ImageRequest | AskRequest]:
-        return self.incoming.chat_pictures(body) if draw else self.incoming.questions(body)
 
     def _completion(self, body: ChatBody, requests: Sequence[Any], results: Sequence[Any]) -> dict[str, Any]:
         choices = [
@@ -192,7 +196,7 @@ class Service:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """Every refusal in OpenAI's form."""
+    """The response to a request that is refused, in OpenAI's error form."""
     told = as_api_error(error)
     if isinstance(error, StarletteHTTPException) and told.status in (404, 405):
         what = f"got {request.method} {request.url.path[:80]}, expected an endpoint of this server; GET /openapi.json lists them"

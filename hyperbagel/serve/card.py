@@ -1,4 +1,4 @@
-"""What clients are told of the model: its students and drafters, what they were made for, the usual settings and sizes."""
+"""What GET /v1/models says about the model: its students and drafters, what they were made for, its usual settings and sizes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hyperbagel.serve.schemas import Limits
 
 
 def model_card(model: HyperBagel, name: str, created: int, limits: Limits) -> dict[str, Any]:
-    """OpenAI's model object, and ours beside it. Sizes are pixels, [width, height]."""
+    """OpenAI's model object with fields of our own. created: Unix time. Sizes are [width, height] in pixels."""
     options, stride = model.parts.model.config.options, model.parts.model.config.latent_stride
     samplers = _samplers(model)
-    # how long an answer may be at most: the context holds the question too
+    # an upper bound: the question takes a part of the context
     tokens = min(limits.max_tokens, model.parts.model.config.llm.max_position_embeddings)
     return {
         "id": name,
@@ -34,7 +34,7 @@ def model_card(model: HyperBagel, name: str, created: int, limits: Limits) -> di
 
 
 def _samplers(model: HyperBagel) -> dict[str, dict[str, Any]]:
-    """How the students are sampled that can be read: one damaged folder must not take the others away."""
+    """Each student's sampler settings. A student whose folder is damaged is left out with a Notice, so that the others stay usable."""
     found = {}
     for name in model.students.names():
         try:
@@ -45,7 +45,7 @@ def _samplers(model: HyperBagel) -> dict[str, dict[str, Any]]:
 
 
 def _usual(model: HyperBagel, *images: Image.Image) -> dict[str, Any]:
-    """What holds where a request says nothing, by the names that requests use."""
+    """The settings of a request that gives none, by the names that requests use. images: what it edits."""
     settings = asdict(model.settings(ImageRequest("x", images), warn=False))
     del settings["student"]
     return settings | {"steps": settings.pop("num_steps")}

@@ -1,4 +1,4 @@
-"""The multipart form of images/edits: `image` once, `image` or `image[]` several times, a `mask`, and the fields of a generation."""
+"""The multipart form of /v1/images/edits: files `image` or `image[]`, repeated for several pictures, a `mask`, and text fields."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from hyperbagel.serve.schemas import ApiError, EditFields, Limits
 
 IMAGE_NAMES = {"image", "image[]"}
 IGNORED = {name for name, field in EditFields.model_fields.items() if field.annotation is Any}
-LISTS = {"interval"}  # fields with several values: interval=0&interval=1, interval[]=0&interval[]=1, interval=0,1 or interval=[0,1]
+# Fields with several values, which may be sent as interval=0&interval=1, interval[]=0&interval[]=1, interval=0,1 or interval=[0,1].
+LISTS = {"interval"}
 
 
 def _form_schema() -> dict[str, Any]:
-    """For the OpenAPI page: the fields, and the files beside them."""
+    """The form's fields and files for the OpenAPI schema, as `openapi_extra` of the endpoint."""
     schema = EditFields.model_json_schema()
-    for field in schema["properties"].values():  # a form knows no null: what is not sent is not there
+    for field in schema["properties"].values():  # a form has no null: a field that is not sent is absent
         kinds = [kind for kind in field.pop("anyOf", ()) if kind != {"type": "null"}]
         field |= kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {}
         field.pop("default", None)
@@ -33,7 +34,7 @@ EDIT_FORM = _form_schema()
 
 
 async def read_edit(request: Request, limits: Limits) -> tuple[EditFields, list[bytes], bytes | None]:
-    """The fields, the pictures' bytes in order, and the mask's. Raises ApiError or pydantic's ValidationError."""
+    """The fields, the pictures' bytes in order, and the mask's bytes. Raises ApiError or pydantic's ValidationError."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "got another content type, expected multipart/form-data; send the picture as the file 'image'")
     files: list[bytes] = []
@@ -60,7 +61,7 @@ async def read_edit(request: Request, limits: Limits) -> tuple[EditFields, list[
 
 
 def _add(fields: dict[str, Any], name: str, value: str) -> None:
-    if name in IGNORED:  # whatever it holds, and however often
+    if name in IGNORED:  # whatever its value, and however often it is sent
         return
     if name in LISTS:
         fields.setdefault(name, []).extend(value.strip("[] ").split(","))

@@ -1,6 +1,6 @@
-"""What stands in front of every endpoint: the host, the key, the page a request comes from, its body, the count, and a last net for errors.
+"""Middleware before every endpoint. It checks the host name, the key, the origin and the body's size, counts requests, and catches errors.
 
-Plain ASGI, so that streams pass through untouched and a disconnect reaches the endpoint.
+It is plain ASGI, so that streams pass through untouched and a disconnect reaches the endpoint.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("hyperbagel.serve")
-OPEN_PATHS = {"/health", "/"}  # answered without a key; so is the web page, which asks for it itself
+# Answered without a key. The web page is among them: it asks its user for the key.
+OPEN_PATHS = {"/health", "/"}
 OPEN_FOLDER = "/ui/"
 
 
 class Guard:
     """Wraps an ASGI app.
 
-    api_key: what `Authorization: Bearer ...` must hold; None: no key is asked for.
-    limits: of bodies.
-    paths: what is counted under its own name; others count as "other", so that scanners do not fill the metrics.
-    hosts: names by which this server may be called, besides those that cannot be a stranger's; None: any.
+    api_key: what `Authorization: Bearer ...` must hold; None: no key is needed.
+    limits: those on bodies are enforced here.
+    paths: paths that are counted under their own names; all others count as "other", so that scanners do not fill the metrics.
+    hosts: host names accepted besides those that `is_own_name` accepts anyway; None: any.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class Guard:
     ) -> None:
         self.app, self.metrics, self.limits, self.paths = app, metrics, limits, paths
         self.api_key, self.hosts = api_key, hosts
-        self.held = 0  # bytes of the bodies of all requests at work and waiting: each is kept until it is answered
+        self.held = 0  # bytes of the bodies of all unanswered requests: a body is kept in memory until its request is answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             await self._http(scope, receive, send)
         elif scope["type"] == "websocket" and not self._is_ours(_headers(scope)):
-            await receive()  # its beginning
+            await receive()  # websocket.connect
             await send({"type": "websocket.close", "code": 1008})
         else:
             await self.app(scope, receive, send)
@@ -59,7 +60,7 @@ class Guard:
 
         async def sending(message: MutableMapping[str, Any]) -> None:
             nonlocal status
-            if body.refused is not None:  # whatever the app made of a body that was cut off
+            if body.refused is not None:  # the app answers a body that was cut off; the refusal is sent instead
                 return
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -78,10 +79,10 @@ class Guard:
             if body.refused is not None:
                 raise body.refused
         except Exception as error:
-            if gone:  # in the middle of its request or of its answer: there is nobody to tell
+            if gone:  # the client left before the end: there is nobody to tell
                 return
             if not isinstance(error, ApiError):
-                logger.exception("error while answering %s %r", scope["method"], scope["path"])  # %r: a path may hold line ends
+                logger.exception("error while answering %s %r", scope["method"], scope["path"])  # %r: a path may contain line ends
                 error = internal_error()
             if status == 0:
                 status = error.status
@@ -93,6 +94,7 @@ class Guard:
             self.metrics.observe("hyperbagel_request_seconds", time.perf_counter() - began, path=path)
 
     def _check(self, scope: Scope) -> None:
+        """Raises ApiError unless host, key and origin are right."""
         headers = _headers(scope)
         if not self._is_ours(headers):
             raise ApiError(
@@ -117,23 +119,29 @@ class Guard:
 
 
 class _Body:
-    """The body of one request, as it comes: how much, how slowly, of how many values."""
+    """The body of one request as it arrives. It is refused if it is too large, too slow or has too many JSON values.
+
+    A refusal is raised to the app, and kept in `refused`: the app may swallow it, and its answer must then not be sent.
+    """
 
     def __init__(self, guard: Guard, headers: Mapping[str, str]) -> None:
         self.guard, self.limits = guard, guard.limits
         self.form = headers.get("content-type", "").startswith("multipart/")
         length = headers.get("content-length", "0")
         self.length = int(length) if re.fullmatch("[0-9]{1,18}", length) else 0
-        self.seen, self.marks, self.whole = 0, 0, False
+        self.seen = 0  # bytes
+        self.marks = 0  # commas and opening brackets: a bound on the number of JSON values, which is at most one more
+        self.whole = False
         self.refused: ApiError | None = None
 
     def expect(self) -> None:
-        """Refuses at once what says itself that it is too long."""
+        """Refuses a body by its Content-Length, before any of it is read."""
         self._measure(self.length)
 
     async def next(self, receive: Receive) -> MutableMapping[str, Any]:
+        """The next ASGI message. Raises ApiError: 408, 413 or 429."""
         try:
-            # Once the body is whole, what comes is that the client leaves, whenever that may be.
+            # After the whole body the only message left is the client's disconnect, which may come at any time.
             message = await asyncio.wait_for(receive(), None if self.whole else self.limits.body_seconds)
         except TimeoutError as error:
             told = f"got no more of the body for {self.limits.body_seconds:g} s, expected it whole; send it again"
@@ -151,6 +159,7 @@ class _Body:
         return message
 
     def _measure(self, length: int) -> None:
+        """Refuses a body of `length` bytes if it is too large itself, or too large beside the other bodies held."""
         if length > self.limits.body_bytes:
             told = f"got a body above {self.limits.body_bytes} bytes, expected less; send smaller or fewer pictures"
             raise self._refuse(ApiError(413, told, code="body_too_large"))
@@ -170,11 +179,13 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def is_own_name(host: str, allowed: Collection[str]) -> bool:
-    """Whether a Host header cannot be a stranger's. Any site may let its name point at this machine, and its page is then of one origin
-    with this server; what it cannot have is an address for a name, or a name that the public DNS does not hold."""
+    """Whether a Host header names this server and not another site: an IP address, a name outside the public DNS, or one of `allowed`.
+
+    This stops DNS rebinding: a site can make its own name point at this machine, and its page then has the same origin as this server.
+    """
     try:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
-    except ValueError:  # no host at all
+    except ValueError:  # not a host
         return False
     try:
         ipaddress.ip_address(name)
@@ -184,8 +195,10 @@ def is_own_name(host: str, allowed: Collection[str]) -> bool:
 
 
 def is_foreign(headers: Mapping[str, str]) -> bool:
-    """Whether a page of another site sends this. Browsers let any page send a form anywhere; programs send no origin, and what is built
-    like a browser (an extension, a desktop program) has one of its own kind."""
+    """Whether a page of another site sent the request: browsers let any page post a form to any address.
+
+    Programs send no Origin. Browser extensions and desktop programs send one with a scheme of their own, and are no sites.
+    """
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if origin is not None and origin != "null" and not origin.startswith(("http://", "https://")):
         return False
@@ -195,17 +208,17 @@ def is_foreign(headers: Mapping[str, str]) -> bool:
 
 
 def is_same_origin(headers: Mapping[str, str]) -> bool:
-    """Whether the page that sends this is the server's own, by name and port; so is what is no page."""
+    """Whether Origin and Host agree on name and port, that is, the server's own page sent this. A missing Origin (a program) agrees."""
     origin = headers.get("origin")
     try:
         return origin is None or urlsplit(origin).netloc == headers.get("host")
-    except ValueError:  # no address at all
+    except ValueError:  # not a URL
         return False
 
 
 def check_key(expected: str | None, given: bytes) -> None:
-    """Raises ApiError (401) for another key than the expected one; None: any will do."""
-    # constant time: how long it takes says nothing about how much of the key was right
+    """Raises ApiError (401) if the given key is not the expected one. expected: None if no key is needed."""
+    # compare_digest takes constant time, which says nothing about how much of the key was right
     if expected is not None and not hmac.compare_digest(given, expected.encode()):
         raise ApiError(
             401,
@@ -216,12 +229,12 @@ def check_key(expected: str | None, given: bytes) -> None:
 
 
 def internal_error() -> ApiError:
-    """What a client is told of a failure that is ours. The traceback is in the log; trying again would fail again."""
+    """What a client is told of a failure that is the server's. The log has the traceback; a retry would fail again."""
     return ApiError(500, "internal error; the server's log says more", type="server_error", headers={"x-should-retry": "false"})
 
 
 async def _answer(send: Send, error: ApiError, close: bool) -> None:
-    """close: what is left of a refused body is not read, so the connection cannot be used again."""
+    """Sends an error as the whole answer. close: the rest of a refused body is not read, so the connection cannot be used again."""
     body = json.dumps(error.body()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     headers |= {"connection": "close"} if close else {}

@@ -1,4 +1,4 @@
-"""Counters in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+"""Counters, summaries and gauges in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ class Metrics:
         self._values: dict[str, dict[str, float]] = defaultdict(dict)
 
     def add(self, name: str, value: float = 1, **labels: str) -> None:
-        """A counter grows."""
+        """Adds to a counter."""
         with self._lock:
             self._add(name, name, value, labels)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """A summary sees one more value: NAME_sum and NAME_count."""
+        """Adds one value to a summary: to NAME_sum, and 1 to NAME_count."""
         with self._lock:
             self._add(name, f"{name}_sum", value, labels)
             self._add(name, f"{name}_count", 1, labels)
 
     def set(self, name: str, value: float) -> None:
-        """A gauge is at a value."""
+        """Sets a gauge."""
         with self._lock:
             self._values[name][name] = value
 
     def get(self, name: str, **labels: str) -> float:
-        """The present value of one sample, 0 if there was none."""
+        """The current value of one sample, 0 if it was never changed. name: with _sum or _count for a summary."""
         family = next((f for f in HELP if name == f or name in (f"{f}_sum", f"{f}_count")), name)
         with self._lock:
             return self._values[family].get(_sample(name, labels), 0.0)
 
     def text(self) -> str:
+        """All families of HELP, in that order, as Prometheus scrapes them."""
         lines = []
         with self._lock:
             for name, (kind, help_) in HELP.items():

@@ -1,7 +1,7 @@
 """Several servers behind one address, on Ray Serve: on the cores or GPUs of one machine, or of a Ray cluster.
 
-Each replica is a process with a model, a queue and an engine of its own (`create_app`); Ray's proxy hands each request to the replica
-that is least busy, and starts a replica again that died. What a replica was working on when it died is lost, nothing else.
+Each replica is a process with its own model, queue and engine (`create_app`). Ray's proxy sends each request to the least busy replica, and
+Ray restarts a replica that dies. Only what that replica was working on is lost.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fastapi import FastAPI
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import DRAIN_SECONDS, create_app
-from hyperbagel.serve.run import bind, warm_up
+from hyperbagel.serve.run import bind, url_of, warm_up
 from hyperbagel.serve.schemas import Limits
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every replica is made from; read in its own process, so folders must be there on every machine."""
+    """What every replica is made from. Each reads it in its own process, so the model's folder must exist on every machine."""
 
     model: str = "toybox"
     device: str | None = None
@@ -38,11 +38,11 @@ class Settings:
 
 
 class Replica:
-    """What Ray makes N of. The names with underscores are Ray's."""
+    """The class that Ray instantiates once per replica. The method with underscores in its name is Ray's hook."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        # Ray shows each replica its own GPU alone, whatever its number on the machine
+        # Ray shows each replica only its own GPU, as number 0, whatever its number on the machine.
         device = "cuda" if (settings.device or "").startswith("cuda") else settings.device
         self.model = HyperBagel.from_pretrained(settings.model, device=device, dtype=settings.dtype, graphs=settings.graphs)  # type: ignore[arg-type]
         warm_up(self.model)
@@ -53,19 +53,19 @@ class Replica:
 
 
 def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM. RAY_ADDRESS names a cluster to join; without it, one is started on this machine and ended again.
+    """Serves until SIGINT or SIGTERM. RAY_ADDRESS names a cluster to join; without it, one is started on this machine, and stopped after.
 
     Raises:
         InputError: Ray is not installed, the port is taken, or there are fewer cores or GPUs than replicas.
     """
     try:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unless the user says so
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics leave the machine unless the user asks for it
         import ray
         from ray import serve
     except ImportError as error:
         told = f"got --replicas {replicas} without Ray, expected it installed; pip install 'hyperbagel[scale]', or leave --replicas out"
         raise InputError(told) from error
-    listener = bind(host, port)  # tells at once if it cannot be had, and finds a free one for port 0
+    listener = bind(host, port)  # fails at once if the port is taken, and finds a free one for port 0
     port = listener.getsockname()[1]
     listener.close()
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -80,14 +80,13 @@ def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready:
             serve.ingress()(Replica),
             name="hyperbagel",
             num_replicas=replicas,
-            # a replica's own queue says 429 when it is full; Ray only sees to it that the replicas share evenly
+            # A replica's own queue refuses with 429 when it is full; this higher limit only makes Ray spread requests evenly.
             max_ongoing_requests=settings.limits.waiting + 4 * settings.limits.batch,
             ray_actor_options=needs,
             graceful_shutdown_timeout_s=DRAIN_SECONDS,
         )
         serve.run(deployment.bind(settings), name="hyperbagel", route_prefix="/")
-        shown = f"[{host}]" if ":" in host else host
-        ready(f"http://{shown}:{port}")
+        ready(url_of(host, port))
         _wait()
         serve.shutdown()
     finally:
@@ -95,15 +94,15 @@ def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready:
 
 
 def _needs(device: str | None) -> dict[str, Any]:
-    """One core a replica; and one GPU, if it is to run on one."""
+    """The resources of one replica, by Ray's names: one core, and one GPU if it runs on one."""
     gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     return {"num_cpus": 1, "num_gpus": int(gpu)}
 
 
 def _wait() -> None:
-    """Until SIGINT or SIGTERM."""
+    """Waits for SIGINT or SIGTERM."""
     stop = threading.Event()
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, lambda *_: stop.set())
-    while not stop.wait(1.0):  # with a time limit, so that Python gets to run its handlers
+    while not stop.wait(1.0):  # with a time limit, so that Python gets to run the handlers
         pass

@@ -1,4 +1,4 @@
-"""Running the server on a socket."""
+"""Runs the ASGI application on a socket, with uvicorn: listening, warming up, shutting down."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ from hyperbagel.serve.app import DRAIN_SECONDS
 
 
 def warm_up(model: HyperBagel) -> None:
-    """An answer that nobody waits for: libraries find their kernels, and what drafting costs here is measured (1 to 2 s on a CPU)."""
+    """Asks the model one throwaway question, so that no client waits for libraries to choose their kernels and for drafting to be timed.
+
+    Takes 1 to 2 s on a CPU. A failure is a Notice, not an error.
+    """
     try:
         model.ask("hello", max_tokens=2)
-    except Exception as error:  # of a request it would be that request's; pictures may well be drawn
+    except Exception as error:  # in a request it would fail that request alone; drawing may still work
         warnings.warn(f"the first answer failed ({one_line(error)}), and others may", Notice, stacklevel=2)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening place. Port 0: any free one. Raises InputError if it cannot be had."""
-    if not host.strip():  # to a socket it is every address of this machine
+    """A TCP socket that listens on host:port; port 0 takes any free one. Raises InputError if that is impossible."""
+    if not host.strip():  # a socket takes it for every address of this machine
         raise InputError("got an empty host, expected an address of this machine; try --host 127.0.0.1, or 0.0.0.0 for every one")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol must be named: asyncio turns Nagle's algorithm off (40 ms an answer) only on sockets that say they are TCP.
+    # The protocol must be named: asyncio turns off Nagle's algorithm, which costs 40 ms per answer, only on sockets that say they are TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(2048)  # from here on connections wait instead of being refused, also before the first is served
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, such as "a..b"
+        listener.listen(2048)  # from here on connections wait instead of being refused, even while the model is still loading
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a host name at all, such as "a..b"
         listener.close()
         reason = getattr(error, "strerror", None) or str(error)
         own = isinstance(error, UnicodeError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
@@ -49,18 +52,24 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def url_of(host: str, port: int) -> str:
+    """The address that clients use; an IPv6 host needs brackets in it."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A second Ctrl-C ends the process here: on the way that uvicorn takes each request leaves a traceback, and Python's own end kills
+        """Ends the process at once at a second Ctrl-C. uvicorn's own way prints a traceback for each request, and Python's exit would kill
         the engine's threads in the middle of a computation, which aborts the process."""
         if self.should_exit and sig == signal.SIGINT:
-            os.write(2, b"\ninterrupted; what was at work is lost\n")  # not print: this may have cut into another one
+            os.write(2, b"\ninterrupted; what was at work is lost\n")  # not print: the signal may have interrupted another print
             os._exit(130)
         super().handle_exit(sig, frame)
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:
-    """SIGINT and SIGTERM: nothing new is taken, what runs is finished for up to DRAIN_SECONDS; a second Ctrl-C ends at once."""
+    """The application under uvicorn. After SIGINT or SIGTERM it takes nothing new and finishes what runs, for up to DRAIN_SECONDS; a second
+    Ctrl-C ends it at once."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -76,13 +85,12 @@ def make_server(app: FastAPI) -> uvicorn.Server:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """What was given up when DRAIN_SECONDS had passed is told in a line; the traceback of each says nothing more."""
+    """False for the tracebacks of requests that were given up after DRAIN_SECONDS: uvicorn has already said so in one line."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def run(app: FastAPI, listener: socket.socket, host: str, ready: Callable[[str], None]) -> None:
-    """Serves at a place of `bind` until it is told to stop. `ready` is called with the address before the first request."""
-    warnings.filterwarnings("always", category=Notice)  # each is of one request; Python would show the first of them alone
-    shown = f"[{host}]" if ":" in host else host
-    ready(f"http://{shown}:{listener.getsockname()[1]}")
+    """Serves on the socket of `bind(host, ...)` until a signal stops it. `ready` is called with the address before the first request."""
+    warnings.filterwarnings("always", category=Notice)  # each concerns one request; Python would show only the first of them
+    ready(url_of(host, listener.getsockname()[1]))
     make_server(app).run(sockets=[listener])
