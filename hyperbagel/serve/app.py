@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,19 +16,20 @@ from pydantic import ValidationError
 
 from hyperbagel import __version__
 from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import HyperBagel
+from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest
 from hyperbagel.serve import streams
 from hyperbagel.serve.card import model_card
 from hyperbagel.serve.forms import EDIT_FORM, read_edit
 from hyperbagel.serve.guard import Guard
 from hyperbagel.serve.incoming import Incoming
+from hyperbagel.serve.jobs import Job
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.outgoing import chat_message, choice_facts, image_usage, images_answer
 from hyperbagel.serve.page import add_page
 from hyperbagel.serve.realtime import Live
 from hyperbagel.serve.schemas import ApiError, ChatBody, ErrorBody, GenerationBody, ImageFields, Limits
 from hyperbagel.serve.streams import as_api_error, collect, event_stream
-from hyperbagel.serve.worker import Engine, Job, device_failed, shutting_down
+from hyperbagel.serve.worker import Engine, device_failed, shutting_down
 
 CLIENT_GONE = 499  # the status, known from nginx, of a request whose client left: for logs and metrics, nobody receives it
 DRAIN_SECONDS = 30.0  # how long a server that shuts down finishes what it has accepted
@@ -167,7 +168,7 @@ class Service:
     async def chat(self, request: Request, body: Annotated[ChatBody, Body()]) -> Response:
         """Answers with text, or with a picture if "image" is among the modalities."""
         draw = "image" in (body.modalities or ())
-        read = self.incoming.chat_pictures if draw else self.incoming.questions
+        read: Callable[[ChatBody], Sequence[ImageRequest | AskRequest]] = self.incoming.chat_pictures if draw else self.incoming.questions
         requests = await asyncio.to_thread(read, body)
         job = Job(requests, stream=bool(body.stream))
         self.engine.submit(job)
@@ -177,7 +178,6 @@ class Service:
         if results is None:
             return Response(status_code=CLIENT_GONE)
         return JSONResponse(await asyncio.to_thread(self._completion, body, requests, results))
-
 
     def _completion(self, body: ChatBody, requests: Sequence[Any], results: Sequence[Any]) -> dict[str, Any]:
         choices = [

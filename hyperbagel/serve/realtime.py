@@ -1,12 +1,12 @@
-"""/v1/live: pictures while one types. A WebSocket on which the latest request wins.
+"""/v1/live: pictures while the user types, on a WebSocket where the latest request wins.
 
-The client sends JSON: `hello` (first; the key, if one is needed), `source` (a picture to edit, or null), `draw` (see `Draw`), `stop`. The
-server sends JSON (`ready`, `source`, `cancelled`, `error`) and pictures as binary frames: four bytes, big-endian, the length of a JSON
-header; the header; a PNG with its settings inside.
+The client sends JSON: `hello` (first; with the key, if one is needed), `source` (a picture to edit, or null), `draw` (see `Draw`), `stop`.
+The server sends JSON (`ready`, `source`, `cancelled`, `error`), and pictures as binary frames: the length of a JSON header (4 bytes,
+big-endian), the header, and a PNG with its settings inside.
 
-One connection has one request at work and at most one that waits. A new one takes the place of the one that waits, and cancels the one at
-work at its next denoising step. Only a preview that is as good as done, because the last one took no longer than `SHORT`, is let finish, so
-that a moving slider shows pictures all along.
+A connection has one request at work and at most one that waits. A new request replaces the waiting one, and cancels the one at work at its
+next denoising step. The exception is a preview when the last one took at most `SHORT`: it is nearly done and may finish, so that a slider
+in motion keeps showing pictures.
 """
 
 from __future__ import annotations
@@ -28,25 +28,28 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel, ImageResult
 from hyperbagel.serve.guard import check_key, is_same_origin
 from hyperbagel.serve.incoming import Incoming, data_url
+from hyperbagel.serve.jobs import Cancelled, Done, Failed, Job
 from hyperbagel.serve.outgoing import file_of
 from hyperbagel.serve.schemas import ApiError, GenerationBody, Scale, Strict
 from hyperbagel.serve.streams import as_api_error
-from hyperbagel.serve.worker import Cancelled, Done, Engine, Failed, Job
+from hyperbagel.serve.worker import Engine
 
 logger = logging.getLogger("hyperbagel.serve")
-SHORT = 0.25  # seconds
-HELLO_SECONDS = 20.0
-PREVIEW_STEPS, BETTER_STEPS = 4, 20  # of the model itself, where no student takes its place
+SHORT = 0.25  # seconds that a preview may take and not be cancelled
+HELLO_SECONDS = 20.0  # how long a new connection may take to say hello
+PREVIEW_STEPS, BETTER_STEPS = 4, 20  # steps of the model itself in tiers for which there is no student
 Tier = Literal["preview", "better", "full"]
 
 
 class Hello(Strict):
+    """The first message of a connection."""
+
     type: Literal["hello"]
     key: str = Field("", max_length=1000)
 
 
 class Source(Strict):
-    """The picture that following requests edit; null: they draw from the text alone."""
+    """The picture that later requests edit; null: they draw from the text alone."""
 
     type: Literal["source"]
     id: int
@@ -54,7 +57,10 @@ class Source(Strict):
 
 
 class Draw(Strict):
-    """preview: the student of the fewest evaluations. better: the next one. full: the model itself. All start from the seed's one noise."""
+    """A picture to draw or edit. One seed gives the same noise in all tiers.
+
+    tier: preview is drawn by the student with the fewest evaluations, better by the next student, full by the model itself (see `tiers`).
+    """
 
     type: Literal["draw"]
     id: int
@@ -67,13 +73,13 @@ class Draw(Strict):
 
 
 class Stop(Strict):
-    """Ends what is at work and what waits."""
+    """Cancels the request at work and the one that waits."""
 
     type: Literal["stop"]
 
 
 class Named(BaseModel):
-    """What can be told of a message that is refused: all else is ignored."""
+    """The id of a message that is refused; its other fields are ignored."""
 
     id: int
 
@@ -83,10 +89,10 @@ MESSAGE: TypeAdapter[Said] = TypeAdapter(Annotated[Said, Field(discriminator="ty
 
 
 def tiers(model: HyperBagel) -> dict[str, dict[str, Any]]:
-    """Who draws each tier: a student, or the model itself in so many steps (None: as many as usual)."""
+    """Who draws each tier: a student, or the model itself ("none") in `steps` steps; None: as many as usual."""
     students = sorted(model.students.names(), key=lambda name: model.students.sampler(name).nfe)
     chosen: list[dict[str, Any]] = [{"student": name, "steps": None} for name in students[:2]]
-    merged = model.sampler is not None  # it has a student's few steps itself
+    merged = model.sampler is not None  # a student is merged into the model: few steps are its usual
     if not students:
         chosen.append({"student": "none", "steps": None if merged else PREVIEW_STEPS})
     if len(chosen) < 2:
@@ -103,24 +109,25 @@ class Live:
     async def serve(self, socket: WebSocket) -> None:
         """The endpoint."""
         await socket.accept()
-        line = _Connection(socket, self)
+        connection = _Connection(socket, self)
         try:
             if not is_same_origin(socket.headers):
                 raise ApiError(403, "got a page of another site, expected one of this server; open the server's own address")
-            await line.greet()
-            async with self._place():  # not before: who has no key must not keep out who has one
-                await line.run()
+            await connection.greet()
+            async with self._place():  # only now: clients without the key must not take the places of those who have it
+                await connection.run()
         except WebSocketDisconnect:
             pass
         except Exception as error:
             if not isinstance(error, ApiError | ValidationError):
                 logger.exception("error on a live connection")
-            with suppress(WebSocketDisconnect, RuntimeError):  # it may be gone
-                await line.refuse(error)
+            with suppress(WebSocketDisconnect, RuntimeError):  # the client may be gone
+                await connection.refuse(error)
                 await socket.close(1008)
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
+        """Counts a connection while it lasts. Raises ApiError (429) if there are too many."""
         limit = self.incoming.limits.live
         if self.count >= limit:
             raise ApiError(429, f"got one more than {limit} live connections, expected fewer; try again later", code="too_many_connections")
@@ -133,23 +140,25 @@ class Live:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request, and the picture that held when it came: a later one is not for it."""
+    """A request, and the source picture at its arrival: a picture sent later does not apply to it."""
 
     draw: Draw
     source: Image | None
 
 
 class _Connection:
+    """One client. The task in `run` reads its messages; a second task (`_work`) draws one request after another."""
+
     def __init__(self, socket: WebSocket, live: Live) -> None:
         self.socket, self.live = socket, live
         self.tiers = tiers(live.incoming.model)
         self.source: Image | None = None
         self.waiting: _Asked | None = None
-        self.came = asyncio.Event()  # something waits
-        self.job: Job | None = None
+        self.came = asyncio.Event()  # `waiting` has changed
         self.at_work: Draw | None = None
-        self.overtaken = False  # what is at work
-        self.last_preview = 0.0  # seconds
+        self.job: Job | None = None  # of the request at work; it has none before it is read and submitted
+        self.overtaken = False  # the request at work has been cancelled, perhaps before it had a job
+        self.last_preview = 0.0  # seconds that the last preview took
         self.sending = asyncio.Lock()
 
     async def greet(self) -> None:
@@ -163,7 +172,7 @@ class _Connection:
         check_key(self.live.api_key, message.key.strip().encode())
 
     async def run(self) -> None:
-        """Until the client goes away."""
+        """Serves the client until it goes away. Raises WebSocketDisconnect then."""
         await self._say({"type": "ready", "tiers": self.tiers})
         worker = asyncio.create_task(self._work())
         try:
@@ -189,6 +198,7 @@ class _Connection:
             raise ApiError(400, "got a binary frame, expected JSON") from error
 
     async def _take(self, message: Said) -> None:
+        """Acts on a message after hello."""
         if isinstance(message, Source):
             try:
                 data = None if message.image is None else data_url(message.image)
@@ -201,9 +211,9 @@ class _Connection:
             return
         if not isinstance(message, Draw | Stop):
             raise ApiError(400, "got a second hello, expected source, draw or stop")
-        # All of this before anything is awaited: afterwards the message itself may be what is at work.
+        # All of this happens before anything is awaited: after an await this message itself may be the one at work.
         if isinstance(message, Stop) or not self._nearly_done():
-            self.overtaken = True  # it may be at work without having a job yet
+            self.overtaken = True
             if self.job is not None:
                 self.job.cancel()
         old, self.waiting = self.waiting, _Asked(message, self.source) if isinstance(message, Draw) else None
@@ -215,7 +225,7 @@ class _Connection:
         return self.at_work is not None and self.at_work.tier == "preview" and self.last_preview <= SHORT
 
     async def _work(self) -> None:
-        """One request after another, always the latest."""
+        """Draws one request after another, always the latest."""
         while True:
             await self.came.wait()
             self.came.clear()
@@ -226,7 +236,7 @@ class _Connection:
             try:
                 await self._draw(asked.draw, asked.source)
             except WebSocketDisconnect:
-                return  # the reader sees it too
+                return  # `run` sees it too
             except Exception as error:
                 if as_api_error(error).status >= 500:
                     logger.error("a live picture failed", exc_info=error)
@@ -241,7 +251,7 @@ class _Connection:
         images = [] if source is None else [source]
         requests = await asyncio.to_thread(self.live.incoming.drawing, body, images)
         self.job = Job(requests, keep=True)
-        if self.overtaken:  # while it was being read
+        if self.overtaken:  # while the request was being read
             self.job.cancel()
         self.live.engine.submit(self.job)
         event = await self.job.events.get()
@@ -254,7 +264,7 @@ class _Connection:
 
     async def _show(self, asked: Draw, result: ImageResult, began: float) -> None:
         drawn = time.perf_counter()
-        # lightly compressed: a preview is looked at once
+        # Level 1, the fastest: most of these pictures are soon replaced by the next one.
         png = await asyncio.to_thread(file_of, result.image, settings=result.settings, level=1)
         now = time.perf_counter()
         timings = result.timings | {"wait": max(0.0, drawn - began - sum(result.timings.values())), "encode": now - drawn}
@@ -272,7 +282,7 @@ class _Connection:
 
 
 def _id(text: str) -> int | None:
-    """The id of a message that is refused, so that its client knows which one it was; None if it has none that can be read."""
+    """The id of a refused message, which tells its client which one it was; None if no id can be read."""
     try:
         return Named.model_validate_json(text).id
     except ValidationError:

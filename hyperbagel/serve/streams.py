@@ -1,4 +1,7 @@
-"""What a job tells, as events of a stream or as the results of one answer; and what ends it: its end, an error, a client that went away."""
+"""Follows a job to its end: as a stream of server-sent events, or until all results are there for one answer.
+
+A job ends when all its results are done, when it fails, or when its client goes away. Errors become answers here (`as_api_error`).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from pydantic import ValidationError
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel, ImageRequest, ImageResult, TextResult
 from hyperbagel.serve.guard import internal_error
+from hyperbagel.serve.jobs import Cancelled, Done, Event, Failed, Job, Preview, Progress, Text
 from hyperbagel.serve.outgoing import (
     ThinkSplitter,
     about,
@@ -30,18 +34,17 @@ from hyperbagel.serve.outgoing import (
     sse,
 )
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields
-from hyperbagel.serve.worker import Cancelled, Done, Event, Failed, Job, Preview, Progress, Text
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any refusal or failure as an answer; what is not the client's doing says nothing about the inside."""
+    """Any refusal or failure as an answer. One that is not the client's fault reveals nothing about the server's inside."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestValidationError | ValidationError):
         return _wrong_body(error)
     if isinstance(error, StarletteHTTPException):
         told = str(error.detail)
-        if error.status_code == 400:  # what no decoder of JSON has a place for: nested too deep, not UTF-8, numbers of thousands of digits
+        if error.status_code == 400:  # JSON that fails without a position: nested too deep, not UTF-8, numbers of thousands of digits
             told = f"got a body that cannot be read ({told}), expected a JSON object in UTF-8"
         return ApiError(error.status_code, told, headers=dict(error.headers or {}))
     if isinstance(error, InputError):
@@ -50,17 +53,17 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
-    """What is wrong with a body. Of the alternatives of a field the one that fits furthest is what the client meant."""
+    """pydantic's errors about a body as one answer. Of a field's alternatives, the deepest error is taken for what the client meant."""
     first: Any = max(error.errors(), key=lambda detail: (len(detail["loc"]), detail["type"] == "too_long"))
     kind, path = first["type"], list(first["loc"])
-    if kind == "json_invalid":  # its place is a character, not a field
-        place = f", character {path[-1]}" if path else ""  # a text that was read on its own, as Live's messages are, has none
+    if kind == "json_invalid":  # its location is a character, not a field
+        place = f", character {path[-1]}" if path else ""  # none if the text was no HTTP body, as Live's messages
         told = f"got JSON that cannot be read ({first['ctx']['error']}{place}), expected a whole JSON object"
         return ApiError(400, told, code="invalid_value")
     if kind == "model_attributes_type" and path == ["body"]:
         what = "another content type" if isinstance(first["input"], bytes) else f"a JSON {type(first['input']).__name__}"
         return ApiError(400, f"got {what}, expected a JSON object with the header Content-Type: application/json", code="invalid_value")
-    # pydantic's names of alternatives, such as list[Part], are no fields; the client's own last word is one whatever it looks like
+    # pydantic puts names of alternatives, such as list[Part], into the path: they are no fields. An unknown field may have any name.
     last = len(path) - 1 if kind == "extra_forbidden" else -1
     fields = [
         str(piece) for i, piece in enumerate(path) if piece != "body" and (isinstance(piece, int) or piece.isidentifier() or i == last)
@@ -68,9 +71,9 @@ def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
     where = ".".join(fields) or None
     if kind == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {where}", param=where, code="unknown_parameter")
-    if kind == "value_error":  # ours, without pydantic's "Value error, "
+    if kind == "value_error":  # our own message, without pydantic's "Value error, "
         told = str(first["ctx"]["error"])
-    elif kind == "missing":  # its input is all that is around it
+    elif kind == "missing":  # its input would be the whole object around the field
         told = "got nothing, expected a value"
     else:
         told = f"got {_short(first['input'])}, {first['msg'][:1].lower()}{first['msg'][1:]}"
@@ -78,13 +81,13 @@ def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
 
 
 def _short(value: Any) -> str:
-    """A value as a message can hold it. Of a long one the rest is not written out: it may be millions of values."""
+    """A value in at most 60 characters. It is cut before repr: it may hold millions of values."""
     text = repr(value[:60]) if isinstance(value, str | bytes | list | tuple) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 async def follow(job: Job, request: Request) -> AsyncGenerator[Event, None]:
-    """The job's events up to its end. A client that goes away cancels the job; so does a reader that stops early."""
+    """The job's events up to its end. The job is cancelled if the client goes away, and if the caller stops reading early."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -106,12 +109,12 @@ async def follow(job: Job, request: Request) -> AsyncGenerator[Event, None]:
 
 
 async def collect(job: Job, request: Request) -> list[Any] | None:
-    """All results in order; None if the client went away. Raises what the job failed with."""
+    """All results in the order of the units; None if the client went away. Raises what `_failure` says if the job failed."""
     results: dict[int, Any] = {}
     async with aclosing(follow(job, request)) as events:
         async for event in events:
             if isinstance(event, Failed):
-                raise event.error if isinstance(event.error, InputError) else internal_error()
+                raise _failure(event)
             if isinstance(event, Cancelled):
                 return None
             if isinstance(event, Done):
@@ -119,16 +122,21 @@ async def collect(job: Job, request: Request) -> list[Any] | None:
     return [results[i] for i in sorted(results)]
 
 
-Events = Callable[[AsyncIterator[Event]], AsyncIterator[str]]
+def _failure(failed: Failed) -> Exception:
+    """What to raise for a job that failed: the client's mistake as it is, any other error without its details."""
+    return failed.error if isinstance(failed.error, InputError) else internal_error()
+
+
+Events = Callable[[AsyncIterator[Event]], AsyncIterator[str]]  # from a job's events to the text of server-sent events
 
 
 async def event_stream(job: Job, request: Request, events: Events) -> Response:
-    """Server-sent events. The first event is awaited, so that a job that fails at once is answered with a status of its own."""
+    """A response of server-sent events. It waits for the job's first event, so that a job that fails at once gets an error status."""
     source = follow(job, request)
     first = await anext(source)
     if isinstance(first, Failed):
         await source.aclose()
-        raise first.error if isinstance(first.error, InputError) else internal_error()
+        raise _failure(first)
 
     async def all_events() -> AsyncGenerator[Event, None]:
         async with aclosing(source):
@@ -145,7 +153,7 @@ async def event_stream(job: Job, request: Request, events: Events) -> Response:
 
 
 def image_events(job: Job, model: HyperBagel, body: ImageFields, requests: Sequence[ImageRequest], name: str) -> Events:
-    """`NAME.progress` if asked for, `NAME.partial_image`, `NAME.completed`; `index` (ours) says which of n pictures."""
+    """The events `NAME.progress` (if asked for), `NAME.partial_image` and `NAME.completed`. `index`, a field of ours: which of the n."""
 
     async def events(told: AsyncIterator[Event]) -> AsyncIterator[str]:
         async for event in told:
@@ -168,7 +176,7 @@ def image_events(job: Job, model: HyperBagel, body: ImageFields, requests: Seque
 
 
 def chat_events(job: Job, model: HyperBagel, body: ChatBody, called: str) -> Events:
-    """`chat.completion.chunk`s and [DONE]."""
+    """The chunks of a chat answer, usage if asked for, and [DONE]. called: the model's name in the answer."""
     head = {"id": new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": called}
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     extra: dict[str, Any] = {"usage": None} if with_usage else {}
@@ -179,7 +187,7 @@ def chat_events(job: Job, model: HyperBagel, body: ChatBody, called: str) -> Eve
         return sse(head | {"choices": [choice]} | extra)
 
     async def last(event: Done) -> list[str]:
-        """What is left to say of an answer, and its end."""
+        """The last chunks of one choice: text held back or the picture, then the finish reason."""
         i, result = event.index, event.result
         out = [chunk(i, {name: text}) for name, text in splitters[i].finish()]
         if isinstance(result, ImageResult):
@@ -213,7 +221,7 @@ def chat_events(job: Job, model: HyperBagel, body: ChatBody, called: str) -> Eve
 
 
 def usage_of(model: HyperBagel, requests: Sequence[Any], results: Sequence[Any]) -> dict[str, int]:
-    """Tokens of a chat, summed over its choices; the prompt counts once, as OpenAI counts it."""
+    """Tokens of a chat, summed over its choices. The prompt counts once, as OpenAI counts it."""
     if isinstance(results[0], TextResult):
         return chat_usage(results[0].prompt_tokens, sum(result.tokens for result in results))
     usage = image_usage(model, requests, results)

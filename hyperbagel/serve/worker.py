@@ -1,12 +1,7 @@
-"""The engine: requests wait in one bounded queue; one thread a device takes those that fit together and works on them as a batch.
-
-A `Job` is one HTTP request. It holds `Unit`s, one a picture or an answer, which may run in different batches. Threads tell the event loop
-what happened through `Job.events`; the loop tells threads through `Job.cancel`, which is seen at the next denoising step or token.
-"""
+"""The engine: units of jobs wait in one bounded queue; one thread per device takes those that fit together and runs them as a batch."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import threading
@@ -14,7 +9,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,6 +17,7 @@ from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import AskRequest, Contexts, HyperBagel, ImageRequest, ImageResult, TextResult
+from hyperbagel.serve.jobs import Done, Job, Preview, Progress, Started, Text, Unit
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.previews import Previews
 from hyperbagel.serve.schemas import ApiError
@@ -29,117 +25,15 @@ from hyperbagel.serve.schemas import ApiError
 logger = logging.getLogger("hyperbagel.serve")
 
 
-@dataclass(frozen=True)
-class Text:
-    """More text of answer `index`."""
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Started:
-    """A picture of a stream has passed every check and is being worked on: the stream may begin."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Picture `index` has seen `done` of `total` denoising steps."""
-
-    index: int
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Picture `index` as far as it is; `number` counts its previews from 0."""
-
-    index: int
-    number: int
-    image: Image
-
-
-@dataclass(frozen=True)
-class Done:
-    index: int
-    result: ImageResult | TextResult
-
-
-@dataclass(frozen=True)
-class Failed:
-    error: Exception
-
-
-@dataclass(frozen=True)
-class Cancelled:
-    pass
-
-
-Event = Started | Progress | Text | Preview | Done | Failed | Cancelled
-
-
 class Stop(Exception):
-    """Raised inside the model when nobody waits for the batch any more."""
-
-
-class Job:
-    """One HTTP request. Made on the event loop that will read `events`."""
-
-    def __init__(
-        self,
-        requests: Sequence[ImageRequest | AskRequest],
-        *,
-        stream: bool = False,
-        previews: int = 0,
-        progress: bool = False,
-        keep: bool = False,
-    ) -> None:
-        """stream: the answer is sent as it comes. previews: pictures to send before the last one. progress: tell of every step.
-        keep: the pictures it starts from will come again, so their contexts are kept."""
-        self.units = [Unit(self, i, request) for i, request in enumerate(requests)]
-        self.stream, self.previews, self.progress, self.keep = stream, previews, progress, keep
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.told = False  # something of the answer has been sent, so it cannot be started again
-        self._loop, self._over = asyncio.get_running_loop(), threading.Event()
-
-    @property
-    def over(self) -> bool:
-        """Cancelled or failed: what is left of it need not be done."""
-        return self._over.is_set()
-
-    def tell(self, event: Event) -> None:
-        """From any thread."""
-        self.told = self.told or isinstance(event, Text | Progress | Preview)
-        try:
-            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody waits
-            self._over.set()
-
-    def cancel(self) -> None:
-        if not self._over.is_set():
-            self._over.set()
-            self.tell(Cancelled())
-
-    def fail(self, error: Exception) -> None:
-        if not self._over.is_set():
-            self._over.set()
-            self.tell(Failed(error))
-
-
-class Unit:
-    """One picture or one answer."""
-
-    def __init__(self, job: Job, index: int, request: ImageRequest | AskRequest) -> None:
-        self.job, self.index, self.request = job, index, request
-        self.fit: Hashable = None  # shares a batch with its equals; set when it is submitted
+    """Raised in the model's callbacks to abandon a batch that nobody waits for any more."""
 
 
 def batch_key(request: ImageRequest | AskRequest) -> Hashable:
-    """Requests of equal keys share every forward, so that row i of a batch is request i."""
+    """Requests with equal keys can share every forward pass: row i of the batch is request i throughout."""
     if isinstance(request, AskRequest):
         return "ask", request.max_tokens, request.temperature, request.drafter
-    # Defaults are the student's or the model's own: here only what was asked for is compared.
+    # Only what was asked for is compared. The defaults behind None are those of the student or the model, which are compared too.
     apart = {"prompt", "images", "inputs", "seed", "size", "max_think_tokens", "student", "mask"}
     own = {f.name for f in fields(request)} - apart
     student = None if request.student == "none" else request.student
@@ -147,10 +41,13 @@ def batch_key(request: ImageRequest | AskRequest) -> Hashable:
 
 
 def area_class(request: ImageRequest | AskRequest, usual: tuple[int, int], resized: Callable[[int, int], tuple[int, int]]) -> int:
-    """0 for pictures of up to 512 x 512 pixels and for answers, 1 for up to twice that, 2 above.
+    """A second part of `Unit.fit`, by area: 0 for answers and pictures of up to 512 x 512 pixels, 1 for up to twice that, 2 above.
 
-    Rows of a batch are padded to the longest: beside one of 1024 x 1024 each of 256 x 256 would take sixteen times its work. usual: the
-    size of pictures that nobody gave one. resized: what a picture's (width, height) become when it is edited.
+    The rows of a batch are padded to the longest, so beside a picture of 1024 x 1024 one of 256 x 256 would cost 16 times its own work.
+
+    Args:
+        usual: (height, width) of a picture that was given no size.
+        resized: from the (width, height) of a picture to edit to those of the result.
     """
     if isinstance(request, AskRequest):
         return 0
@@ -158,30 +55,36 @@ def area_class(request: ImageRequest | AskRequest, usual: tuple[int, int], resiz
     if size is None:
         pictures = [item for item in request.items() if isinstance(item, Image)]
         size = resized(*pictures[-1 if request.mask is None else 0].size) if pictures else usual
-    return (min(size[0] * size[1], 1 << 20) - 1 >> 18).bit_length()
+    return sum(size[0] * size[1] > most for most in (512 * 512, 2 * 512 * 512))
 
 
 class Engine:
-    """models: one a device, of equal weights. waiting: units in the queue. batch: units that share forwards."""
+    """One queue and one thread per model.
+
+    models: one per device, all with the same weights. waiting: how many units the queue holds. batch: the most units in one batch.
+    """
 
     def __init__(self, models: Sequence[HyperBagel], *, waiting: int, batch: int, metrics: Metrics) -> None:
         self.models, self.limit, self.batch, self.metrics = models, waiting, batch, metrics
         self._waiting: deque[Unit] = deque()
         self._change = threading.Condition()
         self._threads: list[threading.Thread] = []
-        self._closed, self._broken, self._running, self._unit_seconds = False, False, 0, 1.0
+        self._closed, self._broken = False, False
+        self._running = 0  # units
+        self._unit_seconds = 1.0  # moving average of the time per unit, for Retry-After
 
     @property
     def closed(self) -> bool:
+        """Takes nothing new."""
         return self._closed
 
     @property
     def broken(self) -> bool:
-        """A device no longer computes (an error that stays until the process ends): start the server again."""
+        """A device no longer computes, which stays so until the process ends: the server must be restarted."""
         return self._broken
 
     def submit(self, job: Job) -> None:
-        """Puts a job in the queue; starts the threads if this is the first. Raises ApiError: 429 if it is full, 503 if it is closed."""
+        """Puts a job's units into the queue; the first job starts the threads. Raises ApiError: 429 if full, 503 if closed or broken."""
         with self._change:
             if self._closed:
                 raise shutting_down()
@@ -209,7 +112,7 @@ class Engine:
             self._change.notify_all()
 
     def close(self, timeout: float | None = None) -> None:
-        """Takes nothing new, finishes what waits, ends the threads. After `timeout` seconds what is left is given up."""
+        """Takes nothing new, finishes what waits and ends the threads. After `timeout` seconds the units still waiting are cancelled."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -231,12 +134,11 @@ class Engine:
             finally:
                 with self._change:
                     self._running -= len(units)
-                    # slowly forgetting mean, for Retry-After
                     self._unit_seconds += 0.2 * ((time.perf_counter() - began) / len(units) - self._unit_seconds)
                     self._gauges()
 
     def _take(self) -> list[Unit]:
-        """The oldest unit and those that fit with it, in order of arrival; [] when the engine is closed and empty."""
+        """Waits for units; the oldest and those that fit with it, in order of arrival. [] once the engine is closed and empty."""
         with self._change:
             while True:
                 self._waiting = deque(unit for unit in self._waiting if not self._dropped(unit))
@@ -255,18 +157,20 @@ class Engine:
             return units
 
     def _dropped(self, unit: Unit) -> bool:
+        """Whether a waiting unit's job is over, so that it leaves the queue; counts it then."""
         if unit.job.over:
             self._count(unit, "cancelled")
         return unit.job.over
 
     def _run(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> None:
+        """Runs a batch. If it fails, runs each unit alone, so that one bad request does not take its neighbours down."""
         failed = self._try(model, units, contexts)
         if failed is None:
             return
-        # Behind the handler: what an error still refers to, the frames of the batch with its caches and latents, would be in the way of
-        # what is tried next if the memory had run out.
+        # Outside the `except` block of `_try`: inside it, the error's frames still hold the batch's caches and latents, and after an
+        # out-of-memory error the next attempt needs that room.
         if len(units) > 1 and not any(unit.job.told for unit in units):
-            for unit in units:  # one bad request must not take its neighbours down
+            for unit in units:
                 self._run(model, [unit], contexts)
             return
         for unit in units:
@@ -274,7 +178,7 @@ class Engine:
             unit.job.fail(failed)
 
     def _try(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Exception | None:
-        """Runs them; the error, without its frames, if they failed."""
+        """Runs a batch and reports its results. Returns the error, without its frames, if it failed."""
         try:
             results = self._results(model, units, contexts)
         except Stop:
@@ -283,10 +187,11 @@ class Engine:
             return None
         except Exception as error:
             if not isinstance(error, InputError):
-                logger.error("a batch of %d failed\n%s", len(units), traceback.format_exc())  # as text: a kept record would keep the frames
+                # The traceback goes in as text: with exc_info a handler that keeps records would keep the frames too.
+                logger.error("a batch of %d failed\n%s", len(units), traceback.format_exc())
                 self._broken = self._broken or not device_works(model.parts.model.device)
             if isinstance(error, torch.OutOfMemoryError) and model.runner is not None:
-                model.runner.forget()  # room for what is tried next
+                model.runner.forget()  # makes room for the next attempt
             return without_frames(error)
         self.metrics.observe("hyperbagel_batch_size", len(units))
         for stage, seconds in results[0].timings.items():
@@ -365,7 +270,7 @@ def device_failed() -> ApiError:
 
 
 def device_works(device: torch.device) -> bool:
-    """Whether it still computes. After an illegal access or a failed assertion no call on a GPU succeeds until the process ends."""
+    """Whether a device still computes. After an illegal access or a failed assertion, no call on a GPU succeeds until the process ends."""
     try:
         return bool(torch.ones((), device=device).add_(1).item() == 2)
     except torch.OutOfMemoryError:
@@ -375,13 +280,13 @@ def device_works(device: torch.device) -> bool:
 
 
 def _stop_if_alone(units: Sequence[Unit]) -> None:
-    """A batch goes on for as long as anyone waits for one of its rows."""
+    """Raises Stop if nobody waits for any row of the batch."""
     if all(unit.job.over for unit in units):
         raise Stop
 
 
 def without_frames(error: Exception) -> Exception:
-    """The error and those behind it, without the frames they came from: frames hold tensors."""
+    """The error, its causes and contexts, with their tracebacks removed: the frames in them hold tensors."""
     chain: BaseException | None = error
     seen: set[int] = set()
     while chain is not None and id(chain) not in seen:

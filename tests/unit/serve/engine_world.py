@@ -13,8 +13,9 @@ from PIL import Image
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult, TextResult
+from hyperbagel.serve.jobs import Done, Job
 from hyperbagel.serve.metrics import Metrics
-from hyperbagel.serve.worker import Done, Engine, Job
+from hyperbagel.serve.worker import Engine
 
 
 class Model:

@@ -15,8 +15,9 @@ from PIL import Image
 from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult
 from hyperbagel.serve import worker
+from hyperbagel.serve.jobs import Cancelled, Done, Failed, Job, Preview, Progress
 from hyperbagel.serve.schemas import ApiError
-from hyperbagel.serve.worker import Cancelled, Done, Failed, Job, Preview, Progress, area_class, batch_key
+from hyperbagel.serve.worker import area_class, batch_key
 
 
 @pytest.fixture

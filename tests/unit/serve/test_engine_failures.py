@@ -14,8 +14,8 @@ from engine_world import Model, ends, engine_of, jobs, keep_busy, run
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import ImageRequest, ImageResult
 from hyperbagel.serve import worker
+from hyperbagel.serve.jobs import Done, Failed, Job
 from hyperbagel.serve.schemas import ApiError
-from hyperbagel.serve.worker import Done, Failed, Job
 
 
 @pytest.fixture

@@ -27,13 +27,13 @@ from hyperbagel.pipeline import ImageRequest, TextResult
 from hyperbagel.serve import previews, streams
 from hyperbagel.serve.forms import _add, read_edit
 from hyperbagel.serve.incoming import Incoming
+from hyperbagel.serve.jobs import Done, Job, Progress
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.outgoing import ThinkSplitter, chat_message, file_of, sse
 from hyperbagel.serve.previews import Previews, due_after
 from hyperbagel.serve.realtime import tiers
 from hyperbagel.serve.schemas import ApiError, ChatBody, EditFields, GenerationBody, Limits
 from hyperbagel.serve.streams import as_api_error, collect, follow, usage_of
-from hyperbagel.serve.worker import Done, Job, Progress
 
 TEXTS = {
     "<think> a b </think> c d ": ("a b", "c d"),
