@@ -1,4 +1,4 @@
-"""From bodies to the pipeline's requests. What can be refused is refused here, before anything waits in a queue."""
+"""From request bodies to the pipeline's requests. Whatever can be refused is refused here, before it waits in the queue."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, check_mask
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
 
 DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "max_think_tokens")
-# Not TIFF: its tiles may be far larger than its picture, so that some hundred bytes would be unpacked into gigabytes.
+# Formats that clients may send. Not TIFF: its tiles may be far larger than its picture, so a few hundred bytes could unpack to gigabytes.
 SENT = tuple(kind for kind in FORMATS if kind != "TIFF")
-SYSTEM = ("system", "developer")  # two names of one role
+SYSTEM = ("system", "developer")  # two names for one role
 
 
 class Incoming:
-    """Reads requests to one model under one set of limits. Raises ApiError or InputError."""
+    """Reads requests to one model under one set of limits. names: what the model may be called. Methods raise ApiError or InputError."""
 
     def __init__(self, model: HyperBagel, names: Sequence[str], limits: Limits) -> None:
         self.model, self.names, self.limits = model, names, limits
@@ -33,21 +33,26 @@ class Incoming:
     # -- pictures to draw ------------------------------------------------------------------------------------------------------
 
     def pictures(self, body: ImageFields, files: Sequence[bytes] = (), mask: bytes | None = None) -> list[ImageRequest]:
-        """One request a picture, of the seeds seed, seed + 1, ..."""
-        # What a mask keeps is shown at the size that was asked for, so its picture stays as it came.
+        """The requests of a generation or an edit, one per picture, with seeds seed, seed + 1, ...
+
+        files: the pictures to edit and mask: its mask, each as the bytes of a file.
+        """
+        # The part that a mask keeps is copied into the result at the size asked for, so the masked picture must not be shrunk here.
         images = [self.picture(data, f"image {i + 1}", whole=mask is not None and i == 0) for i, data in enumerate(files)]
         return self.drawing(body, images, None if mask is None else self._mask(mask, images[0]))
 
     def drawing(self, body: ImageFields, images: Sequence[Image.Image] = (), mask: Image.Image | None = None) -> list[ImageRequest]:
-        """The same of pictures that have been read."""
+        """As `pictures`, from pictures that have been read."""
         self._model_name(body.model)
         return self._spread(ImageRequest(body.prompt, tuple(images), mask=mask, **self._settings(body, body.size)), body)
 
     def chat_pictures(self, body: ChatBody) -> list[ImageRequest]:
-        """A chat that is answered with pictures: the parts of the last message, in order. If it holds no picture, the last picture that
-        the conversation holds comes first, so that "make it blue" edits what was drawn before."""
+        """The requests of a chat that is answered with pictures. Their inputs are the parts of the last message, in order.
+
+        If that message holds no picture, the latest picture of the conversation comes first, so that "make it blue" edits what was drawn.
+        """
         self._model_name(body.model)
-        self._drafter(body.drafter)  # a picture needs none, but a wrong name is an error here too
+        self._drafter(body.drafter)  # drawing needs none, but a wrong name is an error all the same
         *earlier, last = self._turns(body)
         inputs = self._items(last)
         if not any(isinstance(item, Image.Image) for item in inputs):
@@ -59,14 +64,16 @@ class Incoming:
         return self._spread(ImageRequest(prompt, inputs=tuple(inputs), **self._settings(body, body.size)), body)
 
     def _spread(self, request: ImageRequest, body: ImageFields | ChatBody) -> list[ImageRequest]:
+        """A request repeated for each of body.n pictures, with consecutive seeds."""
         texts = [item for item in request.items() if isinstance(item, str)]
         if not any(text.strip() for text in texts):
             raise ApiError(400, "got an empty prompt, expected some text", param="prompt")
-        request.denoising()  # refuses what does not go together
+        request.denoising()  # refuses settings that contradict each other
         first = _first_seed(body)
         return [replace(request, seed=first + i) for i in range(self._count(body.n))]
 
     def _settings(self, knobs: Knobs, size: str | None) -> dict[str, Any]:
+        """The arguments of an `ImageRequest` that a body gives, checked against the limits."""
         limits = self.limits
         if knobs.steps is not None and knobs.steps > limits.steps:
             raise ApiError(400, f"got {knobs.steps} steps, expected at most {limits.steps}", param="steps")
@@ -74,7 +81,7 @@ class Incoming:
             raise ApiError(
                 400, f"got max_think_tokens {knobs.max_think_tokens}, expected at most {limits.max_tokens}", param="max_think_tokens"
             )
-        # Names only: a folder here would let a client read the server's disk.
+        # Names only: a folder would let a client read the server's disk.
         students = self.model.students.names()
         if knobs.student not in (None, "none", *students):
             raise ApiError(400, f"got student {knobs.student!r}, expected one of {', '.join([*students, 'none'])}", param="student")
@@ -100,10 +107,10 @@ class Incoming:
     # -- questions -------------------------------------------------------------------------------------------------------------
 
     def questions(self, body: ChatBody) -> list[AskRequest]:
-        """A chat that is answered with text. The model takes all pictures first, then question, answer, ..., question."""
+        """The requests of a chat that is answered with text. The model reads all pictures first, then question, answer, ..., question."""
         self._model_name(body.model)
-        self._settings(body, body.size)  # an answer needs none, but wrong ones are an error here too
-        asked = self._turns(body)  # counts pictures before any is unpacked
+        self._settings(body, body.size)  # an answer needs none, but wrong ones are an error all the same
+        asked = self._turns(body)  # counts the pictures before any is unpacked
         images = [item for message in asked for item in self._items(message) if isinstance(item, Image.Image)]
         system = "\n".join(text for message in body.messages if message.role in SYSTEM if (text := _text(message)))
         turns: list[tuple[str, str]] = []
@@ -112,7 +119,7 @@ class Incoming:
             if message.role == "assistant":
                 answer = "\n".join(filter(None, (answer, _text(message))))
                 continue
-            if answer:  # a new user turn after an answer: the pair is complete
+            if answer:  # a user's message after an answer: the pair before it is complete
                 turns.append((question, answer))
                 question, answer = "", ""
             question = "\n".join(filter(None, (question, _text(message))))
@@ -129,6 +136,7 @@ class Incoming:
         return [replace(request, seed=first + i) for i in range(self._count(body.n))]
 
     def _turns(self, body: ChatBody) -> list[Message]:
+        """The messages of user and assistant, the user's last; refuses too many pictures without unpacking any."""
         turns = [message for message in body.messages if message.role in ("user", "assistant")]
         if not turns or turns[-1].role != "user":
             raise ApiError(400, "got a conversation that does not end with the user, expected a user's message last", param="messages")
@@ -140,7 +148,7 @@ class Incoming:
         return turns
 
     def _items(self, message: Message) -> list[str | Image.Image]:
-        """Texts and pictures of a message, in order."""
+        """The texts and pictures of a message, in order."""
         parts = message.content if isinstance(message.content, list) else []
         items: list[str | Image.Image] = [message.content] if isinstance(message.content, str) and message.content else []
         for part in (*parts, *(message.images or ())):
@@ -155,13 +163,13 @@ class Incoming:
     # -- limits ----------------------------------------------------------------------------------------------------------------
 
     def picture(self, data: bytes, name: str, *, whole: bool = False) -> Image.Image:
-        """A file's bytes as RGB, no larger than the model looks at unless it is to stay whole."""
+        """The bytes of a file as an RGB picture. It is resized as the model reads it unless `whole`. name: for errors."""
         self._check_file(data, name)
         image = open_image(data, name)
         return image if whole else self._small(image)
 
     def _mask(self, data: bytes, source: Image.Image) -> Image.Image:
-        """A mask's bytes, of the first picture's size."""
+        """The bytes of a file as a mask, which must have the size of `source`."""
         self._check_file(data, "mask")
         mask = open_mask(data, "mask")
         try:
@@ -171,8 +179,8 @@ class Incoming:
         return mask
 
     def _check_file(self, data: bytes, name: str) -> None:
-        """The kind and the size of a picture are read from its first bytes, before anything is unpacked; names and content types are not
-        believed."""
+        """Refuses a file by the format and size in its first bytes, before anything is unpacked. File names and content types are not
+        trusted."""
         param = "mask" if name == "mask" else "image"
         try:
             width, height = Image.open(io.BytesIO(data), formats=SENT).size
@@ -181,14 +189,17 @@ class Incoming:
         except Image.DecompressionBombError as error:
             told = f"{name}: got far too many pixels, expected at most {self.limits.image_pixels}; make it smaller"
             raise ApiError(400, told, param=param, code="image_too_large") from error
-        except Exception as error:  # Pillow raises nearly anything for headers that lie
+        except Exception as error:  # Pillow raises almost anything for malformed headers
             raise ApiError(400, f"{name}: got a damaged picture, expected a whole file", param=param) from error
         if width * height > self.limits.image_pixels:
             told = f"{name}: got {width}x{height} pixels, expected at most {self.limits.image_pixels}; make it smaller"
             raise ApiError(400, told, param=param, code="image_too_large")
 
     def _small(self, image: Image.Image) -> Image.Image:
-        # What waits in the queue is what the pipeline would make of it first, so that large uploads do not pile up in memory.
+        """The picture as the pipeline would resize it first, so that large uploads do not pile up in the queue's memory.
+
+        It is left alone if the pipeline would resize the result once more, which would give another picture.
+        """
         rule = self.model.parts.vae_transform
         small = rule.size(image.width, image.height)
         return rule.resize(image) if rule.size(*small) == small else image
@@ -199,7 +210,7 @@ class Incoming:
         return n or 1
 
     def _drafter(self, name: str | None) -> None:
-        known = self.model.drafters.names()  # of the model alone: a client must not have the server read folders
+        known = self.model.drafters.names()  # names only, as for students
         if name not in (None, *known):
             raise ApiError(400, f"got drafter {name!r}, expected one of {', '.join(known)}", param="drafter")
 
@@ -220,14 +231,14 @@ def _pictures(message: Message) -> int:
 
 
 def _text(message: Message) -> str:
-    """The texts of a message, one a line."""
+    """The texts of a message, joined by line ends."""
     if isinstance(message.content, str) or message.content is None:
         return message.content or ""
     return "\n".join(part.text for part in message.content if part.type == "text" and part.text)
 
 
 def data_url(url: str) -> bytes:
-    """The bytes of a base64 data: URL. Others are refused: fetching them would let clients reach what only the server can."""
+    """The bytes of a base64 data: URL. Other URLs are refused: fetching them would let clients reach what only the server can reach."""
     head, comma, payload = url.partition(",")
     if not head.startswith("data:") or not comma or not head.endswith(";base64"):
         raise ApiError(400, f"got the address {url[:40]!r}, expected a URL of the form data:image/png;base64,...", param="image_url")

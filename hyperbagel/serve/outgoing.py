@@ -1,4 +1,4 @@
-"""From results to OpenAI's answers: JSON objects, server-sent events, encoded pictures."""
+"""From the pipeline's results to OpenAI's answers: JSON objects, server-sent events, encoded pictures."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from hyperbagel.serve.schemas import ApiError, ImageFields
 
 
 def encode(image: Image.Image, kind: str = "png", compression: int | None = None, settings: dict[str, Any] | None = None) -> str:
-    """base64 of a picture's file."""
+    """A picture's file as base64; arguments as of `file_of`."""
     return base64.b64encode(file_of(image, kind, compression, settings)).decode()
 
 
 def file_of(
     image: Image.Image, kind: str = "png", compression: int | None = None, settings: dict[str, Any] | None = None, level: int = 6
 ) -> bytes:
-    """A picture's file. A PNG carries `settings`, as those that the command line writes; level: how hard it is packed, 0 to 9."""
+    """The bytes of a picture's file.
+
+    kind: png, jpeg or webp. compression: quality of jpeg and webp, 0 to 100; None: 90. settings: written into a PNG, as the command line
+    does. level: of a PNG's compression, 0 to 9.
+    """
     buffer = io.BytesIO()
     if kind == "png":
         info = PngInfo()
@@ -51,7 +55,7 @@ def error_event(error: ApiError) -> str:
 
 
 def image_item(body: ImageFields, result: ImageResult) -> dict[str, Any]:
-    """One entry of `data`. seed, nfe and timings are ours."""
+    """One entry of `data` in an answer. seed, nfe and timings are fields of our own."""
     kind = body.output_format or "png"
     item: dict[str, Any] = {} if result.thinking is None else {"revised_prompt": result.thinking}
     encoded = encode(result.image, kind, body.output_compression, result.settings)
@@ -60,7 +64,7 @@ def image_item(body: ImageFields, result: ImageResult) -> dict[str, Any]:
 
 
 def about(body: ImageFields, size: tuple[int, int]) -> dict[str, Any]:
-    """Facts that OpenAI's image answers repeat."""
+    """The facts about a picture that OpenAI's answers state. size: (width, height)."""
     size_text = f"{size[0]}x{size[1]}"
     return {"size": size_text, "quality": "high", "background": "opaque", "output_format": body.output_format or "png"}
 
@@ -71,7 +75,7 @@ def images_answer(body: ImageFields, results: Sequence[ImageResult], usage: dict
 
 
 def image_usage(model: HyperBagel, requests: Sequence[ImageRequest], results: Sequence[ImageResult]) -> dict[str, Any]:
-    """Tokens of the contexts and of the latents, summed over the pictures."""
+    """Tokens read (texts, and pictures as latents and ViT patches) and latent tokens drawn, summed over the requests."""
     text = images = output = 0
     parts = model.parts
     patch, stride = parts.model.config.vit.patch_size, parts.model.config.latent_stride
@@ -101,7 +105,7 @@ def image_part(result: ImageResult) -> dict[str, Any]:
 
 
 def chat_message(result: TextResult | ImageResult, think: bool) -> dict[str, Any]:
-    """An assistant's message: content is always a string; thinking stands beside it."""
+    """An assistant's message: content is always a string, thinking has a field of its own. think: the answer may begin with a thought."""
     if isinstance(result, ImageResult):
         thinking = {} if result.thinking is None else {"reasoning_content": result.thinking}
         return {"role": "assistant", "content": "", **thinking, "images": [image_part(result)]}
@@ -115,25 +119,27 @@ def chat_message(result: TextResult | ImageResult, think: bool) -> dict[str, Any
 
 
 def choice_facts(result: TextResult | ImageResult) -> dict[str, Any]:
-    """What we say beside an answer: its time, and for text its tokens, who drafted, and that one's acceptance (tau); null without one."""
+    """Our own fields beside an answer: timings; for text also its tokens, the drafter and its acceptance (tau), both null without one."""
     if isinstance(result, ImageResult):
         return {"timings": result.timings}
     return {"timings": result.timings, "tokens": result.tokens, "drafter": result.drafter, "tau": result.tau}
 
 
 class ThinkSplitter:
-    """`<think> a </think> b`, as it comes in pieces, into ("reasoning_content", "a"), ("content", "b"), without the blanks around them.
+    """Splits the text `<think> a </think> b`, which comes in pieces, into ("reasoning_content", "a") and ("content", "b"), both stripped.
 
-    Text that does not begin with <think> is content. A thought that was cut off by max_tokens stays a thought.
+    Text that does not begin with <think> is content. A thought that max_tokens cut off stays a thought. think: without it all is content.
     """
 
     OPEN, CLOSE = "<think>", "</think>"
 
     def __init__(self, think: bool) -> None:
-        self.name = "" if think else "content"  # "": it is not known yet which
-        self.rest, self.fresh = "", True  # text held back; whether nothing of the present part was given out
+        self.name = "" if think else "content"  # of the current part; "": not known yet
+        self.rest = ""  # text held back
+        self.fresh = True  # nothing of the current part has been given out
 
     def push(self, text: str) -> list[tuple[str, str]]:
+        """Takes the next piece; returns what is certain by now, as (field of the message, text)."""
         self.rest += text
         out: list[tuple[str, str]] = []
         if not self.name:
@@ -148,14 +154,14 @@ class ThinkSplitter:
             thought, _, self.rest = self.rest.partition(self.CLOSE)
             out += self._give(thought.rstrip())
             self.name, self.fresh = "content", True
-        # Blanks at the end may turn out to be the text's end, and the beginning of </think> to be just that.
+        # Held back: trailing blanks, which are dropped if the part ends there, and what may be the beginning of </think>.
         mark = self.CLOSE if self.name == "reasoning_content" else ""
         keep = next((i for i in range(len(self.rest)) if mark.startswith(self.rest[i:].strip())), len(self.rest))
         ready, self.rest = self.rest[:keep], self.rest[keep:]
         return out + self._give(ready)
 
     def finish(self) -> list[tuple[str, str]]:
-        """What was held back, at the end of the text."""
+        """What was held back, once the text has ended."""
         self.name = self.name or "content"
         ready, self.rest = self.rest.rstrip(), ""
         return self._give(ready)

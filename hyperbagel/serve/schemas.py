@@ -1,7 +1,7 @@
-"""What requests may say: the bodies of each endpoint, their limits, and errors in OpenAI's form.
+"""The bodies that requests may have, their limits, and errors in OpenAI's form.
 
-Our own knobs are extra fields beside OpenAI's; `extra_body` of the official client puts them there. An unknown field is an error, so that a
-misspelt knob does not pass in silence. Fields that cannot change the answer here (quality, user, ...) are accepted and ignored.
+Our own knobs are extra fields beside OpenAI's; the official client sends them with `extra_body`. An unknown field is an error, so that a
+misspelt knob does not go unnoticed. OpenAI's fields that cannot change an answer here (quality, user, ...) are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, WithJsonSchema
 
-PROMPT_CHARACTERS = 100_000  # the model's own limit, in tokens, is checked when a request is prepared
-PARTS = 1000  # of a message: millions of small ones would take far more memory than their body
+PROMPT_CHARACTERS = 100_000  # a first bound; the model's own limit, in tokens, is checked when a request is prepared
+PARTS = 1000  # of one message: millions of tiny parts would take far more memory than their JSON
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server accepts. Above it: a 4xx before any work is done."""
+    """What one server accepts. A request beyond a limit gets a 4xx before any work is done."""
 
     body_bytes: int = 64 * 2**20
-    bodies_bytes: int = 512 * 2**20  # of all requests at work and waiting: a body is kept until its request is answered
-    body_seconds: float = 60.0  # without any more of a body that has begun
-    json_values: int = 200_000  # of a body that is JSON: small values take far more memory than their text
+    bodies_bytes: int = 512 * 2**20  # of all unanswered requests together: a body is kept until its request is answered
+    body_seconds: float = 60.0  # the longest wait for the next piece of a body
+    json_values: int = 200_000  # in a JSON body: small values take far more memory than their text
     image_pixels: int = 4096 * 4096  # of one uploaded picture
     images: int = 16  # pictures in one request
     n: int = 10  # results of one request
-    max_tokens: int = 4096
-    steps: int = 1000
-    waiting: int = 64  # pictures and answers in the queue; one more is refused with 429
+    max_tokens: int = 4096  # of an answer or a plan
+    steps: int = 1000  # denoising steps
+    waiting: int = 64  # pictures and answers in the queue; beyond it: 429
     live: int = 32  # connections to /v1/live
-    batch: int = 8  # pictures or answers that share forwards
+    batch: int = 8  # pictures or answers that share forward passes
 
 
 def _sendable(text: str) -> str:
-    """A client may have sent half of a surrogate pair, which no answer can repeat."""
+    """The text with lone surrogates replaced: a client may send one in JSON, but UTF-8 cannot encode it in an answer."""
     return text.encode(errors="replace").decode()
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error form."""
+    """A refusal or failure as OpenAI's API reports it: an HTTP status, and a body with message, type, param and code."""
 
     def __init__(
         self,
@@ -69,12 +69,14 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every 4xx and 5xx holds."""
+    """The body of every 4xx and 5xx answer."""
 
     error: ErrorDetail
 
 
 class Strict(BaseModel):
+    """Refuses unknown fields, infinities and NaN."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
@@ -83,7 +85,7 @@ Scale = Annotated[float, Field(gt=0, lt=1000)]
 
 
 class Knobs(Strict):
-    """Our own fields; left out, the model's (or the student's) defaults hold."""
+    """Our own fields. Where one is absent, the default of the model (or the student) holds."""
 
     seed: int | None = Field(None, ge=0, lt=2**63, description="Seed of the first result; the next ones take seed + 1, ...")
     think: bool | None = Field(None, description="Let the model write its plan first.")
@@ -99,7 +101,7 @@ class Knobs(Strict):
 
 
 class Ignored(Strict):
-    """Fields of OpenAI's that cannot change an answer here."""
+    """OpenAI's fields that cannot change an answer here."""
 
     user: Any = Field(None, description="Ignored.")
     safety_identifier: Any = Field(None, description="Ignored.")
@@ -107,10 +109,10 @@ class Ignored(Strict):
 
 
 class Neutral:
-    """Of a field of OpenAI's that cannot be followed here: only values that ask for nothing are taken, and null is one of them."""
+    """Annotates a field of OpenAI's that has no effect here: it may only be null or hold the value that asks for nothing."""
 
     def __init__(self, value: Any, instead: str = "leave it out") -> None:
-        """instead: what to do with another one."""
+        """instead: the error's advice for any other value."""
         self.choices, self.instead = (value, None), instead
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
@@ -165,7 +167,7 @@ class Part(Strict):
 
 
 class SentPicture(BaseModel):
-    """A picture of an earlier answer; facts that stood beside it are ignored."""
+    """A picture of an earlier answer; the other facts of its entry (seed, nfe) are ignored."""
 
     model_config = ConfigDict(extra="ignore")
     type: Literal["image_url"] = "image_url"
@@ -173,7 +175,7 @@ class SentPicture(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn. An assistant's message may be sent back as it was answered."""
+    """One turn. An assistant's message may be sent back exactly as it came."""
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
@@ -204,7 +206,7 @@ class ChatBody(Knobs, Ignored):
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of a picture that is drawn.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # neutral values, which client libraries write where nothing was said, are accepted; others are refused: they would be ignored
+    # Client libraries send the neutral values of these fields by themselves. Any other value is refused, as it would have no effect.
     top_p: Annotated[Any, Neutral(1, "leave it out, and set temperature")] = None
     presence_penalty: Annotated[Any, Neutral(0)] = None
     frequency_penalty: Annotated[Any, Neutral(0)] = None
