@@ -13,11 +13,11 @@ from hyperbagel.core.errors import InputError
 
 
 def chat(
-    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures to begin with.")] = None,
+    images: Annotated[list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures to start with.")] = None,
     model: Model = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
-    seed: Annotated[int | None, typer.Option(help="Of sampled answers and of pictures; the next take seed + 1, ...")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first sampled answer or picture; later ones take seed + 1, ...")] = None,
     think: Annotated[bool, typer.Option("--think", help="Let the model think first.")] = False,
     drafter: Annotated[str | None, typer.Option(help="Who drafts ahead: auto, lookup, a drafter, none.", show_default="auto")] = None,
     student: Student = None,
@@ -25,12 +25,12 @@ def chat(
     dtype: Dtype = None,
     graphs: Graphs = False,
 ) -> None:
-    """Talk, with pictures: ask about them, draw, edit. /help lists what can be typed. Lines may also come from a pipe."""
+    """Talk about pictures: ask, draw, edit. /help lists the commands. Lines may also come from a pipe."""
     checks.check_at_least("--max-tokens", max_tokens, 1)
     checks.check_at_least("--temperature", temperature, 0.0)
     if temperature is not None and temperature > 100:
         raise InputError(f"got --temperature {temperature:g}, expected 0 (greedy) to 100")
-    checks.read_pictures([Path(path) for path in images or ()])  # a wrong name costs no model load
+    checks.read_pictures([Path(path) for path in images or ()])  # here, so that a wrong name costs no loading of the model
     from hyperbagel.chat import Chat, run
     from hyperbagel.pipeline import HyperBagel
 

@@ -1,6 +1,7 @@
-"""What the command line checks before any work starts, so that a mistake costs a second and not a model load.
+"""What the command line checks before any work starts, so that a mistake costs a second and not the loading of a model.
 
-Every failure is an InputError: got, expected, what to do. Sizes are (height, width) in pixels inside the program and WxH outside.
+Every check raises InputError with what it got, what it expected, and what to do. Sizes are (height, width) in pixels inside the program,
+and WxH for the user.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ def draw_seed() -> int:
 
 
 def check_seed(seed: int) -> int:
+    """Returns the seed, which must fit a signed 64-bit integer."""
     if not 0 <= seed < 2**63:
         raise InputError(f"got --seed {seed}, expected 0 to 2^63-1, choose another or leave it out")
     return seed
 
 
 def check_at_least(option: str, value: float | None, low: float) -> None:
-    if value is not None and not value >= low:  # written so that nan fails too
+    """None passes: the option was not given."""
+    if value is not None and not value >= low:  # not `value < low`: NaN must fail too
         raise InputError(f"got {option} {value}, expected {low:g} or more, choose a larger value")
 
 
@@ -69,13 +72,13 @@ def check_folder(folder: Path) -> None:
 
 
 def check_file(option: str, path: Path) -> None:
-    """There to be read: a file, or what a shell gives in its place (a pipe)."""
+    """The path must exist and be a file, or a pipe that the shell made (`<(...)`)."""
     if not path.exists() or path.is_dir():
         raise InputError(f"got {option} {str(path)!r}, which is no file, expected one, check the path")
 
 
 def check_no_weights(path: Path) -> None:
-    """A file of a model where the whole folder was meant."""
+    """Refuses a single file of a model, where its whole folder is meant."""
     if path.suffix.lower() in (".safetensors", ".gguf", ".bin", ".pt", ".json"):
         raise InputError(f"got the file {str(path)!r}, expected a folder or a picture, give the folder that it is of")
 
@@ -131,7 +134,7 @@ def read_mask(path: Path) -> Any:
 
 
 def seconds(timings: Mapping[str, float]) -> str:
-    """`prefill 0.03 s, denoise 1.20 s, decode 0.05 s`, in the order they happened."""
+    """Timings as text, in the order of the stages: `prefill 0.03 s, denoise 1.20 s, decode 0.05 s`."""
     return ", ".join(f"{name} {value:.2f} s" for name, value in timings.items())
 
 

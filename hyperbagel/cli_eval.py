@@ -12,8 +12,8 @@ from hyperbagel import cli_checks as checks
 from hyperbagel.cli_options import Device, Dtype, ImageScale, Interval, Model, Plan, PlanTokens, Size, Steps, Student, TextScale, given
 from hyperbagel.core.errors import InputError
 
-Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for scores and for what resumes a stopped run.")]
-Split = Annotated[Literal["train", "heldout"] | None, typer.Option(help="Combinations seen in training, or kept from it.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for the scores; a stopped run resumes from it.")]
+Split = Annotated[Literal["train", "heldout"] | None, typer.Option(help="Only combinations seen in training, or held out from it.")]
 NT2I = Annotated[int | None, typer.Option("--n-t2i", help="Pictures to draw.")]
 NEdits = Annotated[int | None, typer.Option("--n-edits", help="Edits to make.")]
 
@@ -52,7 +52,7 @@ def toybox(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """One model on the embedded world: pictures, edits and answers."""
+    """Measure one model in the embedded toy world: pictures, edits and answers."""
     _counts(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions)
     checks.check_folder(out)
     from hyperbagel.evaluate.toybox import run_toybox_eval
@@ -67,7 +67,7 @@ def distillation(
     student: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FOLDER", help="A student of the table: cfg, reflow, tscd, dmdo-tdm, 6, adp, refl, 1 ...; give it again for each."
+            metavar="NAME=FOLDER", help="A student for its row: cfg, reflow, tscd, dmdo-tdm, 6, adp, refl, 1 ...; repeat it for each."
         ),
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Only these rows, comma-separated.", show_default="all whose student is there")] = None,
@@ -75,14 +75,14 @@ def distillation(
     n_edits: NEdits = None,
     n_diversity: Annotated[int | None, typer.Option("--n-diversity", help="Prompts to draw four times.")] = None,
     n_clock: Annotated[int | None, typer.Option("--n-clock", help="Pictures and edits to time.")] = None,
-    n_steer: Annotated[int | None, typer.Option("--n-steer", help="Items drawn with weak and strong guidance.")] = None,
-    seed: Annotated[int, typer.Option(help="Which items and which noise.")] = 0,
+    n_steer: Annotated[int | None, typer.Option("--n-steer", help="Items to draw with weak and strong guidance.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the items and of their noise.")] = 0,
     split: Split = None,
     batch: Annotated[int | None, typer.Option(help="Items drawn together.")] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Students beside their teacher: same prompts, seeds and noise; paired differences, diversity, seconds, a contact sheet."""
+    """Compare students with their teacher on the same prompts and noise: paired differences, diversity, seconds, a contact sheet."""
     _counts(n_t2i=n_t2i, n_edits=n_edits, n_diversity=n_diversity, n_clock=n_clock, n_steer=n_steer)
     checks.check_at_least("--batch", batch, 1)
     checks.check_seed(seed)
@@ -104,7 +104,7 @@ def speculative(
     out: Out,
     model: Model = None,
     drafter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A trained drafter; give it again for each. Shipped ones are always in.")
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A trained drafter; repeat it for each. Shipped ones always take part.")
     ] = None,
     prompts: Annotated[int | None, typer.Option(help="Prompts of a split.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds in which every way of decoding takes its turn.")] = None,
@@ -131,9 +131,9 @@ def speculative(
     run_speculative_eval(_load(model, device, dtype), folders, out=out, plan=plan)
 
 
-Prompts = Annotated[Path, typer.Option(help="The suite's prompts, JSON lines.")]
+Prompts = Annotated[Path, typer.Option(help="The suite's file of prompts, in JSON lines.")]
 Batch = Annotated[int, typer.Option(help="Pictures made together.")]
-Seed = Annotated[int, typer.Option(help="Which noise.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 
 
 def _pictures(
@@ -164,7 +164,7 @@ def geneval(
     out: Out,
     model: Model = None,
     student: Student = None,
-    n: Annotated[int, typer.Option("-n", help="Pictures of each prompt.")] = 4,
+    n: Annotated[int, typer.Option("-n", help="Pictures per prompt.")] = 4,
     seed: Seed = 0,
     steps: Steps = None,
     text_scale: TextScale = None,
@@ -176,7 +176,7 @@ def geneval(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Pictures in the folders that GenEval's scorer reads; torchrun shares them out over GPUs."""
+    """Draw pictures into the folders that GenEval's scorer reads; torchrun distributes them over GPUs."""
     checks.check_at_least("-n", n, 1)
     from hyperbagel.evaluate.geneval import run_geneval
 
@@ -192,7 +192,7 @@ def gedit(
     out: Out,
     model: Model = None,
     student: Student = None,
-    language: Annotated[Literal["all", "en", "cn"], typer.Option(help="Which instructions.")] = "all",
+    language: Annotated[Literal["all", "en", "cn"], typer.Option(help="Language of the instructions.")] = "all",
     seed: Seed = 0,
     steps: Steps = None,
     text_scale: TextScale = None,
@@ -204,7 +204,7 @@ def gedit(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Edits in the folders that GEdit-Bench's scorer reads; torchrun shares them out over GPUs."""
+    """Make edits in the folders that GEdit-Bench's scorer reads; torchrun distributes them over GPUs."""
     from hyperbagel.evaluate.gedit import run_gedit
 
     asked = {"student": student, "steps": steps, "text_scale": text_scale, "image_scale": image_scale, "interval": interval}

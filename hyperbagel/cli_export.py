@@ -1,4 +1,4 @@
-"""`hyperbagel export`: folders for other programs."""
+"""`hyperbagel export`: writes students and drafters as folders for other programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hyperbagel.cli_options import note
 if TYPE_CHECKING:
     from hyperbagel.export import Exported
 
-export = typer.Typer(name="export", help="Write what was trained for other programs.", no_args_is_help=True)
+export = typer.Typer(name="export", help="Write students and drafters for other programs.", no_args_is_help=True)
 
 StudentName = Annotated[str, typer.Argument(metavar="STUDENT", help="A student's folder, or the name of one that came with the model.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist.")]
@@ -30,8 +30,8 @@ def student(
     model: Model = "toybox",
     text_scale: TextScale = None,
     image_scale: ImageScale = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights.", show_default="as in the model's file")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Draw and edit with both and say how far they are apart.")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="Precision of the weights.", show_default="as in the model's file")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Draw and edit both ways and say how much the pictures differ.")] = False,
 ) -> None:
     """Merge a student into its model, as a folder in BAGEL's layout that any BAGEL code runs without guidance."""
     checks.check_folder(out)
@@ -68,9 +68,9 @@ def eagle3(
     ],
     out: Out,
     model: Model = "toybox",
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = "bfloat16",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = "bfloat16",
 ) -> None:
-    """Write an EAGLE-3 drafter as SGLang and vLLM load it."""
+    """Write an EAGLE-3 drafter in the layout that SGLang and vLLM load."""
     checks.check_folder(out)
     from hyperbagel.export import export_drafter
 

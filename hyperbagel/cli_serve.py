@@ -17,32 +17,33 @@ KEY_VARIABLE = "HYPERBAGEL_API_KEY"
 
 def serve(
     model: Model = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine's.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 stands for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8000,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="Host name that requests may use, for a proxy before a keyless server on this machine; repeatable."),
+        typer.Option(help="Host name that requests may use, where a proxy stands before a keyless server; repeatable."),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Key that clients must send.", envvar=KEY_VARIABLE, show_default="none is asked for")
+        str | None, typer.Option(help="Key that clients must send.", envvar=KEY_VARIABLE, show_default="none is needed")
     ] = None,
-    queue: Annotated[int | None, typer.Option(help="Pictures and answers that may wait.", show_default="64")] = None,
+    queue: Annotated[int | None, typer.Option(help="How many pictures and answers may wait.", show_default="64")] = None,
     name: Annotated[str | None, typer.Option(help="What requests call the model.", show_default="its folder's name")] = None,
-    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda, cuda:1 ...; several times for several devices.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda, cuda:1 ...; repeat it for several devices.")] = None,
     dtype: Dtype = None,
     graphs: Graphs = False,
     replicas: Annotated[
         int | None, typer.Option(help="Servers behind this one address, on Ray Serve (extra 'scale').", show_default="one, without Ray")
     ] = None,
 ) -> None:
-    """Serve the model over HTTP, for OpenAI's clients."""
+    """Serve the model over HTTP, to OpenAI's clients and on a web page."""
     checks.check_at_least("--queue", queue, 1)
     checks.check_at_least("--replicas", replicas, 1)
     if replicas is not None and len(device or ()) > 1:
         raise InputError("got --replicas and several --device, expected one of the two; each replica has one device")
     if not 0 <= port < 2**16:
         raise InputError(f"got --port {port}, expected 0 to 65535, choose another")
-    if api_key is None and os.environ.get(KEY_VARIABLE) == "":  # -e HYPERBAGEL_API_KEY=$KEY without a KEY must not serve everybody
+    # `-e HYPERBAGEL_API_KEY=$KEY` with KEY unset must not start a server that is open to everybody.
+    if api_key is None and os.environ.get(KEY_VARIABLE) == "":
         raise InputError(f"got an empty {KEY_VARIABLE}, expected a key; unset it to serve without one")
     private = host in ("127.0.0.1", "localhost", "::1")
     if api_key is None and not private:
@@ -52,7 +53,7 @@ def serve(
     from hyperbagel.serve.run import bind, run, warm_up
     from hyperbagel.serve.schemas import Limits
 
-    # A page of any site may let its name point at this machine: what only this machine should reach is not called by such a name.
+    # DNS rebinding: any site can make its name point at this machine. A keyless server for this machine alone accepts no such name.
     hosts = allow_host or ([] if private and api_key is None else None)
     loaded = given(model=model, dtype=dtype, graphs=graphs or None)
     limits = Limits() if queue is None else Limits(waiting=queue)

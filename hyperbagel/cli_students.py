@@ -13,10 +13,10 @@ from hyperbagel.core.errors import InputError
 
 
 def gate(
-    runs: Annotated[list[Path], typer.Argument(help="Finished run folders; of several the best is chosen.")],
-    otherwise: Annotated[Path | None, typer.Option("--else", help="What to go on with if none passed, e.g. the student before.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs; of several, the best is chosen.")],
+    otherwise: Annotated[Path | None, typer.Option("--else", help="What to print if none passed, e.g. the previous student.")] = None,
 ) -> None:
-    """Say which student to go on with: prints the folder of the run that made it better, by its own held-out measure."""
+    """Say which student to go on with: print the student of the run that improved it, by the run's own held-out measure."""
     from hyperbagel.train.gate import choose
 
     best, verdicts = choose(runs)
@@ -59,7 +59,7 @@ def average(
     students: Annotated[list[Path], typer.Argument(help="Students' folders, trained on from one another.")],
     model: Annotated[str, typer.Option(help="The model that they were distilled from: its folder, or toybox.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder for their mean.")],
-    rank: Annotated[int | None, typer.Option(help="Write it as a LoRA of this rank, whatever the students are.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Write the mean as a LoRA of this rank, whatever the students are.")] = None,
 ) -> None:
     """Average students, tensor by tensor, so that the flaws of single runs even out. Measure the mean beside them."""
     checks.check_folder(out)
@@ -68,5 +68,5 @@ def average(
 
     folder, lost = average_folders(students, model_folder(model), out, rank)
     if rank is not None:
-        note(f"rank {rank} leaves out {lost:.1%} of the change, and what norms and biases changed")
+        note(f"rank {rank} leaves out {lost:.1%} of the change, and all changes of norms and biases")
     print(folder)

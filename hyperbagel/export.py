@@ -1,4 +1,4 @@
-"""Folders for other programs: a student merged into BAGEL's layout or as a PEFT LoRA; EAGLE-3 drafters as SGLang and vLLM load them."""
+"""Exports for other programs: a student merged into a folder of BAGEL's layout or as a PEFT LoRA; EAGLE-3 drafters for SGLang and vLLM."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ from hyperbagel.speculative.drafters.export import export_eagle3
 from hyperbagel.speculative.drafters.folder import load_module
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# What a model folder holds beside the weights that change.
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
+# The files of a model folder that a merged folder copies, and those that match but belong to the old weights.
 _BESIDE = ("*.json", "merges.txt", "ae.safetensors", "ae-*.safetensors")
 _NOT = ("ema.safetensors.index.json", "model.safetensors.index.json", "sampler.json")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `sampler`: how it must be sampled. `notes`: what the user must know, a line each."""
+    """What was written.
+
+    sampler: how it must be sampled. text_scale, image_scale: the guidance folded in. notes: what the user must know, one per line.
+    """
 
     folder: Path
     sampler: Sampler
@@ -45,6 +48,7 @@ class Exported:
 def _read(
     model: str, student: Path | str, text_scale: float | None, image_scale: float | None
 ) -> tuple[Path, Bagel, Student, float, float]:
+    """(the model's folder, the base, the student over it, the text and the image scale to fold in)."""
     folder = model_folder(model)
     found = _find(folder, "student", student)
     base, _ = load_folder(folder, dtype=stored_dtype(folder))
@@ -56,14 +60,18 @@ def _read(
 
 
 def _find(folder: Path, what: str, name: Path | str) -> Path:
-    """The folder of a student or drafter: one that came with the model, or the caller's. Raises InputError before any weight is read."""
+    """The folder of a student or drafter (`what`): one that came with the model, or the path `name`.
+
+    Raises InputError before any weight is read.
+    """
     beside = folder / f"{what}s"
     found = beside / str(name)
-    if found.is_dir() or Path(name).is_dir() or not folder.is_dir():  # a missing model is told of when it is loaded
+    if found.is_dir() or Path(name).is_dir() or not folder.is_dir():  # a missing model is reported when it is loaded
         return found if found.is_dir() else Path(name)
-    file = {"student": "sampler.json", "drafter": "drafter.json"}[what]
-    kinds = {"student": "", "drafter": '"eagle3"'}  # a drafter of another kind cannot be exported, so it is not offered
-    names = [one for one in shelf(beside, file) if kinds[what] in (beside / one / file).read_text(encoding="utf-8")]
+    if what == "student":
+        names = shelf(beside, "sampler.json")
+    else:  # a drafter of another kind cannot be exported, so it is not offered
+        names = [one for one in shelf(beside, "drafter.json") if '"eagle3"' in (beside / one / "drafter.json").read_text(encoding="utf-8")]
     own = f"one of this model's own ({', '.join(names)}) or " if names else ""
     raise InputError(f"got {what} {str(name)!r}, expected {own}a {what}'s folder, check the name")
 
@@ -77,16 +85,18 @@ def export_student(
     image_scale: float | None = None,
     dtype: str | None = None,
 ) -> Exported:
-    """Merges a student into its base, guidance folded in, as a folder in BAGEL's layout, whole or not at all.
+    """Merges a student into its base, with guidance folded in, and writes a folder in BAGEL's layout, whole or not at all.
 
-    Drawing from text is then what base and student draw. An edit is not quite: `edit_note`.
+    It draws from text what base and student draw. Edits differ somewhat: see `edit_note`.
 
     Args:
         student: its folder, or the name of one that came with the model.
+        out: the folder to write; must not exist.
+        model: the base, a folder or "toybox".
         text_scale, image_scale: guidance to fold in; None: the student's own for drawing.
-        dtype: of the weights; None: as the base's file has them.
+        dtype: of the weights, a name in DTYPES; None: as in the base's file.
     Raises:
-        InputError: not a student of this model, scales it was not made for, or a place that cannot be written.
+        InputError: not a student of this model, scales it was not made for, or `out` exists or cannot be written.
     """
     _check_new(out)
     folder, base, given, text, image = _read(model, student, text_scale, image_scale)
@@ -121,8 +131,10 @@ def export_lora(
     rank: int | None = None,
     dtype: str = "float32",
 ) -> Exported:
-    """A student as a LoRA in PEFT's layout, guidance folded in. `rank`: for a student of whole layers, which is factorised; what that loses
-    is among the notes. Arguments and errors else as of `export_student`."""
+    """Writes a student as a LoRA in PEFT's layout, with guidance folded in.
+
+    rank: of the factors, for a student of whole layers; the notes say what that loses. Other arguments and errors as of `export_student`.
+    """
     if rank is not None and rank < 1:
         raise InputError(f"got rank {rank}, expected at least 1; 64 is usual")
     _check_new(out)
@@ -131,7 +143,7 @@ def export_lora(
     sampler = folded_sampler(given.sampler, text, image)
     config = peft_config(low.layers, low.whole, low.rank, low.alpha, model)
     if low.biases:
-        config["lora_bias"] = True  # PEFT's name for a bias beside B, made for changes that were whole layers once
+        config["lora_bias"] = True  # PEFT's option for a bias beside B, here the change of the layer's own bias
     make_folder(out.parent)
     with atomic_path(out) as temporary:
         temporary.mkdir()
@@ -147,7 +159,10 @@ def export_lora(
 
 
 def export_drafter(drafter: Path | str, out: Path, *, model: str = "toybox", dtype: str = "bfloat16") -> Path:
-    """An EAGLE-3 drafter in the layout that SGLang and vLLM load. Raises InputError for another kind: those programs know only this one."""
+    """Writes an EAGLE-3 drafter in the layout that SGLang and vLLM load. Returns `out`.
+
+    Raises InputError for a drafter of another kind, which those programs do not know.
+    """
     _check_new(out)
     folder = model_folder(model)
     found = _find(folder, "drafter", drafter)
@@ -163,7 +178,7 @@ def export_drafter(drafter: Path | str, out: Path, *, model: str = "toybox", dty
 
 
 def edit_note(image_scale: float, measured: str = "") -> str:
-    """What a merged student cannot do as base and student together do it. measured: how to see how much that is."""
+    """The note that a merged student's edits are not quite those of base and student. measured: a hint how to measure the difference."""
     scale = " (fold in an image scale above 1 for edits)" if image_scale <= 1 else ""
     return (
         f"edits{scale}: the source picture's clean latents are now read by the merged weights, not by the base's as with base and student, "
@@ -172,9 +187,11 @@ def edit_note(image_scale: float, measured: str = "") -> str:
 
 
 def verify(exported: Exported, student: Path | str, *, model: str = "toybox") -> Iterator[tuple[str, float, int]]:
-    """Draws with base and student, and with what was exported as an ordinary model without guidance: (what, mean, largest difference of a
-    pixel value, 0 to 255). The edit is of the picture drawn first. On a GPU if there is one; the two models are in memory one after the
-    other."""
+    """Draws and edits with base and student, then with the exported folder as an ordinary model without guidance, and compares.
+
+    Yields (what, mean difference, largest difference) of the pixel values, 0 to 255. Both edit the picture that base and student drew. Uses
+    a GPU if there is one. The two models are in memory one after the other.
+    """
     own: dict[str, Any] = {"text_scale": exported.text_scale, "image_scale": exported.image_scale, "student": str(student)}
     prompt, change, source = "a red circle to the left of a blue square", "make the circle green", None
     drawn = []
@@ -195,6 +212,7 @@ def _difference(a: Any, b: Any) -> tuple[float, int]:
 
 
 def _how(sampler: Sampler) -> str:
+    """The note on how to sample, here and in the reference's code."""
     return (
         f"sample with {sampler.nfe} steps, shift {sampler.shift:g} and no guidance; in the reference's code: "
         f"num_timesteps={sampler.nfe + 1}, timestep_shift={sampler.shift:g}, cfg_text_scale=1.0, cfg_img_scale=1.0"
@@ -207,7 +225,7 @@ def _write_sampler(folder: Path, kind: str, sampler: Sampler, base: Bagel) -> No
 
 
 def _beside(folder: Path) -> list[Path]:
-    """The files of a model folder that a merged one shares with it."""
+    """The files of a model folder that a merged folder copies."""
     found = {path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file() and path.name not in _NOT}
     return sorted(found)
 
