@@ -1,5 +1,6 @@
-// Talking to the server: the key, errors, server-sent events. Paths are relative to the page, so that it also works below another path.
+// Talking to the server: the key, errors, server-sent events. Paths are relative to the page, so that a proxy may serve it below any path.
 
+/** An error with a message for the user. status: of the HTTP answer, 0 without one. code: OpenAI's. */
 export class ApiError extends Error {
   constructor(message, status = 0, code = null) {
     super(message);
@@ -8,7 +9,7 @@ export class ApiError extends Error {
 }
 
 const STORE = "hyperbagel-key";
-let kept = "";  // the key of a page for which the browser stores nothing
+let kept = "";  // the key, for a browser that forbids storage
 
 export function getKey() {
   try {
@@ -23,7 +24,7 @@ function keepKey(key) {
   try {
     sessionStorage.setItem(STORE, key);
   } catch {
-    // storage is forbidden: the key is asked for again on the next page
+    // storage is forbidden: after a reload the key is asked for again
   }
 }
 
@@ -31,7 +32,7 @@ export const address = (path) => new URL(path, document.baseURI);
 
 let asking = null;
 
-/** Asks for the key, once however many requests need it. Resolves to whether one was given. */
+/** Asks the user for the key, once even if several requests need it. Resolves to whether one was given. */
 export function askKey() {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("key");
@@ -49,7 +50,7 @@ export function askKey() {
   return asking;
 }
 
-/** The error that a refused answer holds. */
+/** A failed response as an ApiError. */
 async function refusal(response) {
   const body = await response.json().catch(() => null);
   const told = body?.error;
@@ -60,7 +61,7 @@ async function refusal(response) {
   return new ApiError(told?.message ?? `The server answered ${response.status} without saying why.`, response.status, told?.code);
 }
 
-/** A fetch that sends the key, asks for it if it is missing, and throws ApiError. */
+/** Like fetch, but sends the key, asks the user for it if the server wants one, and throws ApiError for a failed response. */
 export async function call(path, options = {}) {
   for (;;) {
     const used = getKey();
@@ -75,6 +76,7 @@ export async function call(path, options = {}) {
     if (response.ok) return response;
     const error = await refusal(response);
     if (response.status !== 401) throw error;
+    // If the key has changed meanwhile, another request has asked for it: try again with the new one.
     if (getKey() === used && !(await askKey())) throw new ApiError("This server needs an API key.", 401, error.code);
   }
 }
@@ -83,7 +85,10 @@ export const getJson = async (path) => (await call(path)).json();
 
 export const jsonBody = (body) => ({ method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
 
-/** The data of each server-sent event, up to [DONE] or the end. An event with an error throws it. */
+/** What to throw when an answer ends too early. */
+export const brokeOff = () => new ApiError("The connection broke off in the middle of the answer.");
+
+/** Yields the data of each server-sent event, up to [DONE] or the end. Throws ApiError for an event that reports an error. */
 export async function* events(path, options) {
   const response = await call(path, options);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -105,7 +110,7 @@ export async function* events(path, options) {
     }
   } catch (error) {
     if (error instanceof ApiError || error.name === "AbortError") throw error;
-    throw new ApiError("The connection broke off in the middle of the answer.");
+    throw brokeOff();
   } finally {
     reader.cancel().catch(() => {});
   }

@@ -1,4 +1,4 @@
-// Starts the page: the model's card, the tabs, dropping a picture to restore its settings.
+// Starts the page: loads the model's card, switches tabs, restores the settings of a dropped picture.
 
 import { ApiError, getJson } from "./api.js";
 import { setUpAsk } from "./ask.js";
@@ -12,11 +12,12 @@ import { readSettings } from "./png.js";
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
 const panelOf = (tab) => document.getElementById(tab.getAttribute("aria-controls"));
-const parts = {};
+const parts = {};  // what the tabs offer to each other, by name
 
+/** Shows the tab of this name, or the first. */
 function choose(name, { focus = false } = {}) {
   const chosen = tabs.find((tab) => panelOf(tab).id === name) ?? tabs[0];
-  if (document.body.dataset.ready && chosen.getAttribute("aria-selected") !== "true") clearError();  // it was of another tab
+  if (document.body.dataset.ready && chosen.getAttribute("aria-selected") !== "true") clearError();  // it belonged to the tab that is left
   for (const tab of tabs) {
     tab.setAttribute("aria-selected", tab === chosen);
     tab.tabIndex = tab === chosen ? 0 : -1;
@@ -39,16 +40,16 @@ for (const [i, tab] of tabs.entries()) {
 }
 window.addEventListener("hashchange", () => choose(location.hash.slice(1)));
 
-/** A picture of any tab becomes the one to edit. */
+/** Opens a picture of any tab in the Edit tab. */
 function editThis(blob) {
   parts.edit.use(blob);
   choose("edit");
   document.querySelector("#edit [name=prompt]").focus();
 }
 
-/** Sets the page as it was when the picture was made. */
+/** Sets the page as it was when a picture was made, from the settings inside its PNG. */
 async function restoreFrom(blob) {
-  if (!blob || !parts.draw) return;  // a folder was dropped, or the page is not ready
+  if (!blob || !parts.draw) return;  // no file was dropped, or the page is not ready
   clearError();
   try {
     await checkPicture(blob);
@@ -98,7 +99,7 @@ async function start() {
   choose(location.hash.slice(1));
 }
 
-/** Until the model's card is there nothing works, so nothing can be pressed; where it does not come, it is asked for again. */
+/** Starts the page, which stays inert until the model's card has come; if it does not come, the user can try again. */
 async function begin() {
   try {
     await start();

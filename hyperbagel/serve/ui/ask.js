@@ -1,6 +1,6 @@
-// The Ask tab: a conversation about pictures, answered as a stream.
+// The Ask tab: a conversation about pictures, whose answers are streamed.
 
-import { ApiError, events, jsonBody } from "./api.js";
+import { ApiError, brokeOff, events, jsonBody } from "./api.js";
 import { Pictures } from "./files.js";
 import { make, ms, runner } from "./page.js";
 import { toDataUrl } from "./png.js";
@@ -10,9 +10,9 @@ export function setUpAsk(panel, card) {
   const field = (name) => panel.querySelector(`[name=${name}]`);
   const pictures = new Pictures(panel, { most: card.limits.images });
   let messages = [];
-  let sent = new Set();  // pictures that the conversation holds already
+  let sent = new Set();  // pictures that are part of the conversation already
   const hint = talk.innerHTML;
-  let talks = 0;  // conversations begun
+  let talks = 0;  // how many conversations were begun, to notice that an answer belongs to an earlier one
 
   field("drafter").append(...["auto", ...card.drafters.filter((name) => name !== "auto")].map((name) => make("option", { value: name, textContent: name })));
   field("max_tokens").max = card.limits.max_tokens;
@@ -57,7 +57,7 @@ export function setUpAsk(panel, card) {
         const [choice] = chunk.choices;
         if (!choice) continue;
         const piece = choice.delta;
-        const near = turn.getBoundingClientRect().bottom < innerHeight + 40;  // who has scrolled away reads something else
+        const near = turn.getBoundingClientRect().bottom < innerHeight + 40;  // do not scroll if the user has scrolled elsewhere
         if (first === null && (piece.content || piece.reasoning_content)) first = performance.now() - began;
         thought.textContent += piece.reasoning_content ?? "";
         text.textContent += piece.content ?? "";
@@ -65,7 +65,7 @@ export function setUpAsk(panel, card) {
         ended ||= Boolean(choice.finish_reason);
         if (near) turn.scrollIntoView({ block: "nearest" });
       }
-      if (!ended) throw new ApiError("The connection broke off in the middle of the answer.");
+      if (!ended) throw brokeOff();
       if (asking !== talks) return "";
       messages.push(asked, { role: "assistant", content: text.textContent });
       for (const blob of fresh) sent.add(blob);
@@ -80,7 +80,7 @@ export function setUpAsk(panel, card) {
   });
 }
 
-/** What an answer took: the server's own times, and what was seen from here. */
+/** The line below an answer: the server's own times, then those seen from the page. first, total: ms since the request. */
 function describe({ tokens, tau, drafter, timings, finish_reason: reason }, first, total) {
   const rate = tokens / Math.max(timings.decode, 1e-9);
   const facts = [`${tokens} token${tokens === 1 ? "" : "s"}`, `${rate.toFixed(0)} tokens/s`, tau === null ? "no drafter" : `tau ${tau.toFixed(2)} tokens a forward (${drafter})`];

@@ -1,4 +1,4 @@
-// The Compare tab: the model itself and its students on the same noise, one after another.
+// The Compare tab: the model itself (the teacher) and its students draw the same prompt from the same noise, one after another.
 
 import { jsonBody } from "./api.js";
 import { make, runner, showRanges } from "./page.js";
@@ -10,6 +10,7 @@ export function setUpCompare(panel, card, { editThis }) {
   const field = (name) => panel.querySelector(`[name=${name}]`);
   const seed = new Seed(panel.querySelector("[data-seed]"));
   const others = card.students.filter((name) => !KNOWN.some(([known]) => known === name)).map((name) => [name, `${card.samplers[name].nfe} evaluations`]);
+  // [name for the API, title, whether it is installed]
   const rows = [["none", "Teacher", true], ...[...KNOWN, ...others].map(([name, text]) => [name, `Student ${name}: ${text}`, card.students.includes(name)])];
   showRanges(panel);
 
@@ -39,7 +40,7 @@ export function setUpCompare(panel, card, { editThis }) {
       const slot = slots[i];
       slot.began = performance.now();
       const body = { prompt: field("prompt").value, seed: value, text_scale: Number(field("text_scale").value), student: name, ...STREAM };
-      if (name === "none") body.interval = [0, 1];  // the paper's count: both branches at each of the 50 steps
+      if (name === "none") body.interval = [0, 1];  // as the paper counts: both guidance branches at each of the 50 steps
       try {
         await drawInto([slot], "v1/images/generations", jsonBody(body), value, signal);
       } catch (error) {
@@ -48,7 +49,7 @@ export function setUpCompare(panel, card, { editThis }) {
         throw error;
       }
       const { prefill, denoise } = slot.item.timings;
-      const spent = prefill + denoise;  // a student reads its text in its first evaluation
+      const spent = prefill + denoise;  // together, because a student reads the text within its first evaluation
       teacher ??= name === "none" ? spent : null;
       if (teacher && name !== "none") slot.caption.prepend(make("p", { className: "speed", textContent: `read and denoised ${(teacher / spent).toFixed(1)} times as fast as the teacher` }));
     }

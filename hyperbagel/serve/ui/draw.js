@@ -1,4 +1,4 @@
-// The Draw tab.
+// The Draw tab: a prompt and settings, and the pictures drawn so far.
 
 import { jsonBody } from "./api.js";
 import { runner } from "./page.js";

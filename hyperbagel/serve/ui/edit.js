@@ -1,4 +1,4 @@
-// The Edit tab: pictures to start from, a mask over the first, an instruction; results can become the next picture to start from.
+// The Edit tab: source pictures, a mask over the first, an instruction. A result can become the next source.
 
 import { ApiError } from "./api.js";
 import { Pictures } from "./files.js";
@@ -14,8 +14,8 @@ export function setUpEdit(panel, card, { editThis, restoreFrom }) {
   const results = panel.querySelector("[data-results]");
   const prompt = panel.querySelector("[name=prompt]");
   const undo = panel.querySelector("[data-undo]");
-  undo.disabled = true;  // Firefox would keep it as it was before a reload
-  const history = [];  // {list, paint} before each change of the pictures or of the mask
+  undo.disabled = true;  // set here as well: Firefox restores a button's state after a reload
+  const history = [];  // {list, paint} before each change of the pictures or the mask
 
   const remember = () => {
     history.push({ list: pictures.list, paint: mask.snapshot() });
@@ -23,7 +23,7 @@ export function setUpEdit(panel, card, { editThis, restoreFrom }) {
     undo.disabled = false;
   };
   const mask = new Mask(panel.querySelector("[data-mask]"), { before: remember });
-  const shown = { blob: null, ready: Promise.resolve() };
+  const shown = { blob: null, ready: Promise.resolve() };  // the picture under the mask; `ready` once it is loaded
   const follow = (list) => {
     if (shown.blob === (list[0] ?? null)) return;
     shown.blob = list[0] ?? null;
@@ -56,9 +56,8 @@ export function setUpEdit(panel, card, { editThis, restoreFrom }) {
   });
 
   return {
-    /** A picture takes the place of those to start from. */
+    /** Replaces the source pictures by one. */
     use(blob) { pictures.set([blob]); },
-    add(blobs) { return pictures.add(blobs); },
     restore(found) {
       prompt.value = found.prompt ?? "";
       const remarks = settings.restore(found);

@@ -1,26 +1,26 @@
-// Pictures that are chosen, dropped or pasted, with a thumbnail each.
+// A list of pictures that the user chooses, drops or pastes, with thumbnails.
 
 import { ApiError } from "./api.js";
 import { make, note, showError } from "./page.js";
 import { imageOf, letGo } from "./pictures.js";
 
-/** Refuses what the browser cannot show. */
+/** Throws ApiError for a file that the browser cannot show. */
 export async function checkPicture(blob) {
   try {
     (await createImageBitmap(blob)).close();
   } catch {
-    throw new ApiError(`${blob.name ?? "This file"} is no picture that can be read here. Take a PNG, JPEG or WebP.`);
+    throw new ApiError(`${blob.name ?? "This file"} is no picture that can be read here. Use a PNG, JPEG or WebP.`);
   }
 }
 
-/** The files that were dropped. One of this page's own pictures comes as a file in Chromium, in Firefox only as its address. */
+/** The files of a drop. A picture dragged from this very page arrives as a file in Chromium, but only as its address in Firefox. */
 function filesOf(transfer) {
   const own = [...document.images].find((image) => image.blob && image.src === transfer.getData("text/uri-list"));
   return own && !transfer.files.length ? [own.blob] : [...transfer.files];
 }
 
 export class Pictures {
-  /** place: an element with [data-drop] inside. most: how many are held, the newest stay. changed(list) after, before(list) before. */
+  /** place: an element with [data-drop] inside. most: how many it holds, newest last. before(), changed(list): called around a change. */
   constructor(place, { most = Infinity, changed = () => {}, before = () => {} } = {}) {
     Object.assign(this, { most, changed, before, list: [] });
     this.drop = place.querySelector("[data-drop]");
@@ -40,7 +40,7 @@ export class Pictures {
     });
     document.addEventListener("paste", (event) => {
       const files = [...event.clipboardData.files];
-      // What office programs copy is text and a picture of it: the text is meant.
+      // Office programs copy text together with a picture of it: then the text is meant.
       if (place.hidden || !files.length || event.clipboardData.getData("text/plain")) return;
       event.preventDefault();
       this.add(files);
@@ -60,7 +60,7 @@ export class Pictures {
   }
 
   set(list, { quiet = false } = {}) {
-    if (!quiet) this.before(this.list);
+    if (!quiet) this.before();
     this.list = list;
     letGo(this.thumbs);
     this.thumbs.replaceChildren(...list.map((blob, i) => {

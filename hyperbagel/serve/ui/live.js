@@ -1,20 +1,32 @@
-// The Live tab: every change of the prompt, a scale, the seed or the picture asks for a preview; a pause asks for a better one.
+// The Live tab: every change of the prompt, a scale, the seed or the picture requests a preview; a pause then requests a better picture.
 
 import { address, ApiError, askKey, getKey } from "./api.js";
 import { Pictures } from "./files.js";
 import { clearError, ms, onEscape, showError, showRanges } from "./page.js";
-import { download } from "./pictures.js";
-import { toDataUrl } from "./png.js";
+import { download, TINY } from "./pictures.js";
+import { seedIn, toDataUrl } from "./png.js";
 import { Seed } from "./settings.js";
 
-const PAUSE = 400;  // ms without input before the better tier is asked for
-const REMEMBERED = 200;  // previews whose times are kept
+const PAUSE = 400;  // ms without input before the better tier is requested
+const REMEMBERED = 200;  // how many previews' times are kept
 
 export function setUpLive(panel, card, { editThis }) {
   const part = (name) => panel.querySelector(`[data-${name}]`);
   const field = (name) => panel.querySelector(`[name=${name}]`);
   const canvas = part("picture");
-  const state = { id: 0, shown: 0, asked: new Map(), blob: null, seed: null, pause: 0, paused: false, preview: null, samples: [], source: Promise.resolve() };
+  const state = {
+    id: 0,  // of the latest message
+    asked: new Map(),  // requests without an answer: id -> when the input came
+    shown: 0,  // id of the request whose picture is shown
+    blob: null, seed: null,  // of the picture that is shown
+    pause: 0,  // timer
+    paused: false,  // the timer has run out
+    preview: null,  // id of the latest request, if it is for a preview
+    same: false,  // the better tier is no better than the preview
+    failed: false,  // an error is shown
+    source: Promise.resolve(),  // once the picture to edit has been sent
+    samples: [],  // times of previews
+  };
   const seed = new Seed(part("seed"), { locked: true, changed: () => ask("preview") });
   const line = new Line(panel, { json: take, picture: show, open: () => { state.asked.clear(); settle(); sendSource(); ask("preview"); } });
 
@@ -40,11 +52,11 @@ export function setUpLive(panel, card, { editThis }) {
   part("cancel").addEventListener("click", stop);
   panel.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
   onEscape(panel, stop);
-  part("use").disabled = part("save").disabled = true;  // Firefox would keep them as they were before a reload
+  part("use").disabled = part("save").disabled = true;  // set here as well: Firefox restores a button's state after a reload
   part("use").addEventListener("click", () => editThis(state.blob));
   part("save").addEventListener("click", () => download(state.blob, `hyperbagel-${state.seed}.png`));
 
-  /** After a pause, but not before its preview is there: on a slow machine that is what one waits for. */
+  /** Requests the better tier after a pause, but not before the preview is shown: on a slow machine that would delay the preview. */
   function improve() { if (state.paused && state.preview === state.shown && !state.same) ask("better"); }
 
   function stop() {
@@ -53,7 +65,7 @@ export function setUpLive(panel, card, { editThis }) {
     line.send({ type: "stop" });
   }
 
-  /** Asks for a picture of what stands in the form. since: when the input came, ms on the page's clock. */
+  /** Requests a picture from what the form holds. since: when the input came, in ms on the page's clock. */
   function ask(tier, since = performance.now()) {
     clearTimeout(state.pause);
     const prompt = field("prompt").value.trim();
@@ -73,6 +85,7 @@ export function setUpLive(panel, card, { editThis }) {
     state.source = (blob ? toDataUrl(blob) : Promise.resolve(null)).then((image) => line.send({ type: "source", id: ++state.id, image }));
   }
 
+  /** Acts on a JSON message of the server. */
   function take(message) {
     if (message.type === "ready") {
       state.same = JSON.stringify(message.tiers.preview) === JSON.stringify(message.tiers.better);
@@ -92,21 +105,22 @@ export function setUpLive(panel, card, { editThis }) {
 
   function settle() { if (!state.asked.size) panel.removeAttribute("aria-busy"); }
 
+  /** Shows a picture, and below it its times from the input to the pixels on the screen. */
   async function show(header, blob) {
     const since = state.asked.get(header.id);
     const arrived = performance.now();
     state.asked.delete(header.id);
     settle();
-    if (header.id < state.shown) return;  // an older one that was overtaken while it was unpacked
+    if (header.id < state.shown) return;
     state.shown = header.id;
     const bitmap = await createImageBitmap(blob);
-    if (header.id < state.shown) return;
+    if (header.id < state.shown) return;  // a newer picture came while this one was unpacked
     if (state.failed) {
       state.failed = false;
       clearError();
     }
     if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) Object.assign(canvas, { width: bitmap.width, height: bitmap.height });
-    canvas.classList.toggle("tiny", bitmap.width <= 200);
+    canvas.classList.toggle("tiny", bitmap.width <= TINY);
     canvas.getContext("2d").drawImage(bitmap, 0, 0);
     bitmap.close();
     const pixels = await painted();
@@ -129,10 +143,10 @@ export function setUpLive(panel, card, { editThis }) {
   }
 
   window.hyperbagelLive = { samples: state.samples };  // what benchmarks/live.py reads
-  return { enter: () => line.open(), use(blob) { pictures.set([blob]); } };
+  return { enter: () => line.open() };
 }
 
-/** The time at which what was drawn just now is on the screen: the frame after it has been handed over. */
+/** Resolves, with the time, when what was just drawn is on the screen: a message posted in a frame's callback arrives after that frame. */
 function painted() {
   return new Promise((resolve) => requestAnimationFrame(() => {
     const channel = new MessageChannel();
@@ -141,7 +155,8 @@ function painted() {
   }));
 }
 
-/** The WebSocket, opened when the tab is first looked at and again when it breaks. */
+/** The WebSocket, opened when the tab is first shown, and again after it breaks.
+ *  on: json(message) and picture(header, blob) for what comes, open() when the server is ready. */
 class Line {
   constructor(panel, on) {
     Object.assign(this, { on, ready: false, socket: null, wait: 500, label: panel.querySelector("[data-link]") });
@@ -162,7 +177,7 @@ class Line {
       if (typeof data !== "string") {
         const length = new DataView(data).getUint32(0);
         const text = new TextDecoder().decode(new Uint8Array(data, 4, length));
-        const header = { ...JSON.parse(text), seed: /"seed": ?(\d+)/.exec(text)[1] };  // as text: a number would not hold a large one
+        const header = { ...JSON.parse(text), seed: seedIn(text) };
         this.on.picture(header, new Blob([new Uint8Array(data, 4 + length)], { type: "image/png" })).catch(showError);
         return;
       }

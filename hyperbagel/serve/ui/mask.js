@@ -1,16 +1,18 @@
-// A brush over a picture. What is painted may change; the server gets it as transparency, as OpenAI's API wants it.
+// A mask painted over a picture with a brush. Painted parts may change; the server gets them as transparency, as in OpenAI's API.
 
 import { ApiError } from "./api.js";
+import { TINY } from "./pictures.js";
 
-const PAINTED = 1024;  // longest side of what is painted on: each undo holds all of it
+const PAINTED = 1024;  // longest side of the canvas in pixels: each undo holds a copy of it
 
-/** Whether something else is read from a canvas than what is on it: some browsers do so against fingerprinting. */
+/** Whether the browser falsifies what a page reads from a canvas, as some do against fingerprinting. */
 function scrambled() {
   const blank = document.createElement("canvas").getContext("2d");
   return blank.getImageData(0, 0, 16, 16).data.some(Boolean);
 }
 
 export class Mask {
+  /** place: an element with the picture, the canvas and the brush's controls. before(): called before each change of the paint. */
   constructor(place, { before = () => {} } = {}) {
     Object.assign(this, { place, before });
     this.image = place.querySelector("img");
@@ -19,14 +21,14 @@ export class Mask {
     this.size = place.querySelector("[data-size]");
     this.erase = place.querySelector("[data-erase]");
     this.pen = this.canvas.getContext("2d", { willReadFrequently: true });
-    this.used = false;  // nothing was painted since it was cleared; what is read from the canvas need not be true
-    this.at = null;  // where the keyboard's brush is, in pixels of the picture
+    this.used = false;  // painted on since it was cleared; kept apart, since reading the canvas may not be reliable (see `scrambled`)
+    this.at = null;  // [x, y] of the keyboard's brush, in pixels of the canvas
     place.querySelector("[data-clear]").addEventListener("click", () => { this.before(); this.clear(); });
     this.size.addEventListener("input", () => this.showCursor());
     this.listen();
   }
 
-  /** The picture to paint on; null for none. Resolves when it stands there, without paint. */
+  /** Shows the picture to paint on, without paint; null hides the mask. Resolves when the picture is loaded. */
   async load(blob) {
     this.place.hidden = blob === null;
     if (this.image.src) URL.revokeObjectURL(this.image.src);
@@ -37,7 +39,7 @@ export class Mask {
     }
     this.image.src = URL.createObjectURL(blob);
     await this.image.decode();
-    this.image.classList.toggle("tiny", this.image.naturalWidth <= 200);
+    this.image.classList.toggle("tiny", this.image.naturalWidth <= TINY);
     const { naturalWidth: width, naturalHeight: height } = this.image;
     const scale = Math.min(1, PAINTED / Math.max(width, height));
     Object.assign(this.canvas, { width: Math.max(1, Math.round(width * scale)), height: Math.max(1, Math.round(height * scale)) });  // this clears it, too
@@ -65,7 +67,7 @@ export class Mask {
     this.used = true;
   }
 
-  /** A PNG of the picture's size that is transparent where it is painted; null without paint. */
+  /** A PNG of the picture's size, transparent where it is painted; null without paint. */
   async file() {
     if (this.empty) return null;
     if (scrambled()) throw new ApiError("This browser puts noise where a page reads a canvas (protection against fingerprinting), so the mask cannot be sent. Allow this page to read it, or clear the mask.");
@@ -85,12 +87,12 @@ export class Mask {
     Object.assign(this.pen, { lineWidth: 2 * this.radius, lineCap: "round" });
     this.pen.beginPath();
     this.pen.moveTo(...from);
-    this.pen.lineTo(to[0] + 0.001, to[1]);  // a dot is a line too
+    this.pen.lineTo(to[0] + 0.001, to[1]);  // never of length 0, which would draw nothing for a single dot
     this.pen.stroke();
     this.used = true;
   }
 
-  /** The brush goes there, so that the keyboard goes on where the pen was. */
+  /** Moves the brush, so that the keyboard continues where the pointer was. */
   moveTo(place) {
     const reach = [this.canvas.width, this.canvas.height];
     this.at = place.map((value, i) => Math.min(reach[i], Math.max(0, value)));
@@ -111,7 +113,7 @@ export class Mask {
       return [((event.clientX - box.left) / box.width) * canvas.width, ((event.clientY - box.top) / box.height) * canvas.height];
     };
     let last = null;
-    let held = false;  // a key that is held down is one stroke, and one undo
+    let held = false;  // a key held down paints one stroke, with one undo
     canvas.addEventListener("pointerdown", (event) => {
       if (event.button !== 0) return;
       this.before();

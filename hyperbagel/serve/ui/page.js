@@ -1,16 +1,16 @@
-// What all tabs share: messages, small helpers, running work that can be cancelled.
+// What all tabs share: messages, small helpers, and running work that can be cancelled.
 
 const alertBox = document.getElementById("alert");
 const noteBox = document.getElementById("note");
 alertBox.querySelector("[data-close]").addEventListener("click", () => { alertBox.hidden = true; });
 
-/** again: what "Try again" does, where that may help. */
+/** Shows an error at the top of the page, unless it is a cancellation. again: what the button "Try again" does; null for no button. */
 export function showError(error, { again = null } = {}) {
   if (error?.name === "AbortError") return;
   console.warn(error);
   const retry = alertBox.querySelector("[data-again]");
   retry.hidden = !again;
-  alertBox.querySelector("[data-close]").hidden = Boolean(again);  // nothing else would help
+  alertBox.querySelector("[data-close]").hidden = Boolean(again);  // without another try the page does not work
   retry.onclick = () => { clearError(); again(); };
   alertBox.querySelector("span").textContent = error?.status !== undefined ? error.message : `Something in the page went wrong: ${error?.message ?? error}`;
   alertBox.hidden = false;
@@ -19,6 +19,7 @@ export function showError(error, { again = null } = {}) {
 export function clearError() { alertBox.hidden = true; }
 
 let noteTimer;
+/** Shows a remark for eight seconds. */
 export function note(text) {
   noteBox.textContent = text;
   noteBox.hidden = false;
@@ -26,7 +27,7 @@ export function note(text) {
   noteTimer = setTimeout(() => { noteBox.hidden = true; }, 8000);
 }
 
-/** Tells who does not see the page that something has ended. */
+/** Tells screen readers that something has ended. */
 function say(text) { document.getElementById("said").textContent = text; }
 
 /** An element with properties and children. */
@@ -36,23 +37,24 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** With a space that does not break. */
+/** A time as text, with a no-break space before the unit. */
 export const ms = (seconds) => (seconds < 10 ? `${Math.round(seconds * 1000)}\u00a0ms` : `${seconds.toFixed(1)}\u00a0s`);
 export const clone = (id) => document.getElementById(id).content.cloneNode(true);
 
-/** A figure next to each range of a form, kept up to date. */
+/** Shows each range's value next to it, and keeps it up to date. */
 export function showRanges(root) {
   const update = (input) => { input.closest("label").querySelector("output").textContent = input.value; };
   for (const input of root.querySelectorAll("label.range input")) update(input);
   root.addEventListener("input", (event) => { if (event.target.closest("label.range")) update(event.target); });
 }
 
-/** While the panel is shown; on the document, since a button that is pressed is disabled then, and the focus is nowhere. */
+/** Calls `stop` on Escape while the panel is shown. Listens on the document: the button just pressed is disabled and has lost the focus. */
 export function onEscape(panel, stop) {
   document.addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.hidden) stop(); });
 }
 
-/** Submitting starts `work(signal)`, which gives the words that say it is done; Cancel and Escape end it. Ctrl+Enter in a text submits. */
+/** Submitting the panel's form runs `work(signal)`, which resolves to what screen readers hear at its end. Cancel and Escape abort it.
+ *  Ctrl+Enter in a text field submits; so does Enter if the form has data-enter. */
 export function runner(panel, work) {
   const form = panel.querySelector("form");
   const cancel = panel.querySelector("[data-cancel]");
@@ -81,10 +83,10 @@ export function runner(panel, work) {
   });
   cancel.addEventListener("click", () => controller?.abort());
   onEscape(panel, () => controller?.abort());
-  // a wrong value behind a closed "More settings" could not be shown
+  // An invalid field inside a closed "More settings" must be opened, or the browser cannot point at it.
   form.addEventListener("invalid", (event) => event.target.closest("details")?.setAttribute("open", ""), true);
   panel.addEventListener("keydown", (event) => {
-    const composing = event.isComposing || event.keyCode === 229;  // Safari tells the end of a composition before the Enter that ended it
+    const composing = event.isComposing || event.keyCode === 229;  // 229: Safari reports the Enter that ends a composition after its end
     if (event.key === "Enter" && !composing && event.target.tagName === "TEXTAREA" && (event.ctrlKey || event.metaKey || form.dataset.enter)) {
       if (event.shiftKey) return;
       event.preventDefault();

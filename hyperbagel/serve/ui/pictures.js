@@ -1,18 +1,20 @@
-// One place for a picture that is being made: progress, previews, then the picture, what it took and what can be done with it.
+// A slot for a picture that is being made: progress and previews, then the picture, what it took, and buttons for it.
 
-import { ApiError, events } from "./api.js";
+import { brokeOff, events } from "./api.js";
 import { fromBase64 } from "./png.js";
 import { make, ms } from "./page.js";
 
-const TINY = 200;  // pixels: smaller pictures are shown with hard edges rather than blurred
+export const TINY = 200;  // pixels: pictures up to this width are enlarged with hard edges instead of blurred
+export const STREAM = { stream: true, partial_images: 3, progress: true };  // fields of a request that `drawInto` follows
 
+/** An <img> that shows a blob, which it keeps as `blob`. */
 export function imageOf(blob, alt) {
   const image = make("img", { alt, blob, src: URL.createObjectURL(blob) });
   image.addEventListener("load", () => image.classList.toggle("tiny", image.naturalWidth <= TINY), { once: true });
   return image;
 }
 
-/** Gives back the memory of the pictures inside, which are about to go. */
+/** Frees the memory of the pictures inside an element, before they are removed. */
 export function letGo(place) {
   for (const image of place.querySelectorAll("img")) URL.revokeObjectURL(image.src);
 }
@@ -26,7 +28,7 @@ export function download(blob, name) {
 /** "prefill 3 ms · denoise 288 ms · decode 6 ms" */
 export const stages = (timings) => Object.entries(timings).map(([name, seconds]) => `${name} ${ms(seconds)}`).join(" · ");
 
-/** Before and after in one place, with a slider between them. */
+/** Two pictures on top of each other, with a slider that moves the line between them. */
 function sides(before, after, alt) {
   const range = make("input", { type: "range", min: 0, max: 100, value: 50, ariaLabel: "Before and after" });
   const place = make("div", { className: "sides" }, imageOf(after, alt), imageOf(before, "before"), make("div", { className: "line" }));
@@ -67,7 +69,7 @@ export class Slot {
     this.show(imageOf(blob, `${this.alt}, unfinished`));
   }
 
-  /** item: an entry of the API's answer. */
+  /** Shows the finished picture. item: an entry of the API's answer. */
   done(item, seed) {
     const took = (performance.now() - this.began) / 1000;
     this.blob = fromBase64(item.b64_json);
@@ -88,7 +90,7 @@ export class Slot {
     this.caption.replaceChildren(...asked, facts, ...plan, buttons);
   }
 
-  /** Ended without a picture. */
+  /** Ends the slot without a picture, unless it has one. */
   end(state, text) {
     if (this.element.dataset.state === "done") return;
     this.element.dataset.state = state;
@@ -98,14 +100,15 @@ export class Slot {
   }
 }
 
-/** Puts slots on top of the others, where they are seen. */
+/** Puts new slots above the older ones and scrolls them into view. */
 export function place(slots, results) {
   results.querySelector(".hint")?.remove();
   results.prepend(...slots.map((slot) => slot.element));
   slots[0].element.scrollIntoView({ block: "nearest" });
 }
 
-/** Asks for pictures as a stream and shows each in its slot, in order of the seeds. Returns words that say so, throws what went wrong. */
+/** Requests pictures as a stream and shows each in its slot, in the order of the seeds. Resolves to a message that they are done; if
+ *  anything goes wrong, ends the slots that are left and throws. */
 export async function drawInto(slots, path, options, seed, signal) {
   const name = (index) => String(BigInt(seed) + BigInt(index));
   try {
@@ -116,7 +119,7 @@ export async function drawInto(slots, path, options, seed, signal) {
       else if (kind === "partial_image") slot.preview(fromBase64(event.b64_json));
       else if (kind === "completed") slot.done(event, name(event.index ?? 0));
     }
-    if (slots.some((slot) => slot.element.dataset.state !== "done")) throw new ApiError("The connection broke off in the middle of the answer.");
+    if (slots.some((slot) => slot.element.dataset.state !== "done")) throw brokeOff();
     return slots.length > 1 ? `${slots.length} pictures are done, seeds from ${seed}.` : `The picture is done, seed ${seed}.`;
   } catch (error) {
     const cancelled = error.name === "AbortError";
@@ -124,5 +127,3 @@ export async function drawInto(slots, path, options, seed, signal) {
     throw error;
   }
 }
-
-export const STREAM = { stream: true, partial_images: 3, progress: true };

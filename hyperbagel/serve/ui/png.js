@@ -1,4 +1,4 @@
-// Pictures as bytes: base64, data URLs, and the settings that our PNGs carry in a text chunk.
+// Pictures as bytes: base64, data URLs, and the settings that our PNGs carry in an iTXt chunk.
 
 const KEYWORD = "hyperbagel";
 
@@ -18,7 +18,10 @@ export function toDataUrl(blob) {
   });
 }
 
-/** The settings inside a PNG, or null. The seed is a string, since it may be larger than what a number holds exactly. */
+/** The digits of "seed" in a JSON text: read from the text, because a seed may exceed what a JavaScript number holds exactly. */
+export const seedIn = (text) => /"seed": ?(\d+)/.exec(text)?.[1];
+
+/** The settings inside a PNG, with the seed as a string; null if there are none. */
 export async function readSettings(blob) {
   const bytes = new Uint8Array(await blob.arrayBuffer());
   const view = new DataView(bytes.buffer);
@@ -29,7 +32,7 @@ export async function readSettings(blob) {
     const kind = latin.decode(bytes.subarray(at + 4, at + 8));
     const data = bytes.subarray(at + 8, at + 8 + length);
     if (kind === "iTXt") {
-      // keyword 0 compressed? method language 0 translated 0 text
+      // keyword, 0, compression flag, compression method, language, 0, translated keyword, 0, text
       const zero = data.indexOf(0);
       if (latin.decode(data.subarray(0, zero)) === KEYWORD && data[zero + 1] === 0) {
         const language = data.indexOf(0, zero + 3);
@@ -45,8 +48,7 @@ export async function readSettings(blob) {
 function parse(text) {
   try {
     const settings = JSON.parse(text);
-    const seed = /"seed": (\d+)/.exec(text);
-    return typeof settings === "object" && settings !== null ? { ...settings, seed: seed?.[1] ?? "0" } : null;
+    return typeof settings === "object" && settings !== null ? { ...settings, seed: seedIn(text) ?? "0" } : null;
   } catch {
     return null;
   }

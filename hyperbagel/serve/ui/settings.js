@@ -1,27 +1,28 @@
-// The settings of a picture: who draws, steps, scales, size, number, seed. An empty field leaves the model's or the student's own value.
+// The settings of a picture: who draws, steps, scales, size, number, seed. An empty field means the model's or the student's own value.
 
 import { clone, make, showRanges } from "./page.js";
 
-export const KNOWN = [["6", "6 evaluations"], ["1", "1 evaluation"]];  // students that the paper makes
+export const KNOWN = [["6", "6 evaluations"], ["1", "1 evaluation"]];  // the paper's students, listed even if they are not installed
 
 const newSeed = () => String(crypto.getRandomValues(new Uint32Array(1))[0] >>> 1);
 
-/** A seed that is always visible; unless it is kept, each start draws another one. */
+/** The seed's field, which always shows the seed in use. Unless "Keep" is checked, each start takes a new one. */
 export class Seed {
+  /** locked: "Keep" is checked at first. changed(): called when the user has changed the seed. */
   constructor(place, { locked = false, changed = () => {} } = {}) {
     place.replaceChildren(clone("t-seed"));
     this.input = place.querySelector("[name=seed]");
     this.lock = place.querySelector("[name=lock]");
     this.input.value = newSeed();
     this.lock.checked = locked;
-    this.fresh = true;  // the seed that stands there has not been used
+    this.fresh = true;  // the seed in the field has not been used yet
     this.input.addEventListener("input", () => { this.fresh = true; this.lock.checked = true; if (this.valid) changed(); });
     place.querySelector("[data-dice]").addEventListener("click", () => { this.input.value = newSeed(); this.fresh = true; changed(); });
   }
 
   get valid() { return /^\d+$/.test(this.input.value); }
 
-  /** The seed of a new start, as text: it may be larger than what a number holds exactly. */
+  /** The seed for a new start, as text: it may exceed what a JavaScript number holds exactly. */
   take() {
     if (!this.valid || (!this.lock.checked && !this.fresh)) this.input.value = newSeed();
     this.fresh = false;
@@ -34,7 +35,7 @@ export class Seed {
   }
 }
 
-/** [width, height] choices of about the usual area, in steps of the stride. */
+/** Choices "WIDTHxHEIGHT" besides the usual size: other aspect ratios of about its area, in multiples of the stride. */
 function sizes({ usual: [width, height], stride, largest }) {
   const area = width * height;
   const found = [];
@@ -47,7 +48,7 @@ function sizes({ usual: [width, height], stride, largest }) {
 }
 
 export class Settings {
-  /** place: where the fields go. kind: "draw" or "edit", whose usual values are shown. */
+  /** place: where the fields go. card: the model's, from /v1/models. kind: "draw" or "edit". */
   constructor(place, card, kind) {
     Object.assign(this, { place, card, kind, usual: card.usual[kind] });
     place.replaceChildren(clone("t-settings"));
@@ -71,7 +72,7 @@ export class Settings {
     showRanges(place);
   }
 
-  /** Shows the usual values of whoever draws. */
+  /** Shows the usual values of the student that draws, or of the model itself. */
   follow() {
     const name = this.field("student").value;
     const own = this.card.samplers[name];
@@ -81,11 +82,12 @@ export class Settings {
     this.field("low").placeholder = this.usual.interval[0];
     this.field("high").placeholder = this.usual.interval[1];
     this.field("renorm_min").placeholder = this.usual.renorm_min;
-    for (const field of ["low", "high", "renorm", "renorm_min"]) this.field(field).disabled = Boolean(own);  // a student has its guidance inside
+    for (const field of ["low", "high", "renorm", "renorm_min"]) this.field(field).disabled = Boolean(own);  // a student has its own
     this.range("text_scale", own?.text_range ?? [1, 8], own ? (edit ? own.edit_text_scale : own.text_scale) : this.usual.text_scale);
     this.range("image_scale", own?.image_range ?? [1, 4], own ? own.edit_image_scale : this.usual.image_scale);
   }
 
+  /** Sets a range's bounds and value. */
   range(name, [low, high], value) {
     const input = this.field(name);
     Object.assign(input, { min: low, max: high });
@@ -93,7 +95,7 @@ export class Settings {
     input.closest("label").querySelector("output").textContent = input.value;
   }
 
-  /** Fields of a request's body. */
+  /** The fields of a request's body. */
   read() {
     const text = (name) => this.field(name).value.trim();
     const body = { student: text("student"), seed: this.seed.take(), text_scale: Number(text("text_scale")), n: Number(text("n") || 1) };
@@ -109,7 +111,7 @@ export class Settings {
     return body;
   }
 
-  /** Sets every field to what a picture's settings say. Returns remarks on what cannot be restored. */
+  /** Sets every field from a picture's settings. Returns remarks on what cannot be restored. */
   restore(settings) {
     const remarks = [];
     const who = settings.student ?? "none";
@@ -119,7 +121,7 @@ export class Settings {
     this.field("student").value = there ? who : "none";
     this.follow();
     const put = (name, value) => { if (value !== undefined && value !== null) this.field(name).value = value; };
-    // what is usual stays open: another student that is chosen next has its own
+    // A usual value leaves its field empty, so that another student, chosen next, gets its own.
     const own = (name, value) => put(name, String(value) === this.field(name).placeholder ? "" : value);
     own("steps", settings.num_steps);
     own("shift", settings.shift);
@@ -133,9 +135,8 @@ export class Settings {
       const input = this.field(name);
       const value = settings[name];
       if (value === undefined) continue;
-      Object.assign(input, { min: Math.min(input.min, value), max: Math.max(input.max, value), step: "any" });
-      input.value = value;
-      input.closest("label").querySelector("output").textContent = input.value;
+      input.step = "any";
+      this.range(name, [Math.min(input.min, value), Math.max(input.max, value)], value);
     }
     const size = settings.size?.join("x") ?? "";
     const select = this.field("size");
