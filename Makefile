@@ -1,8 +1,8 @@
 # Two commands on a machine with Python 3.11 and nothing else:
 #   make demo    a page of pictures, edits and answers in out/index.html
 #   make test    style, types and tests
-# Both build .venv from requirements/lock.txt first, once; it is rebuilt only when the lock changes. The tests of the web page need Debian's
-# Chromium, which is installed if it is absent and that is possible; otherwise they are skipped.
+# Both first build .venv from requirements/lock.txt, once; it is rebuilt only when the lock changes. The tests of the web page need Debian's
+# Chromium. It is installed if it is missing; where that is impossible, those tests are skipped.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -11,7 +11,7 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One thread a test worker: more threads than cores make everything slower.
+# One thread per test worker: more threads than cores make everything slower.
 unit: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint types unit browser format clean
@@ -19,7 +19,7 @@ unit: export OMP_NUM_THREADS ?= 1
 demo: $(STAMP)
 	$(BIN)/hyperbagel demo --out $(OUT)
 
-# The tests come last, so that the last line of the output is pytest's.
+# The tests come last, so that the output ends with pytest's summary.
 test: lint types unit
 
 lint: $(STAMP)
@@ -39,7 +39,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch goes first and alone: pip then takes the build that suits the machine, and the lock finds it in place.
+# torch is installed first and alone, in the build that pip finds for this machine; the lock's version of it is then in place already.
 $(STAMP): requirements/lock.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$$(grep '^torch==' requirements/lock.txt)"

@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven by Playwright, for tests of the web page, its pictures in the documentation, and the times that a user sees."""
+"""Debian's Chromium, driven by Playwright: for the web page's tests, its pictures in the documentation, and the latency a user sees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium")
-# It must neither draw on a GPU nor talk to anyone but the server.
+# The browser must neither use a GPU nor talk to anyone but the server.
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync",
@@ -19,7 +19,7 @@ FLAGS = [
 
 @contextmanager
 def chromium(*, timeout: float = 10.0, **options: Any) -> Iterator[Any]:
-    """A Playwright browser context with an empty profile. timeout: seconds for each wait."""
+    """A Playwright browser context with an empty profile. timeout: seconds for each wait. options: Playwright's own for the context."""
     from playwright.sync_api import sync_playwright
 
     if CHROMIUM is None:
@@ -34,7 +34,7 @@ def chromium(*, timeout: float = 10.0, **options: Any) -> Iterator[Any]:
 
 
 def open_tab(context: Any, address: str, tab: str, *, width: int = 1100, height: int = 800) -> Any:
-    """The server's page on one of its tabs, ready for use. width, height: of the window in pixels."""
+    """Open the server's page at one of its tabs, ready for use. address: ends in a slash. width, height: of the window, in pixels."""
     page = context.new_page()
     page.set_viewport_size({"width": width, "height": height})
     page.goto(f"{address}#{tab}")
@@ -43,7 +43,7 @@ def open_tab(context: Any, address: str, tab: str, *, width: int = 1100, height:
 
 
 def live_settled(page: Any, tier: str | None = None) -> None:
-    """Wait until the Live tab has nothing pending (and shows a picture of `tier`)."""
+    """Wait until the Live tab has no request pending and, if `tier` is given, shows a picture of that tier."""
     page.wait_for_selector(f"#live{f'[data-tier={tier}]' if tier else ''}:not([aria-busy])")
 
 

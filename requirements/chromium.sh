@@ -1,7 +1,7 @@
 #!/bin/sh
-# Installs Debian's Chromium, which the tests of the web page drive: as root, or through sudo where it asks for no password.
-# It never fails: without a browser those tests are skipped, and pytest lists them as skipped.
-LIMIT=${LIMIT:-600} # seconds for each of the two commands, so that a machine without a network does not wait for ever
+# Installs Debian's Chromium for the tests of the web page, as root or through a sudo that asks for no password.
+# It never fails: without a browser those tests are skipped, and pytest reports them as skipped.
+LIMIT=${LIMIT:-600} # seconds for each of the two apt-get commands, so that a machine without a network does not wait forever
 
 without() {
     echo "no Chromium ($1): the tests of the web page will be skipped. Install it with: apt-get install chromium" >&2
@@ -18,6 +18,6 @@ fi
 echo "installing Chromium for the tests of the web page" >&2
 apt() { $as env DEBIAN_FRONTEND=noninteractive timeout "$LIMIT" apt-get -qq -o DPkg::Lock::Timeout=60 "$@" >/dev/null; }
 apt update || without "apt-get update failed"
-# A font comes only as a recommendation, and without one a page has no text.
+# Chromium only recommends a font, but without one a page shows no text.
 apt install -y --no-install-recommends chromium fonts-dejavu-core || without "apt-get install failed"
 command -v chromium >/dev/null || without "its package brought no program called chromium"

@@ -1,7 +1,7 @@
 """Pictures of the web page for the documentation: python -m runs.screenshots MODEL FOLDER
 
-It starts a server and a headless Chromium, and does there what a person would do. The toybox draws the source picture; whatever the model
-makes of it is shown, unpicked. Writes FOLDER/ui-draw.png, ui-edit.png, ui-ask.png and ui-live.png (a phone, dark).
+Starts a server and a headless Chromium, and uses the page as a person would. The source picture is rendered by the toybox's own code; what
+the model makes of it is shown unpicked. Writes FOLDER/ui-draw.png, ui-edit.png, ui-ask.png and ui-live.png (a phone in dark mode).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from hyperbagel.core.files import atomic_write_bytes
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene, Thing
 
-LARGEST = 120_000  # bytes that a file may have
+LARGEST = 120_000  # the most bytes that a file may have
 PROMPT = "a red circle to the left of a blue square"
 CIRCLE = Thing("circle", "red", "large", 4)
 SOURCE = Scene("cream", (CIRCLE, Thing("car", "blue", "large", 8), Thing("star", "yellow", "small", 0)))
 
 
 def save(page: Any, path: Path) -> None:
-    """Save what the window shows, in 256 colours."""
+    """Save what the window shows as a PNG of 256 colours."""
     page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
     shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     buffer = io.BytesIO()
@@ -38,6 +38,7 @@ def save(page: Any, path: Path) -> None:
 
 
 def upload(page: Any, tab: str) -> None:
+    """Add the source picture to a tab."""
     buffer = io.BytesIO()
     Image.fromarray(render(SOURCE, 64)).save(buffer, "PNG")
     page.set_input_files(f"#{tab} [data-drop] input", {"name": "scene.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
@@ -58,6 +59,7 @@ def draw(page: Any) -> None:
 
 
 def edit(page: Any) -> None:
+    """Paint a mask over the circle and make two edits."""
     upload(page, "edit")
     page.wait_for_selector("#edit .stack img[src]")
     box = page.locator("#edit .stack canvas").bounding_box()
