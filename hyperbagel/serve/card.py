@@ -16,7 +16,7 @@ from hyperbagel.serve.schemas import Limits
 def model_card(model: HyperBagel, name: str, created: int, limits: Limits) -> dict[str, Any]:
     """OpenAI's model object with fields of our own. created: Unix time. Sizes are [width, height] in pixels."""
     options, stride = model.parts.model.config.options, model.parts.model.config.latent_stride
-    samplers = _samplers(model)
+    samplers = samplers_of(model)
     # an upper bound: the question takes a part of the context
     tokens = min(limits.max_tokens, model.parts.model.config.llm.max_position_embeddings)
     return {
@@ -33,7 +33,7 @@ def model_card(model: HyperBagel, name: str, created: int, limits: Limits) -> di
     }
 
 
-def _samplers(model: HyperBagel) -> dict[str, dict[str, Any]]:
+def samplers_of(model: HyperBagel) -> dict[str, dict[str, Any]]:
     """Each student's sampler settings. A student whose folder is damaged is left out with a Notice, so that the others stay usable."""
     found = {}
     for name in model.students.names():

@@ -26,6 +26,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel, ImageResult
+from hyperbagel.serve.card import samplers_of
 from hyperbagel.serve.guard import check_key, is_same_origin
 from hyperbagel.serve.incoming import Incoming, data_url
 from hyperbagel.serve.jobs import Cancelled, Done, Failed, Job
@@ -90,7 +91,8 @@ MESSAGE: TypeAdapter[Said] = TypeAdapter(Annotated[Said, Field(discriminator="ty
 
 def tiers(model: HyperBagel) -> dict[str, dict[str, Any]]:
     """Who draws each tier: a student, or the model itself ("none") in `steps` steps; None: as many as usual."""
-    students = sorted(model.students.names(), key=lambda name: model.students.sampler(name).nfe)
+    samplers = samplers_of(model)
+    students = sorted(samplers, key=lambda name: samplers[name]["nfe"])
     chosen: list[dict[str, Any]] = [{"student": name, "steps": None} for name in students[:2]]
     merged = model.sampler is not None  # a student is merged into the model: few steps are its usual
     if not students:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from server_world import KEY
 
+from hyperbagel.core.errors import Notice
 from hyperbagel.data.images import SETTINGS_KEY
 from hyperbagel.pipeline import HyperBagel, ImageResult
 from hyperbagel.serve import realtime
@@ -46,6 +48,19 @@ def line(http: TestClient) -> Iterator[Any]:
         assert ready["tiers"]["preview"] == {"student": "6", "steps": None}
         assert ready["tiers"]["better"] == {"student": "none", "steps": realtime.BETTER_STEPS}
         yield socket
+
+
+def test_a_damaged_student_does_not_close_the_line(http: TestClient, model: HyperBagel) -> None:
+    assert model.students.folder is not None
+    bad = model.students.folder / "bad"
+    bad.mkdir()
+    try:
+        (bad / "sampler.json").write_text('{"nfe":')
+        with pytest.warns(Notice, match="going on without student bad"), http.websocket_connect("/v1/live") as socket:
+            socket.send_json({"type": "hello", "key": KEY})
+            assert socket.receive_json()["tiers"]["preview"]["student"] == "6"
+    finally:
+        shutil.rmtree(bad)
 
 
 def draw(id: int, **more: Any) -> dict[str, Any]:

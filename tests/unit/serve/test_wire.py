@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.flow.schedule import time_grid
+from hyperbagel.model.student import Sampler
 from hyperbagel.pipeline import ImageRequest, TextResult
 from hyperbagel.serve import previews, streams
 from hyperbagel.serve.forms import _add, read_edit
@@ -255,7 +256,7 @@ def test_the_strongest_compression_is_zero_and_the_usual_one_is_not() -> None:
 
 
 def test_tiers_go_by_evaluations_and_not_by_names() -> None:
-    students = SimpleNamespace(names=lambda: ["1", "10", "6"], sampler=lambda name: SimpleNamespace(nfe=int(name)))
+    students = SimpleNamespace(names=lambda: ["1", "10", "6"], sampler=lambda name: Sampler(nfe=int(name)))
     chosen = tiers(SimpleNamespace(students=students, sampler=None))  # type: ignore[arg-type]
     assert [tier["student"] for tier in chosen.values()] == ["1", "6", "none"]
 
