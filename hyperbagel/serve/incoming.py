@@ -113,16 +113,7 @@ class Incoming:
         asked = self._turns(body)  # counts the pictures before any is unpacked
         images = [item for message in asked for item in self._items(message) if isinstance(item, Image.Image)]
         system = "\n".join(text for message in body.messages if message.role in SYSTEM if (text := _text(message)))
-        turns: list[tuple[str, str]] = []
-        question, answer = system, ""
-        for message in asked:
-            if message.role == "assistant":
-                answer = "\n".join(filter(None, (answer, _text(message))))
-                continue
-            if answer:  # a user's message after an answer: the pair before it is complete
-                turns.append((question, answer))
-                question, answer = "", ""
-            question = "\n".join(filter(None, (question, _text(message))))
+        turns, question = _pairs(system, asked)
         if not question.strip():
             raise ApiError(400, "got an empty question, expected some text in the last message", param="messages")
         tokens = body.max_completion_tokens or body.max_tokens
@@ -131,7 +122,7 @@ class Incoming:
         self._drafter(body.drafter)
         given: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
         given |= {} if body.temperature is None else {"temperature": body.temperature}
-        request = AskRequest(question, tuple(images), think=bool(body.think), turns=tuple(turns), drafter=body.drafter, **given)
+        request = AskRequest(question, tuple(images), think=bool(body.think), turns=turns, drafter=body.drafter, **given)
         first = _first_seed(body)
         return [replace(request, seed=first + i) for i in range(self._count(body.n))]
 
@@ -235,6 +226,24 @@ def _text(message: Message) -> str:
     if isinstance(message.content, str) or message.content is None:
         return message.content or ""
     return "\n".join(part.text for part in message.content if part.type == "text" and part.text)
+
+
+def _pairs(system: str, messages: Sequence[Message]) -> tuple[tuple[tuple[str, str], ...], str]:
+    """The texts of a conversation as (earlier questions with their answers, last question).
+
+    Consecutive messages of one role are joined by line ends. The system's text begins the first question.
+    """
+    turns: list[tuple[str, str]] = []
+    question, answer = system, ""
+    for message in messages:
+        if message.role == "assistant":
+            answer = "\n".join(filter(None, (answer, _text(message))))
+            continue
+        if answer:  # a user's message after an answer: the pair before it is complete
+            turns.append((question, answer))
+            question, answer = "", ""
+        question = "\n".join(filter(None, (question, _text(message))))
+    return tuple(turns), question
 
 
 def data_url(url: str) -> bytes:

@@ -202,14 +202,7 @@ class _Connection:
     async def _take(self, message: Said) -> None:
         """Acts on a message after hello."""
         if isinstance(message, Source):
-            try:
-                data = None if message.image is None else data_url(message.image)
-                self.source = None if data is None else await asyncio.to_thread(self.live.incoming.picture, data, "source")
-            except (ApiError, InputError) as error:
-                await self.refuse(error, message.id)
-                return
-            size = None if self.source is None else [self.source.width, self.source.height]
-            await self._say({"type": "source", "id": message.id, "size": size})
+            await self._set_source(message)
             return
         if not isinstance(message, Draw | Stop):
             raise ApiError(400, "got a second hello, expected source, draw or stop")
@@ -223,7 +216,18 @@ class _Connection:
         if old is not None:
             await self._say({"type": "cancelled", "id": old.draw.id})
 
+    async def _set_source(self, message: Source) -> None:
+        try:
+            data = None if message.image is None else data_url(message.image)
+            self.source = None if data is None else await asyncio.to_thread(self.live.incoming.picture, data, "source")
+        except (ApiError, InputError) as error:
+            await self.refuse(error, message.id)
+            return
+        size = None if self.source is None else [self.source.width, self.source.height]
+        await self._say({"type": "source", "id": message.id, "size": size})
+
     def _nearly_done(self) -> bool:
+        """Whether the request at work is a preview that will be finished soon, going by the last one."""
         return self.at_work is not None and self.at_work.tier == "preview" and self.last_preview <= SHORT
 
     async def _work(self) -> None:

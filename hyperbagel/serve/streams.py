@@ -81,7 +81,7 @@ def _wrong_body(error: RequestValidationError | ValidationError) -> ApiError:
 
 
 def _short(value: Any) -> str:
-    """A value in at most 60 characters. It is cut before repr: it may hold millions of values."""
+    """A value in at most 60 characters. A long sequence is cut before its repr is made, which could take millions of values."""
     text = repr(value[:60]) if isinstance(value, str | bytes | list | tuple) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

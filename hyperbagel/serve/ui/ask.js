@@ -34,16 +34,7 @@ export function setUpAsk(panel, card) {
     const fresh = pictures.list.filter((blob) => !sent.has(blob));
     const parts = await Promise.all(fresh.map(async (blob) => ({ type: "image_url", image_url: { url: await toDataUrl(blob) } })));
     const asked = { role: "user", content: [...parts, { type: "text", text: question }] };
-    talk.querySelector(".hint")?.remove();
-    const seen = fresh.length ? `\n[${fresh.length} picture${fresh.length > 1 ? "s" : ""}]` : "";
-    const mine = make("div", { className: "turn user", textContent: question + seen });
-    const thought = make("div", { className: "thought" });
-    const text = make("div", { className: "text" });
-    const facts = make("p", { className: "timings" });
-    const turn = make("div", { className: "turn" }, thought, text, facts);
-    turn.dataset.state = "writing";
-    talk.append(mine, turn);
-    turn.scrollIntoView({ block: "nearest" });
+    const { turn, thought, text, facts } = addTurn(talk, question, fresh.length);
     const asking = talks;
     field("prompt").value = "";
     const body = {
@@ -78,6 +69,20 @@ export function setUpAsk(panel, card) {
       throw error;
     }
   });
+}
+
+/** Shows a question, and below it an empty turn for its answer; returns the answer's elements. */
+function addTurn(talk, question, pictures) {
+  talk.querySelector(".hint")?.remove();
+  const seen = pictures ? `\n[${pictures} picture${pictures > 1 ? "s" : ""}]` : "";
+  const thought = make("div", { className: "thought" });
+  const text = make("div", { className: "text" });
+  const facts = make("p", { className: "timings" });
+  const turn = make("div", { className: "turn" }, thought, text, facts);
+  turn.dataset.state = "writing";
+  talk.append(make("div", { className: "turn user", textContent: question + seen }), turn);
+  turn.scrollIntoView({ block: "nearest" });
+  return { turn, thought, text, facts };
 }
 
 /** The line below an answer: the server's own times, then those seen from the page. first, total: ms since the request. */
