@@ -57,21 +57,21 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The whole job has failed; no event follows."""
+    """The whole job has failed. Nobody reads events after this one."""
 
     error: Exception
 
 
 @dataclass(frozen=True)
 class Cancelled:
-    """The whole job was cancelled; no event follows."""
+    """The whole job was cancelled. Nobody reads events after this one."""
 
 
 Event = Started | Progress | Text | Preview | Done | Failed | Cancelled
 
 
 class Job:
-    """One HTTP request. Made on the event loop that will read `events`."""
+    """One HTTP request, or one picture of the live line. Must be made on the event loop that will read `events`."""
 
     def __init__(
         self,
@@ -104,11 +104,13 @@ class Job:
             self._over.set()
 
     def cancel(self) -> None:
+        """Stops the job, unless it is over already."""
         if not self._over.is_set():
             self._over.set()
             self.tell(Cancelled())
 
     def fail(self, error: Exception) -> None:
+        """Ends the job with an error, unless it is over already."""
         if not self._over.is_set():
             self._over.set()
             self.tell(Failed(error))

@@ -33,7 +33,7 @@ def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     """Requests with equal keys can share every forward pass: row i of the batch is request i throughout."""
     if isinstance(request, AskRequest):
         return "ask", request.max_tokens, request.temperature, request.drafter
-    # Only what was asked for is compared. The defaults behind None are those of the student or the model, which are compared too.
+    # Settings are compared as they were asked for: None stands for a default of the student or the model, the same for the whole batch.
     apart = {"prompt", "images", "inputs", "seed", "size", "max_think_tokens", "student", "mask"}
     own = {f.name for f in fields(request)} - apart
     student = None if request.student == "none" else request.student
@@ -126,6 +126,7 @@ class Engine:
     # -- the threads -----------------------------------------------------------------------------------------------------------
 
     def _work(self, model: HyperBagel) -> None:
+        """What each thread does: one batch after another, until the engine is closed and empty."""
         contexts = Contexts()
         while units := self._take():
             began = time.perf_counter()
@@ -193,6 +194,11 @@ class Engine:
             if isinstance(error, torch.OutOfMemoryError) and model.runner is not None:
                 model.runner.forget()  # makes room for the next attempt
             return without_frames(error)
+        self._report(units, results)
+        return None
+
+    def _report(self, units: list[Unit], results: Sequence[ImageResult | TextResult]) -> None:
+        """Counts a finished batch and tells its jobs."""
         self.metrics.observe("hyperbagel_batch_size", len(units))
         for stage, seconds in results[0].timings.items():
             self.metrics.observe("hyperbagel_stage_seconds", seconds, stage=stage)
@@ -203,12 +209,12 @@ class Engine:
             else:
                 self.metrics.add("hyperbagel_evaluations_total", result.nfe)
             unit.job.tell(Done(unit.index, result))
-        return None
 
     def _results(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Sequence[ImageResult | TextResult]:
         return self._ask(model, units) if isinstance(units[0].request, AskRequest) else self._draw(model, units, contexts)
 
     def _draw(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Sequence[ImageResult]:
+        """Draws a batch, and sends its jobs what they want to see on the way."""
         requests = [unit.request for unit in units if isinstance(unit.request, ImageRequest)]
         previews = Previews(model, requests, [unit.job.previews for unit in units])
         started: set[Job] = set()
@@ -234,6 +240,7 @@ class Engine:
         return model.generate_batch(requests, on_step=on_step, on_token=on_token, contexts=kept)
 
     def _ask(self, model: HyperBagel, units: list[Unit]) -> Sequence[TextResult]:
+        """Answers a batch, and sends streaming jobs the text as it comes."""
         requests = [unit.request for unit in units if isinstance(unit.request, AskRequest)]
         streams = [model.parts.tokenizer.stream() for _ in units]
 
