@@ -39,7 +39,7 @@ def serve(
     checks.check_at_least("--queue", queue, 1)
     checks.check_at_least("--replicas", replicas, 1)
     if replicas is not None and len(device or ()) > 1:
-        raise InputError("got --replicas and several --device, expected one of the two; each replica has one device")
+        raise InputError("got --replicas and several --device, expected only one of the two; each replica uses one device")
     if not 0 <= port < 2**16:
         raise InputError(f"got --port {port}, expected 0 to 65535, choose another")
     # `-e HYPERBAGEL_API_KEY=$KEY` with KEY unset must not start a server that is open to everybody.
@@ -47,7 +47,7 @@ def serve(
         raise InputError(f"got an empty {KEY_VARIABLE}, expected a key; unset it to serve without one")
     private = host in ("127.0.0.1", "localhost", "::1")
     if api_key is None and not private:
-        note("warning: no --api-key: whoever reaches this address may use the model")
+        note("warning: no --api-key: anyone who reaches this address can use the model")
     from hyperbagel.pipeline import HyperBagel
     from hyperbagel.serve.app import create_app
     from hyperbagel.serve.run import bind, run, warm_up

@@ -110,7 +110,7 @@ class Guard:
         if self.api_key is None and scope["method"] not in ("GET", "HEAD", "OPTIONS") and is_foreign(headers):
             raise ApiError(
                 403,
-                "got a page of another site, expected one of this server; open the server's own address, or start it with a key",
+                "got a request from a page of another site, expected this server's own page; open its address, or start it with a key",
                 code="foreign_page",
             )
 
@@ -144,7 +144,7 @@ class _Body:
             # After the whole body the only message left is the client's disconnect, which may come at any time.
             message = await asyncio.wait_for(receive(), None if self.whole else self.limits.body_seconds)
         except TimeoutError as error:
-            told = f"got no more of the body for {self.limits.body_seconds:g} s, expected it whole; send it again"
+            told = f"got no more of the body for {self.limits.body_seconds:g} s, expected the rest; send the request again"
             raise self._refuse(ApiError(408, told, code="body_too_slow")) from error
         data = message.get("body", b"")
         self.whole = self.whole or not message.get("more_body", False)
@@ -161,11 +161,11 @@ class _Body:
     def _measure(self, length: int) -> None:
         """Refuses a body of `length` bytes if it is too large itself, or too large beside the other bodies held."""
         if length > self.limits.body_bytes:
-            told = f"got a body above {self.limits.body_bytes} bytes, expected less; send smaller or fewer pictures"
+            told = f"got a body of more than {self.limits.body_bytes} bytes, expected a shorter one; send smaller or fewer pictures"
             raise self._refuse(ApiError(413, told, code="body_too_large"))
         room = max(self.limits.bodies_bytes, self.limits.body_bytes)
         if self.guard.held - self.seen + length > room:
-            told = f"got more than the {room} bytes that all bodies may take together, expected room; try again"
+            told = f"got more than the {room} bytes that all requests' bodies may take together, expected room; try again"
             refused = ApiError(429, told, type="rate_limit_error", code="bodies_full", headers={"retry-after": "1"})
             raise self._refuse(refused)
 
@@ -222,7 +222,7 @@ def check_key(expected: str | None, given: bytes) -> None:
     if expected is not None and not hmac.compare_digest(given, expected.encode()):
         raise ApiError(
             401,
-            "got no API key or a wrong one, expected 'Authorization: Bearer KEY'; give the key the server was started with",
+            "got no API key or a wrong one, expected 'Authorization: Bearer KEY'; send the key that the server was started with",
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )

@@ -130,7 +130,7 @@ class Incoming:
         """The messages of user and assistant, the user's last; refuses too many pictures without unpacking any."""
         turns = [message for message in body.messages if message.role in ("user", "assistant")]
         if not turns or turns[-1].role != "user":
-            raise ApiError(400, "got a conversation that does not end with the user, expected a user's message last", param="messages")
+            raise ApiError(400, "got a conversation that ends with another message, expected the user's last", param="messages")
         if any(_pictures(message) for message in body.messages if message.role in SYSTEM):
             raise ApiError(400, "got a picture in a system message, expected text alone; put it into a user's message", param="messages")
         pictures = sum(map(_pictures, turns))

@@ -114,7 +114,7 @@ class Live:
         connection = _Connection(socket, self)
         try:
             if not is_same_origin(socket.headers):
-                raise ApiError(403, "got a page of another site, expected one of this server; open the server's own address")
+                raise ApiError(403, "got a connection from a page of another site, expected this server's own page; open its address")
             await connection.greet()
             async with self._place():  # only now: clients without the key must not take the places of those who have it
                 await connection.run()
@@ -132,7 +132,7 @@ class Live:
         """Counts a connection while it lasts. Raises ApiError (429) if there are too many."""
         limit = self.incoming.limits.live
         if self.count >= limit:
-            raise ApiError(429, f"got one more than {limit} live connections, expected fewer; try again later", code="too_many_connections")
+            raise ApiError(429, f"got more than {limit} live connections, expected no more; try again later", code="too_many_connections")
         self.count += 1
         try:
             yield

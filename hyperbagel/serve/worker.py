@@ -95,7 +95,8 @@ class Engine:
                 seconds = max(1, math.ceil(self._unit_seconds * len(self._waiting) / len(self.models)))
                 raise ApiError(
                     429,
-                    f"got {len(job.units)} more than the queue of {self.limit} holds, expected room; try again in {seconds} s",
+                    f"got {len(job.units)} to put into a queue with {len(self._waiting)} of its {self.limit} places taken, "
+                    f"expected enough room; try again in {seconds} s",
                     type="rate_limit_error",
                     code="queue_full",
                     headers={"retry-after": str(seconds)},

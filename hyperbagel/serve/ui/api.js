@@ -58,7 +58,7 @@ async function refusal(response) {
     const wait = response.headers.get("retry-after");
     return new ApiError(`The server is busy.${wait ? ` Try again in ${wait} s.` : ""}`, 429, told?.code);
   }
-  return new ApiError(told?.message ?? `The server answered ${response.status} without saying why.`, response.status, told?.code);
+  return new ApiError(told?.message ?? `The server answered with status ${response.status} and gave no reason.`, response.status, told?.code);
 }
 
 /** Like fetch, but sends the key, asks the user for it if the server wants one, and throws ApiError for a failed response. */
