@@ -51,8 +51,8 @@ def lora(
     model: Model = "toybox",
     text_scale: TextScale = None,
     image_scale: ImageScale = None,
-    rank: Annotated[int | None, typer.Option(help="For a student of whole layers: the rank to factorise it at.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = "float32",
+    rank: Annotated[int | None, typer.Option(help="For a student of whole layers: the rank to reduce it to.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = "float32",
 ) -> None:
     """Write a student as a LoRA in PEFT's layout, guidance folded in."""
     checks.check_folder(out)
