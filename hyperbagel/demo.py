@@ -117,7 +117,7 @@ def answers(model: HyperBagel, rng: random.Random, note: Callable[[str], None]) 
         note(f"question {i + 1} of {len(samples)}: {sample.question}")
         picture = draw_scene(sample.scene, model)
         result = model.ask(sample.question, [picture])
-        drafted = "" if result.tau is None else f", {result.tau:.1f} tokens a forward"
+        drafted = "" if result.tau is None else f", {result.tau:.1f} tokens per forward"
         spent = took(result.timings, f"{result.tokens} tokens{drafted}")
         yield Card((("", picture),), sample.question, answer=result.text, wanted=sample.answer, **spent)
 

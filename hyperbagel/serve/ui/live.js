@@ -82,7 +82,11 @@ export function setUpLive(panel, card, { editThis }) {
   function sendSource() {
     if (!line.ready) return;
     const [blob] = pictures.list;
-    state.source = (blob ? toDataUrl(blob) : Promise.resolve(null)).then((image) => line.send({ type: "source", id: ++state.id, image }));
+    const read = blob ? toDataUrl(blob) : Promise.resolve(null);
+    state.source = read.then((image) => line.send({ type: "source", id: ++state.id, image }), () => {
+      pictures.set([]);  // the file has changed or gone since it was chosen
+      showError(new ApiError("The picture can no longer be read. Choose it again."));
+    });
   }
 
   /** Acts on a JSON message of the server. */

@@ -96,6 +96,18 @@ def test_a_source_s_context_is_reused(visit: Visit, model: HyperBagel, photo: Pa
     assert page.locator("#edit").is_visible() and page.locator("#edit .thumb").count() == 1
 
 
+def test_a_source_that_can_no_longer_be_read_is_told(visit: Visit, photo: Path) -> None:
+    """Its file may change after it was chosen; the page then draws without it."""
+    page = opened(visit)
+    page.fill("#live [name=prompt]", "a red car")
+    live_settled(page, "better")
+    page.evaluate("FileReader.prototype.readAsDataURL = function () { queueMicrotask(() => this.onerror?.()); }")
+    page.set_input_files("#live [data-drop] input", photo)
+    page.wait_for_function("() => document.querySelector('#alert').textContent.includes('no longer be read')")
+    live_settled(page, "better")
+    assert page.locator("#live .thumb").count() == 0
+
+
 def test_a_line_that_breaks_is_opened_again(visit: Visit, address: str) -> None:
     page = visit("draw")
     page.evaluate(WATCHED)
