@@ -135,7 +135,7 @@ def build_demo(model: HyperBagel, out: Path, *, seed: int = 0, note: Callable[[s
     ]
     where = f"{platform.machine()}, {platform.system()}, python {platform.python_version()}"
     load = f"it loaded in {model.load_seconds:.2f} s"
-    lead = f"Everything here was made by one model on this machine ({where}); {load}. Seed {seed}; nothing was picked out."
+    lead = f"Everything here was made by one model on this machine ({where}); {load}. Seed {seed}; nothing was cherry-picked."
     path = out / "index.html"
     atomic_write_text(path, page("Hyper-Bagel", lead, sections))
     return path
