@@ -25,7 +25,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     if (folder / "provenance.json").is_file():
         return _run(folder)
     for stem, what in PARTS.items():  # exports of stages that train a part of a model
-        if (folder / f"{stem}.safetensors").is_file() and not (folder / "llm_config.json").exists():
+        of_a_model = (folder / "llm_config.json").exists() or any(folder.glob("ema*.safetensors"))
+        if (folder / f"{stem}.safetensors").is_file() and not of_a_model:
             return {"folder": str(folder), "part": what, "weights": {stem: TensorFolder(folder, stem).sizes()}}
     if folder.is_dir() and not any([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         raise InputError(

@@ -47,6 +47,9 @@ def test_a_model_without_its_weights_is_no_autoencoder(tmp_path: Path) -> None:
         describe_folder(tmp_path)
     (tmp_path / "llm_config.json").unlink()
     assert "autoencoder" in describe_folder(tmp_path)["part"]
+    (tmp_path / "model.safetensors").rename(tmp_path / "ema.safetensors")
+    with pytest.raises(InputError, match=r"llm_config\.json: missing"):
+        describe_folder(tmp_path)
 
 
 def test_a_checkpoint_without_players_is_named(tmp_path: Path) -> None:
