@@ -106,7 +106,8 @@ class Guard:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
             kind, _, given = headers.get("authorization", "").partition(" ")
-            check_key(self.api_key, given.strip().encode("latin-1") if kind.lower() == "bearer" else b"")
+            # Stripped as bytes: as latin-1 text the last byte of a UTF-8 letter may be a space.
+            check_key(self.api_key, given.encode("latin-1").strip() if kind.lower() == "bearer" else b"")
         if self.api_key is None and scope["method"] not in ("GET", "HEAD", "OPTIONS") and is_foreign(headers):
             raise ApiError(
                 403,

@@ -59,6 +59,26 @@ def test_open_paths_stay_open_behind_a_proxy_s_prefix() -> None:
     assert [message["status"] for message in told] == [200, 401]
 
 
+def test_a_key_may_end_in_a_letter_whose_last_byte_alone_is_a_space() -> None:
+    """As UTF-8, "\u00e0" ends in the byte 0xa0, which read by itself is a no-break space."""
+
+    async def status(key: str) -> int:
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        guard = Guard(reads_all, api_key=key, limits=Limits(), metrics=Metrics(), paths=set())
+        headers = [(b"authorization", b"Bearer  " + key.encode())]
+        await guard({"type": "http", "method": "GET", "path": "/v1/models", "headers": headers}, receive, send)
+        return sent[0]["status"]
+
+    assert [asyncio.run(status(key)) for key in ("key", "voil\u00e0", "\u00c5", "\u00e9t\u00e9")] == [200] * 4
+
+
 def test_a_path_cannot_write_lines_of_its_own_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def fails(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError("broken")
