@@ -149,7 +149,7 @@ def _replace(temporary: Path, path: Path) -> None:
             put = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # another process has put its own there
             if aside is not None:
                 _remove(aside) if put else os.replace(aside, path)
-            if put and path.is_dir() and temporary.is_dir():
+            if put and temporary.is_dir():  # whether or not a third process has moved that away meanwhile
                 continue
             raise
         if aside is not None:

@@ -167,6 +167,24 @@ def test_two_that_replace_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [p.name for p in target.iterdir()] == ["mine"] and {p.name for p in tmp_path.iterdir()} <= {"f", "gone"}
 
 
+def test_a_third_that_moves_the_second_s_folder_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the failed rename and the next look at the place, a third process has moved away what the second had put there."""
+    target, replace, others = tmp_path / "f", os.replace, iter(["once"])
+
+    def meanwhile(source: Path, to: Path) -> None:
+        if ".tmp-" in Path(source).name and next(others, None):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(source))  # and now nothing is there any more
+        replace(source, to)
+
+    target.mkdir()
+    (target / "old").write_text("")
+    monkeypatch.setattr(os, "replace", meanwhile)
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        (temporary / "mine").write_text("")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["f", "f/mine"]
+
+
 def test_a_shelf_knows_nothing_of_what_a_killed_process_left(tmp_path: Path) -> None:
     for name in ("6", "1", ".6.tmp-1a2b3c4d", ".6.old-1a2b3c4d", "empty"):
         (tmp_path / name).mkdir()
