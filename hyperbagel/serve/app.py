@@ -20,7 +20,7 @@ from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest
 from hyperbagel.serve import streams
 from hyperbagel.serve.card import model_card
 from hyperbagel.serve.forms import EDIT_FORM, read_edit
-from hyperbagel.serve.guard import Guard
+from hyperbagel.serve.guard import Guard, host_names
 from hyperbagel.serve.incoming import Incoming
 from hyperbagel.serve.jobs import Job
 from hyperbagel.serve.metrics import Metrics
@@ -76,7 +76,7 @@ def create_app(
     app.add_api_websocket_route("/v1/live", Live(engine, incoming, api_key).serve)
     add_page(app)
     paths = {str(getattr(route, "path", "")) for route in service.router().routes}
-    names = None if hosts is None else {host.lower() for host in hosts}
+    names = None if hosts is None else host_names(hosts)
     app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=metrics, paths=paths, hosts=names)
     for kind in (RequestValidationError, ValidationError, InputError, ApiError, StarletteHTTPException):
         app.add_exception_handler(kind, _refuse)

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMap
 from typing import Any
 from urllib.parse import urlsplit
 
+from hyperbagel.core.errors import InputError
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.schemas import ApiError, Limits
 
@@ -179,13 +180,30 @@ def _headers(scope: Scope) -> dict[str, str]:
     return {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
+def host_name(host: str) -> str:
+    """The name in a Host header or of a host: lower case, without a port. Raises ValueError for what is not a host."""
+    return (urlsplit(f"//{host}").hostname or "").rstrip(".")
+
+
+def host_names(hosts: Collection[str]) -> set[str]:
+    """The names that Host headers are compared with. Raises InputError for what is no host, such as a URL, which would never be equal."""
+    for host in hosts:
+        try:
+            usable = "/" not in host and host_name(host) != ""
+        except ValueError:
+            usable = False
+        if not usable:
+            raise InputError(f"got the host {host!r}, expected a name as in draw.example.org; leave out scheme and path")
+    return set(map(host_name, hosts))
+
+
 def is_own_name(host: str, allowed: Collection[str]) -> bool:
     """Whether a Host header names this server and not another site: an IP address, a name outside the public DNS, or one of `allowed`.
 
     This stops DNS rebinding: a site can make its own name point at this machine, and its page then has the same origin as this server.
     """
     try:
-        name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+        name = host_name(host)
     except ValueError:  # not a host
         return False
     try:

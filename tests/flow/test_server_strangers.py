@@ -34,7 +34,7 @@ def test_another_site_s_page_cannot_have_pictures_drawn(model: HyperBagel) -> No
 
 
 def test_a_name_that_was_pointed_at_this_machine(model: HyperBagel) -> None:
-    with TestClient(create_app(model, hosts=["Draw.Example.org"])) as http:
+    with TestClient(create_app(model, hosts=["Draw.Example.org:8000"])) as http:
         for host, status in (("evil.example:8000", 403), ("draw.example.org", 200), ("127.0.0.1:8000", 200), ("localhost:8000", 200)):
             assert http.get("/v1/models", headers={"host": host}).status_code == status
         evil = {"host": "evil.example", "origin": "http://evil.example"}

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from hyperbagel.serve.guard import Guard, is_foreign, is_own_name, is_same_origin
+from hyperbagel.core.errors import InputError
+from hyperbagel.serve.guard import Guard, host_names, is_foreign, is_own_name, is_same_origin
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.schemas import Limits
 
@@ -195,3 +196,12 @@ STRANGE = ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "evil.
 @pytest.mark.parametrize(("host", "own"), [*((host, True) for host in OWN), *((host, False) for host in STRANGE)])
 def test_names_that_a_stranger_can_have(host: str, own: bool) -> None:
     assert is_own_name(host, {"x.y"}) is own
+
+
+def test_allowed_hosts_are_names() -> None:
+    """A refusal shows the Host header with its port; given back as it was shown, it works."""
+    assert host_names(["A.Example:8443", "b.example."]) == {"a.example", "b.example"}
+    assert is_own_name("a.example:8443", host_names(["a.example:8443"]))
+    for wrong in ("https://a.example", "a.example/", "", "[::1"):
+        with pytest.raises(InputError, match="expected a name"):
+            host_names([wrong])
