@@ -78,6 +78,11 @@ def weights_of(model: Any, *students: str | None) -> dict[str, Any]:
     return {"base": fingerprint(model.parts.model), "students": digests} | numbers_of(model)
 
 
+def autoencoder_of(model: Any) -> str:
+    """What identifies the weights of a model's autoencoder, which `weights_of` leaves out."""
+    return fingerprint(model.parts.vae)
+
+
 def numbers_of(model: Any) -> dict[str, str]:
     """The dtype of a model's numbers and the type of its device, neither of which the fingerprint of its weights tells apart."""
     parameters = list(model.parts.model.parameters())

@@ -120,7 +120,7 @@ class StudentNetwork:
     guidance: GuidanceEmbedders
 
 
-def fingerprint(model: Bagel) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Hash of the names, shapes and up to 64 values of all tensors, the values in bf16 so that a copy in bf16 has the same one."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -39,10 +39,17 @@ class Fake:
     default_size = (16, 16)
     usual: ClassVar[dict[str, Any]] = {}  # the model's own settings, where a request says nothing
 
-    def __init__(self, dies: int = 10**9, *, students: Path | None = None, weights: torch.nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        dies: int = 10**9,
+        *,
+        students: Path | None = None,
+        weights: torch.nn.Module | None = None,
+        decoder: torch.nn.Module | None = None,
+    ) -> None:
         self.seen: list[ImageRequest] = []
         self.dies = dies
-        self.parts = SimpleNamespace(model=weights or torch.nn.Identity())
+        self.parts = SimpleNamespace(model=weights or torch.nn.Identity(), vae=decoder or torch.nn.Identity())
         names = sorted(p.name for p in students.iterdir()) if students else []
         self.students = SimpleNamespace(names=lambda: names, find=lambda name: Path(students or "", name))
 
@@ -141,6 +148,8 @@ def test_pictures_of_other_weights_or_prompts_are_not_mixed(tmp_path: Path, six:
         prompts(path, rows)
         with pytest.raises(InputError, match="pictures made with"):
             run(Fake(students=six, weights=torch.nn.Linear(1, 1)), path, out, settings=asked)
+        with pytest.raises(InputError, match="pictures made with autoencoder"):  # stage vae trains a decoder alone, too
+            run(Fake(students=six, decoder=torch.nn.Linear(1, 1)), path, out, settings=asked)
         (six / "6" / "weights").write_bytes(b"another")
         with pytest.raises(InputError, match="pictures made with"):
             run(Fake(students=six), path, out, settings=asked)
