@@ -50,7 +50,7 @@ class StaticDraft:
     def __init__(self, drafter: StaticDrafter, read: StaticRead) -> None:
         rows, device = len(read.cache.lengths), drafter.target.device
         self.drafter, self.seen = drafter, read.cache
-        self.capacity = read.capacity + SIZES[-1] + drafter.depth  # room for padded news and a draft after them
+        self.capacity = read.capacity + padded(SIZES[-1] + drafter.depth)  # padded news, a draft after them; in whole eights for attention
         self.cache = drafter.new_cache(rows, self.capacity)
         # Per row: where its new slots begin in the target's cache, how many they are, and how many slots the drafter's cache holds.
         self.start, self.counts, self.have = (torch.zeros(rows, 1, dtype=torch.long, device=device) for _ in range(3))
