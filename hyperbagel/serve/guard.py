@@ -57,7 +57,8 @@ class Guard:
             await self.app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began, status, gone, body = time.perf_counter(), 0, False, _Body(self, _headers(scope))
+        began, status, gone, headers = time.perf_counter(), 0, False, _headers(scope)
+        body = _Body(self, headers)
 
         async def sending(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -74,7 +75,7 @@ class Guard:
             return message
 
         try:
-            self._check(scope)
+            self._check(scope, headers)
             body.expect()
             await self.app(scope, receiving, sending)
             if body.refused is not None:
@@ -94,9 +95,8 @@ class Guard:
             self.metrics.add("hyperbagel_requests_total", path=path, status=str(status or 499))
             self.metrics.observe("hyperbagel_request_seconds", time.perf_counter() - began, path=path)
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Raises ApiError unless host, key and origin are right."""
-        headers = _headers(scope)
         if not self._is_ours(headers):
             raise ApiError(
                 403,

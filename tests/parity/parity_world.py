@@ -45,6 +45,16 @@ def make_parts(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Parts
     return Parts(model.to(device, dtype), vae.to(device), tokenizer, ImageTransform(32, 8, 4), ImageTransform(40, 10, 10))
 
 
+def large_weights(module: torch.nn.Module, scale: float) -> torch.nn.Module:
+    """Random weights, large enough that drafts vary; those of a Markov head are larger still."""
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weights in module.named_parameters():
+            if "norm" not in name:
+                weights.copy_(torch.randn(weights.shape, generator=draws) * (1.0 if name.startswith("markov") else scale))
+    return module.eval().requires_grad_(False)
+
+
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from parity_world import CONFIG, make_parts, text_sessions
+from parity_world import CONFIG, large_weights, make_parts, text_sessions
 from torch import Tensor
 
 from hyperbagel.generate.sampling import probabilities
@@ -31,12 +31,8 @@ def parts() -> Parts:
 def module() -> BlockDrafter:
     made = make_module(DrafterConfig.for_target("block", CONFIG.llm, block=DEPTH, rank=8))
     assert isinstance(made, BlockDrafter)
-    draws = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weights in made.named_parameters():
-            if "norm" not in name:
-                weights.copy_(torch.randn(weights.shape, generator=draws) * (1.0 if name.startswith("markov") else 0.3))
-    return made.eval().requires_grad_(False)
+    large_weights(made, 0.3)
+    return made
 
 
 def mixed(parts: Parts, module: BlockDrafter) -> list[Session]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity_world import CONFIG, Stub, make_parts, text_sessions
+from parity_world import CONFIG, Stub, large_weights, make_parts, text_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
@@ -34,15 +34,8 @@ def parts() -> Parts:
 
 
 def module_of(kind: Kind) -> torch.nn.Module:
-    """Random weights, large enough that drafts vary."""
     own = {"block": DEPTH, "rank": 8} if kind == "block" else {"zero_init": False} if kind == "hyper-bagel" else {"draft_vocab": 700}
-    module = make_module(DrafterConfig.for_target(kind, CONFIG.llm, **own))
-    draws = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weights in module.named_parameters():
-            if "norm" not in name:
-                weights.copy_(torch.randn(weights.shape, generator=draws) * (1.0 if name.startswith("markov") else 0.2))
-    return module.eval().requires_grad_(False)
+    return large_weights(make_module(DrafterConfig.for_target(kind, CONFIG.llm, **own)), 0.2)
 
 
 def drafter_of(kind: Kind, parts: Parts) -> Served:
@@ -126,27 +119,29 @@ def test_recorded_drafts_are_the_eager_ones(kind: Kind) -> None:
 
 
 @torch.inference_mode()
-def first_draft(drafter: Served, session: Session, read: StaticRead, limit: int = DEPTH) -> list[Seen]:
+def first_draft(drafter: Served, session: Session, read: StaticRead) -> Seen:
     """A request's first draft, eager since a context is read, and the news of a round that accepted nothing."""
     drafter.begin([session], 0.0, ())
     root, position = torch.tensor([session.parts.tokenizer.im_start]), torch.tensor([session.position])
     n = session.cache.lengths[0]
-    drafter.propose(Seen(read.cache, [0], [n], [[]], root, position, read), limit)
+    drafter.propose(Seen(read.cache, [0], [n], [[]], root, position, read), DEPTH)
     read(root[:, None], position)
-    return [Seen(read.cache, [n], [1], [[int(root)]], root + 6, position + 1, read)]
+    return Seen(read.cache, [n], [1], [[int(root)]], root + 6, position + 1, read)
 
 
-def reader(session: Session, parts: Parts) -> StaticRead:
-    return GraphRunner(parts.model).reader([session.cache], 40)
+@torch.inference_mode()
+def at_work(kind: Kind, parts: Parts) -> tuple[Served, Session, StaticRead]:
+    """A drafter, a context, and who verifies after it in fixed shapes."""
+    drafter = drafter_of(kind, parts)
+    [session] = text_sessions(parts, 1, seed=2, taps=drafter.taps)
+    return drafter, session, GraphRunner(parts.model).reader([session.cache], 40)
 
 
 @torch.inference_mode()
 def test_a_row_ends_where_it_is_unsure(parts: Parts) -> None:
     """What one is sure of may change between rounds, and the shapes stay: -1 from the first token whose chance is too small."""
-    drafter = drafter_of("block", parts)
-    [session] = text_sessions(parts, 1, seed=2, taps=drafter.taps)
-    read = reader(session, parts)
-    [news] = first_draft(drafter, session, read)
+    drafter, session, read = at_work("block", parts)
+    news = first_draft(drafter, session, read)
     found, committed = {}, list(drafter.cache.lengths)
     for least in (0.0, 0.8, 1.1, 0.0):
         drafter.threshold = least
@@ -164,11 +159,10 @@ def test_a_row_ends_where_it_is_unsure(parts: Parts) -> None:
 @torch.inference_mode()
 def test_one_request_leaves_nothing_in_the_next(kind: Kind, parts: Parts) -> None:
     """Slots behind a row's end are only masked, so what the last request left there is wiped."""
-    drafter = drafter_of(kind, parts)
-    [session] = text_sessions(parts, 1, seed=2, taps=drafter.taps)
-    read, drafts = reader(session, parts), []
+    drafter, session, read = at_work(kind, parts)
+    drafts = []
     for _ in range(2):
-        [news] = first_draft(drafter, session, read)
+        news = first_draft(drafter, session, read)
         drafts.append(drafter.propose(news, DEPTH).tokens.tolist())
         for store in (*drafter.cache.k, *drafter.cache.v):
             store.fill_(float("nan"))
@@ -181,10 +175,8 @@ def test_one_request_leaves_nothing_in_the_next(kind: Kind, parts: Parts) -> Non
 @torch.inference_mode()
 def test_a_cache_that_grew_is_recorded_anew(parts: Parts) -> None:
     """Recorded rounds hold addresses: where many new slots at once had the drafter's cache grow, they go."""
-    drafter = drafter_of("block", parts)
-    [session] = text_sessions(parts, 1, seed=2, taps=drafter.taps)
-    read = reader(session, parts)
-    [news] = first_draft(drafter, session, read)
+    drafter, session, read = at_work("block", parts)
+    news = first_draft(drafter, session, read)
     committed = list(drafter.cache.lengths)
     before = drafter.propose(news, DEPTH).tokens.tolist()
     static = read.drafts[drafter]

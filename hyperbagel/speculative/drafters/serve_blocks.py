@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hyperbagel.generate.graphs import causal_plan
 from hyperbagel.generate.sampling import COLDEST
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.kv_cache import KVCache, Plan
@@ -42,7 +44,7 @@ def rows_plan(have: Tensor, counts: Tensor, n: int, k: int, visible: int) -> Pla
     """The same plan from lengths `have` and counts on the device, both [B, 1], with n slots per row for the new ones."""
     ahead, own = torch.arange(n, device=have.device), have + counts + torch.arange(k, device=have.device)
     slots = torch.cat([have + ahead + k * (ahead >= counts), own], dim=1)
-    return Plan(slots, visible, (torch.arange(visible, device=have.device) <= own[..., None]).unsqueeze(1), False)
+    return replace(causal_plan(own, visible), slots=slots)  # only the block looks
 
 
 class BlockProposer(Proposer):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hyperbagel.generate.graphs import StaticRead, causal_plan
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.speculative.drafters.autoregressive import DraftModule
 from hyperbagel.speculative.drafters.choice import Pick, confidence
 from hyperbagel.speculative.drafters.expand import Level, best_nodes, grow, level_plan
@@ -38,7 +37,7 @@ class AutoregressiveDrafter(Proposer):
     def _propose(self, seen: Seen, depth: int) -> Draft:
         news = gather_news(seen, self.module.layers_read, self.target.embed_text(seen.root))
         counts = torch.tensor(seen.counts, device=seen.root.device)
-        h = self._read(news, counts, self.cache.plan(seen.counts, causal=True))
+        h = self._read(news, counts, Served(self.cache, self.cache.plan(seen.counts, causal=True)))
         self.cache.advance(seen.counts)
         committed = list(self.cache.lengths)
         draft = self._tree(h, seen.position, depth) if self.nodes else self._grown_chain(h, seen.position, depth)
@@ -48,14 +47,14 @@ class AutoregressiveDrafter(Proposer):
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
         news = gather(at.seen, self.module.layers_read, at.start, at.counts, n, self.target.embed_text(at.root))
         new = torch.arange(n, device=at.have.device)
-        h = self._read(news, at.counts[:, 0], causal_plan(at.have + new, at.capacity), at.cache)
+        h = self._read(news, at.counts[:, 0], Served(at.cache, causal_plan(at.have + new, at.capacity)))
         ends = at.have + at.counts  # padding of the news is overwritten, or lies beyond and is not seen
         return self._chain(h, at.position, k, pick, lambda d: Served(at.cache, causal_plan(ends + d, at.capacity)), early=False)
 
-    def _read(self, news: News, counts: Tensor, plan: Plan, cache: KVCache | None = None) -> Tensor:
+    def _read(self, news: News, counts: Tensor, memory: Served) -> Tensor:
         """Reads the committed slots, counts [B] per row, into the memory -> h [B, E] of each row's last one."""
         assert news.following is not None
-        sight = Sight.at(news.positions, self.config, news.features.dtype, Served(self.cache if cache is None else cache, plan))
+        sight = Sight.at(news.positions, self.config, news.features.dtype, memory)
         h = self.module.step(self.module.encode(news.features, sight), news.following, sight)
         return h[torch.arange(len(h), device=h.device), (counts - 1).clamp(min=0)]
 

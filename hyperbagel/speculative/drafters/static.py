@@ -53,7 +53,8 @@ class StaticDraft:
         self.capacity = read.capacity + padded(SIZES[-1] + drafter.depth)  # padded news, a draft after them; in whole eights for attention
         self.cache = drafter.new_cache(rows, self.capacity)
         # Per row: where its new slots begin in the target's cache, how many they are, and how many slots the drafter's cache holds.
-        self.start, self.counts, self.have = (torch.zeros(rows, 1, dtype=torch.long, device=device) for _ in range(3))
+        self.slots = torch.zeros(3, rows, 1, dtype=torch.long, device=device)
+        self.start, self.counts, self.have = self.slots
         self.root, self.position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
         self.uniforms = torch.zeros(rows, drafter.depth, dtype=torch.float64, device=device)
         self.least, self.temperature = torch.zeros((), device=device), torch.ones((), device=device)
@@ -81,9 +82,7 @@ class StaticDraft:
             self.capacity = self.cache.capacity
         k = min(limit, drafter.depth)
         key = padded(max(seen.counts)), drafter.static_depth(k), sampled
-        lists = torch.tensor([seen.start, seen.counts, self.cache.lengths], device=self.root.device)[..., None]
-        for buffer, new in zip((self.start, self.counts, self.have), lists, strict=True):
-            buffer.copy_(new)
+        self.slots.copy_(torch.tensor([seen.start, seen.counts, self.cache.lengths])[..., None])
         self.root.copy_(seen.root)
         self.position.copy_(seen.position)
         self.least.fill_(drafter.threshold)

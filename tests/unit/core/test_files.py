@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,16 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatc
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["f", "f/old"]
 
 
+def replace_folder(target: Path, rename: Callable[[Path, Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with `old` in it becomes one with `mine`; every rename goes through `rename`."""
+    target.mkdir()
+    (target / "old").write_text("")
+    monkeypatch.setattr(os, "replace", rename)
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        (temporary / "mine").write_text("")
+
+
 @pytest.mark.parametrize("moment", ["before the old one is aside", "after"])
 def test_two_that_replace_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Another process puts its own folder there between any two steps: no error, nothing left beside it."""
@@ -157,12 +168,7 @@ def test_two_that_replace_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
             other()
         replace(source, to)
 
-    target.mkdir()
-    (target / "old").write_text("")
-    monkeypatch.setattr(os, "replace", meanwhile)
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        (temporary / "mine").write_text("")
+    replace_folder(target, meanwhile, monkeypatch)
     assert next(others, None) is None, "the other was there"
     assert [p.name for p in target.iterdir()] == ["mine"] and {p.name for p in tmp_path.iterdir()} <= {"f", "gone"}
 
@@ -176,12 +182,7 @@ def test_a_third_that_moves_the_second_s_folder_aside(tmp_path: Path, monkeypatc
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(source))  # and now nothing is there any more
         replace(source, to)
 
-    target.mkdir()
-    (target / "old").write_text("")
-    monkeypatch.setattr(os, "replace", meanwhile)
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        (temporary / "mine").write_text("")
+    replace_folder(target, meanwhile, monkeypatch)
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["f", "f/mine"]
 
 
