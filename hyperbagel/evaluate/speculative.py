@@ -1,8 +1,8 @@
 """Measures speculative decoding: the acceptance of each drafter, and tokens per second of each way to decode beside fast plain decoding.
 
-Acceptance is measured with drafts of a fixed length (the paper's chain of 10, or a whole block), speed with the budget that requests are
-served with. The ways of decoding take turns on the same prompts, several times over; medians and spread are over these repeats. A stopped
-evaluation goes on with the cell (split, temperature, batch) that it was in.
+Acceptance is measured with drafts of a fixed length (the paper's chain of 10, a whole block, and a block's tree), speed with the budget
+that requests are served with. The ways of decoding take turns on the same prompts, several times over; medians and spread are over these
+repeats. A stopped evaluation goes on with the cell (split, temperature, batch) that it was in.
 
 Shape legend: B sessions, V vocabulary.
 """
@@ -32,12 +32,14 @@ from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
+from hyperbagel.speculative.choose import NODES
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.types import Drafter, Speculated, Stats, Times
 from hyperbagel.toybox.language import sample_question
 
 SPLITS = ("in_template", "held_out", "free_form")
 RESERVED = PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
+TREE = ", tree"  # follows the name of a drafter in rows of its trees
 FREE_TOKENS = 40  # least length of a free-form answer
 # requests in words that no template has
 FREE = (
@@ -105,8 +107,9 @@ def run_speculative_eval(
     Raises InputError for a folder that holds no drafter of this model, a name that another way of decoding has, or records in `out` that
     were made with another plan or other weights.
     """
-    if taken := [name for name in drafters if name in RESERVED]:
-        raise InputError(f"got a drafter named {taken[0]!r}, expected none of {', '.join(RESERVED)}, which are always measured; rename it")
+    if taken := [name for name in drafters if name in RESERVED or name.endswith(TREE)]:
+        others = f"none of {', '.join(RESERVED)} and none that ends in {TREE!r}"
+        raise InputError(f"got a drafter named {taken[0]!r}, expected {others}, which name rows of the tables; rename it")
     plan = plan or Plan()
     folder = make_folder(out)
     names = {name: name for name in model.drafters.shipped()} | {name: str(path) for name, path in drafters.items()}
@@ -115,7 +118,7 @@ def run_speculative_eval(
     work = _Bench(model, names, plan)
     cells = [Cell(s, t, b) for s in SPLITS for t in plan.temperatures for b in ((0, *plan.batches) if plan.speed else (0,))]
     marks = {"base": weights_of(model)["base"], "weights": {name: digest(model.drafters.find(path)) for name, path in names.items()}}
-    about = {"plan": asdict(plan), "drafters": names, "model": model.name, "machine": machine(model)} | marks
+    about = {"plan": asdict(plan), "drafters": names, "tree_nodes": NODES, "model": model.name, "machine": machine(model)} | marks
     header = json.loads(json.dumps(about))
     records = run_items("speculative", cells, work.cells, seed=plan.seed, batch=1, header=header, path=folder / "cells.jsonl")
     result = summarise(header, records)
@@ -188,14 +191,19 @@ class _Bench:
         rows: dict[str, Any] = {}
         plain = plain_decode(self._sessions(prompts, ()), **self._how(cell, range(len(prompts))), keep_logits=True)
         sure = [float(torch.distributions.Categorical(logits=x).entropy()) for out in plain for x in out.logits[: len(out.ids) + 1]]
-        for name, path in {LOOKUP: LOOKUP, **self.names}.items():
-            drafter = self.model.drafters.get(path)
-            stats, width = Stats(), min(plan.depth, drafter.width)
+        drafters = {LOOKUP: self.model.drafters.get(LOOKUP)}
+        for name, path in self.names.items():
+            drafters[name] = self.model.drafters.get(path)
+            if (served := self.model.drafters.served(path)) is not drafters[name]:
+                drafters[name + TREE] = served
+        for name, drafter in drafters.items():
+            stats, width = Stats(), drafter.width if name.endswith(TREE) else min(plan.depth, drafter.width)
             drafter.threshold = 0.0
             for out in decode(self._sessions(prompts, drafter.taps), **self._how(cell, range(len(prompts))), drafter=drafter):
                 assert isinstance(out, Speculated)
                 stats.add(out.stats)
-            rows[name] = {"tau": stats.tau, "alpha": alpha(stats.tau, width), "depth": width, "rates": stats.rates()}
+            chain = not name.endswith(TREE)  # alpha is defined for chains
+            rows[name] = {"tau": stats.tau, "alpha": alpha(stats.tau, width) if chain else None, "depth": width, "rates": stats.rates()}
         lengths = [len(out.ids) for out in plain]
         return {**asdict(cell), "rows": rows, "entropy": sum(sure) / len(sure), "tokens": sum(lengths), "longest": max(lengths)}
 

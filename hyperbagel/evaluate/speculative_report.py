@@ -27,7 +27,7 @@ def print_tables(result: dict[str, Any], console: Console | None = None) -> None
         table = Table("drafter", "drafts", "tau", "alpha", f"acceptance at depth 1 ... {SHOWN}", title=title, title_justify="left")
         for name, row in cell["rows"].items():
             rates = " ".join(f"{rate:.2f}" for rate in row["rates"][:SHOWN])
-            table.add_row(name, str(row["depth"]), f"{row['tau']:.3f}", f"{row['alpha']:.4f}", rates)
+            table.add_row(name, str(row["depth"]), f"{row['tau']:.3f}", "" if row["alpha"] is None else f"{row['alpha']:.4f}", rates)
         console.print(table)
     for cell in result["speed"]:
         table = Table(

@@ -108,7 +108,8 @@ class Adaptive:
             draft = self._draft(name, phase, news, limit)
             if draft.tokens.shape[1] or not _free(self.drafters[name]):
                 columns = draft.tokens.shape[1]
-                seconds = self.costs.round_seconds(name, max(1, columns), columns + 1, fresh=not any(news.start))
+                depth = columns if draft.tree is None else max(draft.deepest())
+                seconds = self.costs.round_seconds(name, max(1, depth), columns + 1, fresh=not any(news.start))
                 self.last = _Last(name, phase, draft, seconds)
                 self.rounds_drafted[name] += 1
                 return draft
@@ -139,7 +140,7 @@ class Adaptive:
         self.news[name] = None
         draft = drafter.propose(seen, min(limit, max(depth, TRIAL_DEPTH)))
         if draft.tree is None and draft.tokens.device.type == "cpu":  # on a GPU the look would be a wait for the device
-            used = max(draft.drafted(), default=0)
+            used = max(draft.deepest(), default=0)
             if used < draft.tokens.shape[1]:
                 draft = replace(draft, tokens=draft.tokens[:, :used])
         return draft
@@ -150,7 +151,7 @@ class Adaptive:
         if last is None:
             return
         name, phase = last.name, last.phase
-        alive = [(n - 1, tried) for n, tried in zip(counts, last.draft.drafted(), strict=True) if n]
+        alive = [(n - 1, tried) for n, tried in zip(counts, last.draft.deepest(), strict=True) if n]
         for accepted, tried in alive:
             phase.acceptance[name].note(tried, accepted)
         if alive:

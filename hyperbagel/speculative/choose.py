@@ -11,12 +11,14 @@ from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.budget import best_depth
-from hyperbagel.speculative.drafters.folder import load_module, make_drafter, read_acceptance
+from hyperbagel.speculative.drafters.block import BlockDrafter
+from hyperbagel.speculative.drafters.folder import Module, load_module, make_drafter, read_acceptance
 from hyperbagel.speculative.drafters.lookup import Lookup
 from hyperbagel.speculative.types import Drafter
 
 LOOKUP, AUTO, NONE = "lookup", "auto", "none"
 DEPTH = 10  # most tokens of a chain, as in the paper; the budget decides how many are drafted
+NODES = 15  # most tokens of a block's tree: 16 are read with the root
 LOOKUP_PRIOR = (0.4, 0.6, 0.7)  # rising with depth: a wrong place shows at once, a right one goes on being right
 
 
@@ -26,7 +28,9 @@ class Drafters:
     def __init__(self, parts: Parts, folder: Path | None = None, graphs: GraphRunner | None = None) -> None:
         """graphs: the runner that verifies drafts when requests are served; None: eager."""
         self.parts, self.folder, self.graphs = parts, folder, graphs
-        self.ready: dict[str, Drafter] = {LOOKUP: Lookup()}
+        self.modules: dict[str, Module] = {}
+        self.lookup = Lookup()
+        self.ready: dict[tuple[str, int], Drafter] = {}
         self.serving: dict[str, Adaptive] = {}
 
     def shipped(self) -> list[str]:
@@ -55,12 +59,27 @@ class Drafters:
         known = ", ".join(self.names())
         raise InputError(f"got drafter {name!r}, expected one of {known}, or a drafter folder (train one: hyperbagel train drafter)")
 
-    def get(self, name: str) -> Drafter:
-        """The drafter alone, without a budget: it drafts as deep as it can. Raises InputError if it is damaged or of another target."""
-        if name not in self.ready:
-            model = self.parts.model
-            self.ready[name] = make_drafter(load_module(self.find(name), model), model, depth=DEPTH)
-        return self.ready[name]
+    def get(self, name: str, nodes: int = 0) -> Drafter:
+        """The drafter alone, without a budget: it drafts as deep as it can, chains or (`nodes` > 0) trees of so many nodes.
+
+        Raises InputError if it is damaged or of another target.
+        """
+        if name == LOOKUP:
+            return self.lookup
+        if (name, nodes) not in self.ready:
+            self.ready[name, nodes] = make_drafter(self.module(name), self.parts.model, depth=DEPTH, nodes=nodes)
+        return self.ready[name, nodes]
+
+    def module(self, name: str) -> Module:
+        """The weights of a trained drafter. Raises InputError as `get` does."""
+        if name not in self.modules:
+            self.modules[name] = load_module(self.find(name), self.parts.model)
+        return self.modules[name]
+
+    def served(self, name: str) -> Drafter:
+        """The drafter as requests have it: one pass of a block makes a tree as it makes a chain; others need a pass for each token."""
+        trees = name != LOOKUP and isinstance(self.module(name), BlockDrafter)
+        return self.get(name, NODES if trees else 0)
 
     def budgeted(self, name: str) -> Adaptive:
         """The drafter with a budget, as requests are served. Raises InputError as `get` does; "auto" warns of what it cannot use."""
@@ -70,7 +89,7 @@ class Drafters:
 
     def _budgeted(self, names: list[str]) -> Adaptive:
         priors = {name: LOOKUP_PRIOR if name == LOOKUP else read_acceptance(self.find(name)) for name in names}
-        drafters = {name: self.get(name) for name in names}
+        drafters = {name: self.served(name) for name in names}
         return Adaptive(drafters, {name: rates for name, rates in priors.items() if rates}, graphs=self.graphs)
 
     def _auto(self) -> Adaptive:
@@ -78,7 +97,7 @@ class Drafters:
         fitting = []
         for name in self.shipped():
             try:
-                self.get(name)
+                self.module(name)
                 fitting.append(name)
             except InputError as error:
                 warnings.warn(f"{error}; going on without it", Notice, stacklevel=4)

@@ -20,15 +20,14 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.decode import Decoded, Runner
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
-from hyperbagel.generate.sampling import pick, probabilities
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.speculative.accept import accept
 from hyperbagel.speculative.tree import Tree, commit, tree_plan
 from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated
-from hyperbagel.speculative.verify import Accepted, greedy, greedy_chain, sampled, sampled_chain
 
 
 @torch.inference_mode()
@@ -150,7 +149,6 @@ class Rounds:
         self.cache.reserve(max(self.before) + room)
         device = self.model.device
         self.root = torch.full((len(sessions),), parts.tokenizer.im_start, device=device)
-        self.roots = [parts.tokenizer.im_start] * len(sessions)
         self.position = torch.tensor([s.position for s in sessions], device=device)
         self.alive = set(range(len(sessions)))
         self.start, self.counts = [0] * len(sessions), list(self.before)  # as in Seen
@@ -168,29 +166,17 @@ class Rounds:
         else:
             logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
-        # rows: of each row the accepted node, the target's own token, root and drafted tokens; the only wait for the device of a chain
-        if n == 1:  # as lean as a plain step, since rounds without drafts must not cost more
-            accepted = Accepted(torch.zeros_like(self.root), pick(logits[:, 0], self.temperature, self.generators))
-            rows = [[0, own, root] for own, root in zip(accepted.token.tolist(), self.roots, strict=True)]
-        else:
-            accepted = self._accept(logits, tokens, draft)
-            rows = torch.cat([accepted.node[:, None], accepted.token[:, None], tokens], dim=1).tolist()
+        verdict = accept(logits, tokens, draft, self.temperature, self.generators)  # the only wait for the device of a chain
         begun = [end - n for end in self.cache.lengths]
-        if draft.tree is None:
-            paths = [list(range(row[0] + 1)) for row in rows]
-            deepest = [sum(id_ >= 0 for id_ in row[3:]) for row in rows]
-        else:
-            paths = [[0, *[i for i in path if i]] for path in draft.tree.paths(accepted.node).tolist()]
-            deepest = torch.where(tokens >= 0, draft.tree.depths, 0).amax(1).tolist()
-        paths = [path if b in self.alive else [] for b, path in enumerate(paths)]
+        paths = [path if b in self.alive else [] for b, path in enumerate(verdict.paths)]
         if n > 1 or len(self.alive) < len(paths):
             commit(self.cache, begun, paths)
         clock.append(time.perf_counter())
         self.start, self.counts = begun, [len(path) for path in paths]
-        self.ids = [[rows[b][2 + i] for i in path] for b, path in enumerate(paths)]
+        self.ids = [[verdict.tokens[b][i] for i in path] for b, path in enumerate(paths)]
         for b in sorted(self.alive):
-            self._report(b, paths[b], [*self.ids[b][1:], rows[b][1]], logits, deepest[b])
-        self.root, self.roots = accepted.token, [row[1] for row in rows]
+            self._report(b, paths[b], [*self.ids[b][1:], verdict.own[b]], logits, verdict.deepest[b])
+        self.root = verdict.root
         same = self.counts[0] if len(set(self.counts)) == 1 else None
         self.position = self.position + (torch.tensor(self.counts, device=self.position.device) if same is None else same)
         clock.append(time.perf_counter())
@@ -210,19 +196,6 @@ class Rounds:
         else:  # one token is left, which needs no draft: the drafter learns now how its last one fared
             self.drafter.end(self.counts)
         return Draft(self.root.new_empty(len(self.results), 0))
-
-    def _accept(self, logits: Tensor, tokens: Tensor, draft: Draft) -> Accepted:
-        """logits [B, n, V] after tokens [B, n] (root first) -> what of the draft is accepted."""
-        if self.temperature == 0:
-            best = logits.argmax(-1)
-            return greedy_chain(best, tokens) if draft.tree is None else greedy(best, tokens, draft.tree.mask)
-        p = probabilities(logits, self.temperature)
-        n = tokens.shape[1]
-        drawn = [torch.rand(n, generator=g, dtype=torch.float64) for g in self.generators]
-        uniforms = torch.stack(drawn).to(tokens.device)
-        if draft.tree is None:
-            return sampled_chain(p, tokens, uniforms, draft.q)
-        return sampled(p, tokens, draft.tree.parents, uniforms, draft.q)
 
     def _report(self, b: int, path: list[int], new: list[int], logits: Tensor, deepest: int) -> None:
         """Adds row b's new tokens, the accepted ones and the target's own, to its result, as far as plain decoding would have gone."""

@@ -59,12 +59,21 @@ class Tree:
         """[B, n], 0 for the root: RoPE position of a node is the root's plus this."""
         return self.mask.sum(-1) - 1
 
-    def paths(self, nodes: Tensor) -> Tensor:
-        """The nodes on the way from the root (left out) to nodes[b], [B, n - 1], filled up with 0 (EAGLE's retrieve indices)."""
-        on = self.mask.gather(1, nodes[:, None, None].expand(-1, 1, self.parents.shape[1]))[:, 0]  # [B, n]
-        order = torch.argsort((~on).to(torch.int8), dim=1, stable=True)  # indices grow with depth
-        kept = torch.where(on.gather(1, order), order, 0)
-        return kept[:, 1:]
+
+def way(parents: Sequence[int], node: int) -> list[int]:
+    """The nodes from the root down to `node`."""
+    path = [node]
+    while path[-1]:
+        path.append(parents[path[-1]])
+    return path[::-1]
+
+
+def deepest(tokens: Sequence[int], parents: Sequence[int]) -> int:
+    """Depth of the deepest drafted node; nodes with the token -1 are none."""
+    depths = [0]
+    for i in range(1, len(parents)):
+        depths.append(depths[parents[i]] + 1 if tokens[i] >= 0 else 0)
+    return max(depths)
 
 
 def tree_plan(cache: KVCache, tree: Tree) -> Plan:
@@ -77,6 +86,9 @@ def tree_plan(cache: KVCache, tree: Tree) -> Plan:
     n, longest = tree.parents.shape[1], max(cache.lengths)
     cache.reserve(longest + n)
     device = tree.parents.device
+    if len(set(cache.lengths)) == 1:  # slices, which are written faster
+        past = torch.ones(len(tree.parents), n, longest, dtype=torch.bool, device=device)
+        return Plan(slice(longest, longest + n), longest + n, torch.cat([past, tree.mask], dim=-1).unsqueeze(1), False)
     start = torch.tensor(cache.lengths, device=device)[:, None]
     node = torch.arange(longest + n, device=device) - start  # [B, K]: which node lies in a slot
     within = tree.mask.gather(2, node.clamp(0, n - 1)[:, None].expand(-1, n, -1)) & ((node >= 0) & (node < n))[:, None]

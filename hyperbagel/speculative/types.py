@@ -17,7 +17,7 @@ from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.graphs import StaticRead
 from hyperbagel.generate.session import Session
 from hyperbagel.nn.kv_cache import KVCache
-from hyperbagel.speculative.tree import Tree
+from hyperbagel.speculative.tree import Tree, deepest
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,12 @@ class Draft:
     tree: Tree | None = None
     q: Tensor | None = None
 
-    def drafted(self) -> list[int]:
-        """Number of nodes in each row. Waits for the device."""
-        return [sum(id_ >= 0 for id_ in row) for row in self.tokens.tolist()]
+    def deepest(self) -> list[int]:
+        """The depth of each row's deepest node. Waits for the device."""
+        rows = self.tokens.tolist()
+        if self.tree is None:
+            return [sum(id_ >= 0 for id_ in row) for row in rows]
+        return [deepest([0, *row], above) for row, above in zip(rows, self.tree.parents.tolist(), strict=True)]
 
 
 class Drafter(Protocol):

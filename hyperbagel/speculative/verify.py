@@ -9,6 +9,7 @@ Shape legend: B rows, n nodes (root included), V vocabulary. Node 0 is the root;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,21 +25,17 @@ class Accepted(NamedTuple):
     token: Tensor
 
 
-def greedy(best: Tensor, tokens: Tensor, mask: Tensor) -> Accepted:
-    """best [B, n]: the target's argmax after each node. tokens [B, n]. mask [B, n, n]: Tree.mask. The deepest accepted node wins."""
-    ancestors = mask.clone()
-    ancestors.diagonal(dim1=1, dim2=2).zero_()
-    parent = (ancestors * torch.arange(tokens.shape[1], device=tokens.device)).amax(-1)  # a node's last ancestor
-    right = tokens == best.gather(1, parent)
-    right[:, 0] = True
-    whole = ~(mask & ~right[:, None, :]).any(-1)  # itself and all ancestors
-    depth = mask.sum(-1)
-    node = torch.where(whole, depth, 0).argmax(1)
-    return Accepted(node, best.gather(1, node[:, None])[:, 0])
+def greedy_path(best: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> list[int]:
+    """The accepted nodes of one row's tree, root first. best, tokens, parents: of its n nodes; best is the target's argmax after each."""
+    path = [0]
+    for i in range(1, len(tokens)):
+        if parents[i] == path[-1] and tokens[i] == best[path[-1]]:
+            path.append(i)
+    return path
 
 
 def greedy_chain(best: Tensor, tokens: Tensor) -> Accepted:
-    """`greedy` for a chain: best [B, n], tokens [B, n]."""
+    """The greedy rule for a chain: best [B, n], the target's argmax after each node; tokens [B, n]."""
     node = (tokens[:, 1:] == best[:, :-1]).long().cumprod(1).sum(1)
     return Accepted(node, best.gather(1, node[:, None])[:, 0])
 
@@ -72,6 +69,31 @@ def sampled(p: Tensor, tokens: Tensor, parents: Tensor, uniforms: Tensor, q: Ten
             own = torch.where(taken[:, None], q[:, i].double(), own)
         at = torch.where(taken, i, at)
     return Accepted(at, draw(left, uniforms[:, 0]))
+
+
+def sampled_path(
+    chances: Sequence[float], tokens: Sequence[int], parents: Sequence[int], uniforms: Sequence[float]
+) -> tuple[list[int], list[int]]:
+    """`sampled` for one row's tree whose tokens are a deterministic choice.
+
+    Args:
+        chances: of the n nodes, the target's probability of each token after its parent.
+        tokens, parents, uniforms: as in `sampled`, of this row.
+
+    Returns:
+        The accepted nodes, root first, and the children of the last of them that were refused: their tokens must not be drawn.
+    """
+    path, refused, left = [0], list[int](), 1.0  # left: the probability that refusals have left over
+    for i in range(1, len(tokens)):
+        if parents[i] != path[-1] or tokens[i] < 0 or any(tokens[i] == tokens[j] for j in refused):
+            continue
+        if uniforms[i] * left < chances[i]:
+            path.append(i)
+            refused, left = [], 1.0
+        else:
+            refused.append(i)
+            left -= chances[i]
+    return path, refused
 
 
 def sampled_chain(p: Tensor, tokens: Tensor, uniforms: Tensor, q: Tensor | None = None) -> Accepted:

@@ -1,14 +1,12 @@
-"""How a block drafter serves rows: of other lengths together, and a lone one with NumPy. Its weights are random and large."""
+"""How a block drafter serves rows of other lengths together. Its weights are random and large."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from parity_world import CONFIG, large_weights, make_parts, text_sessions
 from torch import Tensor
 
-from hyperbagel.generate.sampling import probabilities
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.decode import verify_forward
@@ -54,7 +52,6 @@ def test_rows_of_other_lengths_draft_as_they_do_alone(module: BlockDrafter, part
         cache = KVCache.stack([session.cache for session in chosen], 16, taps=chosen[0].cache.taps)
         position = torch.tensor([session.position for session in chosen])
         proposer.begin(chosen, 1.0, ())
-        proposer.links = None  # else one row alone draws in another way
         root, lengths, found = torch.full((len(rows),), parts.tokenizer.im_start), list(cache.lengths), []
         for start, counts in (([0] * len(rows), lengths), (lengths, [accepted[row] for row in rows])):
             if start is lengths:
@@ -69,45 +66,6 @@ def test_rows_of_other_lengths_draft_as_they_do_alone(module: BlockDrafter, part
     for together, *alone in zip(rounds([0, 1, 2]), *(rounds([row]) for row in range(3)), strict=True):
         for row, own in enumerate(alone):  # alone a draft ends where it says that the answer does
             torch.testing.assert_close(together[row, : own.shape[1]], own[0], atol=1e-5, rtol=1e-4)
-
-
-@torch.inference_mode()
-def test_a_lone_sampled_row_is_drawn_as_it_says(module: BlockDrafter, parts: Parts) -> None:
-    """With NumPy, for one request on a CPU. Its q is what the loop over tokens has for the same draws, it ends at the same trust, and its
-    tokens are distributed as q says (chi-square over 10,000 drafts)."""
-    sessions = mixed(parts, module)
-    proposer = BlockProposer(module, parts.model)
-    proposer.begin(sessions[:1], 0.7, [torch.Generator().manual_seed(0)])
-    assert proposer.links is not None
-    out = torch.randn(DEPTH, parts.model.config.llm.hidden_size, generator=torch.Generator().manual_seed(1))
-    logits, root = module.lm_head(out) * 0.5, 7
-    drafts = [proposer._sampled_row(logits, out, root) for _ in range(10_000)]
-    first = torch.bincount(torch.tensor([draft.tokens[0, 0] for draft in drafts]), minlength=len(logits[0])).double()
-    assert drafts[0].q is not None
-    q, likely = drafts[0].q[0, 0].double(), drafts[0].q[0, 0] > 5e-4
-    expected = torch.cat([q[likely], q[~likely].sum(0, keepdim=True)]) * len(drafts)
-    seen = torch.cat([first[likely], first[~likely].sum(0, keepdim=True)])
-    freedom = len(expected) - 1
-    assert freedom > 50 and ((seen - expected) ** 2 / expected).sum() < freedom + 4.5 * (2 * freedom) ** 0.5
-    for draft in drafts[:20]:
-        previous = root
-        assert draft.q is not None
-        for d, token in enumerate(draft.tokens[0].tolist()):
-            want = probabilities(logits[d] + module.link(torch.tensor(previous)), 0.7)
-            torch.testing.assert_close(draft.q[0, d], want, atol=1e-6, rtol=1e-4)
-            previous = token
-    for threshold in (0.2, 0.4):
-        proposer.threshold = threshold
-        for draft in (proposer._sampled_row(logits, out, root) for _ in range(50)):
-            chain = [root, *draft.tokens[0].tolist()]
-            trust = [float(module.trust(out[d], torch.tensor(previous)).sigmoid()) for d, previous in enumerate(chain[:DEPTH])]
-            reached = [float(np.prod(trust[: d + 1])) >= threshold for d in range(len(trust))]
-            assert all(reached[: len(chain) - 1])
-            assert len(chain) - 1 == DEPTH or chain[-1] == parts.tokenizer.im_end or not reached[len(chain) - 1]
-    proposer.threshold = 0.0
-    logits[1, 3] = float("nan")
-    broken = proposer._sampled_row(logits, out, root)
-    assert broken.q is not None and broken.q.isfinite().all() and torch.equal(broken.q[0, 1], torch.full_like(q, 1 / len(q)).float())
 
 
 def test_no_two_tokens_of_a_row_share_a_slot() -> None:

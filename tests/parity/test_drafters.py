@@ -118,7 +118,9 @@ def test_serving_accepts_what_training_says(kind: Kind, trained, parts: Parts) -
     assert pooled.tau > 1.3
 
 
-@pytest.mark.parametrize(("kind", "nodes"), [("eagle3", 0), ("eagle3", 9), ("hyper-bagel", 0), ("hyper-bagel", 9), ("block", 0)])
+@pytest.mark.parametrize(
+    ("kind", "nodes"), [("eagle3", 0), ("eagle3", 9), ("hyper-bagel", 0), ("hyper-bagel", 9), ("block", 0), ("block", 9)]
+)
 def test_answers_stay_the_targets(kind: Kind, nodes: int, trained, parts: Parts) -> None:
     """Together and alone, on prompts it knows and on others; a tree accepts at least as much as a chain does on the former."""
     module, known, answers, _ = trained[kind]

@@ -32,7 +32,7 @@ def test_there_are_some() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thousand_questions(name: str, model: HyperBagel) -> None:
-    drafter = model.drafters.get(name)
+    drafter = model.drafters.served(name)
     rng = random.Random(5)
     rounds = tokens = ties = 0
     for _ in range(PROMPTS // BATCH):

@@ -69,16 +69,7 @@ class BlockDrafter(nn.Module):
 
     def trust(self, out: Tensor, previous: Tensor) -> Tensor:
         """Confidence, as a logit, that the draft after `previous` [...] is accepted; out [..., E] -> [...]."""
-        return self.trust_of(out) + self.trust_after(previous)
-
-    def trust_of(self, out: Tensor) -> Tensor:
-        """The part of `trust` that depends on the output: [..., E] -> [...]."""
-        return out @ self.confidence.weight[0, : out.shape[-1]] + self.confidence.bias
-
-    def trust_after(self, previous: Tensor) -> Tensor:
-        """The part of `trust` that depends on the token before: [...] -> [...]."""
-        linked = self.markov_in(previous)
-        return linked @ self.confidence.weight[0, -linked.shape[-1] :]
+        return self.confidence(torch.cat([out, self.markov_in(previous)], dim=-1))[..., 0]
 
     def rollout(self, lesson: Lesson, embed: Embed, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks after the entries `anchors` [B, A] (teacher forced) -> logits [B, A, K, V] and confidence logits [B, A, K].

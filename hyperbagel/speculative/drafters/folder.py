@@ -128,7 +128,7 @@ def install_drafter(drafter: Path, model: Path, name: str | None = None) -> Path
 def make_drafter(
     module: Module, target: Bagel, *, depth: int | None = None, nodes: int = 0, branch: int = 4
 ) -> AutoregressiveDrafter | BlockProposer:
-    """The drafter that serves with this module: it drafts chains, or, if autoregressive and `nodes` > 0, trees of `nodes` nodes."""
+    """The drafter that serves with this module: it drafts chains, or, if `nodes` > 0, trees of at most `nodes` nodes."""
     if isinstance(module, BlockDrafter):
-        return BlockProposer(module, target, depth=depth)
+        return BlockProposer(module, target, depth=depth, nodes=nodes, branch=branch)
     return AutoregressiveDrafter(module, target, depth=depth or 5, nodes=nodes, branch=branch)

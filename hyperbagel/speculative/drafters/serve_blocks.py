@@ -1,23 +1,22 @@
-"""A block drafter at work: one pass a round, then the block's tokens one after the other.
+"""A block drafter at work: one pass a round, then the block's tokens one after the other, or a tree of the likeliest ones.
 
 Shape legend: B rows, n new slots of a round (padded), K tokens of a block, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hyperbagel.generate.graphs import causal_plan
-from hyperbagel.generate.sampling import COLDEST
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.speculative.drafters.block import BlockDrafter
+from hyperbagel.speculative.drafters.block_tree import as_draft as tree_draft
+from hyperbagel.speculative.drafters.block_tree import grown, likeliest
 from hyperbagel.speculative.drafters.choice import Pick, confidence
 from hyperbagel.speculative.drafters.layers import Served
 from hyperbagel.speculative.drafters.serve import News, Proposer, as_draft, gather, gather_news
@@ -48,31 +47,55 @@ def rows_plan(have: Tensor, counts: Tensor, n: int, k: int, visible: int) -> Pla
 
 
 class BlockProposer(Proposer):
-    """Drafts a block in one pass per round. Its chances it judges by the confidence head if it samples, else by `confidence`."""
+    """Drafts from one pass per round: a chain of `depth` tokens, or (`nodes` > 0) the likeliest `nodes` of a tree with at most `branch`
+    children per node.
 
-    def __init__(self, module: BlockDrafter, target: Bagel, *, depth: int | None = None, threshold: float = 0.0) -> None:
+    A chain's tokens are drawn if it samples. A tree's are a deterministic choice, which the target accepts with its own probabilities.
+    """
+
+    def __init__(
+        self, module: BlockDrafter, target: Bagel, *, depth: int | None = None, threshold: float = 0.0, nodes: int = 0, branch: int = 4
+    ) -> None:
         super().__init__(module, target)
-        self.module, self.threshold = module, threshold
+        self.module, self.threshold, self.nodes, self.branch = module, threshold, nodes, branch
         self.depth = min(depth or module.config.block, module.config.block)
         # For a small vocabulary the Markov head becomes a table over pairs of tokens: one look-up per token instead of two products.
-        self.links, self.trust_after = None, None
+        self.links, self.table = None, None
         if module.config.vocab_size <= _TABLE:
             every = torch.arange(module.config.vocab_size, device=target.device)
-            self.links, self.trust_after = module.link(every), module.trust_after(every)
+            self.links = module.link(every)
+            self.table = self.links.detach().float().numpy() if target.device.type == "cpu" else None
         self.taps: tuple[int, ...] = tuple(sorted(set(module.layers_read)))
-        self.width = self.depth
+        self.width = max(self.depth, nodes)
 
     def _propose(self, seen: Seen, depth: int) -> Draft:
         news = gather_news(seen, self.module.layers_read, None)
         memory = Served(self.cache, block_plan(self.cache, seen.counts, depth))
         logits, out = self._block(news, seen.root, seen.position, memory, depth)
         self.cache.advance(seen.counts)  # not the block: the next round overwrites it
-        if len(logits) == 1 and self.links is not None and _plain_numbers(logits):
-            if self.temperature > 0:
-                return self._sampled_row(logits[0], out[0], int(seen.root[0]))
-            return Draft(torch.tensor([self._greedy_row(logits[0], int(seen.root[0]))], dtype=torch.long))
+        if self.nodes:
+            return self._tree(logits, seen)
         least = self.threshold if self.threshold > 0 else None
         return as_draft(*self._tokens(logits, out, seen.root, self._pick, least, early=out.device.type == "cpu"), out)
+
+    def _tree(self, logits: Tensor, seen: Seen) -> Draft:
+        """The tree below the roots from the block's logits [B, k, V]."""
+        # Cold target or not, what the drafter does not know is as uncertain; a hot one spreads its choices.
+        scale = 1 / max(1.0, self.temperature)
+        if self.table is None:
+            least = self.threshold if logits.device.type == "cpu" else 0.0  # on a GPU to look at chances would be a wait
+            return grown(logits * scale, lambda tokens: self._link(tokens) * scale, seen.root, self.nodes, branch=self.branch, least=least)
+        # Rows share their columns, so what one of them hardly needs may pay in the mean. Finished ones need nothing.
+        table, least = self.table, self.threshold / max(1, sum(map(bool, seen.counts)))
+        rows = [
+            likeliest(row, table, token, self.nodes, branch=self.branch, least=least, stop=self.im_end, scale=scale) if new else None
+            for row, token, new in zip(logits.detach().float().numpy(), seen.root.tolist(), seen.counts, strict=True)
+        ]
+        return tree_draft(rows, self.threshold)
+
+    def _link(self, previous: Tensor) -> Tensor:
+        """What the Markov head adds after `previous` [...] -> [..., V]."""
+        return self.module.link(previous) if self.links is None else self.links[previous]
 
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
         news = gather(at.seen, self.module.layers_read, at.start, at.counts, n, None)
@@ -97,7 +120,7 @@ class BlockProposer(Proposer):
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
         for d in range(logits.shape[1]):
-            mine = logits[:, d] + (self.module.link(previous) if self.links is None else self.links[previous])
+            mine = logits[:, d] + self._link(previous)
             if least is not None:  # decided before the token is drawn, so that it does not bend the distribution
                 sure = self.module.trust(out[:, d], previous).float().sigmoid() if self.temperature > 0 else confidence(mine)
                 trust = trust * sure
@@ -109,52 +132,3 @@ class BlockProposer(Proposer):
             if early and (ended := ended | (previous == self.im_end)).all():  # nothing follows
                 break
         return tokens, qs
-
-    def _greedy_row(self, logits: Tensor, root: int) -> list[int]:
-        """The greedy tokens after `root`, logits [K, V]: the loop of `_tokens` for one request on a CPU, where ten calls of PyTorch per
-        token take longer than their arithmetic (2.4 to 2.1 ms for a draft of ten)."""
-        assert self.links is not None
-        links, tokens, previous, chance = self.links.numpy(), [], root, 1.0
-        for row in logits.numpy():
-            mine = row + links[previous]
-            previous = int(mine.argmax())
-            top, mine[previous] = mine[previous], -np.inf
-            chance *= 1 / (1 + math.exp(mine.max() - top))  # `confidence`
-            if chance < self.threshold:
-                break
-            tokens.append(previous)
-            if previous == self.im_end:
-                break
-        return tokens
-
-    def _sampled_row(self, logits: Tensor, out: Tensor, root: int) -> Draft:
-        """The same for sampled tokens, logits [K, V] and outputs [K, E]: each is drawn from softmax(logits / T) by inversion."""
-        assert self.links is not None and self.trust_after is not None
-        links, after, temperature = self.links.numpy(), self.trust_after.numpy(), max(self.temperature, COLDEST)
-        previous, chance = root, 1.0
-        uniforms = torch.rand(len(logits), generator=self.generators[0], dtype=torch.float64).tolist()
-        tokens, qs = [], []
-        for row, trust, u in zip(logits.numpy(), self.module.trust_of(out).tolist(), uniforms, strict=True):
-            if self.threshold > 0:  # decided before the token is drawn, so that it does not bend the distribution
-                chance *= 0.5 + 0.5 * math.tanh((trust + float(after[previous])) / 2)  # sigmoid
-                if chance < self.threshold:
-                    break
-            with np.errstate(invalid="ignore", over="ignore"):
-                q = row + links[previous]
-                q = np.exp((q - q.max()) / temperature)
-                q /= q.sum()
-            if not np.isfinite(q[0]):  # a broken drafter may cost speed, not the request
-                q = np.full_like(q, 1 / len(q))
-            steps = q.cumsum(dtype=np.float64)
-            level = min(u * steps[-1], np.nextafter(steps[-1], 0.0))  # a product may round up to the total
-            previous = int(steps.searchsorted(level, side="right"))
-            tokens.append(previous)
-            qs.append(q)
-            if previous == self.im_end:
-                break
-        return Draft(torch.tensor([tokens], dtype=torch.long), None, torch.from_numpy(np.stack(qs))[None] if qs else None)
-
-
-def _plain_numbers(x: Tensor) -> bool:
-    """Whether NumPy can read it in place."""
-    return x.device.type == "cpu" and x.dtype == torch.float32

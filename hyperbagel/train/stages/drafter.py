@@ -29,7 +29,7 @@ from hyperbagel.data.transforms import InTurn
 from hyperbagel.generate.decode import Decoded, decode
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.speculative.decode import decode as speculate
-from hyperbagel.speculative.drafters.autoregressive import DraftModule, Lesson
+from hyperbagel.speculative.drafters.autoregressive import Lesson
 from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
@@ -247,7 +247,7 @@ class DrafterStage(Stage):
                 stats = self.simulated(pairs)
                 found[f"{name}_tau"] = stats.tau
                 found |= {f"{name}_rate_{i + 1}": rate for i, rate in enumerate(stats.rates())}
-                if self.recipe.tree_nodes and isinstance(self.module, DraftModule):
+                if self.recipe.tree_nodes:
                     tree = make_drafter(self.module, self.target, depth=self.recipe.depth, nodes=self.recipe.tree_nodes)
                     found[f"{name}_tree_tau"] = self.engine(pairs, tree).tau
         if skipped := sum(self.broken.values()):

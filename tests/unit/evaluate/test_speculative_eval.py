@@ -20,6 +20,7 @@ from hyperbagel.evaluate.speculative import QUICK, SPLITS, Cell, alpha, run_spec
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.folder import make_module, save_drafter
+from hyperbagel.speculative.choose import NODES
 from hyperbagel.speculative.drafters.lookup import Lookup
 
 
@@ -67,9 +68,10 @@ def test_every_row_and_a_run_that_goes_on(
     assert [(c["split"], c["temperature"]) for c in result["acceptance"]] == [(s, t) for s in SPLITS for t in (0.0, 1.0)]
     assert len(result["speed"]) == len(SPLITS) * 4
     for cell in result["acceptance"]:
-        assert set(cell["rows"]) == {"lookup", "mine"} and cell["entropy"] > 0
-        assert all(1 <= row["tau"] <= row["depth"] + 1 and 0 <= row["alpha"] <= 1 for row in cell["rows"].values())
-        assert cell["rows"]["mine"]["depth"] == 4
+        assert set(cell["rows"]) == {"lookup", "mine", "mine, tree"} and cell["entropy"] > 0
+        assert all(1 <= row["tau"] <= row["depth"] + 1 for row in cell["rows"].values())
+        assert all((row["alpha"] is None) if "tree" in name else (0 <= row["alpha"] <= 1) for name, row in cell["rows"].items())
+        assert cell["rows"]["mine"]["depth"] == 4 and cell["rows"]["mine, tree"]["depth"] == NODES
     for cell in result["speed"]:
         assert list(cell["rows"]) == ["plain", "lookup", "mine", "auto"]
         assert cell["rows"]["plain"]["speedup"] == 1
@@ -104,7 +106,7 @@ def test_cells_of_other_weights_are_refused(model: HyperBagel, drafter: Path, tm
         run_speculative_eval(model, {"mine": mine}, out=tmp_path / "out", plan=QUICK, show=False)
 
 
-@pytest.mark.parametrize("name", ["plain", "lookup", "auto"])
+@pytest.mark.parametrize("name", ["plain", "lookup", "auto", "block, tree"])
 def test_names_of_the_other_ways_of_decoding_are_refused(model: HyperBagel, drafter: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=f"a drafter named '{name}'"):
         run_speculative_eval(model, {name: drafter}, out=tmp_path / "out", plan=QUICK)

@@ -69,7 +69,9 @@ def sample(parts: Parts, drafter: Drafter, rows: int) -> tuple[Counter[tuple[int
 
 
 @pytest.mark.parametrize("threshold", [0.0, UNSURE])
-@pytest.mark.parametrize(("kind", "nodes"), [("block", 0), ("eagle3", 0), ("eagle3", NODES), ("hyper-bagel", 0), ("hyper-bagel", NODES)])
+@pytest.mark.parametrize(
+    ("kind", "nodes"), [("block", 0), ("block", NODES), ("eagle3", 0), ("eagle3", NODES), ("hyper-bagel", 0), ("hyper-bagel", NODES)]
+)
 def test_answers_are_distributed_as_the_targets(
     kind: Kind, nodes: int, threshold: float, parts: Parts, expected: dict[tuple[int, ...], float]
 ) -> None:

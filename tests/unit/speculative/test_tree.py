@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hyperbagel.nn.kv_cache import KVCache
-from hyperbagel.speculative.tree import Tree, commit, tree_plan
+from hyperbagel.speculative.tree import Tree, commit, deepest, tree_plan, way
 
 
 def drawn(text: str) -> torch.Tensor:
@@ -23,8 +23,10 @@ def test_the_drawn_mask() -> None:
     """
     assert torch.equal(tree.mask[0], drawn(picture))
     assert tree.depths.tolist() == [[0, 1, 1, 2, 2, 2]]
-    for node, path in ((0, [0, 0]), (2, [2, 0]), (4, [1, 4]), (5, [2, 5])):
-        assert tree.paths(torch.tensor([node]))[0, :2].tolist() == path
+    parents = tree.parents[0].tolist()
+    for node, path in ((0, [0]), (2, [0, 2]), (4, [0, 1, 4]), (5, [0, 2, 5])):
+        assert way(parents, node) == path
+    assert deepest([9] * 6, parents) == 2 and deepest([9, 9, 9, -1, -1, -1], parents) == 1 and deepest([9] + [-1] * 5, parents) == 0
 
 
 def test_chains_and_rows_that_differ() -> None:
@@ -32,7 +34,7 @@ def test_chains_and_rows_that_differ() -> None:
     assert Tree.chain(1, 0).mask.tolist() == [[[True]]]
     tree = Tree.of([[0, 0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0, 0]])
     assert tree.depths.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
-    assert tree.paths(torch.tensor([6, 3])).tolist() == [[1, 2, 3, 4, 5, 6], [3, 0, 0, 0, 0, 0]]
+    assert [way(row, node) for row, node in zip(tree.parents.tolist(), (6, 3), strict=True)] == [list(range(7)), [0, 3]]
 
 
 @pytest.mark.parametrize("parents", [[1, 0], [0, 2, 1], [0, 1], []])
@@ -65,6 +67,14 @@ def test_the_drawn_plan() -> None:
     """
     assert plan.mask is not None and torch.equal(plan.mask[:, 0], torch.stack([drawn(first), drawn(second)]))
     assert isinstance(plan.slots, torch.Tensor) and plan.slots.tolist() == [[1, 2, 3], [3, 4, 5]]
+
+
+def test_rows_of_one_length_need_no_indices() -> None:
+    """The same mask as rows of other lengths get, and slots that are a slice."""
+    tree = Tree.of([[0, 0, 0], [0, 0, 1]])
+    alike, other = tree_plan(cache_of([2, 2]), tree), tree_plan(cache_of([2, 2, 3]), Tree.of([*tree.parents.tolist(), [0, 0, 0]]))
+    assert alike.slots == slice(2, 5) and alike.visible == 5 and alike.mask is not None and other.mask is not None
+    assert torch.equal(alike.mask, other.mask[:2, :, :, :5]) and not other.mask[:2, :, :, 5:].any()
 
 
 def test_commit_gathers_slots_of_everything() -> None:

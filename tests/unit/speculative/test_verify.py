@@ -2,8 +2,8 @@
 
 import torch
 
-from hyperbagel.speculative.tree import Tree
-from hyperbagel.speculative.verify import draw, greedy, greedy_chain, residual, sampled, sampled_chain
+from hyperbagel.speculative.tree import Tree, way
+from hyperbagel.speculative.verify import draw, greedy_chain, greedy_path, residual, sampled, sampled_chain, sampled_path
 
 V = 7
 
@@ -23,7 +23,9 @@ def test_a_chain_is_a_tree_in_line() -> None:
     p, q, tokens, u = whole(0, 500, 5)
     tree = Tree.chain(500, 4)
     best = p.argmax(-1)
-    assert all(torch.equal(a, b) for a, b in zip(greedy_chain(best, tokens), greedy(best, tokens, tree.mask), strict=True))
+    node = greedy_chain(best, tokens).node.tolist()
+    assert node == [len(greedy_path(*row)) - 1 for row in zip(best.tolist(), tokens.tolist(), tree.parents.tolist(), strict=True)]
+    assert {0, 1, 2} <= set(node)
     for own in (None, q):
         fast, slow = sampled_chain(p, tokens, u, own), sampled(p, tokens, tree.parents, u, own)
         assert torch.equal(fast.node, slow.node) and torch.equal(fast.token, slow.token)
@@ -37,14 +39,38 @@ def test_greedy_takes_the_deepest_right_path() -> None:
     tree = Tree.of([[0, 0, 0, 1, 1, 2]] * 3)
     tokens = torch.tensor([[0, 3, 4, 5, 6, 5]] * 3)
     best = torch.tensor([[4, 5, 5, 0, 0, 6], [3, 6, 5, 0, 1, 2], [0, 5, 5, 1, 1, 1]])
-    got = greedy(best, tokens, tree.mask)
-    assert got.node.tolist() == [5, 4, 0] and got.token.tolist() == [6, 1, 0]
+    got = [greedy_path(*row) for row in zip(best.tolist(), tokens.tolist(), tree.parents.tolist(), strict=True)]
+    assert got == [[0, 2, 5], [0, 1, 4], [0]]
+
+
+def test_the_walk_down_a_sampled_tree_is_the_rule() -> None:
+    """`sampled_path` decides as `sampled` does for the same numbers, on random trees in which siblings may say the same."""
+    rows, n = 2000, 7
+    p, _, tokens, u = whole(3, rows, n)
+    p = p**2 / (p**2).sum(-1, keepdim=True)
+    g = torch.Generator().manual_seed(4)
+    parents = torch.stack([torch.randint(0, max(1, i), (rows,), generator=g) for i in range(n)], dim=1)
+    chances = p[torch.arange(rows)[:, None], parents, tokens.clamp(min=0)]
+    want, depths = sampled(p, tokens, parents, u), []
+    walks = [sampled_path(*row) for row in zip(chances.tolist(), tokens.tolist(), parents.tolist(), u.tolist(), strict=True)]
+    for b, (path, refused) in enumerate(walks):
+        assert path == way(parents[b].tolist(), int(want.node[b]))
+        left = p[b, path[-1]].clone()
+        left[tokens[b, refused]] = 0
+        assert int(draw(left[None], u[b, :1])) == int(want.token[b])
+        depths.append(len(path) - 1)
+    assert {0, 1, 2, 3} <= set(depths) and sum(len(refused) > 1 for _, refused in walks) > 100
+
+
+def test_a_token_refused_once_is_refused_again() -> None:
+    assert sampled_path([0, 0.5, 0.5], [9, 3, 3], [0, 0, 0], [0, 0.6, 0.0]) == ([0], [1])
 
 
 def test_missing_nodes_are_never_accepted() -> None:
     tokens = torch.full((4, 3), -1)
     p = torch.full((4, 3, V), 1 / V)
     assert greedy_chain(torch.zeros(4, 3, dtype=torch.long), tokens).node.tolist() == [0] * 4
+    assert greedy_path([0] * 3, [9, -1, -1], [0, 0, 1]) == [0] and sampled_path([1.0] * 3, [9, -1, -1], [0, 0, 1], [0.0] * 3) == ([0], [])
     assert sampled_chain(p, tokens, torch.zeros(4, 3)).node.tolist() == [0] * 4
     assert sampled(p, tokens, Tree.chain(4, 2).parents, torch.zeros(4, 3)).node.tolist() == [0] * 4
 

@@ -1,0 +1,116 @@
+"""Trees from one pass of a block drafter, at no further pass.
+
+A block's outputs do not depend on which tokens are chosen; only the Markov head does. So once the pass is made, the logits at depth d
+after any token u are known: logits[d] + links[u]. The likeliest paths through them are a tree, which the target reads as cheaply as a
+chain of as many tokens, and where a chain would end at its first wrong token, a tree may hold the right one beside it.
+
+Shape legend: B rows, K tokens of a block, N nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hyperbagel.speculative.drafters.expand import best_nodes, grow
+from hyperbagel.speculative.tree import Tree
+from hyperbagel.speculative.types import Draft
+
+FAR = 12.0  # nats below its likeliest sibling from which on a token is never a child: a chance of 6e-6
+
+Floats = npt.NDArray[np.float32]
+
+
+class Node(NamedTuple):
+    """A drafted token. parent: 0 for the root, else one more than the index of a node before it. chance: of the path down to it."""
+
+    token: int
+    parent: int
+    chance: float
+
+
+def likeliest(
+    logits: Floats, links: Floats, root: int, nodes: int, *, branch: int, least: float = 0.0, stop: int = -1, scale: float = 1.0
+) -> list[Node]:
+    """The `nodes` likeliest paths below the token `root`, by falling chance, so that parents come first (best-first search).
+
+    logits [K, V]; links [V, V], what the Markov head adds after each token. scale multiplies both. branch: most children of a node.
+    No path of a chance below `least`, none beyond the token `stop`, no child FAR below its siblings.
+    """
+    found: list[Node] = []
+    open_: list[tuple[float, int, int, int]] = []  # (-log chance, depth, parent, token)
+
+    def expand(above: int, token: int, depth: int, log_chance: float) -> None:
+        row = logits[depth] + links[token]
+        if scale != 1.0:
+            row *= scale
+        most = float(row.max())
+        log_all = most + math.log(np.exp(row - most).sum())
+        if not math.isfinite(log_all):  # a broken drafter may cost speed, not the request
+            return
+        # As a rule fewer than `branch`, which is found in a fifth of the time that sorting out the best takes.
+        few = np.flatnonzero(row >= max(most - FAR, floor + log_all - log_chance))
+        if len(few) > branch:
+            few = few[np.argpartition(row[few], -branch)[-branch:]]
+        for child, x in zip(few.tolist(), row[few].tolist(), strict=True):
+            heappush(open_, (log_all - x - log_chance, depth, above, child))
+
+    floor = math.log(least) if least > 0 else -math.inf
+    with np.errstate(invalid="ignore"):
+        expand(0, root, 0, 0.0)
+        while open_ and len(found) < nodes:
+            minus, depth, parent, token = heappop(open_)
+            found.append(Node(token, parent, math.exp(-minus)))
+            if token != stop and depth + 1 < len(logits):
+                expand(len(found), token, depth + 1, -minus)
+    return found
+
+
+def spine_first(nodes: Sequence[Node]) -> tuple[list[int], list[int]]:
+    """(tokens, parents) of `nodes`, numbered anew: first the likeliest path, then the others. What a round accepts is mostly a start of
+    that path, which then lies in the cache as it must and need not be moved."""
+    first: dict[int, int] = {}  # parent -> its likeliest child
+    for i, node in enumerate(nodes, 1):
+        first.setdefault(node.parent, i)
+    spine, at = [0], first.get(0)
+    while at is not None:
+        spine.append(at)
+        at = first.get(at)
+    on = set(spine)
+    order = [*spine[1:], *(i for i in range(1, len(nodes) + 1) if i not in on)]
+    place = {0: 0} | {old: new for new, old in enumerate(order, 1)}
+    return [nodes[i - 1].token for i in order], [place[nodes[i - 1].parent] for i in order]
+
+
+def as_draft(rows: Sequence[Sequence[Node] | None], least: float = 0.0) -> Draft:
+    """The draft of several rows' nodes; None: a row that needs none. Rows share the number of columns, so ranks are dropped whose chance,
+    averaged over the rows that need some, is below `least`. Without branches it is a chain, which is cheaper to read."""
+    needy = [row for row in rows if row is not None]
+    columns = max(map(len, needy), default=0)
+    if least > 0:
+        mean = [sum(row[i].chance for row in needy if i < len(row)) / len(needy) for i in range(columns)]
+        columns = sum(chance >= least for chance in mean)
+    made = [spine_first(row[:columns] if row is not None else []) for row in rows]
+    tokens = torch.tensor([[*tokens, *[-1] * (columns - len(tokens))] for tokens, _ in made], dtype=torch.long)
+    if all(parents == list(range(len(parents))) for _, parents in made):
+        return Draft(tokens)
+    return Draft(tokens, Tree.of([[0, *parents, *[0] * (columns - len(parents))] for _, parents in made]))
+
+
+def grown(logits: Tensor, link: Callable[[Tensor], Tensor], root: Tensor, nodes: int, *, branch: int, least: float = 0.0) -> Draft:
+    """The same level by level on any device, for vocabularies too large for a table: logits [B, K, V], root [B].
+
+    link: tokens [...] -> what the Markov head adds to the logits after them [..., V]. At each depth the `branch` likeliest nodes get
+    children. least: as in `best_nodes`.
+    """
+    levels = [grow(None, (logits[:, 0] + link(root))[:, None], branch)]
+    for d in range(1, logits.shape[1]):
+        levels.append(grow(levels[-1], logits[:, d, None] + link(levels[-1].frontier_tokens), branch))
+    return best_nodes(levels, nodes, least)
