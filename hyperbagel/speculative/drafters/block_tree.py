@@ -101,7 +101,7 @@ def as_draft(rows: Sequence[Sequence[Node] | None], least: float = 0.0) -> Draft
     tokens = torch.tensor([[*tokens, *[-1] * (columns - len(tokens))] for tokens, _ in made], dtype=torch.long)
     if all(parents == list(range(len(parents))) for _, parents in made):
         return Draft(tokens)
-    return Draft(tokens, Tree.of([[0, *parents, *[0] * (columns - len(parents))] for _, parents in made]))
+    return Draft(tokens, Tree(torch.tensor([[0, *parents, *[0] * (columns - len(parents))] for _, parents in made])))
 
 
 def grown(logits: Tensor, link: Callable[[Tensor], Tensor], root: Tensor, nodes: int, *, branch: int, least: float = 0.0) -> Draft:
