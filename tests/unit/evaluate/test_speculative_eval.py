@@ -18,9 +18,9 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.evaluate import speculative
 from hyperbagel.evaluate.speculative import QUICK, SPLITS, Cell, alpha, run_speculative_eval
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.speculative.choose import NODES
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.folder import make_module, save_drafter
-from hyperbagel.speculative.choose import NODES
 from hyperbagel.speculative.drafters.lookup import Lookup
 
 
