@@ -107,7 +107,7 @@ def run_speculative_eval(
     Raises InputError for a folder that holds no drafter of this model, a name that another way of decoding has, or records in `out` that
     were made with another plan or other weights.
     """
-    if taken := [name for name in drafters if name in RESERVED or name.endswith(TREE)]:
+    if taken := [name for name in (*drafters, *model.drafters.shipped()) if name in RESERVED or name.endswith(TREE)]:
         others = f"none of {', '.join(RESERVED)} and none that ends in {TREE!r}"
         raise InputError(f"got a drafter named {taken[0]!r}, expected {others}, which name rows of the tables; rename it")
     plan = plan or Plan()

@@ -11,6 +11,8 @@ from torch import Tensor
 # already has all of the probability.
 COLDEST = 1e-6
 
+NOT_FINITE = "got probabilities that are not finite from the model, expected finite ones; its weights or caches are damaged"
+
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
     """softmax(logits / T) over the last dimension, in fp32; T > 0, at least COLDEST is used."""
@@ -23,7 +25,7 @@ def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generato
         return logits.argmax(-1)
     p = probabilities(logits, temperature)
     if p.device.type != "cpu" and not bool(p.isfinite().all()):  # on a CPU the draw itself refuses them
-        raise RuntimeError("got probabilities that are not finite from the model, expected finite ones; its weights or caches are damaged")
+        raise RuntimeError(NOT_FINITE)
     return draw_rows(p, generators)
 
 

@@ -11,25 +11,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import draw, pick, probabilities
-from hyperbagel.speculative.tree import deepest, way
+from hyperbagel.generate.sampling import NOT_FINITE, draw, pick, probabilities
+from hyperbagel.speculative.tree import path_to, tree_depth
 from hyperbagel.speculative.types import Draft
 from hyperbagel.speculative.verify import greedy_chain, greedy_path, sampled, sampled_chain, sampled_path
 
 
 class Verdict(NamedTuple):
-    """Per row: the target's own next token (on the device, and as a number), the accepted nodes from the root on, all nodes' tokens, and
-    the depth of the draft."""
+    """Per row: the target's own next token, the accepted nodes from the root on, all nodes' tokens, and the depth of the draft."""
 
-    root: Tensor  # [B]
-    own: list[int]
+    root: Tensor  # [B] the next token, root of the next round
+    own: list[int]  # the same as numbers
     paths: list[list[int]]
     tokens: list[list[int]]
     deepest: list[int]
 
 
 def accept(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
-    """logits [B, n, V] after tokens [B, n], roots first. Waits for the device once; for trees that sample, twice."""
+    """logits [B, n, V] after tokens [B, n], roots first. Waits for the device once; for trees that sample, several times.
+
+    Raises RuntimeError if it samples and the model's probabilities are not finite, as plain decoding does.
+    """
     if tokens.shape[1] == 1:  # as lean as a plain step, since rounds without drafts must not cost more
         root = pick(logits[:, 0], temperature, generators)
         own, before = torch.stack([root, tokens[:, 0]]).tolist()
@@ -41,11 +43,16 @@ def accept(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, gen
 def _chain(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
     if temperature == 0:
         node, root = greedy_chain(logits.argmax(-1), tokens)
+        sound = torch.ones_like(node)
     else:
-        node, root = sampled_chain(probabilities(logits, temperature), tokens, _uniforms(tokens, generators), draft.q)
-    rows = torch.cat([node[:, None], root[:, None], tokens], dim=1).tolist()
-    paths = [list(range(row[0] + 1)) for row in rows]
-    return Verdict(root, [row[1] for row in rows], paths, [row[2:] for row in rows], [sum(id_ >= 0 for id_ in row[3:]) for row in rows])
+        p = probabilities(logits, temperature)
+        node, root = sampled_chain(p, tokens, _uniforms(tokens, generators), draft.q)
+        sound = p.isfinite().flatten(1).all(1)
+    rows = torch.cat([torch.stack([sound, node, root], dim=1), tokens], dim=1).tolist()
+    if not all(row[0] for row in rows):
+        raise RuntimeError(NOT_FINITE)
+    paths = [list(range(row[1] + 1)) for row in rows]
+    return Verdict(root, [row[2] for row in rows], paths, [row[3:] for row in rows], [sum(id_ >= 0 for id_ in row[4:]) for row in rows])
 
 
 def _tree(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
@@ -60,15 +67,17 @@ def _tree(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, gene
     else:
         ids, above = torch.stack([tokens, parents]).tolist()
         p, uniforms = probabilities(logits, temperature), _uniforms(tokens, generators)
+        if not bool(p.isfinite().all()):
+            raise RuntimeError(NOT_FINITE)
         if draft.q is None:
             chances = p[torch.arange(len(p), device=p.device)[:, None], parents, tokens.clamp(min=0)]
             walks = [sampled_path(*row) for row in zip(chances.tolist(), ids, above, uniforms.tolist(), strict=True)]
             paths, root = [path for path, _ in walks], _draw_rest(p, ids, walks, uniforms[:, 0])
         else:
             node, root = sampled(p, tokens, parents, uniforms, draft.q)
-            paths = [way(row, end) for row, end in zip(above, node.tolist(), strict=True)]
+            paths = [path_to(row, end) for row, end in zip(above, node.tolist(), strict=True)]
         own = root.tolist()
-    return Verdict(root, own, paths, ids, [deepest(*row) for row in zip(ids, above, strict=True)])
+    return Verdict(root, own, paths, ids, [tree_depth(*row) for row in zip(ids, above, strict=True)])
 
 
 def _draw_rest(p: Tensor, ids: list[list[int]], walks: Sequence[tuple[list[int], list[int]]], uniforms: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class Adaptive:
         self.drafters, self.priors = dict(drafters), dict(priors or {})
         self.taps: tuple[int, ...] = tuple(sorted({tap for drafter in drafters.values() for tap in drafter.taps}))
         self.width = max(drafter.width for drafter in drafters.values())
+        self.depth = max(drafter.depth for drafter in drafters.values())
         self.given, self.measured = costs, dict[tuple[int, bool], Costs]()
         self.phases: dict[tuple[int, bool, int], _Phase] = {}  # (batch size, sampled, how far the answer has come)
         self.rounds_drafted = dict.fromkeys(drafters, 0)  # in the current request
@@ -81,7 +82,7 @@ class Adaptive:
 
     def expected_rates(self, name: str) -> list[float]:
         """Acceptance by depth that drafter `name` is believed to have before it has drafted."""
-        return Acceptance(self.priors.get(name, UNKNOWN)).rates(self.drafters[name].width)
+        return Acceptance(self.priors.get(name, UNKNOWN)).rates(self.drafters[name].depth)
 
     # -- the Drafter protocol --------------------------------------------------------------------------------------------------
 
@@ -105,11 +106,11 @@ class Adaptive:
         while (name := choose(open_to, plain)) is not None:
             news = self.news[name]
             assert news is not None
-            draft = self._draft(name, phase, news, limit)
+            draft, asked = self._draft(name, phase, news, limit)
             if draft.tokens.shape[1] or not _free(self.drafters[name]):
                 columns = draft.tokens.shape[1]
-                depth = columns if draft.tree is None else max(draft.deepest())
-                seconds = self.costs.round_seconds(name, max(1, depth), columns + 1, fresh=not any(news.start))
+                depth = max(1, min(columns, asked))  # a tree has more columns than depths
+                seconds = self.costs.round_seconds(name, depth, columns + 1, fresh=not any(news.start))
                 self.last = _Last(name, phase, draft, seconds)
                 self.rounds_drafted[name] += 1
                 return draft
@@ -130,20 +131,21 @@ class Adaptive:
 
     # -- decisions -------------------------------------------------------------------------------------------------------------
 
-    def _draft(self, name: str, phase: _Phase, seen: Seen, limit: int) -> Draft:
-        """A draft of `name`, as deep and as daring as its costs and its acceptance in this phase make worthwhile."""
+    def _draft(self, name: str, phase: _Phase, seen: Seen, limit: int) -> tuple[Draft, int]:
+        """A draft of `name`, as deep and as daring as costs and acceptance in this phase make worthwhile, and the depth asked for."""
         drafter = self.drafters[name]
-        rates = phase.acceptance[name].rates(drafter.width)
+        rates = phase.acceptance[name].rates(drafter.depth)
         depth, _ = best_depth(self.costs, name, rates)
         speed = max(phase.records[name].speed, 1 / self.costs.plain)
         drafter.threshold = DARING * least_chance(self.costs, name, speed, drafter.width)
         self.news[name] = None
-        draft = drafter.propose(seen, min(limit, max(depth, TRIAL_DEPTH)))
+        asked = min(limit, max(depth, TRIAL_DEPTH))
+        draft = drafter.propose(seen, asked)
         if draft.tree is None and draft.tokens.device.type == "cpu":  # on a GPU the look would be a wait for the device
             used = max(draft.deepest(), default=0)
             if used < draft.tokens.shape[1]:
                 draft = replace(draft, tokens=draft.tokens[:, :used])
-        return draft
+        return draft, asked
 
     def _learn(self, counts: Sequence[int]) -> None:
         """Notes how the last draft fared: a row's new slots are its root and the accepted nodes; a finished row has none."""
@@ -166,7 +168,7 @@ class Adaptive:
             acceptance, records = {}, {}
             for name, drafter in self.drafters.items():
                 acceptance[name] = Acceptance(self.priors.get(name, UNKNOWN))
-                rates = acceptance[name].rates(drafter.width)
+                rates = acceptance[name].rates(drafter.depth)
                 depth = max(1, best_depth(self.costs, name, rates)[0])
                 seconds = self.costs.round_seconds(name, depth, depth + 1, fresh=far == 0)
                 records[name] = Record(expected_tokens(rates[:depth]), seconds)

@@ -117,7 +117,7 @@ def measure_costs(
     verify = tuple(zip(READ, accumulate((rests[0, read][1] for read in READ), max), strict=True))
     draft = {}
     for name, drafter in drafters.items():
-        depths = DRAFTED[0], min(DRAFTED[1], drafter.width)
+        depths = DRAFTED[0], min(DRAFTED[1], drafter.depth)
         probe = _Probe(drafter, taps, now)
         drafts = times(probe, [(depth, 1) for depth in depths])
         first, second = (drafts[depth, 1][0] for depth in depths)

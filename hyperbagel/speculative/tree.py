@@ -60,7 +60,7 @@ class Tree:
         return self.mask.sum(-1) - 1
 
 
-def way(parents: Sequence[int], node: int) -> list[int]:
+def path_to(parents: Sequence[int], node: int) -> list[int]:
     """The nodes from the root down to `node`."""
     path = [node]
     while path[-1]:
@@ -68,7 +68,7 @@ def way(parents: Sequence[int], node: int) -> list[int]:
     return path[::-1]
 
 
-def deepest(tokens: Sequence[int], parents: Sequence[int]) -> int:
+def tree_depth(tokens: Sequence[int], parents: Sequence[int]) -> int:
     """Depth of the deepest drafted node; nodes with the token -1 are none."""
     depths = [0]
     for i in range(1, len(parents)):

@@ -17,7 +17,7 @@ from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.graphs import StaticRead
 from hyperbagel.generate.session import Session
 from hyperbagel.nn.kv_cache import KVCache
-from hyperbagel.speculative.tree import Tree, deepest
+from hyperbagel.speculative.tree import Tree, tree_depth
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,16 @@ class Draft:
         rows = self.tokens.tolist()
         if self.tree is None:
             return [sum(id_ >= 0 for id_ in row) for row in rows]
-        return [deepest([0, *row], above) for row, above in zip(rows, self.tree.parents.tolist(), strict=True)]
+        return [tree_depth([0, *row], above) for row, above in zip(rows, self.tree.parents.tolist(), strict=True)]
 
 
 class Drafter(Protocol):
     """Proposes tokens, for one request at a time."""
 
     taps: tuple[int, ...]  # hidden states entering these layers must be in the contexts' caches
-    width: int  # most nodes it drafts
-    threshold: float  # it drafts no node that it believes to be accepted, along with all before it, with a lower chance
+    width: int  # most nodes it drafts; so much room it needs behind an answer
+    depth: int  # most tokens in line
+    threshold: float  # on a CPU it drafts no node that it believes to be accepted, along with all before it, with a lower chance
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         """Forgets the last request. `temperature` 0: greedy."""

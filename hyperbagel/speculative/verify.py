@@ -41,7 +41,7 @@ def greedy_chain(best: Tensor, tokens: Tensor) -> Accepted:
 
 
 def sampled(p: Tensor, tokens: Tensor, parents: Tensor, uniforms: Tensor, q: Tensor | None = None) -> Accepted:
-    """Accepts or rejects the nodes in order, then draws the final token from what is left.
+    """The rule: accepts or rejects the nodes in order, then draws the final token from what is left.
 
     Args:
         p: [B, n, V] the target's distribution after each node.

@@ -103,7 +103,7 @@ class Stub:
     """Knows the plain answers (`told`, im_end included where they stop) and where each row stands."""
 
     taps: tuple[int, ...] = ()
-    width, threshold = 6, 0.0
+    width, depth, threshold = 6, 6, 0.0
 
     def __init__(self, plain: Sequence[Decoded], im_end: int, vocabulary: int) -> None:
         self.told = [[*out.ids, *([im_end] if out.finish_reason == "stop" else [])] for out in plain]
@@ -147,7 +147,7 @@ class Wrong(Stub):
 class RandomTree(Stub):
     """Another random tree each round and row; a node's token is the target's next one in half of the cases."""
 
-    width = 9
+    width, depth = 9, 9
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         rows, parents = [], []

@@ -40,11 +40,11 @@ def costs(*names: str) -> Costs:
     return Costs(((1, 1.0), (4, 1.15), (8, 1.35)), dict.fromkeys(names, DraftCost(0.2, 0.05)))
 
 
-def random_drafter(kind: Kind, parts: Parts) -> Drafter:
+def random_drafter(kind: Kind, parts: Parts, nodes: int = 0) -> Drafter:
     config = DrafterConfig.for_target(kind, parts.model.config.llm, **({"block": 4, "rank": 8} if kind == "block" else {}))
     module = make_module(config)
     module.init_from(parts.model, torch.Generator().manual_seed(0))
-    return make_drafter(module.eval().requires_grad_(False), parts.model, depth=4)
+    return make_drafter(module.eval().requires_grad_(False), parts.model, depth=4, nodes=nodes)
 
 
 def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:
@@ -54,7 +54,7 @@ def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:
 def test_a_thousand_prompts_of_changing_drafters(parts: Parts) -> None:
     """Stubs that echo, lie, repeat and draw trees, lookup and a trained kind in one budget, which must have used several, and nobody."""
     sessions = text_sessions(parts, 1000, taps=TAPS)
-    block, names = random_drafter("block", parts), [*STUBS, "lookup", "block"]
+    block, names = random_drafter("block", parts, nodes=9), [*STUBS, "lookup", "block"]
     adaptive, used = None, dict.fromkeys(names, 0)
     for at in range(0, 1000, 125):
         group = sessions[at : at + 125]
@@ -63,6 +63,7 @@ def test_a_thousand_prompts_of_changing_drafters(parts: Parts) -> None:
         fresh = Adaptive({**stubs, "lookup": Lookup(), "block": block}, costs=costs(*names))
         fresh.phases = adaptive.phases if adaptive else {}  # what was learnt stays
         adaptive = fresh
+        assert len(adaptive.expected_rates("block")) == block.depth == 4 < block.width  # a tree is no deeper than its block
         out = decode(group, max_tokens=12, drafter=adaptive)
         same(plain, out)
         used = {name: used[name] + adaptive.rounds_drafted[name] for name in names}
@@ -116,7 +117,7 @@ def test_a_pause_is_caught_up(kind: Kind, parts: Parts) -> None:
     adaptive = Adaptive({"seldom": seldom}, costs=costs("seldom"))
 
     class Both:
-        taps, width, threshold, turn, compared = TAPS, 6, 0.0, 0, 0
+        taps, width, depth, threshold, turn, compared = TAPS, 6, 6, 0.0, 0, 0
 
         def begin(self, *given: object) -> None:
             for drafter in (often, adaptive, echo):
@@ -209,7 +210,7 @@ class Watcher:
     """Drafts nothing and keeps what it was shown: (slots before, new slots) by row and round, and the depth it was asked for."""
 
     taps: tuple[int, ...] = ()
-    width, threshold, im_end = 6, 0.5, 7
+    width, depth, threshold, im_end = 6, 6, 0.5, 7
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         self.shown: list[tuple[list[int], list[int], int]] = []

@@ -305,12 +305,13 @@ def test_an_unsure_block_drafts_less(trained, parts: Parts) -> None:
     assert tried[0] > tried[1] > tried[2] == 0
 
 
-def test_one_request_alone_drafts_as_in_a_batch(trained, parts: Parts) -> None:
-    """A lone greedy row's block is read with NumPy, a batch's with PyTorch: the same tokens, cut off at the same chance."""
+@pytest.mark.parametrize("nodes", [0, 9])
+def test_one_request_alone_drafts_as_in_a_batch(nodes: int, trained, parts: Parts) -> None:
+    """A row alone and the same row twice: the same tokens, cut off at the same chance."""
     module, sessions, _, _ = trained["block"]
     assert isinstance(module, BlockDrafter)
     for threshold in (0.0, 0.3, 0.6):
-        whole = BlockProposer(module, parts.model, threshold=threshold)
+        whole = BlockProposer(module, parts.model, threshold=threshold, nodes=nodes)
         session = sessions[0]
         counts, ids = list(session.cache.lengths), [[]]
         drafts = []
@@ -321,6 +322,20 @@ def test_one_request_alone_drafts_as_in_a_batch(trained, parts: Parts) -> None:
             drafts.append(whole.propose(Seen(cache, [0] * rows, counts * rows, ids * rows, root, position), DEPTH).tokens)
         assert drafts[0].shape[1] > 0 or threshold > 0
         assert drafts[0].tolist() == drafts[1][:1].tolist() == drafts[1][1:].tolist()
+
+
+def test_a_large_vocabulary_has_no_table(trained, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Markov head is then asked token by token: the same trees, and answers that are the target's."""
+    module, sessions, answers, _ = trained["block"]
+    tabled = make_drafter(module, parts.model, depth=DEPTH, nodes=9)
+    monkeypatch.setattr("hyperbagel.speculative.drafters.serve_blocks._TABLE", 10)
+    asked = make_drafter(module, parts.model, depth=DEPTH, nodes=9)
+    assert isinstance(tabled, BlockProposer) and isinstance(asked, BlockProposer)
+    assert tabled.table is not None and asked.table is None
+    made = [decode(sessions, max_tokens=LENGTH, drafter=drafter) for drafter in (tabled, asked)]
+    assert [o.ids for o in made[0]] == [o.ids for o in made[1]] == [a.ids for a in answers]
+    stats = [[o.stats for o in rows if isinstance(o, Speculated)] for rows in made]
+    assert stats[0] == stats[1] and sum(s.tokens for s in stats[0]) > 1.5 * sum(s.rounds for s in stats[0])
 
 
 def test_a_tree_never_loses_a_parent() -> None:

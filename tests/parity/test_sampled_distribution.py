@@ -40,7 +40,7 @@ class ToyStub:
     """What the sampled stubs share: the model itself, to know what is likely, and each row's tokens."""
 
     taps: tuple[int, ...] = ()
-    width, threshold = 6, 0.0
+    width, depth, threshold = 6, 6, 0.0
 
     def __init__(self, parts: Parts) -> None:
         self.best = answer_table(parts)[1]

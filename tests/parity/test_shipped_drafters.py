@@ -30,12 +30,14 @@ def test_there_are_some() -> None:
     assert NAMES
 
 
+@pytest.mark.parametrize(("prompts", "served"), [(PROMPTS, True), (2 * BATCH, False)])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_thousand_questions(name: str, model: HyperBagel) -> None:
-    drafter = model.drafters.served(name)
+def test_a_thousand_questions(name: str, prompts: int, served: bool, model: HyperBagel) -> None:
+    """As requests have it, and a chain, as they have it with graphs."""
+    drafter = model.drafters.served(name) if served else model.drafters.get(name)
     rng = random.Random(5)
     rounds = tokens = ties = 0
-    for _ in range(PROMPTS // BATCH):
+    for _ in range(prompts // BATCH):
         sessions = []
         for _ in range(BATCH):
             asked = sample_question(rng)

@@ -48,7 +48,7 @@ class Both(Stub):
     """Asks `fixed`, and a twin that never hears of fixed shapes, compares them, and drafts the target's own tokens up to a random one. So
     rounds have every number of new slots. Now and then nobody is asked, and more is new the next time."""
 
-    width = DEPTH
+    width, depth = DEPTH, DEPTH
 
     def __init__(self, fixed: Served, twin: Served, plain: Sequence[Decoded], parts: Parts) -> None:
         super().__init__(plain, parts.tokenizer.im_end, CONFIG.llm.vocab_size)

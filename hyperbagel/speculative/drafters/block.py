@@ -2,7 +2,8 @@
 
 Queries are the root's embedding and learned marks for the tokens to come, causal within the block. Every layer reads the target's fused
 features of all committed slots as extra keys and values (DFlash). One pass cannot know which token was chosen just before; a low-rank
-Markov head adds that to the logits, as W2 W1[previous token]. A confidence head says how far a draft is worth verifying (DSpark).
+Markov head adds that to the logits, as W2 W1[previous token]. A confidence head says how far a sampled chain is worth verifying (DSpark).
+Trees (block_tree) do not ask it.
 
 Shape legend: B rows, S context slots, R answer rows, A anchors, K tokens of a block, T tapped layers, E hidden size, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """Trees from one pass of a block drafter, at no further pass.
 
 A block's outputs do not depend on which tokens are chosen; only the Markov head does. So once the pass is made, the logits at depth d
-after any token u are known: logits[d] + links[u]. The likeliest paths through them are a tree, which the target reads as cheaply as a
+after any token u are known: logits[d] + link(u). The likeliest paths through them are a tree, which the target reads as cheaply as a
 chain of as many tokens, and where a chain would end at its first wrong token, a tree may hold the right one beside it.
 
 Shape legend: B rows, K tokens of a block, N nodes, V vocabulary.
@@ -17,15 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from hyperbagel.speculative.drafters.expand import best_nodes, grow
 from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft
 
-FAR = 12.0  # nats below its likeliest sibling from which on a token is never a child: a chance of 6e-6
+MAX_GAP = 12.0  # nats below its likeliest sibling from which on a token is never a child: a chance of 6e-6
 
 Floats = npt.NDArray[np.float32]
+Link = Callable[[int], Floats]
 
 
 class Node(NamedTuple):
@@ -36,19 +35,20 @@ class Node(NamedTuple):
     chance: float
 
 
-def likeliest(
-    logits: Floats, links: Floats, root: int, nodes: int, *, branch: int, least: float = 0.0, stop: int = -1, scale: float = 1.0
+def search_best_first(
+    logits: Floats, link: Link, root: int, nodes: int, *, branch: int, least: float = 0.0, stop: int = -1, scale: float = 1.0
 ) -> list[Node]:
     """The `nodes` likeliest paths below the token `root`, by falling chance, so that parents come first (best-first search).
 
-    logits [K, V]; links [V, V], what the Markov head adds after each token. scale multiplies both. branch: most children of a node.
-    No path of a chance below `least`, none beyond the token `stop`, no child FAR below its siblings.
+    logits [K, V]; link(u) [V], what the Markov head adds to the logits after the token u. scale multiplies both.
+    branch: most children of a node.
+    No path of a chance below `least`, none beyond the token `stop`, no child MAX_GAP below its siblings.
     """
     found: list[Node] = []
     open_: list[tuple[float, int, int, int]] = []  # (-log chance, depth, parent, token)
 
     def expand(above: int, token: int, depth: int, log_chance: float) -> None:
-        row = logits[depth] + links[token]
+        row = logits[depth] + link(token)
         if scale != 1.0:
             row *= scale
         most = float(row.max())
@@ -56,14 +56,14 @@ def likeliest(
         if not math.isfinite(log_all):  # a broken drafter may cost speed, not the request
             return
         # As a rule fewer than `branch`, which is found in a fifth of the time that sorting out the best takes.
-        few = np.flatnonzero(row >= max(most - FAR, floor + log_all - log_chance))
+        few = np.flatnonzero(row >= max(most - MAX_GAP, floor + log_all - log_chance))
         if len(few) > branch:
             few = few[np.argpartition(row[few], -branch)[-branch:]]
         for child, x in zip(few.tolist(), row[few].tolist(), strict=True):
             heappush(open_, (log_all - x - log_chance, depth, above, child))
 
     floor = math.log(least) if least > 0 else -math.inf
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         expand(0, root, 0, 0.0)
         while open_ and len(found) < nodes:
             minus, depth, parent, token = heappop(open_)
@@ -89,7 +89,7 @@ def spine_first(nodes: Sequence[Node]) -> tuple[list[int], list[int]]:
     return [nodes[i - 1].token for i in order], [place[nodes[i - 1].parent] for i in order]
 
 
-def as_draft(rows: Sequence[Sequence[Node] | None], least: float = 0.0) -> Draft:
+def tree_draft(rows: Sequence[Sequence[Node] | None], least: float = 0.0) -> Draft:
     """The draft of several rows' nodes; None: a row that needs none. Rows share the number of columns, so ranks are dropped whose chance,
     averaged over the rows that need some, is below `least`. Without branches it is a chain, which is cheaper to read."""
     needy = [row for row in rows if row is not None]
@@ -102,15 +102,3 @@ def as_draft(rows: Sequence[Sequence[Node] | None], least: float = 0.0) -> Draft
     if all(parents == list(range(len(parents))) for _, parents in made):
         return Draft(tokens)
     return Draft(tokens, Tree(torch.tensor([[0, *parents, *[0] * (columns - len(parents))] for _, parents in made])))
-
-
-def grown(logits: Tensor, link: Callable[[Tensor], Tensor], root: Tensor, nodes: int, *, branch: int, least: float = 0.0) -> Draft:
-    """The same level by level on any device, for vocabularies too large for a table: logits [B, K, V], root [B].
-
-    link: tokens [...] -> what the Markov head adds to the logits after them [..., V]. At each depth the `branch` likeliest nodes get
-    children. least: as in `best_nodes`.
-    """
-    levels = [grow(None, (logits[:, 0] + link(root))[:, None], branch)]
-    for d in range(1, logits.shape[1]):
-        levels.append(grow(levels[-1], logits[:, d, None] + link(levels[-1].frontier_tokens), branch))
-    return best_nodes(levels, nodes, least)

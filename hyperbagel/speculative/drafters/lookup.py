@@ -17,7 +17,7 @@ class Lookup:
     threshold = 0.0  # never applied: it cannot estimate its chances
 
     def __init__(self, width: int = 8, longest: int = 3, shortest: int = 1) -> None:
-        self.width, self.longest, self.shortest = width, longest, shortest
+        self.width, self.depth, self.longest, self.shortest = width, width, longest, shortest
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         texts = [[id_ for text in session.texts for id_ in text] for session in sessions]

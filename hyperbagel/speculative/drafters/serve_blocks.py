@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from hyperbagel.generate.graphs import causal_plan
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.speculative.drafters.block import BlockDrafter
-from hyperbagel.speculative.drafters.block_tree import as_draft as tree_draft
-from hyperbagel.speculative.drafters.block_tree import grown, likeliest
+from hyperbagel.speculative.drafters.block_tree import Floats, search_best_first, tree_draft
 from hyperbagel.speculative.drafters.choice import Pick, confidence
 from hyperbagel.speculative.drafters.layers import Served
 from hyperbagel.speculative.drafters.serve import News, Proposer, as_draft, gather, gather_news
@@ -48,7 +48,7 @@ def rows_plan(have: Tensor, counts: Tensor, n: int, k: int, visible: int) -> Pla
 
 class BlockProposer(Proposer):
     """Drafts from one pass per round: a chain of `depth` tokens, or (`nodes` > 0) the likeliest `nodes` of a tree with at most `branch`
-    children per node.
+    children per node. On a GPU, and where drafts are read in fixed shapes, chains alone: the search would wait for the device.
 
     A chain's tokens are drawn if it samples. A tree's are a deterministic choice, which the target accepts with its own probabilities.
     """
@@ -73,25 +73,29 @@ class BlockProposer(Proposer):
         memory = Served(self.cache, block_plan(self.cache, seen.counts, depth))
         logits, out = self._block(news, seen.root, seen.position, memory, depth)
         self.cache.advance(seen.counts)  # not the block: the next round overwrites it
-        if self.nodes:
+        if self.nodes and seen.read is None and logits.device.type == "cpu":
             return self._tree(logits, seen)
         least = self.threshold if self.threshold > 0 else None
         return as_draft(*self._tokens(logits, out, seen.root, self._pick, least, early=out.device.type == "cpu"), out)
 
     def _tree(self, logits: Tensor, seen: Seen) -> Draft:
-        """The tree below the roots from the block's logits [B, k, V]."""
+        """The tree below the roots from the block's logits [B, k, V], on a CPU."""
         # Cold target or not, what the drafter does not know is as uncertain; a hot one spreads its choices.
         scale = 1 / max(1.0, self.temperature)
-        if self.table is None:
-            least = self.threshold if logits.device.type == "cpu" else 0.0  # on a GPU to look at chances would be a wait
-            return grown(logits * scale, lambda tokens: self._link(tokens) * scale, seen.root, self.nodes, branch=self.branch, least=least)
         # Rows share their columns, so what one of them hardly needs may pay in the mean. Finished ones need nothing.
-        table, least = self.table, self.threshold / max(1, sum(map(bool, seen.counts)))
+        least = self.threshold / max(1, sum(map(bool, seen.counts)))
+        search = partial(search_best_first, nodes=self.nodes, branch=self.branch, least=least, stop=self.im_end, scale=scale)
         rows = [
-            likeliest(row, table, token, self.nodes, branch=self.branch, least=least, stop=self.im_end, scale=scale) if new else None
+            search(row, self._link_of, token) if new else None
             for row, token, new in zip(logits.detach().float().numpy(), seen.root.tolist(), seen.counts, strict=True)
         ]
         return tree_draft(rows, self.threshold)
+
+    def _link_of(self, token: int) -> Floats:
+        """What the Markov head adds after `token`, [V]."""
+        if self.table is not None:
+            return self.table[token]
+        return self.module.link(torch.tensor(token)).detach().float().numpy()
 
     def _link(self, previous: Tensor) -> Tensor:
         """What the Markov head adds after `previous` [...] -> [..., V]."""

@@ -1,4 +1,4 @@
-"""Trees from a block: the search against all paths there are, its numbering, rows that share columns, the form for large vocabularies."""
+"""Trees from a block: the search against all paths there are, its numbering, and rows that share columns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
-from hyperbagel.speculative.drafters.block_tree import FAR, Node, as_draft, grown, likeliest, spine_first
+from hyperbagel.speculative.drafters.block_tree import MAX_GAP, Node, search_best_first, spine_first, tree_draft
 
 V, K, ROOT = 6, 4, 2
 
@@ -55,36 +54,36 @@ def test_the_likeliest_paths_of_all(seed: int, stop: int) -> None:
     all_ = every_path(logits, links, stop)
     best = sorted(all_, key=lambda path: -all_[path])
     for nodes in (1, 5, 20):
-        found = likeliest(logits, links, ROOT, nodes, branch=V, stop=stop)
+        found = search_best_first(logits, links.__getitem__, ROOT, nodes, branch=V, stop=stop)
         assert paths(found) == best[:nodes]
         np.testing.assert_allclose([n.chance for n in found], [math.exp(all_[path]) for path in best[:nodes]], rtol=1e-5)
     least = math.exp(all_[best[7]]) * 0.999
-    assert paths(likeliest(logits, links, ROOT, 50, branch=V, least=least, stop=stop)) == best[:8]
+    assert paths(search_best_first(logits, links.__getitem__, ROOT, 50, branch=V, least=least, stop=stop)) == best[:8]
 
 
 def test_children_are_few_and_near() -> None:
     logits, links = world(0)
-    found = likeliest(logits, links, ROOT, 40, branch=2)
+    found = search_best_first(logits, links.__getitem__, ROOT, 40, branch=2)
     assert len(found) == 2 + 4 + 8 + 16 and max(sum(n.parent == i for n in found) for i in range(len(found) + 1)) == 2
     logits[:, 0] = 0
-    logits[:, 1:] = -FAR - 0.1
-    assert paths(likeliest(logits, 0 * links, ROOT, 40, branch=V)) == [(0,) * d for d in range(1, K + 1)]
+    logits[:, 1:] = -MAX_GAP - 0.1
+    assert paths(search_best_first(logits, (0 * links).__getitem__, ROOT, 40, branch=V)) == [(0,) * d for d in range(1, K + 1)]
 
 
 def test_a_scale_flattens() -> None:
     logits, links = world(1)
-    sharp, flat = (likeliest(logits, links, ROOT, 1, branch=V, scale=scale)[0].chance for scale in (1.0, 0.5))
+    sharp, flat = (search_best_first(logits, links.__getitem__, ROOT, 1, branch=V, scale=scale)[0].chance for scale in (1.0, 0.5))
     row = (logits[0] + links[ROOT]).astype(np.float64) / 2
     assert flat < sharp and flat == pytest.approx(np.exp(row.max()) / np.exp(row).sum(), rel=1e-5)
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_broken_block_costs_no_request(broken: float) -> None:
+@pytest.mark.parametrize(("broken", "usable"), [(math.nan, False), (math.inf, False), (3.4e38, True)])
+def test_a_broken_block_costs_no_request(broken: float, usable: bool) -> None:
     logits, links = world(2)
     logits[1, 3] = broken
-    with np.errstate(all="raise"):
-        found = likeliest(logits, links, ROOT, 15, branch=4, least=0.01)
-    assert found and all(len(path) == 1 for path in paths(found))  # what lies before the broken depth still counts
+    with np.errstate(all="raise", under="ignore"):
+        found = search_best_first(logits, links.__getitem__, ROOT, 15, branch=4, least=0.01)
+    assert found and any(len(path) > 1 for path in paths(found)) == usable  # what lies before the broken depth still counts
 
 
 def test_the_spine_comes_first() -> None:
@@ -101,7 +100,8 @@ def test_the_spine_comes_first() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_numbering_anew_keeps_all_paths(seed: int) -> None:
-    found = likeliest(*world(seed), ROOT, 15, branch=4)
+    logits, links = world(seed)
+    found = search_best_first(logits, links.__getitem__, ROOT, 15, branch=4)
     tokens, parents = spine_first(found)
     assert sorted(paths_of(tokens, parents)) == sorted(paths(found))
     assert all(parent <= i for i, parent in enumerate(parents))
@@ -114,25 +114,11 @@ def test_numbering_anew_keeps_all_paths(seed: int) -> None:
 def test_rows_share_columns() -> None:
     """Ranks go whose mean chance is too low; what is missing is -1; rows without branches are a chain."""
     long, short = [Node(1, 0, 0.9), Node(2, 1, 0.7), Node(3, 0, 0.1)], [Node(4, 0, 0.8)]
-    draft = as_draft([long, short], 0.3)
+    draft = tree_draft([long, short], 0.3)
     assert draft.tree is None and draft.tokens.tolist() == [[1, 2], [4, -1]]  # means .85, .35, .05
-    draft = as_draft([long, short], 0.01)
+    draft = tree_draft([long, short], 0.01)
     assert draft.tree is not None and draft.tokens.tolist() == [[1, 2, 3], [4, -1, -1]]
     assert draft.tree.parents.tolist() == [[0, 0, 1, 0], [0, 0, 0, 0]] and draft.deepest() == [2, 1]
-    assert as_draft([long, short], 0.86).tokens.shape == (2, 0)
-    assert as_draft([long, None], 0.6).tokens.tolist() == [[1, 2], [-1, -1]]  # a finished row does not count
-    assert as_draft([[], []]).tokens.shape == (2, 0) and as_draft([[], []]).tree is None
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_level_by_level_finds_the_same_nodes(seed: int) -> None:
-    """As long as no likely node lies beside the `branch` best of its depth, of which each has `branch` children."""
-    made = [world(seed + 10 * row, scale=4.0) for row in range(2)]
-    logits, links = torch.from_numpy(np.stack([x for x, _ in made])), torch.from_numpy(made[0][1])
-    draft = grown(logits, lambda tokens: links[tokens], torch.full((2,), ROOT), 8, branch=V)
-    assert draft.tree is not None
-    for row in range(2):
-        want = likeliest(made[row][0], made[0][1], ROOT, 8, branch=V)
-        assert sorted(paths_of(draft.tokens[row].tolist(), draft.tree.parents[row, 1:].tolist())) == sorted(paths(want))
-    cut = grown(logits[:1], lambda tokens: links[tokens], torch.full((1,), ROOT), 8, branch=V, least=0.2)
-    assert cut.tokens.shape[1] == len(likeliest(made[0][0], made[0][1], ROOT, 8, branch=V, least=0.2)) < 8
+    assert tree_draft([long, short], 0.86).tokens.shape == (2, 0)
+    assert tree_draft([long, None], 0.6).tokens.tolist() == [[1, 2], [-1, -1]]  # a finished row does not count
+    assert tree_draft([[], []]).tokens.shape == (2, 0) and tree_draft([[], []]).tree is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hyperbagel.nn.kv_cache import KVCache
-from hyperbagel.speculative.tree import Tree, commit, deepest, tree_plan, way
+from hyperbagel.speculative.tree import Tree, commit, path_to, tree_depth, tree_plan
 
 
 def drawn(text: str) -> torch.Tensor:
@@ -25,8 +25,9 @@ def test_the_drawn_mask() -> None:
     assert tree.depths.tolist() == [[0, 1, 1, 2, 2, 2]]
     parents = tree.parents[0].tolist()
     for node, path in ((0, [0]), (2, [0, 2]), (4, [0, 1, 4]), (5, [0, 2, 5])):
-        assert way(parents, node) == path
-    assert deepest([9] * 6, parents) == 2 and deepest([9, 9, 9, -1, -1, -1], parents) == 1 and deepest([9] + [-1] * 5, parents) == 0
+        assert path_to(parents, node) == path
+    assert tree_depth([9] * 6, parents) == 2 and tree_depth([9, 9, 9, -1, -1, -1], parents) == 1
+    assert tree_depth([9] + [-1] * 5, parents) == 0
 
 
 def test_chains_and_rows_that_differ() -> None:
@@ -34,7 +35,7 @@ def test_chains_and_rows_that_differ() -> None:
     assert Tree.chain(1, 0).mask.tolist() == [[[True]]]
     tree = Tree.of([[0, 0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0, 0]])
     assert tree.depths.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
-    assert [way(row, node) for row, node in zip(tree.parents.tolist(), (6, 3), strict=True)] == [list(range(7)), [0, 3]]
+    assert [path_to(row, node) for row, node in zip(tree.parents.tolist(), (6, 3), strict=True)] == [list(range(7)), [0, 3]]
 
 
 @pytest.mark.parametrize("parents", [[1, 0], [0, 2, 1], [0, 1], []])

@@ -1,8 +1,11 @@
 """Acceptance rules: fast forms against slow ones, and cases with known answers."""
 
+import pytest
 import torch
 
-from hyperbagel.speculative.tree import Tree, way
+from hyperbagel.speculative.accept import accept
+from hyperbagel.speculative.tree import Tree, path_to
+from hyperbagel.speculative.types import Draft
 from hyperbagel.speculative.verify import draw, greedy_chain, greedy_path, residual, sampled, sampled_chain, sampled_path
 
 V = 7
@@ -54,12 +57,41 @@ def test_the_walk_down_a_sampled_tree_is_the_rule() -> None:
     want, depths = sampled(p, tokens, parents, u), []
     walks = [sampled_path(*row) for row in zip(chances.tolist(), tokens.tolist(), parents.tolist(), u.tolist(), strict=True)]
     for b, (path, refused) in enumerate(walks):
-        assert path == way(parents[b].tolist(), int(want.node[b]))
+        assert path == path_to(parents[b].tolist(), int(want.node[b]))
         left = p[b, path[-1]].clone()
         left[tokens[b, refused]] = 0
         assert int(draw(left[None], u[b, :1])) == int(want.token[b])
         depths.append(len(path) - 1)
     assert {0, 1, 2, 3} <= set(depths) and sum(len(refused) > 1 for _, refused in walks) > 100
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 50.0])
+def test_a_sampled_trees_next_token(temperature: float) -> None:
+    """The token after a walk is distributed as the rule's: `accept` on one tree many times, siblings that repeat and a missing node."""
+    rows = 20_000
+    logits = torch.randn(1, 5, V, generator=torch.Generator().manual_seed(8)).expand(rows, -1, -1)
+    tokens = torch.tensor([[2, 3, 3, 5, -1]]).expand(rows, -1)
+    tree = Tree(torch.tensor([[0, 0, 0, 1, 0]]).expand(rows, -1))
+    generator = torch.Generator().manual_seed(9)
+    got = accept(logits, tokens, Draft(tokens[:, 1:], tree), temperature, [generator] * rows)
+    p = (logits[0] / temperature).softmax(-1).double()
+    first = torch.tensor([row[path[1]] if len(path) > 1 else own for row, path, own in zip(got.tokens, got.paths, got.own, strict=True)])
+    second = [
+        row[path[2]] if len(path) > 2 else own for row, path, own in zip(got.tokens, got.paths, got.own, strict=True) if len(path) > 1
+    ]
+    for seen, want in ((first, p[0]), (torch.tensor(second), p[1])):
+        counts, expected = torch.bincount(seen, minlength=V), want * len(seen)
+        assert ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum() < 30  # chi-square of 6 degrees: 27 once in 10,000
+
+
+@pytest.mark.parametrize("parents", [None, [0, 0, 0]])
+def test_probabilities_that_are_no_numbers_end_the_request(parents: list[int] | None) -> None:
+    logits, tokens = torch.zeros(2, 3, V), torch.ones(2, 3, dtype=torch.long)
+    draft = Draft(tokens[:, 1:], None if parents is None else Tree.of([parents] * 2))
+    accept(logits, tokens, draft, 1.0, [torch.Generator()] * 2)
+    logits[1, 0, 2] = torch.nan
+    with pytest.raises(RuntimeError, match="not finite"):
+        accept(logits, tokens, draft, 1.0, [torch.Generator()] * 2)
 
 
 def test_a_token_refused_once_is_refused_again() -> None:
