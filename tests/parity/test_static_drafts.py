@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity_world import CONFIG, Stub, large_weights, make_parts, text_sessions
+from parity_world import CONFIG, Stub, large_weights, make_parts, mixed_sessions, text_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
-from hyperbagel.generate.graphs import GraphRunner, StaticRead
+from hyperbagel.generate.graphs import SIZES, GraphRunner, StaticRead
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters.choice import choose_by
@@ -153,6 +153,22 @@ def test_a_row_ends_where_it_is_unsure(parts: Parts) -> None:
     drafter.threshold = 0.8
     drafter.cache.truncate(committed)
     assert drafter.propose(replace(news, read=None), DEPTH).tokens[0].tolist() == found[0.0][:sure]
+
+
+def test_blocks_are_chains_in_fixed_shapes(parts: Parts) -> None:
+    """Also behind a context, which is longer than what has fixed shapes; without them the same drafter makes trees."""
+    drafter = make_drafter(module_of("block"), parts.model, depth=DEPTH, nodes=12)  # type: ignore[arg-type]
+    made: list[Draft] = []
+    propose = drafter.propose
+    drafter.propose = lambda seen, limit: made.append(propose(seen, limit)) or made[-1]  # type: ignore[method-assign, func-returns-value]
+    trees = []
+    for runner in (GraphRunner(parts.model), None):
+        for session in mixed_sessions(parts, drafter.taps):
+            if session.cache.lengths[0] > SIZES[-1]:
+                decode([session], max_tokens=12, drafter=drafter, runner=runner)
+        trees.append([draft.tree is not None for draft in made])
+        made.clear()
+    assert not any(trees[0]) and any(trees[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
