@@ -197,13 +197,14 @@ class _Bench:
             if (served := self.model.drafters.served(path)) is not drafters[name]:
                 drafters[name + TREE] = served
         for name, drafter in drafters.items():
-            stats, width = Stats(), drafter.width if name.endswith(TREE) else min(plan.depth, drafter.width)
+            tree = name.endswith(TREE)
+            stats, width = Stats(), drafter.width if tree else min(plan.depth, drafter.width)
             drafter.threshold = 0.0
             for out in decode(self._sessions(prompts, drafter.taps), **self._how(cell, range(len(prompts))), drafter=drafter):
                 assert isinstance(out, Speculated)
                 stats.add(out.stats)
-            chain = not name.endswith(TREE)  # alpha is defined for chains
-            rows[name] = {"tau": stats.tau, "alpha": alpha(stats.tau, width) if chain else None, "depth": width, "rates": stats.rates()}
+            rate = None if tree else alpha(stats.tau, width)  # defined for chains
+            rows[name] = {"tau": stats.tau, "alpha": rate, "depth": width, "rates": stats.rates()}
         lengths = [len(out.ids) for out in plain]
         return {**asdict(cell), "rows": rows, "entropy": sum(sure) / len(sure), "tokens": sum(lengths), "longest": max(lengths)}
 

@@ -43,16 +43,16 @@ def accept(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, gen
 def _chain(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
     if temperature == 0:
         node, root = greedy_chain(logits.argmax(-1), tokens)
-        sound = torch.ones_like(node)
     else:
         p = probabilities(logits, temperature)
         node, root = sampled_chain(p, tokens, _uniforms(tokens, generators), draft.q)
-        sound = p.isfinite().flatten(1).all(1)
-    rows = torch.cat([torch.stack([sound, node, root], dim=1), tokens], dim=1).tolist()
-    if not all(row[0] for row in rows):
+        root = torch.where(p.isfinite().flatten(1).all(1), root, -1)  # looked at below, in the one wait
+    rows = torch.cat([node[:, None], root[:, None], tokens], dim=1).tolist()
+    own = [row[1] for row in rows]
+    if min(own) < 0:
         raise RuntimeError(NOT_FINITE)
-    paths = [list(range(row[1] + 1)) for row in rows]
-    return Verdict(root, [row[2] for row in rows], paths, [row[3:] for row in rows], [sum(id_ >= 0 for id_ in row[4:]) for row in rows])
+    paths = [list(range(row[0] + 1)) for row in rows]
+    return Verdict(root, own, paths, [row[2:] for row in rows], [sum(id_ >= 0 for id_ in row[3:]) for row in rows])
 
 
 def _tree(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:

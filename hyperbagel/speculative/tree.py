@@ -8,7 +8,7 @@ Shape legend: B rows, n nodes (root included), K slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -83,16 +83,12 @@ def tree_plan(cache: KVCache, tree: Tree) -> Plan:
             1 1 1 . . .             1 1 1 1 1 .
             1 1 . 1 . .             1 1 1 1 . 1
     """
-    n, longest = tree.parents.shape[1], max(cache.lengths)
-    cache.reserve(longest + n)
+    rows, n = tree.parents.shape
+    plan = cache.plan([n] * rows, causal=False)
     device = tree.parents.device
-    if len(set(cache.lengths)) == 1:  # slices, which are written faster
-        past = torch.ones(len(tree.parents), n, longest, dtype=torch.bool, device=device)
-        return Plan(slice(longest, longest + n), longest + n, torch.cat([past, tree.mask], dim=-1).unsqueeze(1), False)
-    start = torch.tensor(cache.lengths, device=device)[:, None]
-    node = torch.arange(longest + n, device=device) - start  # [B, K]: which node lies in a slot
+    node = torch.arange(plan.visible, device=device) - torch.tensor(cache.lengths, device=device)[:, None]  # [B, K]: which lies in a slot
     within = tree.mask.gather(2, node.clamp(0, n - 1)[:, None].expand(-1, n, -1)) & ((node >= 0) & (node < n))[:, None]
-    return Plan(start + torch.arange(n, device=device), longest + n, ((node < 0)[:, None] | within).unsqueeze(1), False)
+    return replace(plan, mask=((node < 0)[:, None] | within).unsqueeze(1))
 
 
 def commit(cache: KVCache, start: Sequence[int], kept: Sequence[Sequence[int]]) -> None:

@@ -1,8 +1,8 @@
 """Trees from one pass of a block drafter, at no further pass.
 
 A block's outputs do not depend on which tokens are chosen; only the Markov head does. So once the pass is made, the logits at depth d
-after any token u are known: logits[d] + link(u). The likeliest paths through them are a tree, which the target reads as cheaply as a
-chain of as many tokens, and where a chain would end at its first wrong token, a tree may hold the right one beside it.
+after any token u are known: logits[d] + link(u). The likeliest paths through them are a tree, which the target reads about as
+cheaply as a chain of as many tokens. Where a chain would end at its first wrong token, a tree may hold the right one beside it.
 
 Shape legend: B rows, K tokens of a block, N nodes, V vocabulary.
 """
@@ -45,7 +45,7 @@ def search_best_first(
     No path of a chance below `least`, none beyond the token `stop`, no child MAX_GAP below its siblings.
     """
     found: list[Node] = []
-    open_: list[tuple[float, int, int, int]] = []  # (-log chance, depth, parent, token)
+    candidates: list[tuple[float, int, int, int]] = []  # (-log chance, depth, parent, token)
 
     def expand(above: int, token: int, depth: int, log_chance: float) -> None:
         row = logits[depth] + link(token)
@@ -55,18 +55,18 @@ def search_best_first(
         log_all = most + math.log(np.exp(row - most).sum())
         if not math.isfinite(log_all):  # a broken drafter may cost speed, not the request
             return
-        # As a rule fewer than `branch`, which is found in a fifth of the time that sorting out the best takes.
+        # As a rule these are fewer than `branch`, and finding them is faster than sorting out the best.
         few = np.flatnonzero(row >= max(most - MAX_GAP, floor + log_all - log_chance))
         if len(few) > branch:
             few = few[np.argpartition(row[few], -branch)[-branch:]]
         for child, x in zip(few.tolist(), row[few].tolist(), strict=True):
-            heappush(open_, (log_all - x - log_chance, depth, above, child))
+            heappush(candidates, (log_all - x - log_chance, depth, above, child))
 
     floor = math.log(least) if least > 0 else -math.inf
     with np.errstate(invalid="ignore", over="ignore"):
         expand(0, root, 0, 0.0)
-        while open_ and len(found) < nodes:
-            minus, depth, parent, token = heappop(open_)
+        while candidates and len(found) < nodes:
+            minus, depth, parent, token = heappop(candidates)
             found.append(Node(token, parent, math.exp(-minus)))
             if token != stop and depth + 1 < len(logits):
                 expand(len(found), token, depth + 1, -minus)
