@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -23,6 +24,7 @@ from hyperbagel.core.files import one_line
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache, Plan
+from hyperbagel.nn.trees import after_past, ancestors
 
 GRANULE = 512  # capacities are multiples of it: few graphs, little attention over empty slots
 _RECORDING = threading.RLock()  # the garbage collector is process-wide, and a server has a thread per GPU
@@ -109,12 +111,15 @@ class _Static:
         self.length = torch.zeros(rows, 1, dtype=torch.long, device=device)  # keys before the new ones
         self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, n] after each row's keys, causal among themselves -> logits [B, n, V]."""
-        ahead = torch.arange(tokens.shape[1], device=tokens.device)
-        plan = causal_plan(self.length + ahead, self.capacity)
+    def forward(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
+        """tokens [B, n] after each row's keys, causal among themselves or nodes of trees with `parents` [B, n] -> logits [B, n, V]."""
+        depths = torch.arange(tokens.shape[1], device=tokens.device)
+        plan = causal_plan(self.length + depths, self.capacity)
+        if parents is not None:
+            seen = ancestors(parents)
+            plan, depths = replace(plan, mask=after_past(seen, self.length, self.capacity)), seen.sum(-1) - 1
         u = self.model.embed_text(tokens)
-        hidden = self.model.backbone(Streams(u, None), self.position + ahead, cache=self.cache, plan=plan).u
+        hidden = self.model.backbone(Streams(u, None), self.position + depths, cache=self.cache, plan=plan).u
         assert hidden is not None
         return self.model.logits(hidden)
 
@@ -173,7 +178,7 @@ class Kept(Protocol):
 
 
 class StaticRead(_Static):
-    """Reads several new tokens per row at once, a draft to be verified: causal among themselves, over a cache of K slots.
+    """Reads several new tokens per row at once, a draft to be verified, over a cache of K slots: a chain, causal, or a tree.
 
     A row of length 2 that reads 3 tokens (n: the token itself) in K = 6 slots:
 
@@ -187,7 +192,8 @@ class StaticRead(_Static):
     def __init__(self, model: Bagel, rows: int, capacity: int, taps: Sequence[int] = (), compiler: str | None = None) -> None:
         super().__init__(model, rows, capacity, taps)
         self.compiler = compiler
-        self.runs: dict[int, tuple[Tensor, Captured]] = {}  # size -> the tokens' buffer, and the step that reads it
+        # (size, whether trees) -> the buffer of tokens and parents [2, B, size], and the step that reads it
+        self.runs: dict[tuple[int, bool], tuple[Tensor, Captured]] = {}
         self.drafts: dict[object, Kept] = {}  # drafter -> its graphs, which hold the addresses of this cache
 
     def release(self) -> None:
@@ -197,16 +203,24 @@ class StaticRead(_Static):
         self.drafts.clear()
         self.runs.clear()
 
-    def __call__(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """tokens [B, n] (-1 read as 0), each row's first at `position` [B] -> logits [B, n, V]; the cache grows by n per row."""
+    def __call__(self, tokens: Tensor, position: Tensor, parents: Tensor | None = None) -> Tensor:
+        """tokens [B, n] (-1 read as 0), each row's first at `position` [B] -> logits [B, n, V]; the cache grows by n per row.
+
+        parents [B, n]: of a tree's nodes, as in speculative.tree; None: a chain. Padding hangs on the root, and no node sees it.
+        """
         rows, n = tokens.shape
         size = padded(n)
         assert max(self.cache.lengths) + size <= self.capacity, f"got {size} tokens more than the {self.capacity} slots hold"
-        if size not in self.runs:
-            buffer = torch.zeros(rows, size, dtype=torch.long, device=self.model.device)
-            self.runs[size] = buffer, Captured(partial(self.forward, buffer), self.model.device, self.compiler)
-        buffer, run = self.runs[size]
-        buffer[:, :n].copy_(tokens.clamp(min=0))
+        key = size, parents is not None
+        if key not in self.runs:
+            buffer = torch.zeros(2, rows, size, dtype=torch.long, device=self.model.device)
+            step = partial(self.forward, *buffer) if key[1] else partial(self.forward, buffer[0])
+            self.runs[key] = buffer, Captured(step, self.model.device, self.compiler)
+        buffer, run = self.runs[key]
+        buffer[0, :, :n].copy_(tokens.clamp(min=0))
+        if parents is not None:
+            buffer[1, :, :n].copy_(parents)
+            buffer[1, :, n:] = 0
         self.length.copy_(torch.tensor(self.cache.lengths)[:, None])
         self.position.copy_(position[:, None])
         logits = run()[:, :n]

@@ -77,13 +77,8 @@ class Drafters:
         return self.modules[name]
 
     def served(self, name: str) -> Drafter:
-        """The drafter as requests have it: one pass of a block makes a tree as it makes a chain; others need a pass for each token.
-
-        On a GPU and with graphs blocks are chains: the search for a tree would wait for the device, and has no fixed shapes.
-        """
-        searched = self.graphs is None and self.parts.model.device.type == "cpu"
-        trees = searched and name != LOOKUP and isinstance(self.module(name), BlockDrafter)
-        return self.get(name, NODES if trees else 0)
+        """The drafter as requests have it: one pass of a block makes a tree as it makes a chain; others need a pass for each token."""
+        return self.get(name, NODES if name != LOOKUP and isinstance(self.module(name), BlockDrafter) else 0)
 
     def budgeted(self, name: str) -> Adaptive:
         """The drafter with a budget, as requests are served. Raises InputError as `get` does; "auto" warns of what it cannot use."""

@@ -44,7 +44,7 @@ def decode(
     spent: bool = False,
 ) -> list[Decoded]:
     """As `generate.decode.decode`; with a drafter the results are `Speculated`. `runner` makes the steps of plain decoding; a GraphRunner
-    also verifies drafts, if they are chains, in fixed shapes.
+    also verifies drafts in fixed shapes.
 
     Greedy answers are those of plain decoding, token for token as far as arithmetic allows (in fp32 they always were); sampled ones have
     its distribution, though not its draws. The sessions stay as they were, unless `spent`.
@@ -127,7 +127,7 @@ class Rounds:
         graphs: GraphRunner | None = None,
         spent: bool = False,
     ) -> None:
-        """im_end: the token that ends an answer; None: the tokenizer's. graphs: verifies chains in fixed shapes. The rest: see
+        """im_end: the token that ends an answer; None: the tokenizer's. graphs: verifies drafts in fixed shapes. The rest: see
         `generate.decode.decode`."""
         parts = sessions[0].parts
         self.model, self.im_end = parts.model, parts.tokenizer.im_end if im_end is None else im_end
@@ -161,8 +161,8 @@ class Rounds:
         clock.append(time.perf_counter())
         n = 1 + draft.tokens.shape[1]
         tokens = torch.cat([self.root[:, None], draft.tokens], dim=1) if n > 1 else self.root[:, None]  # [B, n]
-        if self.reader is not None and draft.tree is None:
-            logits = self.reader(tokens, self.position)
+        if self.reader is not None:
+            logits = self.reader(tokens, self.position, None if draft.tree is None else draft.tree.parents)
         else:
             logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hyperbagel.nn.kv_cache import KVCache, Plan
+from hyperbagel.nn.trees import after_past, ancestors
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,8 @@ class Tree:
 
     @cached_property
     def mask(self) -> Tensor:
-        """bool [B, n, n]: node i (row) sees node j, which is itself or an ancestor. Parents 0 0 0 1 1 2:
-
-            0       1 . . . . .
-           / \\      1 1 . . . .
-          1   2     1 . 1 . . .
-         / \\   \\    1 1 . 1 . .
-        3   4   5   1 1 . . 1 .
-                    1 . 1 . . 1
-        """
-        n = self.parents.shape[1]
-        eye = torch.eye(n, device=self.parents.device)
-        seen = (eye + torch.nn.functional.one_hot(self.parents, n)).clamp(max=1)
-        for _ in range(max(1, (n - 1).bit_length())):  # paths of twice the length each time
-            seen = (seen @ seen).clamp(max=1)
-        return seen > 0.5
+        """bool [B, n, n]: node i (row) sees node j, which is itself or an ancestor."""
+        return ancestors(self.parents)
 
     @cached_property
     def depths(self) -> Tensor:
@@ -77,18 +65,11 @@ def tree_depth(tokens: Sequence[int], parents: Sequence[int]) -> int:
 
 
 def tree_plan(cache: KVCache, tree: Tree) -> Plan:
-    """Slots and mask of a whole tree after each row's past. Rows of 1 and 3 cached tokens, parents 0 0 0, node by slot:
-
-    row 0:  1 1 . . . .     row 1:  1 1 1 1 . .
-            1 1 1 . . .             1 1 1 1 1 .
-            1 1 . 1 . .             1 1 1 1 . 1
-    """
+    """Slots and mask of a whole tree after each row's past."""
     rows, n = tree.parents.shape
     plan = cache.plan([n] * rows, causal=False)
-    device = tree.parents.device
-    node = torch.arange(plan.visible, device=device) - torch.tensor(cache.lengths, device=device)[:, None]  # [B, K]: which lies in a slot
-    within = tree.mask.gather(2, node.clamp(0, n - 1)[:, None].expand(-1, n, -1)) & ((node >= 0) & (node < n))[:, None]
-    return replace(plan, mask=((node < 0)[:, None] | within).unsqueeze(1))
+    past = torch.tensor(cache.lengths, device=tree.parents.device)[:, None]
+    return replace(plan, mask=after_past(tree.mask, past, plan.visible))
 
 
 def commit(cache: KVCache, start: Sequence[int], kept: Sequence[Sequence[int]]) -> None:

@@ -19,6 +19,7 @@ from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.compare import first_divergence
 from hyperbagel.speculative.decode import Rounds, decode, verify_forward
 from hyperbagel.speculative.drafters.lookup import Lookup, NGrams
+from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Drafter, Speculated
 
 PROMPTS, BATCH, LENGTH = 1000, 125, 12
@@ -170,18 +171,19 @@ def test_lookup_continues_the_latest_longest_match() -> None:
 
 @pytest.mark.parametrize("name", [*STUBS, "lookup"])
 def test_drafts_read_in_fixed_shapes(name: str, parts: Parts) -> None:
-    """The steps that a GPU replays, run as they are: batches of unlike contexts and lone ones, one runner for all, trees read as ever."""
+    """The steps that a GPU replays, run as they are: batches of unlike contexts and lone ones, one runner for all."""
     runner, sessions = GraphRunner(parts.model), mixed_sessions(parts)
     before = [(s.cache.lengths[0], s.position) for s in sessions]
     for group in (sessions, sessions[:1], sessions[::-1], sessions[1:2]):
         plain = plain_decode(group, max_tokens=20)
         same(plain, decode(group, max_tokens=20, drafter=drafter_of(name, plain, parts), runner=runner))
     assert [(s.cache.lengths[0], s.position) for s in sessions] == before and len(runner.reads) == 2
-    sizes = {size for read in runner.reads.values() for size in read.runs}
-    assert name == "random tree" or sizes & {4, 8}  # several lengths of draft share a shape
+    shapes = {shape for read in runner.reads.values() for shape in read.runs}
+    assert shapes & ({(16, True)} if name == "random tree" else {(4, False), (8, False)})  # several lengths of draft share a shape
 
 
-def test_what_a_fixed_shape_reads_equals_a_forward(parts: Parts) -> None:
+@pytest.mark.parametrize("trees", [False, True])
+def test_what_a_fixed_shape_reads_equals_a_forward(trees: bool, parts: Parts) -> None:
     """Logits and caches, hidden states for drafters among them, of rows of unlike lengths; padding is not seen afterwards."""
     sessions = text_sessions(parts, 3, seed=5, taps=(0, 2))
     room, generator = 40, torch.Generator().manual_seed(1)
@@ -193,13 +195,13 @@ def test_what_a_fixed_shape_reads_equals_a_forward(parts: Parts) -> None:
             tokens = torch.randint(1, 500, (3, n), generator=generator)
             tokens[0, -1] = -1
             begun = list(cache.lengths)
-            torch.testing.assert_close(
-                read(tokens, position), verify_forward(parts.model, cache, tokens, None, position), rtol=1e-4, atol=1e-4
-            )
+            tree = Tree(torch.stack([torch.randint(0, max(1, i), (3,), generator=generator) for i in range(n)], dim=1)) if trees else None
+            one, other = read(tokens, position, tree and tree.parents), verify_forward(parts.model, cache, tokens, tree, position)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
             for one in (cache, read.cache):
                 one.truncate([start + k for start, k in zip(begun, kept, strict=True)])
             position = position + torch.tensor(kept)
-        assert read.cache.lengths == cache.lengths and set(read.runs) == {1, 4, 8}
+        assert read.cache.lengths == cache.lengths and set(read.runs) == {(1, trees), (4, trees), (8, trees)}
         for mine, theirs in zip(read.cache._stores(), cache._stores(), strict=True):
             for a, b in zip(mine, theirs, strict=True):
                 for row, length in enumerate(cache.lengths):

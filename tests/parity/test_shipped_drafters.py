@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.compare import first_divergence
@@ -30,11 +31,12 @@ def test_there_are_some() -> None:
     assert NAMES
 
 
-@pytest.mark.parametrize(("prompts", "served"), [(PROMPTS, True), (2 * BATCH, False)])
+@pytest.mark.parametrize(("prompts", "way"), [(PROMPTS, "served"), (BATCH, "fixed shapes"), (2 * BATCH, "chain")])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_thousand_questions(name: str, prompts: int, served: bool, model: HyperBagel) -> None:
-    """As requests have it, and a chain, as they have it with graphs."""
-    drafter = model.drafters.served(name) if served else model.drafters.get(name)
+def test_a_thousand_questions(name: str, prompts: int, way: str, model: HyperBagel) -> None:
+    """As requests have it, without and with graphs, and a chain."""
+    drafter = model.drafters.get(name) if way == "chain" else model.drafters.served(name)
+    runner = GraphRunner(model.parts.model) if way == "fixed shapes" else None
     rng = random.Random(5)
     rounds = tokens = ties = 0
     for _ in range(prompts // BATCH):
@@ -46,7 +48,7 @@ def test_a_thousand_questions(name: str, prompts: int, served: bool, model: Hype
             session.add_text(asked.question)
             sessions.append(session)
         plain = plain_decode(sessions, max_tokens=LENGTH, keep_logits=True)
-        for told, out in zip(plain, decode(sessions, max_tokens=LENGTH, drafter=drafter), strict=True):
+        for told, out in zip(plain, decode(sessions, max_tokens=LENGTH, drafter=drafter, runner=runner), strict=True):
             parted = first_divergence(told, out)
             ties += parted is not None
             assert parted is None or parted.gap < TIE

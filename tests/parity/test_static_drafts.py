@@ -20,9 +20,10 @@ from hyperbagel.speculative.drafters.folder import make_drafter, make_module
 from hyperbagel.speculative.drafters.serve_blocks import BlockProposer
 from hyperbagel.speculative.drafters.serve_chains import AutoregressiveDrafter
 from hyperbagel.speculative.drafters.static import StaticDraft
+from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft, Seen
 
-DEPTH = 6
+DEPTH, NODES = 6, 12
 WRONG = 1  # a token that is hardly ever the target's
 KINDS: tuple[Kind, ...] = ("eagle3", "hyper-bagel", "block")
 Served = AutoregressiveDrafter | BlockProposer
@@ -38,8 +39,10 @@ def module_of(kind: Kind) -> torch.nn.Module:
     return large_weights(make_module(DrafterConfig.for_target(kind, CONFIG.llm, **own)), 0.2)
 
 
-def drafter_of(kind: Kind, parts: Parts) -> Served:
-    made = make_drafter(module_of(kind).to(parts.model.device), parts.model, depth=DEPTH)  # type: ignore[arg-type]
+def drafter_of(kind: Kind, parts: Parts, nodes: int = 0) -> Served:
+    module = module_of(kind).to(parts.model.device)
+    # as many nodes of a level may be expanded as there are, so that both searches for trees find the same
+    made = make_drafter(module, parts.model, depth=DEPTH, nodes=nodes, branch=NODES)  # type: ignore[arg-type]
     assert isinstance(made, AutoregressiveDrafter | BlockProposer)
     return made
 
@@ -74,6 +77,9 @@ class Both(Stub):
         alive = [row for row, n in enumerate(news.counts) if n]
         fixed, eager = self.fixed.propose(news, limit), self.twin.propose(replace(news, read=None), limit)
         assert self.fixed.cache.lengths == self.twin.cache.lengths
+        self.compared += len(alive)
+        if self.fixed.nodes:
+            return self.compare_trees(fixed, eager, alive, limit)
         drafted = eager.tokens.shape[1]  # on a CPU the eager one stops where all rows have ended
         assert 0 < drafted <= fixed.tokens.shape[1] <= min(limit, DEPTH)
         if eager.q is None:
@@ -81,16 +87,32 @@ class Both(Stub):
         else:  # other draws; but the first token of each draft is drawn from the same probabilities
             assert fixed.q is not None and fixed.q.shape[:2] == fixed.tokens.shape
             torch.testing.assert_close(fixed.q[alive, 0], eager.q[alive, 0], atol=1e-5, rtol=1e-3)
-        self.compared += len(alive)
+
+    def compare_trees(self, fixed: Draft, eager: Draft, alive: list[int], limit: int) -> None:
+        assert fixed.q is None and fixed.tree is not None and fixed.tokens.shape[1] == NODES
+        for row in alive:
+            told, found = paths_of(eager, row), paths_of(fixed, row)
+            assert told and told <= found and max(map(len, found)) <= limit
+            assert len(found) == len(told) or len(told) < NODES  # by the other search too unlikely ones are none
 
     def end(self, counts: Sequence[int]) -> None:
         self.fixed.end(counts)
         self.twin.end(counts)
 
 
-def same_drafts(kind: Kind, temperature: float, parts: Parts) -> None:
+def paths_of(draft: Draft, row: int) -> set[tuple[int, ...]]:
+    """The tokens from the root down to each node of one row."""
+    n = draft.tokens.shape[1]
+    tokens, parents = draft.tokens[row].tolist(), (draft.tree or Tree.chain(len(draft.tokens), n)).parents[row].tolist()
+    known: list[tuple[int, ...]] = [()]
+    for token, parent in zip(tokens, parents[1:], strict=True):
+        known.append((*known[parent], token))
+    return {path for path in known[1:] if -1 not in path}
+
+
+def same_drafts(kind: Kind, temperature: float, parts: Parts, nodes: int = 0) -> None:
     """Batches of rows of unlike lengths, lone rows, one runner for all: later requests find buffers and graphs used."""
-    fixed, twin = drafter_of(kind, parts), drafter_of(kind, parts)
+    fixed, twin = drafter_of(kind, parts, nodes), drafter_of(kind, parts, nodes)
     sessions = list({s.cache.lengths[0]: s for s in text_sessions(parts, 12, taps=fixed.taps)}.values())[:3]
     assert len(sessions) == 3
     runner = GraphRunner(parts.model)
@@ -112,10 +134,17 @@ def test_drafts_in_fixed_shapes_are_the_eager_ones(kind: Kind, temperature: floa
     same_drafts(kind, temperature, parts)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_trees_in_fixed_shapes_are_the_eager_ones(temperature: float, parts: Parts) -> None:
+    """The search by tensors, in rounds of a fixed shape, against the search one by one."""
+    same_drafts("block", temperature, parts, NODES)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("kind", KINDS)
-def test_recorded_drafts_are_the_eager_ones(kind: Kind) -> None:
-    same_drafts(kind, 0.0, make_parts(device="cuda"))
+@pytest.mark.parametrize(("kind", "nodes"), [*((kind, 0) for kind in KINDS), ("block", NODES)])
+def test_recorded_drafts_are_the_eager_ones(kind: Kind, nodes: int) -> None:
+    """On a GPU both searches for trees are by tensors, one recorded."""
+    same_drafts(kind, 0.0, make_parts(device="cuda"), nodes)
 
 
 @torch.inference_mode()
@@ -130,9 +159,9 @@ def first_draft(drafter: Served, session: Session, read: StaticRead) -> Seen:
 
 
 @torch.inference_mode()
-def at_work(kind: Kind, parts: Parts) -> tuple[Served, Session, StaticRead]:
+def at_work(kind: Kind, parts: Parts, nodes: int = 0) -> tuple[Served, Session, StaticRead]:
     """A drafter, a context, and who verifies after it in fixed shapes."""
-    drafter = drafter_of(kind, parts)
+    drafter = drafter_of(kind, parts, nodes)
     [session] = text_sessions(parts, 1, seed=2, taps=drafter.taps)
     return drafter, session, GraphRunner(parts.model).reader([session.cache], 40)
 
@@ -155,20 +184,30 @@ def test_a_row_ends_where_it_is_unsure(parts: Parts) -> None:
     assert drafter.propose(replace(news, read=None), DEPTH).tokens[0].tolist() == found[0.0][:sure]
 
 
-def test_blocks_are_chains_in_fixed_shapes(parts: Parts) -> None:
-    """Also behind a context, which is longer than what has fixed shapes; without them the same drafter makes trees."""
-    drafter = make_drafter(module_of("block"), parts.model, depth=DEPTH, nodes=12)  # type: ignore[arg-type]
-    made: list[Draft] = []
-    propose = drafter.propose
-    drafter.propose = lambda seen, limit: made.append(propose(seen, limit)) or made[-1]  # type: ignore[method-assign, func-returns-value]
-    trees = []
-    for runner in (GraphRunner(parts.model), None):
-        for session in mixed_sessions(parts, drafter.taps):
-            if session.cache.lengths[0] > SIZES[-1]:
-                decode([session], max_tokens=12, drafter=drafter, runner=runner)
-        trees.append([draft.tree is not None for draft in made])
-        made.clear()
-    assert not any(trees[0]) and any(trees[1])
+def test_answers_from_trees_in_fixed_shapes(parts: Parts) -> None:
+    """From the first draft on, which is eager since a context is longer than what has fixed shapes: token for token plain decoding's."""
+    drafter, runner = drafter_of("block", parts, NODES), GraphRunner(parts.model)
+    sessions = mixed_sessions(parts, drafter.taps)
+    assert max(s.cache.lengths[0] for s in sessions) > SIZES[-1]
+    for group in (sessions, sessions[:1], sessions[::-1]):
+        plain = plain_decode(group, max_tokens=20)
+        out = decode(group, max_tokens=20, drafter=drafter, runner=runner)
+        assert [o.ids for o in out] == [o.ids for o in plain]
+    assert all({(16, True)} <= set(read.runs) <= {(1, False), (16, True)} for read in runner.reads.values())
+
+
+@torch.inference_mode()
+def test_a_lone_rows_tree_ends_where_it_is_unsure(parts: Parts) -> None:
+    """In fixed shapes unlikely nodes are -1; those of a row are the same as without."""
+    drafter, session, read = at_work("block", parts, NODES)
+    news = first_draft(drafter, session, read)
+    committed, found = list(drafter.cache.lengths), []
+    for least in (0.0, 0.05):
+        drafter.threshold = least
+        for reads in (read, None):
+            drafter.cache.truncate(committed)
+            found.append(paths_of(drafter.propose(replace(news, read=reads), DEPTH), 0))
+    assert found[0] >= found[1] and found[2] == found[3] and 0 < len(found[2]) < len(found[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

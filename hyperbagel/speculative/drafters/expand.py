@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hyperbagel.nn.kv_cache import KVCache, Plan
@@ -34,16 +35,23 @@ class Level:
         return self.tokens.gather(1, self.frontier)
 
 
-def grow(last: Level | None, logits: Tensor, branch: int) -> Level:
-    """logits [B, k, V] after each frontier node of `last` (None: the root, k = 1) -> `branch` children each."""
-    b, k, _ = logits.shape
-    top, ids = logits.double().log_softmax(-1).topk(branch, dim=-1)  # [B, k, branch]
-    before = top.new_zeros(b, 1) if last is None else last.scores.gather(1, last.frontier)
-    scores = (top + before[..., None] - _TIE).flatten(1)
-    at = torch.arange(k, device=logits.device).repeat_interleave(branch).expand(b, -1)  # parent within the frontier
-    frontier = scores.topk(branch, dim=1).indices
+def grow(last: Level | None, logits: Tensor, branch: int, ended: Tensor | None = None) -> Level:
+    """logits [B, k, V] after each frontier node of `last` (None: the root, k = 1) -> `branch` children each.
+
+    ended [B, k]: nodes that nothing follows. Their children have a score of -inf, as have those whose logits are not finite: a broken
+    drafter may cost speed, not the request.
+    """
+    b, k, v = logits.shape
+    top, ids = logits.float().topk(min(branch, v), dim=-1)  # [B, k, branch]
+    log_all = logits.double().logsumexp(-1)
+    before = log_all.new_zeros(b, 1) if last is None else last.scores.gather(1, last.frontier)
+    scores = top - log_all[..., None] + before[..., None] - _TIE
+    lost = ~log_all.isfinite() if ended is None else ended | ~log_all.isfinite()
+    scores = scores.masked_fill(lost[..., None], -torch.inf).flatten(1)
+    at = torch.arange(k, device=logits.device).repeat_interleave(top.shape[-1]).expand(b, -1)  # parent within the frontier
+    frontier = scores.topk(min(branch, scores.shape[1]), dim=1).indices
     frontier_parent = at.gather(1, frontier)
-    own = torch.eye(branch, dtype=torch.bool, device=logits.device).expand(b, -1, -1)
+    own = torch.eye(frontier.shape[1], dtype=torch.bool, device=logits.device).expand(b, -1, -1)
     if last is None:
         return Level(ids.flatten(1), scores, at, frontier, frontier_parent, own)
     above = last.seen.gather(1, frontier_parent[..., None].expand(-1, -1, last.seen.shape[-1]))
@@ -73,6 +81,16 @@ def best_nodes(levels: Sequence[Level], nodes: int, threshold: float = 0.0) -> D
 
     threshold: above 0 it drops the ranks whose probability, averaged over the rows, is lower; this waits for the device.
     """
+    if threshold > 0:  # by the mean of the rows' n-th best, since rows share the number of nodes
+        scores = torch.cat([level.scores for level in levels], dim=1)
+        worth = scores.sort(dim=1, descending=True).values.exp().mean(0) >= threshold
+        nodes = min(nodes, int(worth.sum()))
+    tokens, parents, _ = kept_nodes(levels, nodes)
+    return Draft(tokens, Tree(parents))
+
+
+def kept_nodes(levels: Sequence[Level], nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The N <= `nodes` most probable of all candidates, level by level -> tokens [B, N], parents [B, N + 1] as in Tree, scores [B, N]."""
     offsets = [0]
     for level in levels:
         offsets.append(offsets[-1] + level.tokens.shape[1])
@@ -81,12 +99,8 @@ def best_nodes(levels: Sequence[Level], nodes: int, threshold: float = 0.0) -> D
     parents = torch.cat(
         [level.parents + offsets[i - 1] if i else torch.full_like(level.parents, -1) for i, level in enumerate(levels)], dim=1
     )
-    nodes = min(nodes, tokens.shape[1])
-    if threshold > 0:  # by the mean of the rows' n-th best, since rows share the number of nodes
-        worth = scores.sort(dim=1, descending=True).values.exp().mean(0) >= threshold
-        nodes = min(nodes, int(worth.sum()))
-    kept = scores.topk(nodes, dim=1).indices.sort(dim=1).values  # [B, N]; a parent's index is smaller
+    kept = scores.topk(min(nodes, tokens.shape[1]), dim=1).indices.sort(dim=1).values  # [B, N]; a parent's index is smaller
     place = torch.zeros_like(tokens).scatter_(1, kept, torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept))
     above = parents.gather(1, kept)
     rows = torch.where(above < 0, 0, place.gather(1, above.clamp(min=0)))
-    return Draft(tokens.gather(1, kept), Tree(torch.cat([torch.zeros_like(rows[:, :1]), rows], dim=1)))
+    return tokens.gather(1, kept), F.pad(rows, (1, 0)), scores.gather(1, kept)

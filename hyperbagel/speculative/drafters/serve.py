@@ -98,10 +98,14 @@ class Proposer(ABC):
     def _fixed(self, read: StaticRead) -> StaticDraft | None:
         """This drafter's rounds in fixed shapes after the cache of `read`; None if it has none."""
         if self not in read.drafts:
-            read.drafts[self] = StaticDraft(self, read)
+            read.drafts[self] = self._static(read)
         found = read.drafts[self]
         assert isinstance(found, StaticDraft)
         return found
+
+    def _static(self, read: StaticRead) -> StaticDraft:
+        """This drafter's rounds after the cache of `read`, with buffers of their own."""
+        return StaticDraft(self, read)
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
         """An empty cache for the drafter's own keys and values, with room for `slots` per row."""

@@ -12,15 +12,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.graphs import causal_plan
+from hyperbagel.generate.graphs import StaticRead, causal_plan
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.speculative.drafters.block import BlockDrafter
+from hyperbagel.speculative.drafters.block_beam import search_beam
 from hyperbagel.speculative.drafters.block_tree import Floats, search_best_first, tree_draft
 from hyperbagel.speculative.drafters.choice import Pick, confidence
 from hyperbagel.speculative.drafters.layers import Served
 from hyperbagel.speculative.drafters.serve import News, Proposer, as_draft, gather, gather_news
-from hyperbagel.speculative.drafters.static import StaticDraft, Tokens
+from hyperbagel.speculative.drafters.static import StaticDraft, StaticTree, Tokens
+from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft, Seen
 
 _TABLE = 2048  # largest vocabulary for which the Markov head is tabulated, for all pairs of tokens
@@ -48,7 +50,7 @@ def rows_plan(have: Tensor, counts: Tensor, n: int, k: int, visible: int) -> Pla
 
 class BlockProposer(Proposer):
     """Drafts from one pass per round: a chain of `depth` tokens, or (`nodes` > 0) the likeliest `nodes` of a tree with at most `branch`
-    children per node. On a GPU, and where drafts are read in fixed shapes, chains alone: the search would wait for the device.
+    children per node. On a CPU these are looked for one by one, on a GPU and where drafts have fixed shapes by tensors alone.
 
     A chain's tokens are drawn if it samples. A tree's are a deterministic choice, which the target accepts with its own probabilities.
     """
@@ -73,15 +75,17 @@ class BlockProposer(Proposer):
         memory = Served(self.cache, block_plan(self.cache, seen.counts, depth))
         logits, out = self._block(news, seen.root, seen.position, memory, depth)
         self.cache.advance(seen.counts)  # not the block: the next round overwrites it
-        if self.nodes and seen.read is None and logits.device.type == "cpu":
-            return self._tree(logits, seen)
+        if self.nodes:
+            # Cold target or not, what the drafter does not know is as uncertain; a hot one spreads its choices.
+            scale = 1 / max(1.0, self.temperature)
+            if seen.read is None and logits.device.type == "cpu":
+                return self._tree(logits, seen, scale)
+            return Draft(*self._beam(logits, seen.root, self.threshold, scale, depth))
         least = self.threshold if self.threshold > 0 else None
         return as_draft(*self._tokens(logits, out, seen.root, self._pick, least, early=out.device.type == "cpu"), out)
 
-    def _tree(self, logits: Tensor, seen: Seen) -> Draft:
+    def _tree(self, logits: Tensor, seen: Seen, scale: float) -> Draft:
         """The tree below the roots from the block's logits [B, k, V], on a CPU."""
-        # Cold target or not, what the drafter does not know is as uncertain; a hot one spreads its choices.
-        scale = 1 / max(1.0, self.temperature)
         # Rows share their columns, so what one of them hardly needs may pay in the mean. Finished ones need nothing.
         least = self.threshold / max(1, sum(map(bool, seen.counts)))
         search = partial(search_best_first, nodes=self.nodes, branch=self.branch, least=least, stop=self.im_end, scale=scale)
@@ -90,6 +94,12 @@ class BlockProposer(Proposer):
             for row, token, new in zip(logits.detach().float().numpy(), seen.root.tolist(), seen.counts, strict=True)
         ]
         return tree_draft(rows, self.threshold)
+
+    def _beam(self, logits: Tensor, root: Tensor, least: Tensor | float, scale: Tensor | float, limit: Tensor | int) -> tuple[Tensor, Tree]:
+        """Tokens [B, N] and tree, at most `limit` deep, below root [B] from the block's logits [B, k, V]."""
+        how = {"branch": self.branch, "stop": self.im_end}
+        tokens, parents = search_beam(logits, self._link, root, self.nodes, least=least, limit=limit, scale=scale, **how)
+        return tokens, Tree(parents)
 
     def _link_of(self, token: int) -> Floats:
         """What the Markov head adds after `token`, [V]."""
@@ -101,11 +111,22 @@ class BlockProposer(Proposer):
         """What the Markov head adds after `previous` [...] -> [..., V]."""
         return self.module.link(previous) if self.links is None else self.links[previous]
 
+    def _static(self, read: StaticRead) -> StaticDraft:
+        return StaticTree(self, read) if self.nodes else super()._static(read)
+
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
+        return self._tokens(*self._block_static(at, n, k), at.root, pick, at.least, early=False)
+
+    def tree_static(self, at: StaticTree, n: int) -> tuple[Tensor, Tree]:
+        """See TreeDrafter."""
+        logits, _ = self._block_static(at, n, self.depth)
+        return self._beam(logits, at.root, at.least, at.scale, at.limit)
+
+    def _block_static(self, at: StaticDraft, n: int, k: int) -> tuple[Tensor, Tensor]:
+        """`_block` from the buffers of `at`."""
         news = gather(at.seen, self.module.layers_read, at.start, at.counts, n, None)
         memory = Served(at.cache, rows_plan(at.have, at.counts, n, k, at.capacity))
-        logits, out = self._block(news, at.root, at.position, memory, k)
-        return self._tokens(logits, out, at.root, pick, at.least, early=False)
+        return self._block(news, at.root, at.position, memory, k)
 
     def static_depth(self, depth: int) -> int:
         """The whole block, since its tokens come from one pass."""

@@ -1,5 +1,5 @@
-"""A drafter's rounds in fixed shapes and fixed buffers: new slots are read and tokens drafted and chosen without the CPU seeing any number,
-so that a GPU can replay a round as one CUDA graph (generate.graphs). On a CPU the same rounds run as they are.
+"""A drafter's rounds in fixed shapes and fixed buffers: new slots are read, and tokens or trees drafted and chosen, without the CPU seeing
+any number, so that a GPU can replay a round as one CUDA graph (generate.graphs). On a CPU the same rounds run as they are.
 
 Shape legend: B rows, n new slots of a round (padded), k drafted tokens, K slots of the drafter's cache, V vocabulary.
 """
@@ -18,6 +18,7 @@ from hyperbagel.generate.sampling import COLDEST
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.drafters.choice import Chosen, Pick, choose_by
+from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft, Seen
 
 Tokens = tuple[list[Tensor], list[Tensor | None]]  # by drafted token: ids [B], and what they were drawn from [B, V] (None if greedy)
@@ -39,6 +40,13 @@ class StaticDrafter(Protocol):
 
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
         """k tokens after n new slots per row, from the buffers of `at` alone."""
+
+
+class TreeDrafter(StaticDrafter, Protocol):
+    """What StaticTree needs of a drafter."""
+
+    def tree_static(self, at: StaticTree, n: int) -> tuple[Tensor, Tree]:
+        """Tokens [B, N] and tree after n new slots per row, from the buffers of `at` alone."""
 
 
 class StaticDraft:
@@ -76,25 +84,33 @@ class StaticDraft:
     def __call__(self, seen: Seen, limit: int) -> Draft:
         """A chain of at most `limit` tokens, [B, k]; -1 from where a row is too unsure."""
         drafter, sampled = self.drafter, self.drafter.temperature > 0
-        assert seen.cache is self.seen, "got news of another cache"
-        if self.cache.capacity > self.capacity:  # many new slots made it grow: recorded rounds hold old addresses
-            self.release()
-            self.capacity = self.cache.capacity
         k = min(limit, drafter.depth)
-        key = padded(max(seen.counts)), drafter.static_depth(k), sampled
-        self.slots.copy_(torch.tensor([seen.start, seen.counts, self.cache.lengths])[..., None])
-        self.root.copy_(seen.root)
-        self.position.copy_(seen.position)
-        self.least.fill_(drafter.threshold)
+        key = self._load(seen), drafter.static_depth(k), sampled
         if sampled:
             self.temperature.fill_(max(drafter.temperature, COLDEST))
             drawn = [torch.rand(key[1], generator=g, dtype=torch.float64) for g in drafter.generators]
             self.uniforms[:, : key[1]].copy_(torch.stack(drawn))
-        if key not in self.runs:
-            self.runs[key] = Captured(partial(self._round, *key), self.root.device)
-        tokens = self.runs[key]()
+        tokens = self._run(key)
         self.cache.advance(seen.counts)  # not the draft: the next round overwrites it
         return Draft(tokens[:, :k], None, self.q[key][:, :k].clone() if sampled else None)  # the next replay overwrites q
+
+    def _load(self, seen: Seen) -> int:
+        """Fills the buffers of a round; returns how many new slots it reads per row, padded."""
+        assert seen.cache is self.seen, "got news of another cache"
+        if self.cache.capacity > self.capacity:  # many new slots made it grow: recorded rounds hold old addresses
+            self.release()
+            self.capacity = self.cache.capacity
+        self.slots.copy_(torch.tensor([seen.start, seen.counts, self.cache.lengths])[..., None])
+        self.root.copy_(seen.root)
+        self.position.copy_(seen.position)
+        self.least.fill_(self.drafter.threshold)
+        return padded(max(seen.counts))
+
+    def _run(self, key: tuple[int, int, bool]) -> Tensor:
+        """The round of this key: recorded at its second use, from then on replayed."""
+        if key not in self.runs:
+            self.runs[key] = Captured(partial(self._round, *key), self.root.device)
+        return self.runs[key]()
 
     def _round(self, n: int, k: int, sampled: bool) -> Tensor:
         """Reads the buffers -> tokens [B, k]."""
@@ -109,3 +125,27 @@ class StaticDraft:
 
 def _greedy(logits: Tensor, d: int) -> Chosen:
     return logits.argmax(-1), None
+
+
+class StaticTree(StaticDraft):
+    """Rounds of a drafter of trees, greedy or not: their tokens are a deterministic choice, which needs no draws."""
+
+    drafter: TreeDrafter
+
+    def __init__(self, drafter: TreeDrafter, read: StaticRead) -> None:
+        super().__init__(drafter, read)
+        self.limit, self.scale = torch.zeros((), dtype=torch.long, device=self.root.device), torch.ones((), device=self.root.device)
+
+    def __call__(self, seen: Seen, limit: int) -> Draft:
+        """A tree of at most `limit` tokens in line; -1: no node."""
+        key = self._load(seen), self.drafter.depth, False
+        self.limit.fill_(limit)
+        self.scale.fill_(1 / max(1.0, self.drafter.temperature))
+        tokens, parents = self._run(key).unbind(1)
+        self.cache.advance(seen.counts)
+        return Draft(tokens[:, 1:], Tree(parents))
+
+    def _round(self, n: int, k: int, sampled: bool) -> Tensor:
+        """Reads the buffers -> tokens, behind a column for the root, and parents [B, 2, N + 1]."""
+        tokens, tree = self.drafter.tree_static(self, n)
+        return torch.stack([torch.nn.functional.pad(tokens, (1, 0)), tree.parents], dim=1)

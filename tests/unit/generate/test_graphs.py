@@ -25,6 +25,7 @@ from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.decode import verify_forward
+from hyperbagel.speculative.tree import Tree
 
 NO_GPU = not torch.cuda.is_available()
 TEXTS = ("a red ball", "what is there, and how many of them are blue?", "one")
@@ -120,7 +121,7 @@ def test_recorded_decoding_gives_the_eager_tokens() -> None:
 
 
 @torch.inference_mode()
-def same_reads(device: str) -> None:
+def same_reads(device: str, trees: bool) -> None:
     """Drafts of several lengths behind rows of unlike lengths, read twice each and more, so that a graph is replayed."""
     of = parts(device)
     sessions = [session(of, text) for text in TEXTS]
@@ -128,18 +129,21 @@ def same_reads(device: str) -> None:
     cache, position = KVCache.stack([s.cache for s in sessions], 40), torch.tensor([s.position for s in sessions], device=device)
     for k, n in enumerate((3, 2, 4, 3, 1, 1, 1)):
         tokens = torch.randint(1, 500, (3, n), generator=torch.Generator().manual_seed(k)).to(device)
-        eager = verify_forward(of.model, cache, tokens, None, position)
-        torch.testing.assert_close(read(tokens, position), eager, atol=1e-4, rtol=1e-4)
+        tree = Tree.of([[0, *range(n - 1)], [0] * n, [0] * n], device) if trees else None
+        eager = verify_forward(of.model, cache, tokens, tree, position)
+        torch.testing.assert_close(read(tokens, position, tree and tree.parents), eager, atol=1e-4, rtol=1e-4)
         position = position + n
 
 
-def test_static_reads_equal_the_eager_ones() -> None:
-    same_reads("cpu")
+@pytest.mark.parametrize("trees", [False, True])
+def test_static_reads_equal_the_eager_ones(trees: bool) -> None:
+    same_reads("cpu", trees)
 
 
 @pytest.mark.skipif(NO_GPU, reason="CUDA graphs need a GPU")
-def test_recorded_reads_equal_the_eager_ones() -> None:
-    same_reads("cuda")
+@pytest.mark.parametrize("trees", [False, True])
+def test_recorded_reads_equal_the_eager_ones(trees: bool) -> None:
+    same_reads("cuda", trees)
 
 
 @pytest.mark.skipif(NO_GPU, reason="CUDA graphs need a GPU")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "parity"))
 from parity_world import CONFIG, make_parts
 from test_sampled_distribution import END, LENGTH, START, ToyTokenizer, V, answer_table, chi_square
 
+from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.speculative.decode import decode
@@ -53,14 +54,15 @@ def random_drafter(kind: Kind, parts: Parts, nodes: int = 0) -> Drafter:
 
 
 @torch.inference_mode()
-def sample(parts: Parts, drafter: Drafter, rows: int) -> tuple[Counter[tuple[int, ...]], Stats]:
+def sample(parts: Parts, drafter: Drafter, rows: int, runner: GraphRunner | None = None) -> tuple[Counter[tuple[int, ...]], Stats]:
     """ANSWERS answers, `rows` at a time. Rows share a generator: one after the other draws from it, so their draws are independent."""
     session = Session.new(parts, drafter.taps)
     session.add_text("4325")  # the context of `answer_table`
     counts: Counter[tuple[int, ...]] = Counter()
     stats, generator = Stats(), torch.Generator().manual_seed(2)
     for _ in range(ANSWERS // rows):
-        out = decode([session] * rows, max_tokens=LENGTH, temperature=TEMPERATURE, generators=[generator] * rows, drafter=drafter)
+        how = {"temperature": TEMPERATURE, "generators": [generator] * rows, "drafter": drafter, "runner": runner}
+        out = decode([session] * rows, max_tokens=LENGTH, **how)  # type: ignore[arg-type]
         for row in out:
             assert isinstance(row, Speculated)
             counts[*row.ids, *([END] if row.finish_reason == "stop" else [])] += 1
@@ -83,6 +85,15 @@ def test_answers_are_distributed_as_the_targets(
     assert sum(counts.values()) == ANSWERS and statistic < bound, (statistic, bound)
     for depth in (1,) if (kind, threshold) == ("block", UNSURE) else (1, 2):  # so unsure, blocks end after a token
         assert 0 < stats.accepted[depth] < stats.tried[depth], stats
+
+
+def test_so_are_answers_from_trees_in_fixed_shapes(parts: Parts, expected: dict[tuple[int, ...], float]) -> None:
+    drafter, runner = random_drafter("block", parts, NODES), GraphRunner(parts.model)
+    drafter.threshold = UNSURE / 4
+    counts, stats = sample(parts, drafter, ANSWERS // 42, runner)
+    statistic, bound = chi_square(counts, expected)
+    assert sum(counts.values()) == ANSWERS and statistic < bound, (statistic, bound)
+    assert 0 < stats.accepted[2] < stats.tried[2] and any(trees for read in runner.reads.values() for _, trees in read.runs)
 
 
 @torch.inference_mode()
