@@ -25,8 +25,9 @@ from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMCo
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, load_tensors, save_folder
+from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.export import import_eagle3
-from hyperbagel.speculative.drafters.folder import load_module, make_drafter
+from hyperbagel.speculative.drafters.folder import load_module, make_drafter, make_module
 from hyperbagel.speculative.drafters.regenerate import context_of
 from hyperbagel.train.distributed import World
 from hyperbagel.train.launch import run_training
@@ -256,9 +257,14 @@ def test_the_targets_own_shape_is_no_setting(target: Path) -> None:
         build(load_config(Recipe, RECIPES[0], [*SMALL, f"target={target}", "shape={hidden_size: 3}"]), torch.device("cpu"))
 
 
-def test_the_7b_recipe_is_valid() -> None:
-    recipe = load_config(Recipe, ROOT / "recipes" / "7b" / "drafter_hyper_bagel.yaml")
+@pytest.mark.parametrize(("kind", "billions"), [("hyper_bagel", 1.36), ("block", 0.89)])
+def test_the_7b_recipes_are_valid(kind: str, billions: float) -> None:
+    """And the drafter is as large as the recipe's estimate of memory takes it to be."""
+    recipe = load_config(Recipe, ROOT / "recipes" / "7b" / f"drafter_{kind}.yaml")
     assert recipe.precision == "bf16" and recipe.held_out and recipe.data.sources["chat"].kind == "chat"
+    with torch.device("meta"):
+        module = make_module(DrafterConfig.for_target(recipe.kind, LLMConfig(), **recipe.shape))
+    assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "hyper_bagel", "block"])
