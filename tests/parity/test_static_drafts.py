@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from parity_world import CONFIG, Stub, large_weights, make_parts, mixed_sessions, text_sessions
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import SIZES, GraphRunner, StaticRead
 from hyperbagel.generate.session import Parts, Session
+from hyperbagel.model.bagel import Bagel
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters.choice import choose_by
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
@@ -243,6 +247,55 @@ def test_a_cache_that_grew_is_recorded_anew(parts: Parts) -> None:
     assert not set(recorded) & set(static.runs.values()) and static.capacity == drafter.cache.capacity
     read.release()
     assert not static.runs and not read.drafts
+
+
+@pytest.mark.parametrize(("kind", "nodes"), [*((kind, 0) for kind in KINDS), ("block", NODES)])
+@torch.inference_mode()
+def test_all_that_changes_between_rounds_is_in_buffers(kind: Kind, nodes: int, parts: Parts) -> None:
+    """A recorded round never looks at its drafter again: budgets, temperatures and the token that ends an answer are read from buffers."""
+    drafter, session, read = at_work(kind, parts, nodes)
+    news = first_draft(drafter, session, read)
+    committed = list(drafter.cache.lengths)
+    free = drafter.propose(news, 4)
+    drafter.im_end = int(free.tokens[0, 0])  # nothing follows the likeliest first token
+    drafter.cache.truncate(committed)
+    ended = drafter.propose(news, 4)
+    if nodes:
+        assert [any(len(path) > 1 and path[0] == drafter.im_end for path in paths_of(draft, 0)) for draft in (free, ended)] == [True, False]
+    static = read.drafts[drafter]
+    assert isinstance(static, StaticDraft)
+    last = list(static.runs.values())[-1]
+    before = last.function()
+    drafter.im_end, drafter.threshold, drafter.temperature = -1, 0.9, 5.0
+    assert torch.equal(last.function(), before)
+
+
+@pytest.mark.parametrize(("kind", "nodes"), [*((kind, 0) for kind in KINDS), ("block", NODES)])
+@torch.no_grad()
+def test_a_round_neither_looks_at_a_number_nor_leaves_the_device(kind: Kind, nodes: int) -> None:
+    """Either would break a recording. Tensors without numbers refuse the first; the second shows in the devices of an operation."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            devices.append({x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)})
+            return out
+
+    devices: list[set[str]] = []
+    with torch.device("meta"):
+        model = Bagel(CONFIG).to(torch.bfloat16)
+    module = make_module(module_of(kind).config).to("meta", torch.bfloat16)  # type: ignore[arg-type]
+    drafter = make_drafter(module, model, depth=DEPTH, nodes=nodes)
+    drafter.im_end, drafter.temperature = 7, 0.0
+    read = StaticRead(model, 3, 512, drafter.taps)
+    static = drafter._static(read)
+    with Watch():
+        for sampled in (False, True) if not nodes else (False,):
+            drafter.temperature = float(sampled)
+            assert static._round(4, DEPTH, sampled).dtype == torch.long
+        tokens = torch.zeros(3, 16, dtype=torch.long, device="meta")
+        assert read.forward(tokens, tokens if nodes else None).shape == (3, 16, CONFIG.llm.vocab_size)
+    assert {"meta"} in devices and all(len(own) <= 1 for own in devices)
 
 
 def test_tokens_drawn_on_the_device_are_distributed_as_they_say() -> None:

@@ -45,6 +45,8 @@ class StaticDrafter(Protocol):
 class TreeDrafter(StaticDrafter, Protocol):
     """What StaticTree needs of a drafter."""
 
+    im_end: int  # the token that nothing follows; while costs are measured, none
+
     def tree_static(self, at: StaticTree, n: int) -> tuple[Tensor, Tree]:
         """Tokens [B, N] and tree after n new slots per row, from the buffers of `at` alone."""
 
@@ -134,12 +136,14 @@ class StaticTree(StaticDraft):
 
     def __init__(self, drafter: TreeDrafter, read: StaticRead) -> None:
         super().__init__(drafter, read)
-        self.limit, self.scale = torch.zeros((), dtype=torch.long, device=self.root.device), torch.ones((), device=self.root.device)
+        self.limit, self.stop = torch.zeros(2, dtype=torch.long, device=self.root.device)
+        self.scale = torch.ones((), device=self.root.device)
 
     def __call__(self, seen: Seen, limit: int) -> Draft:
         """A tree of at most `limit` tokens in line; -1: no node."""
         key = self._load(seen), self.drafter.depth, False
         self.limit.fill_(limit)
+        self.stop.fill_(self.drafter.im_end)
         self.scale.fill_(1 / max(1.0, self.drafter.temperature))
         tokens, parents = self._run(key).unbind(1)
         self.cache.advance(seen.counts)
