@@ -25,7 +25,7 @@ def search_beam(
     branch: int,
     least: Tensor | float = 0.0,
     limit: Tensor | int = 10**6,
-    stop: int = -1,
+    stop: Tensor | int = -1,
     scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The likeliest paths below the tokens root [B] -> (tokens [B, N], parents [B, n]) of N <= `nodes` nodes. Parents are numbered from 1,
@@ -35,6 +35,7 @@ def search_beam(
     branch: most children of a node, and W. limit: most tokens in line. least, stop, scale: as in `search_best_first`, whose nodes these
     are as long as no level has more than W that are expanded. For the shipped drafter W = 4 accepts as much.
     """
+    logits = logits.float()  # sums of both in bf16 would be ties
     levels: list[Level] = []
     for d in range(logits.shape[1]):
         last = levels[-1] if levels else None
