@@ -26,6 +26,7 @@ from hyperbagel.speculative.decode import Rounds, decode
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.folder import make_drafter, make_module
 from hyperbagel.speculative.drafters.lookup import Lookup
+from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated
 
 TAPS = (0, 1, 2, 3, 4, 5)
@@ -224,6 +225,28 @@ class Watcher:
 
     def end(self, counts: Sequence[int]) -> None:
         self.ended.append(list(counts))
+
+
+class Wide(Watcher):
+    """Trees of 9 nodes, two in line."""
+
+    width, depth = 9, 2
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        self.shown.append((list(seen.start), list(seen.counts), limit))
+        rows = len(seen.root)
+        return Draft(torch.zeros(rows, 9, dtype=torch.long), Tree(torch.tensor([[0, 0, 1, *[0] * 7]] * rows)))
+
+
+def test_a_tree_is_asked_for_and_costs_as_deep_as_it_can_be(parts: Parts) -> None:
+    """Not as deep as it is wide, though it is believed to be always right."""
+    table = costs("wide")
+    wide, [session] = Wide(), text_sessions(parts, 1)
+    adaptive = Adaptive({"wide": wide}, {"wide": (0.99,)}, costs=table)
+    adaptive.begin([session], 0.0, ())
+    draft = adaptive.propose(Seen(session.cache, [0], session.cache.lengths, [[]], torch.zeros(1), torch.zeros(1)), 20)
+    assert draft.tokens.shape == (1, 9) and [limit for _, _, limit in wide.shown] == [2]
+    assert adaptive.last is not None and adaptive.last.seconds == table.round_seconds("wide", 2, 10, fresh=True)
 
 
 def test_costs_are_of_rows_and_news_as_requests_have_them(parts: Parts) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from parity_world import CONFIG, large_weights, make_parts, text_sessions
@@ -15,7 +17,7 @@ from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.folder import make_module
 from hyperbagel.speculative.drafters.layers import Served, Sight
 from hyperbagel.speculative.drafters.serve_blocks import BlockProposer, block_plan
-from hyperbagel.speculative.types import Seen
+from hyperbagel.speculative.types import Draft, Seen
 
 DEPTH = 4
 
@@ -95,3 +97,49 @@ def test_tokens_beside_leave_keys_and_values_as_if_they_were_asked_too(module: B
         found.append((attention(given[0], sight, 0, given[1])[:, -DEPTH:], cache.k[0], cache.v[0]))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@torch.inference_mode()
+def tree_of(
+    chances: Sequence[Sequence[float]],
+    temperature: float,
+    parts: Parts,
+    module: BlockDrafter,
+    finished: Sequence[int] = (),
+    fixed: bool = False,
+) -> Draft:
+    """Trees one token deep, at a threshold of 0.3, from rows of these chances (at T = 1). fixed: as a request with graphs begins."""
+    sessions = mixed(parts, module)[: len(chances)]
+    proposer = BlockProposer(module, parts.model, threshold=0.3, nodes=6, branch=len(chances[0]))
+    proposer.begin(sessions, temperature, ())
+    proposer.table, proposer.links = None, torch.zeros(module.config.vocab_size, len(chances[0]))
+    proposer._link_of = lambda token: proposer.links[token].numpy()  # type: ignore[index, method-assign]
+    proposer._block = lambda *_: (torch.tensor(chances).log()[:, None], torch.empty(0))  # type: ignore[method-assign]
+    cache = KVCache.stack([session.cache for session in sessions], 16, taps=sessions[0].cache.taps)
+    counts = [0 if row in finished else n for row, n in enumerate(cache.lengths)]
+    root, position = torch.zeros(len(counts), dtype=torch.long), torch.tensor([session.position for session in sessions])
+    proposer.cache = proposer.new_cache(len(counts), 64)
+    read = object() if fixed else None
+    return proposer._propose(Seen(cache, [0] * len(counts), counts, [[]] * len(counts), root, position, read), 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_hot_target_spreads_a_tree_and_a_cold_one_does_not_narrow_it(fixed: bool, module: BlockDrafter, parts: Parts) -> None:
+    """At T = 0.5 the first row's chances would be 0.8, 0.2 and 0.02. At T = 3 the second's are 0.52, 0.31 and 0.17."""
+    for chances, found in (([0.595, 0.305, 0.1], {0.0: 2, 0.5: 2, 1.0: 2, 50.0: 3}), ([0.8, 0.17, 0.03], {0.0: 1, 1.0: 1, 3.0: 2})):
+        for temperature, nodes in found.items():
+            draft = tree_of([chances], temperature, parts, module, fixed=fixed)
+            assert [token for token in draft.tokens[0].tolist() if token >= 0] == list(range(nodes))
+
+
+def test_what_one_row_hardly_needs_is_drafted_where_it_pays_in_the_mean(module: BlockDrafter, parts: Parts) -> None:
+    """Second nodes of chances 0.24 and 0.4: 0.32 in the mean, so both are there; third ones are not."""
+    draft = tree_of([[0.7, 0.24, 0.06], [0.45, 0.4, 0.15]], 0.0, parts, module)
+    assert draft.tokens.tolist() == [[0, 1], [0, 1]]
+
+
+def test_a_finished_row_needs_no_tree(module: BlockDrafter, parts: Parts) -> None:
+    """Neither has it nodes, nor do its chances count in the mean."""
+    draft = tree_of([[0.55, 0.35, 0.1], [0.98, 0.01, 0.01]], 0.0, parts, module, finished=[1])
+    assert draft.tokens.tolist() == [[0, 1], [-1, -1]]
+    assert tree_of([[0.55, 0.35, 0.1], [0.98, 0.01, 0.01]], 0.0, parts, module).tokens.tolist() == [[0], [0]]

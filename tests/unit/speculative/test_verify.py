@@ -120,3 +120,13 @@ def test_inversion_and_residual() -> None:
     got = residual(p, p.flip(0))
     torch.testing.assert_close(got, torch.tensor([[0.0, 0.0, 0.0, 1.0], [2 / 3, 1 / 3, 0.0, 0.0]]))
     assert torch.equal(residual(p, p), p)
+
+
+def test_where_refusals_leave_nothing_they_did_not_happen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded, the chances of two tokens may add up to less than 1, and a draw may then refuse both though there is no third."""
+    p = torch.tensor([0.7, 0.2999999])
+    monkeypatch.setattr("hyperbagel.speculative.accept.probabilities", lambda *_: torch.nn.functional.pad(p, (2, V - 4)).expand(1, 3, -1))
+    monkeypatch.setattr("hyperbagel.speculative.accept._uniforms", lambda *_: torch.tensor([[0.5, 1 - 2**-53, 1 - 2**-53]]).double())
+    tokens = torch.tensor([[0, 2, 3]])
+    got = accept(torch.zeros(1, 3, V), tokens, Draft(tokens[:, 1:], Tree.of([[0, 0, 0]])), 1.0, [torch.Generator()])
+    assert got.paths == [[0]] and got.own == [2]  # drawn as if nothing had been refused
