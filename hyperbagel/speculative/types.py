@@ -66,7 +66,7 @@ class Drafter(Protocol):
     taps: tuple[int, ...]  # hidden states entering these layers must be in the contexts' caches
     width: int  # most nodes it drafts; so much room it needs behind an answer
     depth: int  # most tokens in line
-    threshold: float  # on a CPU it drafts no node that it believes to be accepted, along with all before it, with a lower chance
+    threshold: float  # it drafts no node believed to be accepted, along with all before it, with a lower chance, where that saves time
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         """Forgets the last request. `temperature` 0: greedy."""

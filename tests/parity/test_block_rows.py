@@ -106,30 +106,42 @@ def tree_of(
     parts: Parts,
     module: BlockDrafter,
     finished: Sequence[int] = (),
+    nodes: int = 6,
+    then: Sequence[float] = (),
     fixed: bool = False,
 ) -> Draft:
-    """Trees one token deep, at a threshold of 0.3, from rows of these chances (at T = 1). fixed: as a request with graphs begins."""
+    """Trees at a threshold of 0.3 from rows of these chances (at T = 1), followed by those of `then`, if any, after every token. fixed: as
+    a request with graphs begins."""
     sessions = mixed(parts, module)[: len(chances)]
-    proposer = BlockProposer(module, parts.model, threshold=0.3, nodes=6, branch=len(chances[0]))
+    proposer = BlockProposer(module, parts.model, threshold=0.3, nodes=nodes, branch=len(chances[0]))
     proposer.begin(sessions, temperature, ())
     proposer.table, proposer.links = None, torch.zeros(module.config.vocab_size, len(chances[0]))
     proposer._link_of = lambda token: proposer.links[token].numpy()  # type: ignore[index, method-assign]
-    proposer._block = lambda *_: (torch.tensor(chances).log()[:, None], torch.empty(0))  # type: ignore[method-assign]
+    depths = [list(chances), *([[then] * len(chances)] if then else [])]
+    proposer._block = lambda *_: (torch.tensor(depths).log().transpose(0, 1), torch.empty(0))  # type: ignore[method-assign]
     cache = KVCache.stack([session.cache for session in sessions], 16, taps=sessions[0].cache.taps)
     counts = [0 if row in finished else n for row, n in enumerate(cache.lengths)]
     root, position = torch.zeros(len(counts), dtype=torch.long), torch.tensor([session.position for session in sessions])
     proposer.cache = proposer.new_cache(len(counts), 64)
     read = object() if fixed else None
-    return proposer._propose(Seen(cache, [0] * len(counts), counts, [[]] * len(counts), root, position, read), 1)  # type: ignore[arg-type]
+    return proposer._propose(Seen(cache, [0] * len(counts), counts, [[]] * len(counts), root, position, read), 2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_a_hot_target_spreads_a_tree_and_a_cold_one_does_not_narrow_it(fixed: bool, module: BlockDrafter, parts: Parts) -> None:
+def test_a_hot_target_spreads_a_tree(fixed: bool, module: BlockDrafter, parts: Parts) -> None:
+    """Of two nodes the second is the child where its path is likelier, 0.6 x 0.9 to 0.4, and the sibling at T = 3, 0.53 x 0.68 to 0.47. At
+    T = 0.5 the other row's child would be the likelier one, 0.6 x 0.84 to 0.4, but cold targets are taken for lukewarm ones."""
+    for chances, then, child_at in (([0.6, 0.4], [0.9, 0.1], {0.0, 0.5, 1.0}), ([0.55, 0.45], [0.7, 0.3], set())):
+        for temperature in (0.0, 0.5, 1.0, 3.0):
+            draft = tree_of([chances], temperature, parts, module, nodes=2, then=then, fixed=fixed)
+            assert draft.tokens.tolist() == [[0, 0] if temperature in child_at else [0, 1]]
+
+
+def test_a_hot_target_spreads_a_tree_and_a_cold_one_does_not_narrow_it(module: BlockDrafter, parts: Parts) -> None:
     """At T = 0.5 the first row's chances would be 0.8, 0.2 and 0.02. At T = 3 the second's are 0.52, 0.31 and 0.17."""
     for chances, found in (([0.595, 0.305, 0.1], {0.0: 2, 0.5: 2, 1.0: 2, 50.0: 3}), ([0.8, 0.17, 0.03], {0.0: 1, 1.0: 1, 3.0: 2})):
         for temperature, nodes in found.items():
-            draft = tree_of([chances], temperature, parts, module, fixed=fixed)
-            assert [token for token in draft.tokens[0].tolist() if token >= 0] == list(range(nodes))
+            assert tree_of([chances], temperature, parts, module).tokens.tolist() == [list(range(nodes))]
 
 
 def test_what_one_row_hardly_needs_is_drafted_where_it_pays_in_the_mean(module: BlockDrafter, parts: Parts) -> None:

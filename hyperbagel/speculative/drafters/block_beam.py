@@ -23,7 +23,6 @@ def search_beam(
     nodes: int,
     *,
     branch: int,
-    least: Tensor | float = 0.0,
     limit: Tensor | int = 10**6,
     stop: Tensor | int = -1,
     scale: Tensor | float = 1.0,
@@ -32,7 +31,7 @@ def search_beam(
     0 is the root. Where there are fewer nodes, the token is -1. The likeliest path comes first, as in `spine_first`.
 
     logits [B, K, V]; link(u [B, W]) [B, W, V], what the Markov head adds to the logits after each token u.
-    branch: most children of a node, and W. limit: most tokens in line. least, stop, scale: as in `search_best_first`, whose nodes these
+    branch: most children of a node, and W. limit: most tokens in line. stop, scale: as in `search_best_first`, whose nodes these
     are as long as no level has more than W that are expanded. For the shipped drafter W = 4 accepts as much.
     """
     logits = logits.float()  # sums of both in bf16 would be ties
@@ -43,8 +42,7 @@ def search_beam(
         ended = (above == stop if levels else torch.zeros_like(above, dtype=torch.bool)) | (limit <= d)
         levels.append(grow(last, (logits[:, d, None] + link(above)) * scale, branch, ended))
     tokens, parents, scores = kept_nodes(levels, nodes)
-    chance = scores.exp()
-    return _spine_first(tokens.masked_fill((chance == 0) | (chance < least), -1), parents, scores)
+    return _spine_first(tokens.masked_fill(scores == -torch.inf, -1), parents, scores)
 
 
 def _spine_first(tokens: Tensor, parents: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

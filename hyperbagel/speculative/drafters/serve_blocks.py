@@ -80,7 +80,7 @@ class BlockProposer(Proposer):
             scale = 1 / max(1.0, self.temperature)
             if seen.read is None and logits.device.type == "cpu":
                 return self._tree(logits, seen, scale)
-            return Draft(*self._beam(logits, seen.root, self.threshold, scale, depth, self.im_end))
+            return Draft(*self._beam(logits, seen.root, scale, depth, self.im_end))
         least = self.threshold if self.threshold > 0 else None
         return as_draft(*self._tokens(logits, out, seen.root, self._pick, least, early=out.device.type == "cpu"), out)
 
@@ -95,11 +95,9 @@ class BlockProposer(Proposer):
         ]
         return tree_draft(rows, self.threshold)
 
-    def _beam(
-        self, logits: Tensor, root: Tensor, least: Tensor | float, scale: Tensor | float, limit: Tensor | int, stop: Tensor | int
-    ) -> tuple[Tensor, Tree]:
+    def _beam(self, logits: Tensor, root: Tensor, scale: Tensor | float, limit: Tensor | int, stop: Tensor | int) -> tuple[Tensor, Tree]:
         """Tokens [B, N] and tree, at most `limit` deep, below root [B] from the block's logits [B, k, V]."""
-        how = {"branch": self.branch, "least": least, "limit": limit, "stop": stop, "scale": scale}
+        how = {"branch": self.branch, "limit": limit, "stop": stop, "scale": scale}
         tokens, parents = search_beam(logits, self._link, root, self.nodes, **how)  # type: ignore[arg-type]
         return tokens, Tree(parents)
 
@@ -122,7 +120,7 @@ class BlockProposer(Proposer):
     def tree_static(self, at: StaticTree, n: int) -> tuple[Tensor, Tree]:
         """See TreeDrafter."""
         logits, _ = self._block_static(at, n, self.depth)
-        return self._beam(logits, at.root, at.least, at.scale, at.limit, at.stop)
+        return self._beam(logits, at.root, at.scale, at.limit, at.stop)
 
     def _block_static(self, at: StaticDraft, n: int, k: int) -> tuple[Tensor, Tensor]:
         """`_block` from the buffers of `at`."""

@@ -33,7 +33,7 @@ def one_by_one(logits: Floats, link: Floats, nodes: int, **how: object) -> list[
     return paths_of(*spine_first(found))
 
 
-@pytest.mark.parametrize("how", [{}, {"stop": 4}, {"least": 0.02}, {"scale": 0.5, "stop": 1}])
+@pytest.mark.parametrize("how", [{}, {"stop": 4}, {"scale": 0.5, "stop": 1}])
 @pytest.mark.parametrize("nodes", [1, 4, 9])
 def test_the_nodes_of_the_other_search(nodes: int, how: dict[str, object]) -> None:
     """Rows of a batch each find their own; the likeliest path comes first."""
