@@ -324,6 +324,27 @@ def test_one_request_alone_drafts_as_in_a_batch(nodes: int, trained, parts: Part
         assert drafts[0].tolist() == drafts[1][:1].tolist() == drafts[1][1:].tolist()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_finished_rows_do_not_end_a_chain(kind: Kind, trained, parts: Parts) -> None:
+    """Rows end together by the mean of their chances; a row that needs no draft has no say."""
+    module, sessions, _, _ = trained[kind]
+    lengths = []
+    for threshold in (*(i / 30 for i in range(30)), 0.98, 0.99, 0.995):
+        drafter = make_drafter(module, parts.model, depth=DEPTH)
+        drafter.threshold = threshold
+        drafts = []
+        for others in ([], sessions[1:4]):
+            rows = [sessions[0], *others]
+            cache = KVCache.stack([s.cache for s in rows], 16, taps=sessions[0].cache.taps)
+            root, position = torch.full((len(rows),), parts.tokenizer.im_start), torch.tensor([s.position for s in rows])
+            counts = [cache.lengths[0], *[0] * len(others)]
+            drafter.begin(rows, 0.0, ())
+            drafts.append(drafter.propose(Seen(cache, [0] * len(rows), counts, [[]] * len(rows), root, position), DEPTH).tokens[0].tolist())
+        assert drafts[0] == drafts[1]
+        lengths.append(len(drafts[0]))
+    assert lengths[0] > lengths[-1]
+
+
 def test_a_large_vocabulary_has_no_table(trained, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Markov head is then asked token by token: the same trees, and answers that are the target's."""
     module, sessions, answers, _ = trained["block"]

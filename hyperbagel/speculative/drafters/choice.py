@@ -32,6 +32,11 @@ def _sound(q: Tensor) -> Tensor:
     return torch.where(q.isfinite().all(-1, keepdim=True), q, 1 / q.shape[-1])
 
 
+def shares(finished: Tensor) -> Tensor:
+    """What each row counts for in a mean over the rows that are not finished: bool [B] -> [B]."""
+    return (~finished).float() / (~finished).sum().clamp(min=1)
+
+
 def confidence(logits: Tensor) -> Tensor:
     """How likely the drafter's greedy choice is the target's as well: logits [..., V] -> [...] in [0.5, 1].
 

@@ -18,7 +18,7 @@ from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.block_beam import search_beam
 from hyperbagel.speculative.drafters.block_tree import Floats, search_best_first, tree_draft
-from hyperbagel.speculative.drafters.choice import Pick, confidence
+from hyperbagel.speculative.drafters.choice import Pick, confidence, shares
 from hyperbagel.speculative.drafters.layers import Served
 from hyperbagel.speculative.drafters.serve import News, Proposer, as_draft, gather, gather_news
 from hyperbagel.speculative.drafters.static import StaticDraft, StaticTree, Tokens
@@ -82,7 +82,8 @@ class BlockProposer(Proposer):
                 return self._tree(logits, seen, scale)
             return Draft(*self._beam(logits, seen.root, scale, depth, self.im_end))
         least = self.threshold if self.threshold > 0 else None
-        return as_draft(*self._tokens(logits, out, seen.root, self._pick, least, early=out.device.type == "cpu"), out)
+        ended = torch.tensor([not new for new in seen.counts]) if out.device.type == "cpu" else None
+        return as_draft(*self._tokens(logits, out, seen.root, self._pick, least, ended), out)
 
     def _tree(self, logits: Tensor, seen: Seen, scale: float) -> Draft:
         """The tree below the roots from the block's logits [B, k, V], on a CPU."""
@@ -115,7 +116,7 @@ class BlockProposer(Proposer):
         return StaticTree(self, read) if self.nodes else super()._static(read)
 
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
-        return self._tokens(*self._block_static(at, n, k), at.root, pick, at.least, early=False)
+        return self._tokens(*self._block_static(at, n, k), at.root, pick, at.least, None)
 
     def tree_static(self, at: StaticTree, n: int) -> tuple[Tensor, Tree]:
         """See TreeDrafter."""
@@ -138,10 +139,10 @@ class BlockProposer(Proposer):
         out = self.module(news.features, news.positions, embedded, position[:, None], memory, k)
         return self.module.lm_head(out), out
 
-    def _tokens(self, logits: Tensor, out: Tensor, root: Tensor, pick: Pick, least: Tensor | float | None, early: bool) -> Tokens:
+    def _tokens(self, logits: Tensor, out: Tensor, root: Tensor, pick: Pick, least: Tensor | float | None, ended: Tensor | None) -> Tokens:
         """Chooses the tokens of blocks with logits [B, K, V] and outputs [B, K, E] one by one. least: the trust below which a row ends.
-        early: as in `_chain`; if not, each row ends its own draft with -1."""
-        previous, trust, ended = root, torch.ones_like(root, dtype=torch.float32), torch.zeros_like(root, dtype=torch.bool)
+        ended [B]: rows that need none, where all end together, by the mean; None: each row ends its own draft with -1."""
+        previous, trust = root, torch.ones_like(root, dtype=torch.float32) if ended is None else shares(ended)
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
         for d in range(logits.shape[1]):
@@ -149,11 +150,11 @@ class BlockProposer(Proposer):
             if least is not None:  # decided before the token is drawn, so that it does not bend the distribution
                 sure = self.module.trust(out[:, d], previous).float().sigmoid() if self.temperature > 0 else confidence(mine)
                 trust = trust * sure
-                if early and trust.mean() < least:
+                if ended is not None and trust.sum() < least:
                     break
             previous, q = pick(mine, d)
-            tokens.append(previous if early or least is None else torch.where(trust >= least, previous, -1))
+            tokens.append(previous if ended is not None or least is None else torch.where(trust >= least, previous, -1))
             qs.append(q)
-            if early and (ended := ended | (previous == self.im_end)).all():  # nothing follows
+            if ended is not None and (ended := ended | (previous == self.im_end)).all():  # nothing follows
                 break
         return tokens, qs

@@ -13,7 +13,7 @@ from torch import Tensor
 from hyperbagel.generate.graphs import StaticRead, causal_plan
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.speculative.drafters.autoregressive import DraftModule
-from hyperbagel.speculative.drafters.choice import Pick, confidence
+from hyperbagel.speculative.drafters.choice import Pick, confidence, shares
 from hyperbagel.speculative.drafters.expand import Level, best_nodes, grow, level_plan
 from hyperbagel.speculative.drafters.layers import Served, Sight
 from hyperbagel.speculative.drafters.serve import News, Proposer, as_draft, gather, gather_news
@@ -40,7 +40,7 @@ class AutoregressiveDrafter(Proposer):
         h = self._read(news, counts, Served(self.cache, self.cache.plan(seen.counts, causal=True)))
         self.cache.advance(seen.counts)
         committed = list(self.cache.lengths)
-        draft = self._tree(h, seen.position, depth) if self.nodes else self._grown_chain(h, seen.position, depth)
+        draft = self._tree(h, seen.position, depth) if self.nodes else self._grown_chain(h, seen.position, depth, counts == 0)
         self.cache.truncate(committed)
         return draft
 
@@ -49,7 +49,7 @@ class AutoregressiveDrafter(Proposer):
         new = torch.arange(n, device=at.have.device)
         h = self._read(news, at.counts[:, 0], Served(at.cache, causal_plan(at.have + new, at.capacity)))
         ends = at.have + at.counts  # padding of the news is overwritten, or lies beyond and is not seen
-        return self._chain(h, at.position, k, pick, lambda d: Served(at.cache, causal_plan(ends + d, at.capacity)), early=False)
+        return self._chain(h, at.position, k, pick, lambda d: Served(at.cache, causal_plan(ends + d, at.capacity)), None)
 
     def _read(self, news: News, counts: Tensor, memory: Served) -> Tensor:
         """Reads the committed slots, counts [B] per row, into the memory -> h [B, E] of each row's last one."""
@@ -58,8 +58,8 @@ class AutoregressiveDrafter(Proposer):
         h = self.module.step(self.module.encode(news.features, sight), news.following, sight)
         return h[torch.arange(len(h), device=h.device), (counts - 1).clamp(min=0)]
 
-    def _grown_chain(self, h: Tensor, position: Tensor, depth: int) -> Draft:
-        """A chain whose cache grows with it."""
+    def _grown_chain(self, h: Tensor, position: Tensor, depth: int, finished: Tensor) -> Draft:
+        """A chain whose cache grows with it. finished [B]: rows that need none."""
         ones = [1] * len(h)
 
         def memory(d: int) -> Served:
@@ -67,26 +67,25 @@ class AutoregressiveDrafter(Proposer):
                 self.cache.advance(ones)
             return Served(self.cache, self.cache.plan(ones, causal=True))
 
-        return as_draft(*self._chain(h, position, depth, self._pick, memory, early=h.device.type == "cpu"), h)
+        return as_draft(*self._chain(h, position, depth, self._pick, memory, finished if h.device.type == "cpu" else None), h)
 
-    def _chain(self, h: Tensor, position: Tensor, depth: int, pick: Pick, memory: Callable[[int], Served], early: bool) -> Tokens:
-        """Up to `depth` tokens below h [B, E], the first of them at `position` [B]. memory(d): where the d-th goes and what it sees. early:
-        whether the draft may end early; that looks at its chances, which on a GPU would be a wait."""
+    def _chain(self, h: Tensor, position: Tensor, depth: int, pick: Pick, memory: Callable[[int], Served], ended: Tensor | None) -> Tokens:
+        """Up to `depth` tokens below h [B, E], the first of them at `position` [B]. memory(d): where the d-th goes and what it sees. ended
+        [B]: rows that need none, where the draft may end early; None: it may not, since that looks at its chances, on a GPU a wait."""
         tokens: list[Tensor] = []
         qs: list[Tensor | None] = []
         # Greedy only: a sampled draft may be good at low confidence, and what is drafted must not depend on how likely the drawn token was.
-        careful = early and self.threshold > 0 and self.temperature == 0
-        chance, ended = torch.ones(len(h)), torch.zeros(len(h), dtype=torch.bool)
+        chance = shares(ended) if ended is not None and self.threshold > 0 and self.temperature == 0 else None
         for d in range(depth):
             logits = self.module.head(h)
             token, q = pick(logits, d)
-            if careful:
+            if chance is not None:
                 chance = chance * confidence(logits)
-                if chance.mean() < self.threshold:
+                if chance.sum() < self.threshold:
                     break
             tokens.append(token)
             qs.append(q)
-            if early and (ended := ended | (token == self.im_end)).all():  # nothing follows
+            if ended is not None and (ended := ended | (token == self.im_end)).all():  # nothing follows
                 break
             if d + 1 < depth:
                 sight = Sight.at((position + d)[:, None], self.config, h.dtype, memory(d))
