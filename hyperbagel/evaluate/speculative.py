@@ -32,7 +32,7 @@ from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
-from hyperbagel.speculative.choose import NODES
+from hyperbagel.speculative.choose import NODES, Drafters
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.types import Drafter, Speculated, Stats, Times
 from hyperbagel.toybox.language import sample_question
@@ -46,6 +46,7 @@ FREE = (
     "Tell a friend who cannot see this picture what is on it.", "Write a few sentences about the scene.",
     "What is going on here? Use your own words.", "Make a long caption for this picture.", "Please write down what this picture shows.",
 )  # fmt: skip
+_KEPT = 16  # caches of fixed shapes with their graphs: one for each set of taps and batch size, so that no turn records them anew
 _TRIES = 20  # prompts that are tried for each one that is kept
 
 
@@ -118,7 +119,7 @@ def run_speculative_eval(
     work = _Bench(model, names, plan)
     cells = [Cell(s, t, b) for s in SPLITS for t in plan.temperatures for b in ((0, *plan.batches) if plan.speed else (0,))]
     marks = {"base": weights_of(model)["base"], "weights": {name: digest(model.drafters.find(path)) for name, path in names.items()}}
-    about = {"plan": asdict(plan), "drafters": names, "tree_nodes": NODES, "model": model.name, "machine": machine(model)} | marks
+    about = {"plan": asdict(plan), "drafters": names, "tree_nodes": NODES, "model": model.name, "machine": work.machine()} | marks
     header = json.loads(json.dumps(about))
     records = run_items("speculative", cells, work.cells, seed=plan.seed, batch=1, header=header, path=folder / "cells.jsonl")
     result = summarise(header, records)
@@ -128,16 +129,20 @@ def run_speculative_eval(
     return result
 
 
-def machine(model: Any) -> dict[str, Any]:
-    device = model.parts.model.device
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": kind, "threads": torch.get_num_threads(), "dtype": str(model.parts.model.dtype).removeprefix("torch.")}
-
-
 class _Bench:
     def __init__(self, model: Any, names: Mapping[str, str], plan: Plan) -> None:
         self.model, self.names, self.plan = model, names, plan
         self.prompts: dict[str, list[Prompt]] = {}
+        self.drafters, self.runner = model.drafters, model.runner
+        if self.runner is None and model.parts.model.device.type == "cuda":  # the fastest plain decoding there is; drafts are to match it
+            self.runner = GraphRunner(model.parts.model, keep=_KEPT)
+            self.drafters = Drafters(model.parts, model.drafters.folder, self.runner)
+
+    def machine(self) -> dict[str, Any]:
+        target = self.model.parts.model
+        kind = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else "cpu"
+        found = {"device": kind, "threads": torch.get_num_threads(), "dtype": str(target.dtype).removeprefix("torch.")}
+        return found if self.runner is None else found | {"graphs": True}
 
     @torch.inference_mode()
     def cells(self, cells: Sequence[Cell], seeds: Sequence[int]) -> list[Record]:
@@ -191,10 +196,10 @@ class _Bench:
         rows: dict[str, Any] = {}
         plain = plain_decode(self._sessions(prompts, ()), **self._how(cell, range(len(prompts))), keep_logits=True)
         sure = [float(torch.distributions.Categorical(logits=x).entropy()) for out in plain for x in out.logits[: len(out.ids) + 1]]
-        drafters = {LOOKUP: self.model.drafters.get(LOOKUP)}
+        drafters = {LOOKUP: self.drafters.get(LOOKUP)}
         for name, path in self.names.items():
-            drafters[name] = self.model.drafters.get(path)
-            if (served := self.model.drafters.served(path)) is not drafters[name]:
+            drafters[name] = self.drafters.get(path)
+            if (served := self.drafters.served(path)) is not drafters[name]:
                 drafters[name + TREE] = served
         for name, drafter in drafters.items():
             tree = name.endswith(TREE)
@@ -216,12 +221,11 @@ class _Bench:
     # -- speed -----------------------------------------------------------------------------------------------------------------
 
     def _speed(self, cell: Cell) -> Record:
-        plan, prompts, drafters = self.plan, self.of_split(cell.split), self.model.drafters
+        plan, prompts = self.plan, self.of_split(cell.split)
         arms = {PLAIN: _Arm(None)}
-        arms |= {name: _Arm(drafters.budgeted(path)) for name, path in {LOOKUP: LOOKUP, **self.names, AUTO: AUTO}.items()}
+        arms |= {name: _Arm(self.drafters.budgeted(path)) for name, path in {LOOKUP: LOOKUP, **self.names, AUTO: AUTO}.items()}
         groups = [range(i, min(i + cell.batch, len(prompts))) for i in range(0, len(prompts), cell.batch)]
         contexts = {name: self._sessions(prompts, () if arm.drafter is None else arm.drafter.taps) for name, arm in arms.items()}
-        runner = GraphRunner(self.model.parts.model) if self.model.parts.model.device.type == "cuda" else None
         answers: dict[str, list[Decoded]] = {}
         for repeat in range(-1, plan.repeats):  # repeat -1 warms up, and drafters measure their costs in it
             spent = dict.fromkeys(arms, 0.0)
@@ -236,7 +240,7 @@ class _Bench:
                     if arm.drafter is not None:
                         arm.drafter.prepare(sessions[0], len(sessions), cell.temperature)  # type: ignore[attr-defined]
                     start = self._clock()
-                    out = decode(sessions, **how, drafter=arm.drafter, runner=runner if arm.drafter is None else None)
+                    out = decode(sessions, **how, drafter=arm.drafter, runner=self.runner)
                     spent[name] += self._clock() - start
                     said[name] += out
                     if repeat >= 0 and arm.drafter is not None:

@@ -22,6 +22,7 @@ from hyperbagel.speculative.choose import NODES
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.folder import make_module, save_drafter
 from hyperbagel.speculative.drafters.lookup import Lookup
+from hyperbagel.speculative.drafters.static import StaticTree
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,18 @@ def test_every_row_and_a_run_that_goes_on(
     again = run_speculative_eval(model, {"mine": drafter}, out=tmp_path, plan=QUICK, show=False)
     assert [cell.id for cell in made] == ["free_form-T1-x2"]
     assert again["acceptance"] == result["acceptance"]
+
+
+def test_with_graphs_every_way_to_decode_has_fixed_shapes(drafter: Path, tmp_path: Path) -> None:
+    """As a GPU is timed: neither plain decoding alone is recorded, nor drafting alone."""
+    graphed = HyperBagel(small_parts(), "small", graphs=True)
+    assert graphed.runner is not None
+    result = run_speculative_eval(graphed, {"mine": drafter}, out=tmp_path, plan=replace(QUICK, temperatures=(0.0,)), show=False)
+    assert result["machine"]["graphs"] and graphed.runner.steps
+    for cell in result["speed"]:
+        assert all(row["identical"] == cell["answers"] for row in cell["rows"].values())
+    drafts = [draft for read in graphed.runner.reads.values() for draft in read.drafts.values()]
+    assert any(isinstance(draft, StaticTree) and draft.runs for draft in drafts)
 
 
 def test_cells_of_other_weights_are_refused(model: HyperBagel, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
