@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -114,10 +113,12 @@ class _Static:
     def forward(self, tokens: Tensor, parents: Tensor | None = None) -> Tensor:
         """tokens [B, n] after each row's keys, causal among themselves or nodes of trees with `parents` [B, n] -> logits [B, n, V]."""
         depths = torch.arange(tokens.shape[1], device=tokens.device)
-        plan = causal_plan(self.length + depths, self.capacity)
-        if parents is not None:
+        slots = self.length + depths
+        if parents is None:
+            plan = causal_plan(slots, self.capacity)
+        else:
             seen = ancestors(parents)
-            plan, depths = replace(plan, mask=after_past(seen, self.length, self.capacity)), seen.sum(-1) - 1
+            plan, depths = Plan(slots, self.capacity, after_past(seen, self.length, self.capacity), False), seen.sum(-1) - 1
         u = self.model.embed_text(tokens)
         hidden = self.model.backbone(Streams(u, None), self.position + depths, cache=self.cache, plan=plan).u
         assert hidden is not None

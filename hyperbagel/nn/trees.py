@@ -1,6 +1,6 @@
 """Who sees whom among new tokens that form trees: each token sees its row's past, its ancestors and itself.
 
-Shape legend: B rows, n new tokens a row, K slots.
+Shape legend: B rows, n and m new tokens a row, K slots.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def ancestors(parents: Tensor) -> Tensor:
 
 
 def after_past(seen: Tensor, past: Tensor, slots: int) -> Tensor:
-    """The mask of new tokens that lie behind `past` [B, 1] slots of their rows and see one another as in `seen` [B, n, n] ->
-    bool [B, 1, n, K = slots]. Rows of 1 and 3 cached tokens, parents 0 0 0:
+    """The mask of tokens that see the first `past` [B, 1] slots of their rows and, of the m new ones behind these, those in `seen`
+    [B, n, m] -> bool [B, 1, n, K = slots]. Rows of 1 and 3 cached tokens, parents 0 0 0:
 
         row 0:  1 1 . . . .     row 1:  1 1 1 1 . .
                 1 1 1 . . .             1 1 1 1 1 .
                 1 1 . 1 . .             1 1 1 1 . 1
     """
-    n = seen.shape[1]
+    n, m = seen.shape[1:]
     node = torch.arange(slots, device=seen.device) - past  # [B, K]: which new token lies in a slot
-    within = seen.gather(2, node.clamp(0, n - 1)[:, None].expand(-1, n, -1)) & ((node >= 0) & (node < n))[:, None]
+    within = seen.gather(2, node.clamp(0, m - 1)[:, None].expand(-1, n, -1)) & ((node >= 0) & (node < m))[:, None]
     return ((node < 0)[:, None] | within).unsqueeze(1)

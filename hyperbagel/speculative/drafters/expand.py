@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hyperbagel.nn.kv_cache import KVCache, Plan
+from hyperbagel.nn.trees import after_past
 from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft
 
@@ -70,10 +71,8 @@ def level_plan(cache: KVCache, committed: Sequence[int], seen: Tensor) -> Plan:
     start = torch.tensor(list(committed), device=seen.device)[:, None]
     visible = max(committed) + m
     cache.reserve(visible)
-    node = torch.arange(visible, device=seen.device) - start  # [B, visible]
-    within = seen.gather(2, node.clamp(0, m - 1)[:, None].expand(-1, k, -1)) & ((node >= 0) & (node < m))[:, None]
     slots = start + (m - k) + torch.arange(k, device=seen.device)
-    return Plan(slots, visible, ((node < 0)[:, None] | within).unsqueeze(1), False)
+    return Plan(slots, visible, after_past(seen, start, visible), False)
 
 
 def best_nodes(levels: Sequence[Level], nodes: int, threshold: float = 0.0) -> Draft:

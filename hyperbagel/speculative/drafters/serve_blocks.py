@@ -76,20 +76,24 @@ class BlockProposer(Proposer):
         logits, out = self._block(news, seen.root, seen.position, memory, depth)
         self.cache.advance(seen.counts)  # not the block: the next round overwrites it
         if self.nodes:
-            # Cold target or not, what the drafter does not know is as uncertain; a hot one spreads its choices.
-            scale = 1 / max(1.0, self.temperature)
             if seen.read is None and logits.device.type == "cpu":
-                return self._tree(logits, seen, scale)
-            return Draft(*self._beam(logits, seen.root, scale, depth, self.im_end))
+                return self._tree(logits, seen)
+            return Draft(*self._beam(logits, seen.root, self.scale, depth, self.im_end))
         least = self.threshold if self.threshold > 0 else None
         ended = torch.tensor([not new for new in seen.counts]) if out.device.type == "cpu" else None
         return as_draft(*self._tokens(logits, out, seen.root, self._pick, least, ended), out)
 
-    def _tree(self, logits: Tensor, seen: Seen, scale: float) -> Draft:
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied by to search a tree: cold target or not, what the drafter does not know is as uncertain; a hot one
+        spreads its choices."""
+        return 1 / max(1.0, self.temperature)
+
+    def _tree(self, logits: Tensor, seen: Seen) -> Draft:
         """The tree below the roots from the block's logits [B, k, V], on a CPU."""
         # Rows share their columns, so what one of them hardly needs may pay in the mean. Finished ones need nothing.
         least = self.threshold / max(1, sum(map(bool, seen.counts)))
-        search = partial(search_best_first, nodes=self.nodes, branch=self.branch, least=least, stop=self.im_end, scale=scale)
+        search = partial(search_best_first, nodes=self.nodes, branch=self.branch, least=least, stop=self.im_end, scale=self.scale)
         rows = [
             search(row, self._link_of, token) if new else None
             for row, token, new in zip(logits.detach().float().numpy(), seen.root.tolist(), seen.counts, strict=True)
@@ -98,8 +102,7 @@ class BlockProposer(Proposer):
 
     def _beam(self, logits: Tensor, root: Tensor, scale: Tensor | float, limit: Tensor | int, stop: Tensor | int) -> tuple[Tensor, Tree]:
         """Tokens [B, N] and tree, at most `limit` deep, below root [B] from the block's logits [B, k, V]."""
-        how = {"branch": self.branch, "limit": limit, "stop": stop, "scale": scale}
-        tokens, parents = search_beam(logits, self._link, root, self.nodes, **how)  # type: ignore[arg-type]
+        tokens, parents = search_beam(logits, self._link, root, self.nodes, branch=self.branch, limit=limit, stop=stop, scale=scale)
         return tokens, Tree(parents)
 
     def _link_of(self, token: int) -> Floats:

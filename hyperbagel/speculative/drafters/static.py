@@ -47,6 +47,9 @@ class TreeDrafter(StaticDrafter, Protocol):
 
     im_end: int  # the token that nothing follows; while costs are measured, none
 
+    @property
+    def scale(self) -> float: ...
+
     def tree_static(self, at: StaticTree, n: int) -> tuple[Tensor, Tree]:
         """Tokens [B, N] and tree after n new slots per row, from the buffers of `at` alone."""
 
@@ -144,7 +147,7 @@ class StaticTree(StaticDraft):
         key = self._load(seen), self.drafter.depth, False
         self.limit.fill_(limit)
         self.stop.fill_(self.drafter.im_end)
-        self.scale.fill_(1 / max(1.0, self.drafter.temperature))
+        self.scale.fill_(self.drafter.scale)
         tokens, parents = self._run(key).unbind(1)
         self.cache.advance(seen.counts)
         return Draft(tokens[:, 1:], Tree(parents))
