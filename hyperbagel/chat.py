@@ -116,7 +116,8 @@ class Chat:
         if self.think and not self.told_to_think:
             session.add_text(THINK_ANSWER)
             self.told_to_think = True
-        session.add_text(question)
+        session.add_text(question, later=True)
+        session.open_answer()
         middle, text, ids = time.perf_counter(), tokenizer.stream(), []
 
         def on_token(_: int, token: int) -> None:

@@ -224,7 +224,7 @@ class HyperBagel:
                 timings["measure"] = ready - middle
             for i, session, out in zip(members, sessions, decoded, strict=True):
                 thinking, answer = split_thinking(self.parts.tokenizer.decode(out.ids), requests[i].think)
-                result = TextResult(answer, len(out.ids), session.cache.lengths[0], timings, thinking, out.finish_reason)
+                result = TextResult(answer, len(out.ids), session.tokens, timings, thinking, out.finish_reason)
                 if drafter is not None and isinstance(out, Speculated):
                     result.tau, result.drafter = out.stats.tau, drafter.most_used()
                 results[i] = result
@@ -306,7 +306,7 @@ class HyperBagel:
             items = items[len(images) :]
         for item in items:
             if isinstance(item, str):
-                session.add_text(item, later=later)
+                session.add_text(item, later=later or request.think)
             else:
                 session.add_image(item, latents=True, generator=generator)
         thinking = None
@@ -336,7 +336,7 @@ class HyperBagel:
             return None
 
     def _context(self, request: AskRequest, drafter: Adaptive | None = None) -> Session:
-        """Prefills everything that a question is answered from."""
+        """Prefills everything that a question is answered from, and opens the answer."""
         session = Session.new(self.parts, () if drafter is None else drafter.taps)
         if request.think:
             session.add_text(THINK_ANSWER)
@@ -345,7 +345,8 @@ class HyperBagel:
         for question, answer in request.turns:
             session.add_text(question)
             session.add_text(answer)
-        session.add_text(request.question)
+        session.add_text(request.question, later=True)
+        session.open_answer()
         return session
 
 

@@ -1,8 +1,9 @@
 """Measures speculative decoding: the acceptance of each drafter, and tokens per second of each way to decode beside fast plain decoding.
 
-Acceptance is measured with drafts of a fixed length (the paper's chain of 10, a whole block, and a block's tree), speed with the budget
-that requests are served with. The ways of decoding take turns on the same prompts, several times over; medians and spread are over these
-repeats. A stopped evaluation goes on with the cell (split, temperature, batch) that it was in.
+Acceptance is measured with drafts of a fixed length (the paper's chain of 10, a whole block, and a block's tree) from im_start on, speed
+as requests are served: with the budget, from an answer's first token on, which reading the question has given. The ways of decoding take
+turns on the same prompts, several times over; medians and spread are over these repeats. A stopped evaluation goes on with the cell (split,
+temperature, batch) that it was in.
 
 Shape legend: B sessions, V vocabulary.
 """
@@ -179,12 +180,14 @@ class _Bench:
         [out] = plain_decode(self._sessions([prompt], ()), max_tokens=self.plan.max_tokens)
         return len(out.ids) >= self.plan.free_tokens
 
-    def _sessions(self, prompts: Sequence[Prompt], taps: Sequence[int]) -> list[Session]:
+    def _sessions(self, prompts: Sequence[Prompt], taps: Sequence[int], opened: bool = False) -> list[Session]:
         made = []
         for prompt in prompts:
             session = Session.new(self.model.parts, taps)
             session.add_image(prompt.picture, latents=False)
-            session.add_text(prompt.question)
+            session.add_text(prompt.question, later=opened)
+            if opened:
+                session.open_answer()
             made.append(session)
         return made
 
@@ -225,7 +228,7 @@ class _Bench:
         arms = {PLAIN: _Arm(None)}
         arms |= {name: _Arm(self.drafters.budgeted(path)) for name, path in {LOOKUP: LOOKUP, **self.names, AUTO: AUTO}.items()}
         groups = [range(i, min(i + cell.batch, len(prompts))) for i in range(0, len(prompts), cell.batch)]
-        contexts = {name: self._sessions(prompts, () if arm.drafter is None else arm.drafter.taps) for name, arm in arms.items()}
+        contexts = {name: self._sessions(prompts, () if arm.drafter is None else arm.drafter.taps, True) for name, arm in arms.items()}
         answers: dict[str, list[Decoded]] = {}
         for repeat in range(-1, plan.repeats):  # repeat -1 warms up, and drafters measure their costs in it
             spent = dict.fromkeys(arms, 0.0)
@@ -248,7 +251,7 @@ class _Bench:
             if repeat >= 0:
                 for name, arm in arms.items():
                     arm.seconds.append(spent[name])
-                    arm.tokens.append(sum(len(out.ids) + (out.finish_reason == "stop") for out in said[name]))
+                    arm.tokens.append(sum(len(out.ids) + (out.finish_reason == "stop") - 1 for out in said[name]))
                 answers = said
         plain = arms[PLAIN]
         rows = {name: _row(arm, plain) for name, arm in arms.items()}
@@ -274,7 +277,8 @@ def _add(arm: _Arm, out: Sequence[Decoded]) -> None:
 
 
 def _row(arm: _Arm, plain: _Arm) -> Record:
-    """Tokens per second (stop tokens included, since they cost a step too), and the speed-up over plain decoding in the same repeat."""
+    """Tokens per second, and the speed-up over plain decoding in the same repeat. Stop tokens count, since they cost a step too; an
+    answer's first token does not, since reading the question gives it."""
     rates = [n / s for n, s in zip(arm.tokens, arm.seconds, strict=True)]
     gains = [mine / (n / s) for mine, n, s in zip(rates, plain.tokens, plain.seconds, strict=True)]
     row: Record = {"tok_per_second": median(rates), "low": min(rates), "high": max(rates)}

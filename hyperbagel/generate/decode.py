@@ -67,6 +67,16 @@ class EagerRunner:
         self.cache.truncate(self.before)
 
 
+def first_logits(sessions: Sequence[Session]) -> Tensor | None:
+    """[B, V] after im_start if all sessions have read it, ready to go on from there. Else None, and none of them ends with im_start."""
+    found = [session.opened for session in sessions if session.opened is not None]
+    if len(found) == len(sessions):
+        return torch.stack(found)
+    for session in sessions:
+        session.settle()
+    return None
+
+
 @torch.inference_mode()
 def decode(
     sessions: Sequence[Session],
@@ -79,7 +89,8 @@ def decode(
     runner: Runner | None = None,
     spent: bool = False,
 ) -> list[Decoded]:
-    """Decodes from im_start after each session's context until im_end or `max_tokens` tokens.
+    """Decodes from im_start after each session's context until im_end or `max_tokens` tokens. Sessions that have all read im_start
+    (`Session.open_answer`) save a step.
 
     The sessions stay as they were: an answer joins a conversation as text (`Session.add_text`), as in the reference.
 
@@ -97,6 +108,7 @@ def decode(
     model, tokenizer = parts.model, parts.tokenizer
     for session in sessions:
         session.check_answer(max_tokens)
+    first = first_logits(sessions)
     step_once = EagerRunner(model) if runner is None else runner
     step_once.begin([s.cache for s in sessions], [s.position for s in sessions], max_tokens + 1, spent)
     token = torch.full((len(sessions), 1), tokenizer.im_start, device=model.device)
@@ -104,7 +116,7 @@ def decode(
     alive = set(range(len(sessions)))
     try:
         for step in range(max_tokens + 1):
-            logits = step_once(token)
+            logits = step_once(token) if step or first is None else first
             if keep_logits:
                 for i in alive:
                     results[i].logits.append(logits[i].float())

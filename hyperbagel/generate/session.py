@@ -84,6 +84,7 @@ class Session:
     dropped: tuple[int, int] = (0, 0)  # (cached tokens, position) before the last text
     last_size: tuple[int, int] | None = None  # (height, width) of the last input image, after its resize
     waiting: list[int] = field(default_factory=list)  # ids of a text that is not in the cache yet (`add_text`)
+    opened: Tensor | None = None  # [V] logits after im_start, with which the cache then ends (`open_answer`)
 
     @classmethod
     def new(cls, parts: Parts, taps: Sequence[int] = ()) -> Session:
@@ -100,7 +101,7 @@ class Session:
         """Appends im_start + ids + im_end, causal. Raises InputError if it does not fit.
 
         guided: whether guidance may drop the text (never the thinking that a model adds itself). later: it waits for the first evaluation
-        of a picture, which then reads it, or for whatever else needs it first: one forward less.
+        of a picture or for `open_answer`, which then reads it, or for whatever else needs it first: one forward less.
         """
         self.settle()
         tokenizer = self.parts.tokenizer
@@ -114,10 +115,23 @@ class Session:
             self.settle()
 
     def settle(self) -> None:
-        """Prefills the text that waits, if any."""
+        """Prefills the text that waits, if any, and takes back the start of an answer."""
+        if self.opened is not None:
+            self.cache.truncate([self.cache.lengths[0] - 1])
+            self.position, self.opened = self.position - 1, None
         if self.waiting:
-            self.position = _prefill_text(self.parts.model, self.cache, self.waiting, self.position)
+            self.position = _read_text(self.parts.model, self.cache, self.waiting, self.position)
             self.waiting = []
+
+    def open_answer(self) -> None:
+        """Reads the text that waits and im_start in one forward, so that an answer's first token costs no step of its own. Whatever is
+        appended later takes im_start back. Raises InputError if there is no room for an answer."""
+        if self.opened is None:
+            self.check_answer(1)
+            model, ids = self.parts.model, [*self.waiting, self.parts.tokenizer.im_start]
+            hidden: list[Tensor] = []
+            self.position = _read_text(model, self.cache, ids, self.position, hidden)
+            self.waiting, self.opened = [], model.logits(hidden[0])[0]
 
     def add_image(self, image: Image, *, latents: bool, generator: torch.Generator | None = None, resize: bool = True) -> None:
         """Appends a picture: as clean latents and ViT patches (`latents`, for generation) or as ViT patches alone (understanding).
@@ -183,21 +197,26 @@ class Session:
         tokenizer, model = self.parts.tokenizer, self.parts.model
         return model.embed_text(torch.tensor([[tokenizer.vision_start, tokenizer.vision_end]], device=model.device))
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the context, with the text that waits and without the start of an answer."""
+        return self.cache.lengths[0] + len(self.waiting) - (self.opened is not None)
+
     def room(self) -> int:
         """Tokens that still fit into the model's context."""
-        return self.parts.model.config.llm.max_position_embeddings - self.cache.lengths[0]
+        return self.parts.model.config.llm.max_position_embeddings - self.tokens
 
     def check_room(self, tokens: int) -> None:
         """Raises InputError if `tokens` more do not fit into the model's context."""
         limit = self.parts.model.config.llm.max_position_embeddings
         if tokens > self.room():
             raise InputError(
-                f"got a context of {self.cache.lengths[0] + tokens} tokens, expected at most {limit}; shorten the text or use fewer images"
+                f"got a context of {self.tokens + tokens} tokens, expected at most {limit}; shorten the text or use fewer images"
             )
 
     def check_answer(self, max_tokens: int) -> None:
         """Raises InputError if an answer of `max_tokens` and the marker before it do not fit behind the context."""
-        limit, have = self.parts.model.config.llm.max_position_embeddings, self.cache.lengths[0]
+        limit, have = self.parts.model.config.llm.max_position_embeddings, self.tokens
         room = self.room() - 1
         if room < 1:
             self.check_room(2)  # no shorter answer would help
@@ -228,7 +247,7 @@ class Session:
             return self.full()
         cache, position = self.parts.model.new_cache(), 0
         for ids in self.texts:
-            position = _prefill_text(self.parts.model, cache, ids, position)
+            position = _read_text(self.parts.model, cache, ids, position)
         return Branch(cache, cache.lengths[0], position)
 
 
@@ -246,12 +265,16 @@ def _tokens(block: Streams) -> int:
     return sum(part.shape[1] for part in block if part is not None)
 
 
-def _prefill_text(model: Bagel, cache: KVCache, ids: list[int], position: int) -> int:
-    """Runs the ids through the model into the cache; returns the next position."""
+def _read_text(model: Bagel, cache: KVCache, ids: list[int], position: int, hidden: list[Tensor] | None = None) -> int:
+    """Runs the ids through the model into the cache; returns the next position. hidden: takes the last one's hidden state, [1, E]."""
     n = len(ids)
     u = model.embed_text(torch.tensor([ids], device=model.device))
     where = torch.arange(position, position + n, device=model.device).unsqueeze(0)
-    model.backbone(Streams(u, None), where, cache=cache, plan=cache.plan([n], causal=True), wanted="")
+    wanted = "" if hidden is None else "ug"
+    out = model.backbone(Streams(u, None), where, cache=cache, plan=cache.plan([n], causal=True), wanted=wanted).u
+    if hidden is not None:
+        assert out is not None
+        hidden.append(out[:, -1])
     cache.advance([n])
     return position + n
 

@@ -26,6 +26,7 @@ def write_plan(
     spare = session.room() - 2  # it is read back between two markers
     asked = max(1, min(ImageRequest.LONGEST_PLAN, spare)) if most is None else most
     session.check_room(asked + 2)
+    session.open_answer()
     out = decode([session], max_tokens=asked, on_token=on_token, runner=runner)[0]
     if out.finish_reason == "length":
         warnings.warn(f"the plan was cut at {asked} tokens; raise max_think_tokens (--max-think-tokens)", Notice, stacklevel=2)

@@ -8,7 +8,7 @@ Shape legend: B rows, N drafted nodes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,10 +27,20 @@ _TEXT = "what do you see? Name everything. " * 4  # the context in which costs a
 
 @dataclass
 class _Phase:
-    """What is known of one phase of an answer: an answer may be one word, so its first rounds differ from later ones."""
+    """What is known of one phase of an answer: an answer may be one word, so its first rounds differ from later ones.
+
+    firsts: records by the token that a lone answer begins with. Behind "yes" mostly nothing follows, behind "there" a sentence.
+    """
 
     records: dict[str, Record]
     acceptance: dict[str, Acceptance]
+    firsts: dict[int, dict[str, Record]] = field(default_factory=dict)
+
+    def behind(self, first: int) -> dict[str, Record]:
+        """The records behind that token; of one not seen before, what is believed of all, until its first round says otherwise."""
+        if first not in self.firsts:
+            self.firsts[first] = {name: Record(record.tokens, record.seconds, seen=0) for name, record in self.records.items()}
+        return self.firsts[first]
 
 
 @dataclass
@@ -39,6 +49,7 @@ class _Last:
 
     name: str
     phase: _Phase
+    records: dict[str, Record]  # by which it was chosen: the phase's, or those behind the first token
     draft: Draft  # its nodes are counted only afterwards: before its round that would be a wait for the device
     seconds: float  # what its round is expected to take
 
@@ -101,21 +112,22 @@ class Adaptive:
             self.news[other] = seen.after(news)
         answered = max(start + n - context for start, n, context in zip(seen.start, seen.counts, self.contexts, strict=True))
         phase = self._phase(min(LATE, answered.bit_length()))
+        records = phase.behind(int(seen.root[0])) if self.rows == 1 and not answered else phase.records
         plain = 1 / self.costs.plain
-        open_to = dict(phase.records)
+        open_to = dict(records)
         while (name := choose(open_to, plain)) is not None:
             news = self.news[name]
             assert news is not None
-            draft, asked = self._draft(name, phase, news, limit)
+            draft, asked = self._draft(name, phase.acceptance[name], records[name].speed, news, limit)
             if draft.tokens.shape[1] or not _free(self.drafters[name]):
                 columns = draft.tokens.shape[1]
                 depth = max(1, min(columns, asked))  # a tree has more columns than depths
                 seconds = self.costs.round_seconds(name, depth, columns + 1, fresh=not any(news.start))
-                self.last = _Last(name, phase, draft, seconds)
+                self.last = _Last(name, phase, records, draft, seconds)
                 self.rounds_drafted[name] += 1
                 return draft
             del open_to[name]  # finding nothing cost nothing; another one may know more
-        after_round(phase.records, None, plain)
+        after_round(records, None, plain)
         return Draft(seen.root.new_empty(len(seen.root), 0))
 
     def end(self, counts: Sequence[int]) -> None:
@@ -131,13 +143,11 @@ class Adaptive:
 
     # -- decisions -------------------------------------------------------------------------------------------------------------
 
-    def _draft(self, name: str, phase: _Phase, seen: Seen, limit: int) -> tuple[Draft, int]:
-        """A draft of `name`, as deep and as daring as costs and acceptance in this phase make worthwhile, and the depth asked for."""
+    def _draft(self, name: str, acceptance: Acceptance, speed: float, seen: Seen, limit: int) -> tuple[Draft, int]:
+        """A draft of `name`, as deep and as daring as costs, acceptance and its speed so far make worthwhile, and the depth asked for."""
         drafter = self.drafters[name]
-        rates = phase.acceptance[name].rates(drafter.depth)
-        depth, _ = best_depth(self.costs, name, rates)
-        speed = max(phase.records[name].speed, 1 / self.costs.plain)
-        drafter.threshold = DARING * least_chance(self.costs, name, speed, drafter.width)
+        depth, _ = best_depth(self.costs, name, acceptance.rates(drafter.depth))
+        drafter.threshold = DARING * least_chance(self.costs, name, max(speed, 1 / self.costs.plain), drafter.width)
         self.news[name] = None
         asked = min(limit, max(depth, TRIAL_DEPTH))
         draft = drafter.propose(seen, asked)
@@ -158,8 +168,8 @@ class Adaptive:
             phase.acceptance[name].note(tried, accepted)
         if alive:
             tokens = 1 + sum(accepted for accepted, _ in alive) / len(alive)
-            phase.records[name].note(tokens, last.seconds)
-            after_round(phase.records, name, 1 / self.costs.plain)
+            last.records[name].note(tokens, last.seconds)
+            after_round(last.records, name, 1 / self.costs.plain)
 
     def _phase(self, far: int) -> _Phase:
         """The records of phase `far` (see LATE) at this batch size; those of a new one start from the priors."""

@@ -129,7 +129,7 @@ class Record:
     seconds: float
     wait: int = 0  # rounds to go before the next trial
     pause: int = SHORTEST_PAUSE  # rounds of the next wait; doubles with each trial that did not pay
-    seen: int = 1  # rounds in the means; the initial belief counts as one
+    seen: int = 1  # rounds in the means; the initial belief counts as one, or (0) only until the first round
 
     @property
     def speed(self) -> float:

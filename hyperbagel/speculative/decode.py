@@ -1,7 +1,8 @@
 """Speculative decoding: `generate.decode` with a drafter. Same arguments, same answers, fewer forwards of the target.
 
 A round: the drafter proposes nodes below the root; the target reads root and nodes in one forward; the accepted path stays in the cache and
-the target's own next token is the new root. The first root is im_start, so the first answer token is drafted too.
+the target's own next token is the new root. The first root is an answer's first token where reading the question has given it
+(`Session.open_answer`), else im_start.
 
 Shape legend: B sessions, n nodes (root included), V vocabulary.
 """
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError, Notice
-from hyperbagel.generate.decode import Decoded, Runner
+from hyperbagel.generate.decode import Decoded, Runner, first_logits
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
+from hyperbagel.generate.sampling import pick
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken
 from hyperbagel.model.bagel import Bagel
@@ -27,7 +29,7 @@ from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.accept import accept
 from hyperbagel.speculative.tree import Tree, commit, tree_plan
-from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated
+from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated, Stats
 
 
 @torch.inference_mode()
@@ -69,9 +71,11 @@ def decode(
         session.check_answer(max_tokens)
         check_taps(session, drafter)
     graphs = runner if isinstance(runner, GraphRunner) else None
-    work = None
+    first, work = first_logits(sessions), None
     try:
         work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, graphs=graphs, spent=spent)
+        if first is not None:
+            work.open(first)
         while work.alive:
             work.round()
         drafter.end(work.counts)
@@ -87,7 +91,7 @@ def decode(
 def _too_wide(sessions: Sequence[Session], max_tokens: int, drafter: Drafter) -> bool:
     """Whether the answer fits the model's context, but not with a whole draft behind it; warns if so."""
     limit = sessions[0].parts.model.config.llm.max_position_embeddings
-    longest = max(session.cache.lengths[0] for session in sessions) + max_tokens + 1
+    longest = max(session.tokens for session in sessions) + max_tokens + 1
     if not longest <= limit < longest + drafter.width:
         return False
     most = limit - longest + max_tokens - drafter.width  # tokens of an answer that leave room for drafts
@@ -153,6 +157,15 @@ class Rounds:
         self.alive = set(range(len(sessions)))
         self.start, self.counts = [0] * len(sessions), list(self.before)  # as in Seen
         self.ids: list[list[int]] = [[] for _ in sessions]
+
+    def open(self, first: Tensor) -> None:
+        """Takes the answers' first tokens from logits [B, V] after im_start, which the caches end with. They cost no round and count in
+        no statistics."""
+        self.ids = [[id_] for id_ in self.root.tolist()]  # im_start
+        self.root = pick(first, self.temperature, self.generators)
+        for b, id_ in enumerate(self.root.tolist()):
+            self._report(b, [0], [id_], first[:, None], 0)
+            self.results[b].stats = Stats()
 
     def round(self) -> None:
         """Draft, verify, accept, commit, report."""

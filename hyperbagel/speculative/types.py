@@ -30,7 +30,7 @@ class Seen:
     cache: KVCache  # with the drafter's taps
     start: list[int]
     counts: list[int]
-    ids: list[list[int]]  # tokens of the new slots; empty at first, since a context may hold pictures
+    ids: list[list[int]]  # tokens of the new slots, from im_start on: a context may hold pictures
     root: Tensor  # [B] the token that the target reads next
     position: Tensor  # [B] its RoPE position
     read: StaticRead | None = None  # verifies drafts in fixed shapes; `cache` is then its own and stays in place from request to request

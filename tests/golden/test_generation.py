@@ -205,6 +205,7 @@ def test_answers_bf16_on_forced_tokens(name: str) -> None:
     bag, n = model.parts.model, len(tokens)
     from hyperbagel.model.qwen2_mot import Streams
 
+    session.settle()  # im_start is the first of the tokens
     where = torch.arange(session.position, session.position + n)[None]
     hidden = bag.backbone(
         Streams(bag.embed_text(tokens[None]), None), where, cache=session.cache, plan=session.cache.plan([n], causal=True)

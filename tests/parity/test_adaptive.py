@@ -101,6 +101,23 @@ def test_answers_of_one_round_teach_too(start: float, fewest: int, most: int, pa
     assert fewest <= drafted <= most, drafted
 
 
+def test_the_first_token_says_what_is_worth_drafting(parts: Parts) -> None:
+    """A drafter that is right behind one first token and wrong behind another, level on the whole, soon drafts behind the one alone."""
+    sessions = text_sessions(parts, 20, seed=6)
+    for session in sessions:
+        session.open_answer()
+    told = {out.ids[0]: (session, out) for session, out in zip(sessions, plain_decode(sessions, max_tokens=3), strict=True) if out.ids[2:]}
+    (right, well), (wrong, badly) = list(told.items())[:2]
+    phases, drafted = {}, {right: 0, wrong: 0}
+    for _ in range(30):
+        for first, stub, (session, out) in ((right, "echo", well), (wrong, "wrong", badly)):
+            adaptive = Adaptive({"it": STUBS[stub]([out], parts.tokenizer.im_end, 1024)}, costs=costs("it"))
+            adaptive.phases = phases  # what was learnt stays
+            same([out], decode([session], max_tokens=3, drafter=adaptive))
+            drafted[first] += adaptive.rounds_drafted["it"]
+    assert drafted[right] == 30 and 1 <= drafted[wrong] <= 8, drafted
+
+
 def text_sessions_without_end(parts: Parts, rows: int, im_end: int) -> list[Session]:
     parts.tokenizer.im_end = im_end
     sessions = text_sessions(parts, rows, seed=4)

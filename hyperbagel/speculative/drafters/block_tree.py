@@ -42,7 +42,8 @@ def search_best_first(
 
     logits [K, V]; link(u) [V], what the Markov head adds to the logits after the token u. scale multiplies both.
     branch: most children of a node.
-    No path of a chance below `least`, none beyond the token `stop`, no child MAX_GAP below its siblings.
+    No path of a chance below `least`, no child MAX_GAP below its siblings, no node for the token `stop`: reading its parent already
+    says whether it comes, and nothing would follow it.
     """
     found: list[Node] = []
     candidates: list[tuple[float, int, int, int]] = []  # (-log chance, depth, parent, token)
@@ -60,7 +61,8 @@ def search_best_first(
         if len(few) > branch:
             few = few[np.argpartition(row[few], -branch)[-branch:]]
         for child, x in zip(few.tolist(), row[few].tolist(), strict=True):
-            heappush(candidates, (log_all - x - log_chance, depth, above, child))
+            if child != stop:
+                heappush(candidates, (log_all - x - log_chance, depth, above, child))
 
     floor = math.log(least) if least > 0 else -math.inf
     with np.errstate(invalid="ignore", over="ignore"):
@@ -68,7 +70,7 @@ def search_best_first(
         while candidates and len(found) < nodes:
             minus, depth, parent, token = heappop(candidates)
             found.append(Node(token, parent, math.exp(-minus)))
-            if token != stop and depth + 1 < len(logits):
+            if depth + 1 < len(logits):
                 expand(len(found), token, depth + 1, -minus)
     return found
 

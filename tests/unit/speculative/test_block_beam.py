@@ -59,8 +59,8 @@ def test_no_deeper_than_the_limit() -> None:
 def test_fewer_paths_than_nodes() -> None:
     logits, link = world(1)
     tokens, parents = beam([logits[:2]], link, 60, stop=2)
-    assert tokens.shape == (1, V + V * V) and (tokens >= 0).sum() == V + (V - 1) * V  # nothing follows the token 2
-    assert len(set(paths(tokens[0], parents[0]))) == V + (V - 1) * V
+    assert tokens.shape == (1, V + V * V) and (tokens >= 0).sum() == (V - 1) + (V - 1) ** 2  # the token 2 is no node
+    assert len(set(paths(tokens[0], parents[0]))) == (V - 1) + (V - 1) ** 2
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

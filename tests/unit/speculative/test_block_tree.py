@@ -21,11 +21,11 @@ def world(seed: int, scale: float = 1.5) -> tuple[npt.NDArray[np.float32], npt.N
 
 
 def every_path(logits: npt.NDArray[np.float32], links: npt.NDArray[np.float32], stop: int = -1) -> dict[tuple[int, ...], float]:
-    """The log-probability of each path below the root that goes on behind no `stop`."""
+    """The log-probability of each path below the root without `stop`."""
     found: dict[tuple[int, ...], float] = {}
     for length in range(1, K + 1):
         for path in itertools.product(range(V), repeat=length):
-            if stop in path[:-1]:
+            if stop in path:
                 continue
             total = 0.0
             for d, (before, token) in enumerate(itertools.pairwise((ROOT, *path))):
