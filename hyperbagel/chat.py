@@ -137,7 +137,8 @@ class Chat:
         # An answer joins the conversation as text, also the part of one that was stopped.
         session.add_text(tokenizer.decode(ids))
         self.seed += self.temperature > 0
-        told = f"{len(ids)} tokens, {len(ids) / max(spent, 1e-9):.1f} tok/s, first after {middle - began:.2f} s"
+        yielded = max(0, len(ids) - 1) + (result is not None and result.finish_reason == "stop")  # the first came with the question
+        told = f"{len(ids)} tokens, {yielded / max(spent, 1e-9):.1f} tok/s, first after {middle - began:.2f} s"
         if isinstance(result, Speculated):
             told += f", tau {result.stats.tau:.2f}"
         why = "stopped; " if result is None else "cut off, /tokens gives more; " if result.finish_reason == "length" else ""

@@ -242,7 +242,7 @@ def ask(
     spent |= result.timings
     if json:
         row = {"text": result.text, "thinking": result.thinking, "prompt_tokens": result.prompt_tokens, "tokens": result.tokens}
-        row |= {"tau": result.tau, "drafter": result.drafter, "tok_per_second": result.tokens / max(result.timings["decode"], 1e-9)}
+        row |= {"tau": result.tau, "drafter": result.drafter, "tok_per_second": result.tok_per_second}
         print(jsonlib.dumps(row | {"finish_reason": result.finish_reason, "seconds": spent}, indent=2))
         return
     if result.thinking:
@@ -250,9 +250,8 @@ def ask(
     print(result.text)
     if result.finish_reason == "length":
         note("cut off; a larger --max-tokens gives more")
-    rate = result.tokens / max(result.timings["decode"], 1e-9)
     note(
-        f"{checks.seconds(spent)}, {result.prompt_tokens} tokens in, {result.tokens} out, {rate:.1f} tok/s"
+        f"{checks.seconds(spent)}, {result.prompt_tokens} tokens in, {result.tokens} out, {result.tok_per_second:.1f} tok/s"
         + (f", tau {result.tau:.2f}" if result.tau else "")
     )
 

@@ -226,7 +226,7 @@ class HyperBagel:
                 thinking, answer = split_thinking(self.parts.tokenizer.decode(out.ids), requests[i].think)
                 result = TextResult(answer, len(out.ids), session.tokens, timings, thinking, out.finish_reason)
                 if drafter is not None and isinstance(out, Speculated):
-                    result.tau, result.drafter = out.stats.tau, drafter.most_used()
+                    result.tau, result.drafter = out.stats.tau if out.stats.rounds else None, drafter.most_used()
                 results[i] = result
         return [results[i] for i in range(len(requests))]
 

@@ -212,8 +212,13 @@ class TextResult:
     timings: dict[str, float]  # seconds of prefill and decode; of measure, if the costs of drafting were measured first
     thinking: str | None = None
     finish_reason: str = "stop"  # or "length"
-    tau: float | None = None  # mean tokens per forward of the model, if there was a drafter
+    tau: float | None = None  # mean tokens per forward of the model after the prefill's, if there was a drafter and any such forward
     drafter: str | None = None  # the one that drafted most rounds of this request; "none" if drafting did not pay
+
+    @property
+    def tok_per_second(self) -> float:
+        """Tokens that decoding yielded per second of it, a stop token included. An answer's first token comes with the prefill."""
+        return (self.tokens - 1 + (self.finish_reason == "stop")) / max(self.timings["decode"], 1e-9)
 
 
 # Called after each denoising update with (updates done, updates in all, latents [B, N, C]); may raise to stop the work.

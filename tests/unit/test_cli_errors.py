@@ -16,6 +16,7 @@ from PIL import Image
 
 from hyperbagel import cli, cli_checks, demo
 from hyperbagel.core.errors import InputError
+from hyperbagel.generate.types import TextResult
 from hyperbagel.pipeline import check_size
 
 
@@ -27,18 +28,6 @@ class FakePicture:
     nfe: int = 150
     thinking: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class FakeText:
-    text: str = "two"
-    thinking: str = ""
-    prompt_tokens: int = 9
-    tokens: int = 3
-    finish_reason: str = "length"
-    tau: float | None = None
-    drafter: str | None = None
-    timings: dict[str, float] = field(default_factory=lambda: {"prefill": 0.01, "decode": 0.1})
 
 
 class FakeModel:
@@ -69,11 +58,11 @@ class FakeModel:
     def edit(self, images: list[Image.Image], instruction: str, **options: Any) -> list[FakePicture]:
         return self._pictures("edit", (images, instruction), options)
 
-    def ask(self, question: str, images: list[Image.Image], **options: Any) -> FakeText:
+    def ask(self, question: str, images: list[Image.Image], **options: Any) -> TextResult:
         self.calls.append(("ask", (question, images), options))
         if self.fails is not None:
             raise self.fails
-        return FakeText()
+        return TextResult("two", 3, 9, {"prefill": 0.01, "decode": 0.1}, finish_reason="length")
 
 
 @pytest.fixture
@@ -303,7 +292,7 @@ def test_inspect_reads_back_the_settings_of_a_picture(model: FakeModel, picture:
 def test_ask_prints_the_answer_alone_on_stdout(model: FakeModel, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ask", picture, "how many?", "--max-tokens", "5"]) == 0
     out, err = capsys.readouterr()
-    assert out == "two\n" and "9 tokens in, 3 out, 30.0 tok/s" in err and "larger --max-tokens" in err
+    assert out == "two\n" and "9 tokens in, 3 out, 20.0 tok/s" in err and "larger --max-tokens" in err
     assert model.calls[-1][2] == {"seed": 0, "think": False, "max_tokens": 5}
 
 
