@@ -22,6 +22,7 @@ UNKNOWN = (0.6,)  # believed acceptance by depth of a drafter whose folder says 
 DARING = 0.8  # factor on the threshold: drafters are right more often than they believe. Shipped one: 0.65 to 1 as fast, 0.5, 1.4 slower
 TRIAL_DEPTH = 2  # least depth drafted, even where acceptance so far says that drafting does not pay
 LATE = 3  # the last phase: rounds are grouped by answer tokens before them, 0, 1, 2 to 3, and 4 or more
+FIRSTS = 1024  # most first tokens that are remembered
 _TEXT = "what do you see? Name everything. " * 4  # the context in which costs are measured
 
 
@@ -39,6 +40,8 @@ class _Phase:
     def behind(self, first: int) -> dict[str, Record]:
         """The records behind that token; of one not seen before, what is believed of all, until its first round says otherwise."""
         if first not in self.firsts:
+            if len(self.firsts) >= FIRSTS:
+                del self.firsts[next(iter(self.firsts))]
             self.firsts[first] = {name: Record(record.tokens, record.seconds, seen=0) for name, record in self.records.items()}
         return self.firsts[first]
 

@@ -19,8 +19,8 @@ from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative import decode as speculative_decode
-from hyperbagel.speculative.adaptive import Adaptive
-from hyperbagel.speculative.budget import Costs, DraftCost
+from hyperbagel.speculative.adaptive import FIRSTS, Adaptive, _Phase
+from hyperbagel.speculative.budget import Costs, DraftCost, Record
 from hyperbagel.speculative.costs import measure_costs
 from hyperbagel.speculative.decode import Rounds, decode
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
@@ -116,6 +116,16 @@ def test_the_first_token_says_what_is_worth_drafting(parts: Parts) -> None:
             same([out], decode([session], max_tokens=3, drafter=adaptive))
             drafted[first] += adaptive.rounds_drafted["it"]
     assert drafted[right] == 30 and 1 <= drafted[wrong] <= 8, drafted
+
+
+def test_so_many_first_tokens_are_remembered_and_no_more() -> None:
+    phase = _Phase({"it": Record(3.0, 2.0)}, {})
+    known = phase.behind(0)
+    known["it"].note(1.0, 2.0)
+    assert phase.behind(0) is known and (known["it"].tokens, phase.records["it"].tokens) == (1.0, 3.0)
+    for token in range(FIRSTS + 3):
+        phase.behind(token)
+    assert len(phase.firsts) == FIRSTS and 0 not in phase.firsts and phase.behind(0)["it"].tokens == 3.0
 
 
 def text_sessions_without_end(parts: Parts, rows: int, im_end: int) -> list[Session]:
