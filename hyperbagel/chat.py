@@ -137,9 +137,10 @@ class Chat:
         # An answer joins the conversation as text, also the part of one that was stopped.
         session.add_text(tokenizer.decode(ids))
         self.seed += self.temperature > 0
-        yielded = max(0, len(ids) - 1) + (result is not None and result.finish_reason == "stop")  # the first came with the question
+        ended = result is not None and result.finish_reason == "stop"
+        yielded = max(0, len(ids) - 1 + ended)  # the first token came with the question
         told = f"{len(ids)} tokens, {yielded / max(spent, 1e-9):.1f} tok/s, first after {middle - began:.2f} s"
-        if isinstance(result, Speculated):
+        if isinstance(result, Speculated) and result.stats.rounds:
             told += f", tau {result.stats.tau:.2f}"
         why = "stopped; " if result is None else "cut off, /tokens gives more; " if result.finish_reason == "length" else ""
         self.note(why + told)
@@ -187,11 +188,11 @@ class Chat:
             raise InputError("got /image alone and no picture so far, expected a path; write /image picture.png")
         image = open_image(_path(path)) if path else self.last
         assert image is not None
-        before = self.session.cache.lengths[0]
+        before = self.session.tokens
         self.session.add_image(image, latents=False)
         if path:
             self.last, self.settings = image, None
-        self.note(f"{'x'.join(map(str, image.size))}, {self.session.cache.lengths[0] - before} tokens")
+        self.note(f"{'x'.join(map(str, image.size))}, {self.session.tokens - before} tokens")
 
     def do_draw(self, prompt: str) -> None:
         self._make(prompt)
@@ -257,7 +258,7 @@ class Chat:
 
     def do_context(self, _: str) -> None:
         limit = self.model.parts.model.config.llm.max_position_embeddings
-        self.out(f"{self.session.cache.lengths[0]} of {limit} tokens\n")
+        self.out(f"{self.session.tokens} of {limit} tokens\n")
 
 
 def _number(word: str, name: str, low: int, high: int) -> int:

@@ -2,8 +2,8 @@
 
 Acceptance is measured with drafts of a fixed length (the paper's chain of 10, a whole block, and a block's tree) from im_start on, speed
 as requests are served: with the budget, from an answer's first token on, which reading the question has given. The ways of decoding take
-turns on the same prompts, several times over; medians and spread are over these repeats. A stopped evaluation goes on with the cell (split,
-temperature, batch) that it was in.
+turns on the same prompts, several times over; medians and spread are over these repeats. Each time budgets know what they learnt from as
+many other prompts, and nothing of these. A stopped evaluation goes on with the cell (split, temperature, batch) that it was in.
 
 Shape legend: B sessions, V vocabulary.
 """
@@ -14,6 +14,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -33,9 +34,10 @@ from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
+from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.choose import NODES, Drafters
 from hyperbagel.speculative.decode import decode
-from hyperbagel.speculative.types import Drafter, Speculated, Stats, Times
+from hyperbagel.speculative.types import Speculated, Stats, Times
 from hyperbagel.toybox.language import sample_question
 
 SPLITS = ("in_template", "held_out", "free_form")
@@ -48,6 +50,7 @@ FREE = (
     "What is going on here? Use your own words.", "Make a long caption for this picture.", "Please write down what this picture shows.",
 )  # fmt: skip
 _KEPT = 16  # caches of fixed shapes with their graphs: one for each set of taps and batch size, so that no turn records them anew
+COUNTS = "after the first token"  # what rates and tau of speed are of: kept with the records, so that no others are mixed in
 _TRIES = 20  # prompts that are tried for each one that is kept
 
 
@@ -92,7 +95,7 @@ class Cell:
 class _Arm:
     """One way to decode: the seconds and tokens of each repeat, and statistics over all of them."""
 
-    drafter: Drafter | None
+    drafter: Adaptive | None
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
@@ -119,7 +122,8 @@ def run_speculative_eval(
         model.drafters.get(name)  # a folder that cannot be used ends the run here
     work = _Bench(model, names, plan)
     cells = [Cell(s, t, b) for s in SPLITS for t in plan.temperatures for b in ((0, *plan.batches) if plan.speed else (0,))]
-    marks = {"base": weights_of(model)["base"], "weights": {name: digest(model.drafters.find(path)) for name, path in names.items()}}
+    weights = {name: digest(model.drafters.find(path)) for name, path in names.items()}
+    marks = {"counts": COUNTS, "base": weights_of(model)["base"], "weights": weights}
     about = {"plan": asdict(plan), "drafters": names, "tree_nodes": NODES, "model": model.name, "machine": work.machine()} | marks
     header = json.loads(json.dumps(about))
     records = run_items("speculative", cells, work.cells, seed=plan.seed, batch=1, header=header, path=folder / "cells.jsonl")
@@ -151,13 +155,14 @@ class _Bench:
 
     # -- prompts ---------------------------------------------------------------------------------------------------------------
 
-    def of_split(self, split: str) -> list[Prompt]:
-        if split not in self.prompts:
-            self.prompts[split] = self._make(split)
-        return self.prompts[split]
+    def of_split(self, split: str, before: bool = False) -> list[Prompt]:
+        """The prompts of a split; before: as many others, which warm up."""
+        key = split + "/before" * before
+        if key not in self.prompts:
+            self.prompts[key] = self._make(split, random.Random(f"speculative/{split}/{self.plan.seed}{'/before' * before}"))
+        return self.prompts[key]
 
-    def _make(self, split: str) -> list[Prompt]:
-        rng = random.Random(f"speculative/{split}/{self.plan.seed}")
+    def _make(self, split: str, rng: random.Random) -> list[Prompt]:
         found: list[Prompt] = []
         for i in range(_TRIES * self.plan.prompts):
             if split == "in_template":
@@ -224,13 +229,20 @@ class _Bench:
     # -- speed -----------------------------------------------------------------------------------------------------------------
 
     def _speed(self, cell: Cell) -> Record:
-        plan, prompts = self.plan, self.of_split(cell.split)
+        plan, prompts, others = self.plan, self.of_split(cell.split), self.of_split(cell.split, before=True)
         arms = {PLAIN: _Arm(None)}
         arms |= {name: _Arm(self.drafters.budgeted(path)) for name, path in {LOOKUP: LOOKUP, **self.names, AUTO: AUTO}.items()}
         groups = [range(i, min(i + cell.batch, len(prompts))) for i in range(0, len(prompts), cell.batch)]
-        contexts = {name: self._sessions(prompts, () if arm.drafter is None else arm.drafter.taps, True) for name, arm in arms.items()}
         answers: dict[str, list[Decoded]] = {}
+        learnt: dict[str, Any] = {}
         for repeat in range(-1, plan.repeats):  # repeat -1 warms up, and drafters measure their costs in it
+            if repeat <= 0:
+                asked = prompts if repeat == 0 else others
+                contexts = {
+                    name: self._sessions(asked, () if arm.drafter is None else arm.drafter.taps, True) for name, arm in arms.items()
+                }
+            for name, phases in learnt.items():
+                arms[name].drafter.phases = deepcopy(phases)  # type: ignore[union-attr]
             spent = dict.fromkeys(arms, 0.0)
             said: dict[str, list[Decoded]] = defaultdict(list)
             for turn, group in enumerate(groups):
@@ -241,14 +253,16 @@ class _Bench:
                     sessions = [contexts[name][i] for i in group]
                     how = self._how(cell, group)
                     if arm.drafter is not None:
-                        arm.drafter.prepare(sessions[0], len(sessions), cell.temperature)  # type: ignore[attr-defined]
+                        arm.drafter.prepare(sessions[0], len(sessions), cell.temperature)
                     start = self._clock()
                     out = decode(sessions, **how, drafter=arm.drafter, runner=self.runner)
                     spent[name] += self._clock() - start
                     said[name] += out
                     if repeat >= 0 and arm.drafter is not None:
                         _add(arm, out)
-            if repeat >= 0:
+            if repeat < 0:
+                learnt = {name: deepcopy(arm.drafter.phases) for name, arm in arms.items() if arm.drafter is not None}
+            else:
                 for name, arm in arms.items():
                     arm.seconds.append(spent[name])
                     arm.tokens.append(sum(len(out.ids) + (out.finish_reason == "stop") - 1 for out in said[name]))
@@ -280,7 +294,7 @@ def _row(arm: _Arm, plain: _Arm) -> Record:
     """Tokens per second, and the speed-up over plain decoding in the same repeat. Stop tokens count, since they cost a step too; an
     answer's first token does not, since reading the question gives it."""
     rates = [n / s for n, s in zip(arm.tokens, arm.seconds, strict=True)]
-    gains = [mine / (n / s) for mine, n, s in zip(rates, plain.tokens, plain.seconds, strict=True)]
+    gains = [mine / (max(n, 1) / s) for mine, n, s in zip(rates, plain.tokens, plain.seconds, strict=True)]
     row: Record = {"tok_per_second": median(rates), "low": min(rates), "high": max(rates)}
     row |= {"speedup": median(gains), "speedup_low": min(gains), "speedup_high": max(gains)}
     if arm.drafter is not None:

@@ -116,12 +116,15 @@ class Session:
 
     def settle(self) -> None:
         """Prefills the text that waits, if any, and takes back the start of an answer."""
-        if self.opened is not None:
-            self.cache.truncate([self.cache.lengths[0] - 1])
-            self.position, self.opened = self.position - 1, None
+        self._close_answer()
         if self.waiting:
             self.position = _read_text(self.parts.model, self.cache, self.waiting, self.position)
             self.waiting = []
+
+    def _close_answer(self) -> None:
+        if self.opened is not None:
+            self.cache.truncate([self.cache.lengths[0] - 1])
+            self.position, self.opened = self.position - 1, None
 
     def open_answer(self) -> None:
         """Reads the text that waits and im_start in one forward, so that an answer's first token costs no step of its own. Whatever is
@@ -130,8 +133,14 @@ class Session:
             self.check_answer(1)
             model, ids = self.parts.model, [*self.waiting, self.parts.tokenizer.im_start]
             hidden: list[Tensor] = []
-            self.position = _read_text(model, self.cache, ids, self.position, hidden)
-            self.waiting, self.opened = [], model.logits(hidden[0])[0]
+            before = self.cache.lengths[0]
+            try:
+                position = _read_text(model, self.cache, ids, self.position, hidden)
+                logits = model.logits(hidden[0])[0]
+            except BaseException:  # no memory left: the text waits on
+                self.cache.truncate([before])
+                raise
+            self.position, self.waiting, self.opened = position, [], logits
 
     def add_image(self, image: Image, *, latents: bool, generator: torch.Generator | None = None, resize: bool = True) -> None:
         """Appends a picture: as clean latents and ViT patches (`latents`, for generation) or as ViT patches alone (understanding).
@@ -234,6 +243,7 @@ class Session:
 
     def so_far(self) -> Branch:
         """The context without the text that waits."""
+        self._close_answer()
         return Branch(self.cache, self.cache.lengths[0], self.position)
 
     def text_dropped(self) -> Branch:

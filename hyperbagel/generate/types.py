@@ -218,7 +218,7 @@ class TextResult:
     @property
     def tok_per_second(self) -> float:
         """Tokens that decoding yielded per second of it, a stop token included. An answer's first token comes with the prefill."""
-        return (self.tokens - 1 + (self.finish_reason == "stop")) / max(self.timings["decode"], 1e-9)
+        return max(0, self.tokens - 1 + (self.finish_reason == "stop")) / max(self.timings["decode"], 1e-9)
 
 
 # Called after each denoising update with (updates done, updates in all, latents [B, N, C]); may raise to stop the work.

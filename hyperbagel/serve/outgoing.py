@@ -119,7 +119,8 @@ def chat_message(result: TextResult | ImageResult, think: bool) -> dict[str, Any
 
 
 def choice_facts(result: TextResult | ImageResult) -> dict[str, Any]:
-    """Our own fields beside an answer: timings; for text also its tokens, the drafter and its acceptance (tau), both null without one."""
+    """Our own fields beside an answer: timings; for text also its tokens, the drafter (null without one) and its acceptance tau (null
+    also where the prefill gave the whole answer)."""
     if isinstance(result, ImageResult):
         return {"timings": result.timings}
     return {"timings": result.timings, "tokens": result.tokens, "drafter": result.drafter, "tau": result.tau}

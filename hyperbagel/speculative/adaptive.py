@@ -30,20 +30,30 @@ _TEXT = "what do you see? Name everything. " * 4  # the context in which costs a
 class _Phase:
     """What is known of one phase of an answer: an answer may be one word, so its first rounds differ from later ones.
 
-    firsts: records by the token that a lone answer begins with. Behind "yes" mostly nothing follows, behind "there" a sentence.
+    firsts: records of rounds behind the token that a lone answer begins with. Behind "yes" mostly nothing follows, behind "there" a
+    sentence. Of a token that no drafted round has followed, they say nothing more than `records`.
     """
 
     records: dict[str, Record]
     acceptance: dict[str, Acceptance]
-    firsts: dict[int, dict[str, Record]] = field(default_factory=dict)
+    firsts: dict[int, dict[str, Record]] = field(default_factory=dict)  # the one that was added to last is last
 
-    def behind(self, first: int) -> dict[str, Record]:
-        """The records behind that token; of one not seen before, what is believed of all, until its first round says otherwise."""
-        if first not in self.firsts:
+    def behind(self, first: int | None) -> dict[str, Record]:
+        """What a round goes by. first: the answer's first token, if it is a lone one's first round."""
+        return self.records if first is None else self.firsts.get(first, self.records)
+
+    def note(self, name: str, first: int | None, tokens: float, seconds: float, plain: float) -> None:
+        """Counts a round that `name` drafted. first: as in `behind`; plain: tokens a second of plain decoding."""
+        known = [self.records]
+        if first is not None:
+            own = self.firsts.pop(first, None) or {name: replace(record, seen=0) for name, record in self.records.items()}
             if len(self.firsts) >= FIRSTS:
                 del self.firsts[next(iter(self.firsts))]
-            self.firsts[first] = {name: Record(record.tokens, record.seconds, seen=0) for name, record in self.records.items()}
-        return self.firsts[first]
+            self.firsts[first] = own
+            known.append(own)
+        for records in known:
+            records[name].note(tokens, seconds)
+            after_round(records, name, plain)
 
 
 @dataclass
@@ -52,7 +62,7 @@ class _Last:
 
     name: str
     phase: _Phase
-    records: dict[str, Record]  # by which it was chosen: the phase's, or those behind the first token
+    first: int | None  # see _Phase.behind
     draft: Draft  # its nodes are counted only afterwards: before its round that would be a wait for the device
     seconds: float  # what its round is expected to take
 
@@ -115,7 +125,8 @@ class Adaptive:
             self.news[other] = seen.after(news)
         answered = max(start + n - context for start, n, context in zip(seen.start, seen.counts, self.contexts, strict=True))
         phase = self._phase(min(LATE, answered.bit_length()))
-        records = phase.behind(int(seen.root[0])) if self.rows == 1 and not answered else phase.records
+        first = int(seen.root[0]) if self.rows == 1 and not answered else None
+        records = phase.behind(first)
         plain = 1 / self.costs.plain
         open_to = dict(records)
         while (name := choose(open_to, plain)) is not None:
@@ -126,7 +137,7 @@ class Adaptive:
                 columns = draft.tokens.shape[1]
                 depth = max(1, min(columns, asked))  # a tree has more columns than depths
                 seconds = self.costs.round_seconds(name, depth, columns + 1, fresh=not any(news.start))
-                self.last = _Last(name, phase, records, draft, seconds)
+                self.last = _Last(name, phase, first, draft, seconds)
                 self.rounds_drafted[name] += 1
                 return draft
             del open_to[name]  # finding nothing cost nothing; another one may know more
@@ -171,8 +182,7 @@ class Adaptive:
             phase.acceptance[name].note(tried, accepted)
         if alive:
             tokens = 1 + sum(accepted for accepted, _ in alive) / len(alive)
-            last.records[name].note(tokens, last.seconds)
-            after_round(last.records, name, 1 / self.costs.plain)
+            phase.note(name, last.first, tokens, last.seconds, 1 / self.costs.plain)
 
     def _phase(self, far: int) -> _Phase:
         """The records of phase `far` (see LATE) at this batch size; those of a new one start from the priors."""

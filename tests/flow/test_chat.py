@@ -88,6 +88,32 @@ def test_what_was_said_is_not_read_again(talk: Talk, monkeypatch: pytest.MonkeyP
     assert talk.session.cache.lengths[0] == before + seen[0] - 1 + seen[-1], "the question and the answer joined"
 
 
+def test_what_the_prefill_gave_is_no_rate(model: HyperBagel) -> None:
+    talk = Talk(model, max_tokens=1, drafter="lookup")
+    talk.say("what is it?")
+    assert "1 tokens, 0.0 tok/s" in talk.notes[-1] and "tau" not in talk.notes[-1]
+    talk.say("/tokens 6")
+    talk.say("what is it?")
+    assert "tau" in talk.notes[-1] and ", 0.0 tok/s" not in talk.notes[-1]
+
+
+def test_a_question_that_found_no_memory_is_counted_once(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversation may stand open then; what is told of it leaves im_start out."""
+
+    def none_left(*given: Any, **more: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hyperbagel.chat.decode", none_left)
+        with pytest.raises(torch.OutOfMemoryError):
+            talk.ask("what is it?")
+    assert talk.session.opened is not None
+    tokens = talk.session.tokens
+    assert talk.answer("/context").startswith(f"{tokens} of ")
+    talk.session.settle()
+    assert talk.session.tokens == talk.session.cache.lengths[0] == tokens
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(talk: Talk) -> None:
     before = signal.getsignal(signal.SIGINT)  # ignored, if the tests run in the background of a shell
     whole = talk.answer("tell me")

@@ -131,6 +131,33 @@ def test_what_is_appended_takes_im_start_back(parts: Parts) -> None:
         assert all(map(torch.equal, state(ready)[3], state(never)[3]))
 
 
+@torch.inference_mode()
+def test_a_failure_leaves_the_question_waiting(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for the logits, the last thing that is made."""
+    [session] = text_sessions(parts, 1)
+    other = session.fork()
+    other.add_text("what is this")
+
+    def none_left(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    session.add_text("what is this", later=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bagel, "logits", none_left)
+        with pytest.raises(torch.OutOfMemoryError):
+            session.open_answer()
+    assert session.waiting and session.opened is None and session.tokens == other.tokens
+    session.settle()
+    assert state(session)[:3] == state(other)[:3] and all(map(torch.equal, state(session)[3], state(other)[3]))
+
+
+@torch.inference_mode()
+def test_a_picture_does_not_see_an_opened_answer(parts: Parts) -> None:
+    [session] = text_sessions(parts, 1)
+    for branch in (opened([session])[0].so_far(), opened([session])[0].full()):
+        assert (branch.length, branch.position) == (session.cache.lengths[0], session.position)
+
+
 def test_one_that_is_not_open_closes_the_others(parts: Parts) -> None:
     sessions = text_sessions(parts, 3, seed=3)
     told = plain_decode(sessions, max_tokens=8)

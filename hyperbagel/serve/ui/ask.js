@@ -87,8 +87,10 @@ function addTurn(talk, question, pictures) {
 
 /** The line below an answer: the server's own times, then those seen from the page. first, total: ms since the request. */
 function describe({ tokens, tau, drafter, timings, finish_reason: reason }, first, total) {
-  const rate = tokens / Math.max(timings.decode, 1e-9);
-  const facts = [`${tokens} token${tokens === 1 ? "" : "s"}`, `${rate.toFixed(0)} tokens/s`, tau === null ? "no drafter" : `tau ${tau.toFixed(2)} tokens per forward (${drafter})`];
+  const yielded = Math.max(0, tokens - 1 + (reason === "stop")); // the first token comes with the prefill
+  const rate = yielded / Math.max(timings.decode, 1e-9);
+  const facts = [`${tokens} token${tokens === 1 ? "" : "s"}`, `${rate.toFixed(0)} tokens/s`];
+  facts.push(drafter === null ? "no drafter" : tau === null ? "nothing to draft" : `tau ${tau.toFixed(2)} tokens per forward (${drafter})`);
   facts.push(`prefill ${ms(timings.prefill)}`, `decode ${ms(timings.decode)}`);
   if (first !== null) facts.push(`first text after ${ms(first / 1000)}`);
   facts.push(`round trip ${ms(total / 1000)}`);

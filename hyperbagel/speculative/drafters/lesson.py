@@ -19,6 +19,7 @@ def make_lesson(sessions: Sequence[Session], answers: Sequence[Sequence[int]], l
     B sessions, R the longest answer + 1.
     """
     parts = sessions[0].parts
+    assert all(session.opened is None for session in sessions), "got sessions that have read im_start, expected none"
     model, device = parts.model, parts.model.device
     rows = [[parts.tokenizer.im_start, *answer] for answer in answers]
     counts = [len(row) for row in rows]

@@ -69,6 +69,16 @@ def test_a_drafter_changes_nothing_but_the_count_of_forwards(model: HyperBagel) 
     assert plain.tau is None and quick.tau is not None and quick.tau >= 1
 
 
+def test_an_answer_that_the_prefill_gave_whole_has_no_rate(model: HyperBagel) -> None:
+    """And no tau: nothing was decoded."""
+    one = model.ask("what is this", max_tokens=1, drafter="lookup")
+    assert (one.tokens, one.finish_reason, one.tau, one.drafter, one.tok_per_second) == (1, "length", None, "none", 0.0)
+    many = model.ask("what is this", max_tokens=6)
+    assert many.tokens > 1 and many.finish_reason in ("length", "stop")
+    yielded = many.tokens - 1 + (many.finish_reason == "stop")
+    assert many.tok_per_second == pytest.approx(yielded / many.timings["decode"])
+
+
 def test_a_drafter_that_does_not_fit_is_a_warning_and_an_unknown_one_an_error(model: HyperBagel, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="answering without a drafter"):
         assert model.ask("what", max_tokens=4, drafter=str(tmp_path)).tau is None
