@@ -20,8 +20,7 @@ from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.decode import Rounds
 from hyperbagel.speculative.types import Draft, Drafter, Seen
 
-READ = (1, 4, 8, 16)  # tokens that the target reads
-NEWS = 3  # slots that are new to a drafter when it is asked: as many as a round yields
+READ = (1, 4, 8, 16)  # tokens that the target reads; half of these rounds before each draft, so that it meets as many new slots as usual
 DRAFTED = (1, 8)  # depths drafted; a straight line through both gives DraftCost
 REPEATS = 4  # after a warm-up; the fastest counts
 
@@ -65,7 +64,8 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return partial(clock, device)
 
 
-Found = dict[tuple[int, int], list[tuple[float, float]]]  # by turn (depth drafted, tokens read): seconds of (draft, rest of the round)
+Turn = tuple[int, int]  # (depth drafted, tokens read)
+Found = dict[Turn, list[tuple[float, float]]]  # seconds of (draft, rest of the round)
 
 
 @torch.inference_mode()
@@ -74,26 +74,24 @@ def measure_costs(
 ) -> Costs:
     """Costs for `rows` rows, greedy or sampled, after contexts like `session`'s, which has the taps of all `drafters` and stays as it is.
 
-    Several rows get different lengths, as those of requests have: the mask that they need costs too. Sizes take turns, so that other load
-    on the machine hits all of them, and the fastest of each counts. graphs: the runner that verifies drafts when requests are served.
+    Several rows get different lengths, as those of requests have: the mask that they need costs too. Sizes and drafts take turns, so that
+    other load on the machine hits all of them, and the fastest of each counts.
+    graphs: the runner that verifies drafts when requests are served.
     """
     now = _clock(session.parts.model.device)
     shorter = [session.cache.prefix(max(1, session.cache.lengths[0] - i)) for i in range(1, rows)]
     sessions = [session, *(replace(session, cache=cache) for cache in shorter)]
     taps, generators = session.cache.taps, [torch.Generator().manual_seed(i) for i in range(rows)]
 
-    def rounds(probe: _Probe, turns: Sequence[tuple[int, int]], repeats: int, before: int = 0) -> Found:
-        """Each turn (depth drafted, tokens read) `repeats` times, in one request. before: rounds without a draft ahead of each."""
-        most = repeats * sum(read + 1 + 2 * before for _, read in turns)
+    def rounds(probe: _Probe, turns: Sequence[Turn], repeats: int) -> Found:
+        """All turns in order, `repeats` times, in one request."""
         # no token has the id -1: no answer ends early
+        most = repeats * sum(read + 1 for _, read in turns)
         work = Rounds(sessions, most, float(sampled), generators, None, False, probe, im_end=-1, graphs=graphs)
         found: Found = {turn: [] for turn in turns}
         try:
             for _ in range(repeats):
                 for turn in turns:
-                    probe.depth, probe.read = 0, 1
-                    for _ in range(before):
-                        work.round()
                     probe.depth, probe.read = turn
                     start = now()
                     work.round()
@@ -102,25 +100,28 @@ def measure_costs(
             work.cache.truncate(work.before)
         return found
 
-    def times(probe: _Probe, turns: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[float, float]]:
-        """The fastest (draft, rest of the round) of each turn, after a warm-up."""
-        found = rounds(probe, turns, REPEATS + 1, before=0 if probe.drafter is None else NEWS - 1)
-        return {turn: (min(d for d, _ in timed[1:]), min(r for _, r in timed[1:])) for turn, timed in found.items()}
+    rests: dict[int, list[float]] = {read: [] for read in READ}  # seconds of rounds without a draft
 
-    def start_seconds(probe: _Probe) -> float:
-        """The fastest first draft of a request, before which the drafter reads the whole context."""
-        turn = DRAFTED[0], 1
-        return min(rounds(probe, [turn], 1)[turn][0][0] for _ in range(REPEATS))
+    def timed(probe: _Probe, turns: Sequence[Turn]) -> Found:
+        """All turns, `REPEATS` times after a warm-up; rounds without a draft go into `rests`."""
+        found = {turn: seconds[1:] for turn, seconds in rounds(probe, turns, REPEATS + 1).items()}
+        for (depth, read), seconds in found.items():
+            if not depth:
+                rests[read] += [rest for _, rest in seconds]
+        return found
 
-    rests = times(_Probe(None, taps, now), [(0, read) for read in READ])
-    # a round of more tokens cannot be cheaper: a measurement that says so is noise
-    verify = tuple(zip(READ, accumulate((rests[0, read][1] for read in READ), max), strict=True))
-    draft = {}
+    reads, draft = [(0, read) for read in READ], {}
     for name, drafter in drafters.items():
-        depths = DRAFTED[0], min(DRAFTED[1], drafter.depth)
-        probe = _Probe(drafter, taps, now)
-        drafts = times(probe, [(depth, 1) for depth in depths])
-        first, second = (drafts[depth, 1][0] for depth in depths)
-        more = max(0.0, (second - first) / max(1, depths[1] - depths[0]))
-        draft[name] = DraftCost(first, more, max(0.0, start_seconds(probe) - first))
+        probe, one, other = _Probe(drafter, taps, now), (DRAFTED[0], 1), (min(DRAFTED[1], drafter.depth), 1)
+        half = len(reads) // 2 if drafter.taps else 0  # a drafter that reads no hidden states has no news to read
+        found = timed(probe, [*reads[:half], one, *reads[half : 2 * half], other])
+        first, second = (min(seconds for seconds, _ in found[turn]) for turn in (one, other))
+        more = max(0.0, (second - first) / max(1, other[0] - one[0]))
+        # a request's first draft, before which the drafter reads the whole context
+        start = min(rounds(probe, [one], 1)[one][0][0] for _ in range(REPEATS)) if drafter.taps else first
+        draft[name] = DraftCost(first, more, max(0.0, start - first))
+    if not all(rests.values()):
+        timed(_Probe(None, taps, now), reads)
+    # a round of more tokens cannot be cheaper: a measurement that says so is noise
+    verify = tuple(zip(READ, accumulate((min(rests[read]) for read in READ), max), strict=True))
     return Costs(verify, draft)

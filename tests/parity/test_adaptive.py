@@ -288,10 +288,12 @@ def test_a_tree_is_asked_for_and_costs_as_deep_as_it_can_be(parts: Parts) -> Non
 
 def test_costs_are_of_rows_and_news_as_requests_have_them(parts: Parts) -> None:
     """Rows of unlike lengths; three new slots a draft, none of which comes twice or is left out; whole drafts."""
-    [context] = text_sessions(parts, 1, seed=1)
+    [context] = text_sessions(parts, 1, seed=1, taps=(0,))
     asked: list[Watcher] = []
 
     class Keeping(Watcher):
+        taps = (0,)
+
         def begin(self, *given: object) -> None:
             super().begin(*given)  # type: ignore[arg-type]
             asked.append(copy.copy(self))
@@ -310,6 +312,10 @@ def test_costs_are_of_rows_and_news_as_requests_have_them(parts: Parts) -> None:
         assert start == at and counts == [3, 3] and limit in (1, 6)
         at = [a + 3 for a in at]
     assert len(starts) == 4 and all(len(shown) == 1 and shown[0][0] == [0, 0] for shown in starts)
+    asked.clear()
+    Keeping.taps = ()  # no hidden states, so no news to wait for
+    measure_costs(context, {"keeping": Keeping()}, 2)
+    assert [request.shown[1][1] for request in asked] == [[1, 1]] and len(asked[0].shown) == 10
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5])
