@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from small_world import small_parts
 from hyperbagel.core.errors import InputError
 from hyperbagel.evaluate import speculative
 from hyperbagel.evaluate.speculative import QUICK, SPLITS, Cell, alpha, run_speculative_eval
+from hyperbagel.generate.session import Session
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.choose import NODES
 from hyperbagel.speculative.drafters.config import DrafterConfig
@@ -90,6 +93,25 @@ def test_every_row_and_a_run_that_goes_on(
     again = run_speculative_eval(model, {"mine": drafter}, out=tmp_path, plan=QUICK, show=False)
     assert [cell.id for cell in made] == ["free_form-T1-x2"]
     assert again["acceptance"] == result["acceptance"]
+
+
+def test_each_repeat_meets_prompts_that_its_budget_has_not_seen(model: HyperBagel, drafter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other prompts warm up; what was learnt from these, and no more, is known when each repeat begins."""
+    calls: list[tuple[list[list[int]], str]] = []
+    own = speculative.decode
+
+    def watched(sessions: Sequence[Session], **how: Any) -> Any:
+        if (budget := how["drafter"]) is not None and "lookup" not in budget.drafters:
+            calls.append((sessions[0].texts, repr([(phase.records, phase.firsts) for phase in budget.phases.values()])))
+        return own(sessions, **how)
+
+    monkeypatch.setattr(speculative, "decode", watched)
+    work = speculative._Bench(model, {"block": str(drafter)}, replace(QUICK, prompts=3, repeats=2, batches=(1,)))
+    with torch.inference_mode():
+        work._speed(Cell("in_template", 0.0, 1))
+    (asked, known), (first, learnt), (again, restored) = ([list(x) for x in zip(*calls[i : i + 3], strict=True)] for i in (0, 3, 6))
+    assert len(calls) == 9 and first == again and not any(text in first for text in asked)
+    assert restored[0] == learnt[0] not in known and learnt[2] != learnt[0]
 
 
 def test_with_graphs_every_way_to_decode_has_fixed_shapes(drafter: Path, tmp_path: Path) -> None:
