@@ -24,7 +24,7 @@ from hyperbagel.core.progress import clear_line, count_step
 from hyperbagel.data.images import open_image, save_png
 from hyperbagel.data.prompts import THINK_ANSWER
 from hyperbagel.generate.session import Session
-from hyperbagel.generate.types import ImageRequest
+from hyperbagel.generate.types import ImageRequest, after_first
 from hyperbagel.pipeline import HyperBagel, ImageResult
 from hyperbagel.speculative.choose import AUTO, NONE
 from hyperbagel.speculative.decode import decode
@@ -137,8 +137,7 @@ class Chat:
         # An answer joins the conversation as text, also the part of one that was stopped.
         session.add_text(tokenizer.decode(ids))
         self.seed += self.temperature > 0
-        ended = result is not None and result.finish_reason == "stop"
-        yielded = max(0, len(ids) - 1 + ended)  # the first token came with the question
+        yielded = after_first(len(ids), "" if result is None else result.finish_reason)
         told = f"{len(ids)} tokens, {yielded / max(spent, 1e-9):.1f} tok/s, first after {middle - began:.2f} s"
         if isinstance(result, Speculated) and result.stats.rounds:
             told += f", tau {result.stats.tau:.2f}"

@@ -34,6 +34,7 @@ from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
+from hyperbagel.generate.types import after_first
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.choose import NODES, Drafters
 from hyperbagel.speculative.decode import decode
@@ -234,6 +235,7 @@ class _Bench:
         arms |= {name: _Arm(self.drafters.budgeted(path)) for name, path in {LOOKUP: LOOKUP, **self.names, AUTO: AUTO}.items()}
         groups = [range(i, min(i + cell.batch, len(prompts))) for i in range(0, len(prompts), cell.batch)]
         answers: dict[str, list[Decoded]] = {}
+        budgets = {name: arm.drafter for name, arm in arms.items() if arm.drafter is not None}
         learnt: dict[str, Any] = {}
         for repeat in range(-1, plan.repeats):  # repeat -1 warms up, and drafters measure their costs in it
             if repeat <= 0:
@@ -242,7 +244,7 @@ class _Bench:
                     name: self._sessions(asked, () if arm.drafter is None else arm.drafter.taps, True) for name, arm in arms.items()
                 }
             for name, phases in learnt.items():
-                arms[name].drafter.phases = deepcopy(phases)  # type: ignore[union-attr]
+                budgets[name].phases = deepcopy(phases)
             spent = dict.fromkeys(arms, 0.0)
             said: dict[str, list[Decoded]] = defaultdict(list)
             for turn, group in enumerate(groups):
@@ -261,11 +263,11 @@ class _Bench:
                     if repeat >= 0 and arm.drafter is not None:
                         _add(arm, out)
             if repeat < 0:
-                learnt = {name: deepcopy(arm.drafter.phases) for name, arm in arms.items() if arm.drafter is not None}
+                learnt = {name: deepcopy(budget.phases) for name, budget in budgets.items()}
             else:
                 for name, arm in arms.items():
                     arm.seconds.append(spent[name])
-                    arm.tokens.append(sum(len(out.ids) + (out.finish_reason == "stop") - 1 for out in said[name]))
+                    arm.tokens.append(sum(after_first(len(out.ids), out.finish_reason) for out in said[name]))
                 answers = said
         plain = arms[PLAIN]
         rows = {name: _row(arm, plain) for name, arm in arms.items()}

@@ -118,8 +118,8 @@ class Session:
         """Prefills the text that waits, if any, and takes back the start of an answer."""
         self._close_answer()
         if self.waiting:
-            self.position = _read_text(self.parts.model, self.cache, self.waiting, self.position)
-            self.waiting = []
+            _read_text(self.parts.model, self.cache, self.waiting, self.position)
+            self.position, self.waiting = self.position + len(self.waiting), []
 
     def _close_answer(self) -> None:
         if self.opened is not None:
@@ -132,15 +132,15 @@ class Session:
         if self.opened is None:
             self.check_answer(1)
             model, ids = self.parts.model, [*self.waiting, self.parts.tokenizer.im_start]
-            hidden: list[Tensor] = []
             before = self.cache.lengths[0]
             try:
-                position = _read_text(model, self.cache, ids, self.position, hidden)
-                logits = model.logits(hidden[0])[0]
+                hidden = _read_text(model, self.cache, ids, self.position, wanted="ug")
+                assert hidden is not None
+                logits = model.logits(hidden[:, -1])[0]
             except BaseException:  # no memory left: the text waits on
                 self.cache.truncate([before])
                 raise
-            self.position, self.waiting, self.opened = position, [], logits
+            self.position, self.waiting, self.opened = self.position + len(ids), [], logits
 
     def add_image(self, image: Image, *, latents: bool, generator: torch.Generator | None = None, resize: bool = True) -> None:
         """Appends a picture: as clean latents and ViT patches (`latents`, for generation) or as ViT patches alone (understanding).
@@ -257,7 +257,8 @@ class Session:
             return self.full()
         cache, position = self.parts.model.new_cache(), 0
         for ids in self.texts:
-            position = _read_text(self.parts.model, cache, ids, position)
+            _read_text(self.parts.model, cache, ids, position)
+            position += len(ids)
         return Branch(cache, cache.lengths[0], position)
 
 
@@ -275,18 +276,14 @@ def _tokens(block: Streams) -> int:
     return sum(part.shape[1] for part in block if part is not None)
 
 
-def _read_text(model: Bagel, cache: KVCache, ids: list[int], position: int, hidden: list[Tensor] | None = None) -> int:
-    """Runs the ids through the model into the cache; returns the next position. hidden: takes the last one's hidden state, [1, E]."""
+def _read_text(model: Bagel, cache: KVCache, ids: list[int], position: int, wanted: str = "") -> Tensor | None:
+    """Runs the ids through the model into the cache, the first at `position`; returns their hidden states [1, n, E], if `wanted`."""
     n = len(ids)
     u = model.embed_text(torch.tensor([ids], device=model.device))
     where = torch.arange(position, position + n, device=model.device).unsqueeze(0)
-    wanted = "" if hidden is None else "ug"
-    out = model.backbone(Streams(u, None), where, cache=cache, plan=cache.plan([n], causal=True), wanted=wanted).u
-    if hidden is not None:
-        assert out is not None
-        hidden.append(out[:, -1])
+    hidden = model.backbone(Streams(u, None), where, cache=cache, plan=cache.plan([n], causal=True), wanted=wanted).u
     cache.advance([n])
-    return position + n
+    return hidden
 
 
 def check_latent_grid(h: int, w: int, limit: int, stride: int) -> None:

@@ -218,7 +218,12 @@ class TextResult:
     @property
     def tok_per_second(self) -> float:
         """Tokens that decoding yielded per second of it, a stop token included. An answer's first token comes with the prefill."""
-        return max(0, self.tokens - 1 + (self.finish_reason == "stop")) / max(self.timings["decode"], 1e-9)
+        return after_first(self.tokens, self.finish_reason) / max(self.timings["decode"], 1e-9)
+
+
+def after_first(tokens: int, finish_reason: str) -> int:
+    """How many tokens decoding yielded for an answer of so many whose first came with the prefill; the stop token counts, too."""
+    return max(0, tokens - 1 + (finish_reason == "stop"))
 
 
 # Called after each denoising update with (updates done, updates in all, latents [B, N, C]); may raise to stop the work.

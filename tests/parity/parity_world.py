@@ -19,8 +19,9 @@ from hyperbagel.generate.session import Parts, Session
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.speculative.drafters.lookup import Lookup
 from hyperbagel.speculative.tree import Tree
-from hyperbagel.speculative.types import Draft, Seen
+from hyperbagel.speculative.types import Draft, Drafter, Seen
 
 TOKENIZER = Path(hyperbagel.__file__).parent / "assets" / "toybox"
 CONFIG = BagelConfig(
@@ -172,3 +173,8 @@ class Repeat(Stub):
 
 
 STUBS = {"echo": Echo, "wrong": Wrong, "random tree": RandomTree, "repeat": Repeat}
+
+
+def drafter_of(name: str, plain: Sequence[Decoded], parts: Parts) -> Drafter:
+    """A stub, or lookup, for the requests that decode to `plain`."""
+    return Lookup(width=5) if name == "lookup" else STUBS[name](plain, parts.tokenizer.im_end, parts.model.config.llm.vocab_size)

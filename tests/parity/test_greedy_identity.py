@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from parity_world import STUBS, Echo, make_parts, mixed_sessions, text_sessions
+from parity_world import STUBS, Echo, drafter_of, make_parts, mixed_sessions, text_sessions
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import Decoded
@@ -18,9 +18,9 @@ from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.compare import first_divergence
 from hyperbagel.speculative.decode import Rounds, decode, verify_forward
-from hyperbagel.speculative.drafters.lookup import Lookup, NGrams
+from hyperbagel.speculative.drafters.lookup import NGrams
 from hyperbagel.speculative.tree import Tree
-from hyperbagel.speculative.types import Drafter, Speculated
+from hyperbagel.speculative.types import Speculated
 
 PROMPTS, BATCH, LENGTH = 1000, 125, 12
 
@@ -35,11 +35,6 @@ def batches(parts: Parts) -> list[tuple[list[Session], list[Decoded]]]:
     sessions = text_sessions(parts, PROMPTS)
     groups = [sessions[i : i + BATCH] for i in range(0, PROMPTS, BATCH)]
     return [(group, plain_decode(group, max_tokens=LENGTH)) for group in groups]
-
-
-def drafter_of(name: str, plain: Sequence[Decoded], parts: Parts) -> Drafter:
-    vocabulary = parts.model.config.llm.vocab_size
-    return Lookup(width=5) if name == "lookup" else STUBS[name](plain, parts.tokenizer.im_end, vocabulary)
 
 
 def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:

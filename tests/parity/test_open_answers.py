@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import STUBS, make_parts, mixed_sessions, text_sessions
+from parity_world import STUBS, drafter_of, make_parts, mixed_sessions, text_sessions
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import Decoded
@@ -25,21 +25,15 @@ def parts() -> Parts:
     return make_parts()
 
 
-def drafter_of(name: str, plain: Sequence[Decoded], parts: Parts) -> Drafter:
-    return Lookup(width=5) if name == "lookup" else STUBS[name](plain, parts.tokenizer.im_end, parts.model.config.llm.vocab_size)
-
-
 def said(outs: Sequence[Decoded]) -> list[tuple[list[int], str]]:
     return [(out.ids, out.finish_reason) for out in outs]
 
 
 @torch.inference_mode()
-def opened(sessions: Sequence[Session], text: str | None = None) -> list[Session]:
-    """Copies that have read im_start, behind one more text if one is given."""
+def opened(sessions: Sequence[Session]) -> list[Session]:
+    """Copies that have read im_start."""
     copies = [session.fork() for session in sessions]
     for session in copies:
-        if text is not None:
-            session.add_text(text, later=True)
         session.open_answer()
     return copies
 

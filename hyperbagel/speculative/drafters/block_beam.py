@@ -39,8 +39,7 @@ def search_beam(
     for d in range(logits.shape[1]):
         last = levels[-1] if levels else None
         above = root[:, None] if last is None else last.frontier_tokens
-        ended = torch.zeros_like(above, dtype=torch.bool) | (limit <= d)
-        levels.append(grow(last, (logits[:, d, None] + link(above)) * scale, branch, ended, stop))
+        levels.append(grow(last, (logits[:, d, None] + link(above)) * scale, branch, ended=limit <= d, stop=stop))
     tokens, parents, scores = kept_nodes(levels, nodes)
     return _spine_first(tokens.masked_fill(scores == -torch.inf, -1), parents, scores)
 

@@ -36,10 +36,10 @@ class Level:
         return self.tokens.gather(1, self.frontier)
 
 
-def grow(last: Level | None, logits: Tensor, branch: int, ended: Tensor | None = None, stop: Tensor | int = -1) -> Level:
+def grow(last: Level | None, logits: Tensor, branch: int, ended: Tensor | bool = False, stop: Tensor | int = -1) -> Level:
     """logits [B, k, V] after each frontier node of `last` (None: the root, k = 1) -> `branch` children each.
 
-    ended [B, k]: nodes that nothing follows. stop: a token that is no node. Both give a score of -inf to children, as do logits that are
+    ended: whether nothing follows any of them. stop: a token that is no node. Both give a score of -inf to children, as do logits that are
     not finite: a broken drafter may cost speed, not the request.
     """
     b, k, v = logits.shape
@@ -47,7 +47,7 @@ def grow(last: Level | None, logits: Tensor, branch: int, ended: Tensor | None =
     log_all = logits.double().logsumexp(-1)
     before = log_all.new_zeros(b, 1) if last is None else last.scores.gather(1, last.frontier)
     scores = top - log_all[..., None] + before[..., None] - _TIE
-    lost = ~log_all.isfinite() if ended is None else ended | ~log_all.isfinite()
+    lost = ~log_all.isfinite() | ended
     scores = scores.masked_fill(lost[..., None] | (ids == stop), -torch.inf).flatten(1)
     at = torch.arange(k, device=logits.device).repeat_interleave(top.shape[-1]).expand(b, -1)  # parent within the frontier
     frontier = scores.topk(min(branch, scores.shape[1]), dim=1).indices
