@@ -341,7 +341,7 @@ class HyperBagel:
         if request.think:
             session.add_text(THINK_ANSWER)
         for image in request.images:
-            session.add_image(image, latents=False)
+            session.add_image(image, latents=False, later=True)
         for question, answer in request.turns:
             session.add_text(question)
             session.add_text(answer)

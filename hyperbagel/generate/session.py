@@ -83,7 +83,8 @@ class Session:
     texts: list[list[int]] = field(default_factory=list)  # ids of the texts that the image-dropped context holds
     dropped: tuple[int, int] = (0, 0)  # (cached tokens, position) before the last text
     last_size: tuple[int, int] | None = None  # (height, width) of the last input image, after its resize
-    waiting: list[int] = field(default_factory=list)  # ids of a text that is not in the cache yet (`add_text`)
+    unread: list[Streams] = field(default_factory=list)  # pictures that are not in the cache yet (`add_image`)
+    waiting: list[int] = field(default_factory=list)  # ids of a text that is not in the cache yet (`add_text`), behind those pictures
     opened: Tensor | None = None  # [V] logits after im_start, with which the cache then ends (`open_answer`)
 
     @classmethod
@@ -103,23 +104,39 @@ class Session:
         guided: whether guidance may drop the text (never the thinking that a model adds itself). later: it waits for the first evaluation
         of a picture or for `open_answer`, which then reads it, or for whatever else needs it first: one forward less.
         """
-        self.settle()
         tokenizer = self.parts.tokenizer
         ids = [tokenizer.im_start, *tokenizer.encode(text), tokenizer.im_end]
+        self._before(len(ids))
         self.check_room(len(ids))
         if guided:
-            self.dropped = (self.cache.lengths[0], self.position)
+            self.dropped = (self.tokens, self.position + len(self.unread))
             self.texts.append(ids)
         self.waiting = ids
         if not later:
             self.settle()
 
     def settle(self) -> None:
-        """Prefills the text that waits, if any, and takes back the start of an answer."""
+        """Prefills the pictures and the text that wait, if any, and takes back the start of an answer."""
         self._close_answer()
-        if self.waiting:
-            _read_text(self.parts.model, self.cache, self.waiting, self.position)
-            self.position, self.waiting = self.position + len(self.waiting), []
+        if self.unread or self.waiting:
+            self._read(self.waiting)
+            self.waiting = []
+
+    def _read(self, ids: Sequence[int], wanted: str = "") -> Tensor | None:
+        """Reads the pictures that wait and then a text in one forward; returns the hidden states [1, ..., E] of both, if `wanted`."""
+        hidden = _read(self.parts.model, self.cache, self.position, self.unread, ids, wanted)
+        self.position, self.unread = self.position + len(self.unread) + len(ids), []
+        return hidden
+
+    def _before(self, tokens: int) -> None:
+        """Reads what must be in the cache before `tokens` more can wait, and takes back the start of an answer."""
+        self._close_answer()
+        if self.waiting or not self._shared(sum(map(_tokens, self.unread)) + tokens):
+            self.settle()
+
+    def _shared(self, tokens: int) -> bool:
+        """Whether blocks of so many tokens in all share a forward."""
+        return tokens <= _SHARED_FORWARD and self.parts.model.dtype == torch.float32
 
     def _close_answer(self) -> None:
         if self.opened is not None:
@@ -127,32 +144,42 @@ class Session:
             self.position, self.opened = self.position - 1, None
 
     def open_answer(self) -> None:
-        """Reads the text that waits and im_start in one forward, so that an answer's first token costs no step of its own. Whatever is
-        appended later takes im_start back. Raises InputError if there is no room for an answer."""
+        """Reads what waits and im_start in one forward, so that an answer's first token costs no step of its own. Whatever is appended
+        later takes im_start back. Raises InputError if there is no room for an answer."""
         if self.opened is None:
             self.check_answer(1)
-            model, ids = self.parts.model, [*self.waiting, self.parts.tokenizer.im_start]
-            before = self.cache.lengths[0]
+            before = self.cache.lengths[0], self.position, self.unread
             try:
-                hidden = _read_text(model, self.cache, ids, self.position, wanted="ug")
+                hidden = self._read([*self.waiting, self.parts.tokenizer.im_start], wanted="u")
                 assert hidden is not None
-                logits = model.logits(hidden[:, -1])[0]
-            except BaseException:  # no memory left: the text waits on
-                self.cache.truncate([before])
+                logits = self.parts.model.logits(hidden[:, -1])[0]
+            except BaseException:  # no memory left: all of it waits on
+                length, self.position, self.unread = before
+                self.cache.truncate([length])
                 raise
-            self.position, self.waiting, self.opened = self.position + len(ids), [], logits
+            self.waiting, self.opened = [], logits
 
-    def add_image(self, image: Image, *, latents: bool, generator: torch.Generator | None = None, resize: bool = True) -> None:
+    def add_image(
+        self, image: Image, *, latents: bool, generator: torch.Generator | None = None, resize: bool = True, later: bool = False
+    ) -> None:
         """Appends a picture: as clean latents and ViT patches (`latents`, for generation) or as ViT patches alone (understanding).
 
         The picture is first resized by the latent rule (`resize`), so that both blocks show the same pixels. `generator` gives the
         noise of the posterior sample, drawn on the CPU; None takes the mean. Guidance then has no text to drop until one is added.
+        later: if it is small (_SHARED_FORWARD) and without latents, it is read together with what follows.
         """
         if resize:
             image = self.parts.vae_transform.resize(image)
         blocks = [self.latent_block(self.parts.vae_transform(image), generator)] if latents else []
-        self.add_blocks([*blocks, self.vit_block(self.parts.vit_transform(image))])
-        self.dropped = (self.cache.lengths[0], self.position)
+        blocks.append(self.vit_block(self.parts.vit_transform(image)))
+        size = sum(map(_tokens, blocks))
+        if later and not latents and self._shared(size):
+            self._before(size)
+            self.check_room(size)
+            self.unread = [*self.unread, *blocks]
+        else:
+            self.add_blocks(blocks)
+        self.dropped = (self.tokens, self.position + len(self.unread))
         self.last_size = (image.height, image.width)
 
     def latent_block(self, pixels: Tensor, generator: torch.Generator | None) -> Streams:
@@ -186,20 +213,9 @@ class Session:
         self.settle()
         sizes = [_tokens(block) for block in blocks]
         self.check_room(sum(sizes))
-        if len(blocks) > 1 and (sum(sizes) > _SHARED_FORWARD or self.parts.model.dtype != torch.float32):
-            for block in blocks:
-                self.add_blocks([block])
-            return
-        u = [(i, block.u) for i, block in enumerate(blocks) if block.u is not None]
-        g = [(i, block.g) for i, block in enumerate(blocks) if block.g is not None]
-        x = Streams(*(torch.cat([part for _, part in parts], dim=1) if parts else None for parts in (u, g)))
-        own = [i for i, part in (*u, *g) for _ in range(part.shape[1])]  # the block of each slot
-        where = torch.tensor(own, device=self.parts.model.device)
-        n = len(own)
-        plan = self.cache.plan_blocks(where) if len(blocks) > 1 else self.cache.plan([n], causal=False)
-        self.parts.model.backbone(x, (self.position + where).unsqueeze(0), cache=self.cache, plan=plan, wanted="")
-        self.cache.advance([n])
-        self.position += len(blocks)
+        for group in [blocks] if self._shared(sum(sizes)) else [[block] for block in blocks]:
+            _read(self.parts.model, self.cache, self.position, group)
+            self.position += len(group)
 
     def markers(self) -> Tensor:
         """Embeddings of vision_start and vision_end, [1, 2, E]."""
@@ -208,8 +224,8 @@ class Session:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the context, with the text that waits and without the start of an answer."""
-        return self.cache.lengths[0] + len(self.waiting) - (self.opened is not None)
+        """Tokens of the context, with what waits and without the start of an answer."""
+        return self.cache.lengths[0] + sum(map(_tokens, self.unread)) + len(self.waiting) - (self.opened is not None)
 
     def room(self) -> int:
         """Tokens that still fit into the model's context."""
@@ -244,6 +260,8 @@ class Session:
     def so_far(self) -> Branch:
         """The context without the text that waits."""
         self._close_answer()
+        if self.unread:
+            self._read([])
         return Branch(self.cache, self.cache.lengths[0], self.position)
 
     def text_dropped(self) -> Branch:
@@ -257,7 +275,7 @@ class Session:
             return self.full()
         cache, position = self.parts.model.new_cache(), 0
         for ids in self.texts:
-            _read_text(self.parts.model, cache, ids, position)
+            _read(self.parts.model, cache, position, [], ids)
             position += len(ids)
         return Branch(cache, cache.lengths[0], position)
 
@@ -276,12 +294,30 @@ def _tokens(block: Streams) -> int:
     return sum(part.shape[1] for part in block if part is not None)
 
 
-def _read_text(model: Bagel, cache: KVCache, ids: list[int], position: int, wanted: str = "") -> Tensor | None:
-    """Runs the ids through the model into the cache, the first at `position`; returns their hidden states [1, n, E], if `wanted`."""
-    n = len(ids)
-    u = model.embed_text(torch.tensor([ids], device=model.device))
-    where = torch.arange(position, position + n, device=model.device).unsqueeze(0)
-    hidden = model.backbone(Streams(u, None), where, cache=cache, plan=cache.plan([n], causal=True), wanted=wanted).u
+def _read(
+    model: Bagel, cache: KVCache, position: int, blocks: Sequence[Streams], ids: Sequence[int] = (), wanted: str = ""
+) -> Tensor | None:
+    """Runs blocks and then a text, the first of them at `position`, through the model into the cache, in one forward.
+
+    A block sees itself and all before it and takes one position; each of the text's ids is a block of its own. Returns the hidden states
+    [1, ..., E] of the understanding tokens, the text's last, if `wanted`. Latents come last in the cache, so a text may not follow them.
+    """
+    assert not ids or all(block.g is None for block in blocks), "got a text behind latents, expected a forward for each"
+    streams: list[list[Tensor]] = [[], []]  # u and g
+    own: list[list[int]] = [[], []]  # the block of each of their slots
+    for i, block in enumerate(blocks):
+        for stream, slots, tokens in zip(streams, own, block, strict=True):
+            if tokens is not None:
+                stream.append(tokens)
+                slots += [i] * tokens.shape[1]
+    if ids:
+        streams[0].append(model.embed_text(torch.tensor([list(ids)], device=model.device)))
+        own[0] += range(len(blocks), len(blocks) + len(ids))
+    x = Streams(*(torch.cat(stream, dim=1) if stream else None for stream in streams))
+    where = torch.tensor([*own[0], *own[1]], device=model.device)
+    n, alone = len(where), len(blocks) + bool(ids) == 1  # attention needs no mask for one block or one text
+    plan = cache.plan([n], causal=bool(ids)) if alone else cache.plan_blocks(where)
+    hidden = model.backbone(x, (position + where).unsqueeze(0), cache=cache, plan=plan, wanted=wanted).u
     cache.advance([n])
     return hidden
 

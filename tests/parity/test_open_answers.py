@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import STUBS, drafter_of, make_parts, mixed_sessions, text_sessions
+from parity_world import STUBS, drafter_of, make_parts, mixed_sessions, photo, text_sessions
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import Decoded
@@ -143,6 +143,91 @@ def test_a_failure_leaves_the_question_waiting(parts: Parts, monkeypatch: pytest
     assert session.waiting and session.opened is None and session.tokens == other.tokens
     session.settle()
     assert state(session)[:3] == state(other)[:3] and all(map(torch.equal, state(session)[3], state(other)[3]))
+
+
+def looked(parts: Parts, later: bool, kind: str, open_it: bool = True) -> Session:
+    """A question behind pictures, read as each is appended or, if `later`, all at once."""
+    session = Session.new(parts, (0, 2, 5))
+    if "text" in kind:
+        session.add_text("and now", later=later)
+    session.add_image(photo(30, 20), latents="latents" in kind, later=later)
+    if "two" in kind:
+        session.add_image(photo(20, 20, 1), latents=False, later=later)
+    session.add_text("what is this", later=True)
+    if open_it:
+        session.open_answer()
+    return session
+
+
+@pytest.mark.parametrize(("kind", "saved"), [("one", 1), ("two", 2), ("text, two", 2), ("latents, two", 1)])
+@torch.inference_mode()
+def test_pictures_share_the_question_s_forward(kind: str, saved: int, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same context, taps and logits as with a forward for each; and the same again once the start of the answer is taken back."""
+    calls: list[int] = []
+    own = Bagel.backbone
+    monkeypatch.setattr(Bagel, "backbone", lambda self, *given, **more: calls.append(1) or own(self, *given, **more))
+    at_once = looked(parts, False, kind)
+    most, calls[:] = len(calls), []
+    together = looked(parts, True, kind)
+    assert len(calls) == most - saved and not together.unread
+    for _ in range(2):
+        (n, *numbers, keys), (m, *others, held) = state(together), state(at_once)
+        assert (n, *numbers) == (m, *others) and (together.dropped, together.last_size) == (at_once.dropped, at_once.last_size)
+        for one, other in zip([*keys, *together.cache.tapped], [*held, *at_once.cache.tapped], strict=True):
+            torch.testing.assert_close(one[:, :, :n], other[:, :, :n], atol=1e-5, rtol=1e-4)
+        if together.opened is not None and at_once.opened is not None:
+            torch.testing.assert_close(together.opened, at_once.opened, atol=1e-4, rtol=1e-4)
+        assert together.full().position == at_once.full().position
+        for session in (together, at_once):
+            session.add_text("yes")
+    assert said(plain_decode([together], max_tokens=8)) == said(plain_decode([at_once], max_tokens=8))
+
+
+@torch.inference_mode()
+def test_whatever_needs_a_waiting_picture_reads_it(parts: Parts) -> None:
+    want = looked(parts, False, "two")
+    for take in (Session.full, Session.so_far, Session.fork):
+        session = looked(parts, True, "two", open_it=False)
+        assert len(session.unread) == 2 and session.cache.lengths == [0] and session.tokens == want.tokens
+        behind = take(session)
+        if isinstance(behind, Session):
+            behind.add_image(photo(20, 20, 2), latents=False)  # a copy's picture comes behind those that wait, and is its own
+            assert not behind.unread and behind.tokens > want.tokens and len(session.unread) == 2
+        else:
+            assert (behind.length, behind.position) == (want.tokens - len(session.waiting), want.position - 1 - len(session.waiting))
+            assert not session.unread and bool(session.waiting) is (take is Session.so_far)
+        session.open_answer()
+        assert state(session)[:3] == state(want)[:3]
+        torch.testing.assert_close(session.opened, want.opened, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_what_is_large_or_in_bf16_has_forwards_of_its_own(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit holds for pictures and question together."""
+    fits = looked(parts, True, "two", open_it=False).tokens
+    for limit, waiting in ((fits, 2), (fits - 1, 0), (5, 0)):
+        monkeypatch.setattr("hyperbagel.generate.session._SHARED_FORWARD", limit)
+        assert len(looked(parts, True, "two", open_it=False).unread) == waiting
+    assert state(looked(parts, True, "two"))[:3] == state(looked(parts, False, "two"))[:3]
+    monkeypatch.undo()
+    assert not looked(make_parts(torch.bfloat16), True, "two", open_it=False).unread
+
+
+@torch.inference_mode()
+def test_a_failure_leaves_pictures_waiting(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    want, session = looked(parts, False, "two"), looked(parts, True, "two", open_it=False)
+    before = session.tokens, session.position
+
+    def none_left(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bagel, "logits", none_left)
+        with pytest.raises(torch.OutOfMemoryError):
+            session.open_answer()
+    assert (session.tokens, session.position) == before and len(session.unread) == 2 and session.cache.lengths == [0]
+    session.open_answer()
+    assert state(session)[:3] == state(want)[:3]
 
 
 @torch.inference_mode()
