@@ -238,6 +238,7 @@ def ask(
 
     AskRequest(question, **settings)  # refuses wrong settings before the model is loaded
     pipeline, spent = _load(since, model, device, dtype, graphs)
+    pipeline.drafters.keep_costs()  # one answer is over before what drafting costs could be measured
     result = pipeline.ask(question, images, seed=first(), think=think, **settings)
     spent |= result.timings
     if json:

@@ -16,6 +16,7 @@ from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
 from hyperbagel.speculative.budget import Acceptance, Costs, Record, after_round, best_depth, choose, expected_tokens, least_chance
 from hyperbagel.speculative.costs import measure_costs
+from hyperbagel.speculative.kept_costs import KeptCosts
 from hyperbagel.speculative.types import Draft, Drafter, Seen
 
 UNKNOWN = (0.6,)  # believed acceptance by depth of a drafter whose folder says nothing
@@ -78,9 +79,11 @@ class Adaptive:
         priors: Mapping[str, Sequence[float]] | None = None,
         costs: Costs | None = None,
         graphs: GraphRunner | None = None,
+        kept: KeptCosts | None = None,
     ) -> None:
-        """costs: used for every batch size instead of measured ones (tests). graphs: the runner that verifies drafts; None: eager."""
-        self.graphs = graphs
+        """costs: used for every batch size instead of measured ones (tests). graphs: the runner that verifies drafts; None: eager. kept:
+        costs that an earlier process measured; None: they are measured."""
+        self.graphs, self.kept = graphs, kept
         self.drafters, self.priors = dict(drafters), dict(priors or {})
         self.taps: tuple[int, ...] = tuple(sorted({tap for drafter in drafters.values() for tap in drafter.taps}))
         self.width = max(drafter.width for drafter in drafters.values())
@@ -94,14 +97,20 @@ class Adaptive:
     # -- costs -----------------------------------------------------------------------------------------------------------------
 
     def prepare(self, session: Session, rows: int, temperature: float = 0.0) -> Costs:
-        """Costs at a batch size (rounded up to a power of two), measured at first use. Of `session` only the model is used."""
+        """Costs at a batch size (rounded up to a power of two), measured at first use, unless they are kept. Of `session` only the model
+        is used."""
         if self.given is not None:
             return self.given
         key = _size(rows), temperature > 0
         if key not in self.measured:
-            context = Session.new(session.parts, self.taps)
-            context.add_text(_TEXT)
-            self.measured[key] = measure_costs(context, self.drafters, *key, graphs=self.graphs)
+            costs = None if self.kept is None else self.kept.load(self.drafters, *key)
+            if costs is None:
+                context = Session.new(session.parts, self.taps)
+                context.add_text(_TEXT)
+                costs = measure_costs(context, self.drafters, *key, graphs=self.graphs)
+                if self.kept is not None:
+                    self.kept.save(self.drafters, *key, costs)
+            self.measured[key] = costs
         return self.measured[key]
 
     def expected_rates(self, name: str) -> list[float]:

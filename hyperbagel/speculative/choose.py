@@ -14,6 +14,7 @@ from hyperbagel.speculative.budget import best_depth
 from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.folder import Module, load_module, make_drafter, read_acceptance
 from hyperbagel.speculative.drafters.lookup import Lookup
+from hyperbagel.speculative.kept_costs import KeptCosts, cache_folder
 from hyperbagel.speculative.types import Drafter
 
 LOOKUP, AUTO, NONE = "lookup", "auto", "none"
@@ -32,6 +33,12 @@ class Drafters:
         self.lookup = Lookup()
         self.ready: dict[tuple[str, int], Drafter] = {}
         self.serving: dict[str, Adaptive] = {}
+        self.kept: KeptCosts | None = None
+
+    def keep_costs(self) -> None:
+        """From now on budgets take what drafting costs from disk, if it was measured here less than a day ago, and put it there if not."""
+        folder = cache_folder()
+        self.kept = None if folder is None else KeptCosts(folder, self.parts.model, self.graphs is not None)
 
     def shipped(self) -> list[str]:
         """Names of the drafters that came with the model."""
@@ -89,7 +96,7 @@ class Drafters:
     def _budgeted(self, names: list[str]) -> Adaptive:
         priors = {name: LOOKUP_PRIOR if name == LOOKUP else read_acceptance(self.find(name)) for name in names}
         drafters = {name: self.served(name) for name in names}
-        return Adaptive(drafters, {name: rates for name, rates in priors.items() if rates}, graphs=self.graphs)
+        return Adaptive(drafters, {name: rates for name, rates in priors.items() if rates}, graphs=self.graphs, kept=self.kept)
 
     def _auto(self) -> Adaptive:
         """Lookup, and of the trained drafters the one that promises most by its costs here and its acceptance in training."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +106,12 @@ def test_a_warm_server_measures_nothing_in_a_request() -> None:
     warm_up(fresh)
     answer = fresh.ask("Is there a car?", max_tokens=8)
     assert "measure" not in answer.timings and answer.drafter is not None
+
+
+def test_the_second_question_measures_nothing(tmp_path: Path) -> None:
+    """`ask` keeps what drafting costs for the next process."""
+    command = [sys.executable, "-m", "hyperbagel.cli", "ask", "what do you see?", "--max-tokens", "8", "--json"]
+    env = os.environ | {"HYPERBAGEL_CACHE": str(tmp_path / "kept")}
+    first, second = (json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    assert first["seconds"]["measure"] > 0.01 and "measure" not in second["seconds"]
+    assert second["text"] == first["text"] and second["drafter"] is not None

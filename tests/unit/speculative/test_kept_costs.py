@@ -1,0 +1,146 @@
+"""Costs on disk: a second process of the same kind measures nothing, any other one does."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hyperbagel.generate.session import Session
+from hyperbagel.model.init import fresh_bagel
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.speculative import adaptive, choose, kept_costs
+from hyperbagel.speculative.budget import Costs, DraftCost
+from hyperbagel.speculative.drafters.lookup import Lookup
+from hyperbagel.speculative.kept_costs import BELIEVED, KeptCosts, cache_folder
+
+COSTS = Costs(((1, 0.01), (16, 0.02)), {"block": DraftCost(0.003, 0.0001, 0.002), "lookup": DraftCost(0.0001)})
+
+
+@pytest.fixture(scope="module")
+def model() -> HyperBagel:
+    return HyperBagel.from_pretrained("toybox")
+
+
+@pytest.fixture
+def drafters(model: HyperBagel) -> dict[str, Any]:
+    return {"block": model.drafters.served("block"), "lookup": Lookup()}
+
+
+def only_file(folder: Path) -> Path:
+    [path] = folder.iterdir()
+    return path
+
+
+def test_what_was_kept_comes_back(model: HyperBagel, drafters: dict[str, Any], tmp_path: Path) -> None:
+    kept = KeptCosts(tmp_path / "new" / "folder", model.parts.model)
+    assert kept.load(drafters, 1, False) is None
+    kept.save(drafters, 1, False, COSTS)
+    again = KeptCosts(tmp_path / "new" / "folder", model.parts.model).load(drafters, 1, False)
+    assert again == COSTS and again.round_seconds("block", 3, 4, fresh=True) == COSTS.round_seconds("block", 3, 4, fresh=True)
+
+
+def test_other_work_has_other_costs(model: HyperBagel, drafters: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = KeptCosts(tmp_path, model.parts.model)
+    kept.save(drafters, 1, False, COSTS)
+    chains = drafters | {"block": model.drafters.get("block")}  # the same weights, drafting chains
+    for found in (
+        kept.load(drafters, 2, False),
+        kept.load(drafters, 1, True),
+        kept.load({"block": drafters["block"]}, 1, False),
+        kept.load(chains, 1, False),
+        KeptCosts(tmp_path, model.parts.model, graphs=True).load(drafters, 1, False),
+        KeptCosts(tmp_path, fresh_bagel(model.parts.model.config, torch.Generator()).to(torch.bfloat16)).load(drafters, 1, False),
+    ):
+        assert found is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert KeptCosts(tmp_path, model.parts.model).load(drafters, 1, False) is None
+    assert kept.load(drafters, 1, False) == COSTS
+
+
+def test_it_is_believed_for_a_day(model: HyperBagel, drafters: dict[str, Any], tmp_path: Path) -> None:
+    kept = KeptCosts(tmp_path, model.parts.model)
+    kept.save(drafters, 1, False, COSTS)
+    path = only_file(tmp_path)
+    now = path.stat().st_mtime
+    for age, known in ((BELIEVED - 60, True), (BELIEVED + 1, False), (-3600, False)):  # from the future: the clock was wrong
+        os.utime(path, (now - age, now - age))
+        assert (kept.load(drafters, 1, False) is not None) is known
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"verify": []},
+        {"verify": [[4, 0.1], [8, 0.2]]},
+        {"verify": [[1, 0.1], [8, 0.2], [4, 0.2]]},
+        {"verify": [[1, 0.0], [8, 0.2]]},
+        {"verify": [[1, "fast"]]},
+        {"verify": 3},
+        {"draft": {"block": [0.1, 0.1, 0.1]}},
+        {"draft": {"block": [0.1], "lookup": [0.1, 0.1, 0.1, 0.1]}},
+        {"draft": []},
+        {"about": {}},
+    ],
+)
+def test_a_damaged_file_is_no_costs(change: dict[str, Any], model: HyperBagel, drafters: dict[str, Any], tmp_path: Path) -> None:
+    kept = KeptCosts(tmp_path, model.parts.model)
+    kept.save(drafters, 1, False, COSTS)
+    path = only_file(tmp_path)
+    whole = path.read_text()
+    for text in (json.dumps(json.loads(whole) | change), whole[: len(whole) // 2], "", "[]"):
+        path.write_text(text)
+        assert kept.load(drafters, 1, False) is None
+    kept.save(drafters, 1, False, COSTS)
+    assert kept.load(drafters, 1, False) == COSTS
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(model: HyperBagel, drafters: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    kept = KeptCosts(tmp_path / "file" / "folder", model.parts.model)
+    kept.save(drafters, 1, False, COSTS)
+    assert kept.load(drafters, 1, False) is None
+
+
+def test_the_second_process_does_not_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only if asked to keep them: a server or an evaluation measures for itself."""
+    calls: list[Sequence[str]] = []
+
+    def measured(context: Session, drafters: dict[str, Any], *how: Any, **more: Any) -> Costs:
+        calls.append(list(drafters))
+        return COSTS
+
+    monkeypatch.setattr(adaptive, "measure_costs", measured)
+    monkeypatch.setattr(choose, "cache_folder", lambda: tmp_path)
+    for keep, times in ((False, 1), (True, 2), (True, 2), (False, 3)):
+        model = HyperBagel.from_pretrained("toybox")
+        if keep:
+            model.drafters.keep_costs()
+        for _ in range(2):
+            assert model.ask("what do you see?").drafter is not None
+        assert len(calls) == times and set(calls[-1]) == {"block", "lookup"}
+
+
+def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HYPERBAGEL_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("HYPERBAGEL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "hyperbagel"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "hyperbagel"
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kept_costs.Path, "home", homeless)
+    assert cache_folder() is None
+    model = HyperBagel.from_pretrained("toybox")
+    model.drafters.keep_costs()
+    assert model.drafters.kept is None
