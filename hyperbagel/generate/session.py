@@ -81,9 +81,9 @@ class Session:
     cache: KVCache
     position: int = 0
     texts: list[list[int]] = field(default_factory=list)  # ids of the texts that the image-dropped context holds
-    dropped: tuple[int, int] = (0, 0)  # (cached tokens, position) before the last text
+    dropped: tuple[int, int] = (0, 0)  # (tokens, position) before the last text
     last_size: tuple[int, int] | None = None  # (height, width) of the last input image, after its resize
-    unread: list[Streams] = field(default_factory=list)  # pictures that are not in the cache yet (`add_image`)
+    waiting_pictures: list[Streams] = field(default_factory=list)  # pictures that are not in the cache yet (`add_image`)
     waiting: list[int] = field(default_factory=list)  # ids of a text that is not in the cache yet (`add_text`), behind those pictures
     opened: Tensor | None = None  # [V] logits after im_start, with which the cache then ends (`open_answer`)
 
@@ -106,10 +106,10 @@ class Session:
         """
         tokenizer = self.parts.tokenizer
         ids = [tokenizer.im_start, *tokenizer.encode(text), tokenizer.im_end]
-        self._before(len(ids))
+        self._make_way(len(ids))
         self.check_room(len(ids))
         if guided:
-            self.dropped = (self.tokens, self.position + len(self.unread))
+            self.dropped = (self.tokens, self.position + len(self.waiting_pictures))
             self.texts.append(ids)
         self.waiting = ids
         if not later:
@@ -118,23 +118,27 @@ class Session:
     def settle(self) -> None:
         """Prefills the pictures and the text that wait, if any, and takes back the start of an answer."""
         self._close_answer()
-        if self.unread or self.waiting:
+        if self.waiting_pictures or self.waiting:
             self._read(self.waiting)
             self.waiting = []
 
     def _read(self, ids: Sequence[int], wanted: str = "") -> Tensor | None:
         """Reads the pictures that wait and then a text in one forward; returns the hidden states [1, ..., E] of both, if `wanted`."""
-        hidden = _read(self.parts.model, self.cache, self.position, self.unread, ids, wanted)
-        self.position, self.unread = self.position + len(self.unread) + len(ids), []
+        hidden = _forward_blocks(self.parts.model, self.cache, self.position, self.waiting_pictures, ids, wanted)
+        self.position, self.waiting_pictures = self.position + len(self.waiting_pictures) + len(ids), []
         return hidden
 
-    def _before(self, tokens: int) -> None:
+    def _read_pictures(self) -> None:
+        if self.waiting_pictures:
+            self._read([])
+
+    def _make_way(self, tokens: int) -> None:
         """Reads what must be in the cache before `tokens` more can wait, and takes back the start of an answer."""
         self._close_answer()
-        if self.waiting or not self._shared(sum(map(_tokens, self.unread)) + tokens):
+        if self.waiting or not self._share_a_forward(sum(map(_tokens, self.waiting_pictures)) + tokens):
             self.settle()
 
-    def _shared(self, tokens: int) -> bool:
+    def _share_a_forward(self, tokens: int) -> bool:
         """Whether blocks of so many tokens in all share a forward."""
         return tokens <= _SHARED_FORWARD and self.parts.model.dtype == torch.float32
 
@@ -148,13 +152,13 @@ class Session:
         later takes im_start back. Raises InputError if there is no room for an answer."""
         if self.opened is None:
             self.check_answer(1)
-            before = self.cache.lengths[0], self.position, self.unread
+            before = self.cache.lengths[0], self.position, self.waiting_pictures
             try:
                 hidden = self._read([*self.waiting, self.parts.tokenizer.im_start], wanted="u")
                 assert hidden is not None
                 logits = self.parts.model.logits(hidden[:, -1])[0]
             except BaseException:  # no memory left: all of it waits on
-                length, self.position, self.unread = before
+                length, self.position, self.waiting_pictures = before
                 self.cache.truncate([length])
                 raise
             self.waiting, self.opened = [], logits
@@ -166,20 +170,20 @@ class Session:
 
         The picture is first resized by the latent rule (`resize`), so that both blocks show the same pixels. `generator` gives the
         noise of the posterior sample, drawn on the CPU; None takes the mean. Guidance then has no text to drop until one is added.
-        later: if it is small (_SHARED_FORWARD) and without latents, it is read together with what follows.
+        later: if it is small (_SHARED_FORWARD), in fp32 and without latents, it is read together with what follows.
         """
         if resize:
             image = self.parts.vae_transform.resize(image)
         blocks = [self.latent_block(self.parts.vae_transform(image), generator)] if latents else []
         blocks.append(self.vit_block(self.parts.vit_transform(image)))
         size = sum(map(_tokens, blocks))
-        if later and not latents and self._shared(size):
-            self._before(size)
+        if later and not latents and self._share_a_forward(size):
+            self._make_way(size)
             self.check_room(size)
-            self.unread = [*self.unread, *blocks]
+            self.waiting_pictures = [*self.waiting_pictures, *blocks]
         else:
             self.add_blocks(blocks)
-        self.dropped = (self.tokens, self.position + len(self.unread))
+        self.dropped = (self.tokens, self.position + len(self.waiting_pictures))
         self.last_size = (image.height, image.width)
 
     def latent_block(self, pixels: Tensor, generator: torch.Generator | None) -> Streams:
@@ -213,8 +217,8 @@ class Session:
         self.settle()
         sizes = [_tokens(block) for block in blocks]
         self.check_room(sum(sizes))
-        for group in [blocks] if self._shared(sum(sizes)) else [[block] for block in blocks]:
-            _read(self.parts.model, self.cache, self.position, group)
+        for group in [blocks] if self._share_a_forward(sum(sizes)) else [[block] for block in blocks]:
+            _forward_blocks(self.parts.model, self.cache, self.position, group)
             self.position += len(group)
 
     def markers(self) -> Tensor:
@@ -225,7 +229,7 @@ class Session:
     @property
     def tokens(self) -> int:
         """Tokens of the context, with what waits and without the start of an answer."""
-        return self.cache.lengths[0] + sum(map(_tokens, self.unread)) + len(self.waiting) - (self.opened is not None)
+        return self.cache.lengths[0] + sum(map(_tokens, self.waiting_pictures)) + len(self.waiting) - (self.opened is not None)
 
     def room(self) -> int:
         """Tokens that still fit into the model's context."""
@@ -260,22 +264,22 @@ class Session:
     def so_far(self) -> Branch:
         """The context without the text that waits."""
         self._close_answer()
-        if self.unread:
-            self._read([])
+        self._read_pictures()
         return Branch(self.cache, self.cache.lengths[0], self.position)
 
     def text_dropped(self) -> Branch:
-        """The context before its last text: a prefix, so nothing is computed or copied."""
+        """The context before its last text: a prefix, so nothing is computed (but a picture that waits) or copied."""
+        self._read_pictures()
         return Branch(self.cache, *self.dropped)
 
     def image_dropped(self) -> Branch:
         """All guided texts and no image, from position 0. The full context itself if that holds nothing else."""
         given = sum(len(ids) for ids in self.texts)
-        if given == self.cache.lengths[0]:
+        if given == self.tokens:
             return self.full()
         cache, position = self.parts.model.new_cache(), 0
         for ids in self.texts:
-            _read(self.parts.model, cache, position, [], ids)
+            _forward_blocks(self.parts.model, cache, position, [], ids)
             position += len(ids)
         return Branch(cache, cache.lengths[0], position)
 
@@ -294,7 +298,7 @@ def _tokens(block: Streams) -> int:
     return sum(part.shape[1] for part in block if part is not None)
 
 
-def _read(
+def _forward_blocks(
     model: Bagel, cache: KVCache, position: int, blocks: Sequence[Streams], ids: Sequence[int] = (), wanted: str = ""
 ) -> Tensor | None:
     """Runs blocks and then a text, the first of them at `position`, through the model into the cache, in one forward.

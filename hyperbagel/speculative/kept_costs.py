@@ -13,29 +13,49 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 
-from hyperbagel import __version__
+import hyperbagel
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_write_text, make_folder, read_json
+from hyperbagel.core.files import atomic_write_text, make_folder
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.types import Drafter
 
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BELIEVED = 24 * 3600.0  # seconds: the machine may have been busy when it was measured, or have changed since
 
 
 def cache_folder() -> Path | None:
     """$HYPERBAGEL_CACHE, else hyperbagel in $XDG_CACHE_HOME or ~/.cache; None for a user without a home."""
-    own, caches = os.environ.get("HYPERBAGEL_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own)
+    own, caches = os.environ.get("HYPERBAGEL_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
     try:
-        return Path(caches or Path.home() / ".cache") / "hyperbagel"
+        if own:
+            return Path(own).expanduser()
+        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "hyperbagel"  # a relative one means nothing
     except RuntimeError:
         return None
+
+
+def _young(path: Path) -> bool:
+    return 0 <= time.time() - path.stat().st_mtime < BELIEVED
+
+
+class _Kept(BaseModel):
+    """A file's contents: seconds as in `Costs`, finite and none below zero."""
+
+    about: dict[str, Any]
+    verify: Annotated[list[tuple[int, PositiveSeconds]], Field(min_length=1)]
+    draft: dict[str, tuple[Seconds, Seconds, Seconds]]
+
+    def rising(self) -> bool:
+        """Whether a plain step is there and reading more tokens never costs less."""
+        tokens, seconds = zip(*self.verify, strict=True)
+        return tokens[0] == 1 and list(tokens) == sorted(set(tokens)) and list(seconds) == sorted(seconds)
 
 
 class KeptCosts:
@@ -44,11 +64,12 @@ class KeptCosts:
     def __init__(self, folder: Path, model: Bagel, graphs: bool = False) -> None:
         device = model.device
         self.folder = folder
-        self.about: dict[str, Any] = {  # all that times depend on; of weights only their shapes
+        code = max((path.stat().st_mtime for path in Path(hyperbagel.__file__).parent.rglob("*.py")), default=0.0)
+        self.about: dict[str, Any] = {  # what times depend on; of weights only their shapes
             "machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(),
-            "versions": [__version__, torch.__version__],
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
+            "threads": [torch.get_num_threads(), os.environ.get("OMP_WAIT_POLICY")],
+            "versions": [hyperbagel.__version__, code, torch.__version__],
             "model": model.config.model_dump(mode="json"),
             "how": [str(model.dtype), model.language_model.model.attention, graphs],
         }
@@ -58,15 +79,14 @@ class KeptCosts:
         about = self._about(drafters, rows, sampled)
         path = self._path(about)
         try:
-            found = read_json(path)
-            if found["about"] != about or not 0 <= time.time() - path.stat().st_mtime < BELIEVED:
+            if not _young(path):
                 return None
-            verify = tuple((int(n), float(seconds)) for n, seconds in found["verify"])
-            draft = {name: DraftCost(*map(float, seconds)) for name, seconds in found["draft"].items()}
-        except (InputError, OSError, LookupError, TypeError, ValueError, AttributeError):
+            found = _Kept.model_validate_json(path.read_bytes())
+        except (OSError, ValueError):  # absent, or damaged: then it is measured and written again
             return None
-        sound = [n for n, _ in verify] == sorted({n for n, _ in verify}) and all(seconds > 0 for _, seconds in verify)
-        return Costs(verify, draft) if sound and verify and verify[0][0] == 1 and set(draft) == set(drafters) else None
+        if found.about != about or set(found.draft) != set(drafters) or not found.rising():
+            return None
+        return Costs(tuple(found.verify), {name: DraftCost(*cost) for name, cost in found.draft.items()})
 
     def save(self, drafters: Mapping[str, Drafter], rows: int, sampled: bool, costs: Costs) -> None:
         """Keeps them if the folder can be written: otherwise nothing is lost but the time of measuring again."""
@@ -74,6 +94,9 @@ class KeptCosts:
         draft = {name: [cost.first, cost.more, cost.start] for name, cost in costs.draft.items()}
         with suppress(InputError, OSError):
             make_folder(self.folder)
+            for path in self.folder.glob("costs-*.json"):
+                if not _young(path):
+                    path.unlink()
             atomic_write_text(self._path(about), json.dumps({"about": about, "verify": costs.verify, "draft": draft}, indent=1) + "\n")
 
     def _about(self, drafters: Mapping[str, Drafter], rows: int, sampled: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 import hyperbagel
 from hyperbagel.core.errors import Notice
+from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.weights import inspect_folder
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.run import warm_up
@@ -90,6 +91,18 @@ def test_it_has_learned_the_language_of_answers(model: HyperBagel) -> None:
     asked = [sample_question(rng, kind="colour") for _ in range(40)]
     answers = model.ask_batch([AskRequest(q.question, (Image.fromarray(render(q.scene)),), max_tokens=6) for q in asked])
     assert sum(answer.text in COLOURS for answer in answers) >= 30
+
+
+def test_a_picture_and_its_question_are_read_at_once(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward up to the first token, which is then there; with a second picture, too."""
+    forwards: list[int] = []
+    own = Bagel.backbone
+    monkeypatch.setattr(Bagel, "backbone", lambda self, *given, **more: forwards.append(1) or own(self, *given, **more))
+    picture = model.generate("a red car", seed=0, student="1")[0].image
+    for pictures in (picture, [picture, picture]):
+        forwards.clear()
+        said = model.ask("What colour is the car?", pictures, max_tokens=1, drafter="none")
+        assert len(forwards) == 1 and said.tokens == 1
 
 
 def test_a_server_starts_though_its_first_answer_failed(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:

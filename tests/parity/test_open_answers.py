@@ -169,7 +169,7 @@ def test_pictures_share_the_question_s_forward(kind: str, saved: int, parts: Par
     at_once = looked(parts, False, kind)
     most, calls[:] = len(calls), []
     together = looked(parts, True, kind)
-    assert len(calls) == most - saved and not together.unread
+    assert len(calls) == most - saved and not together.waiting_pictures
     for _ in range(2):
         (n, *numbers, keys), (m, *others, held) = state(together), state(at_once)
         assert (n, *numbers) == (m, *others) and (together.dropped, together.last_size) == (at_once.dropped, at_once.last_size)
@@ -186,19 +186,54 @@ def test_pictures_share_the_question_s_forward(kind: str, saved: int, parts: Par
 @torch.inference_mode()
 def test_whatever_needs_a_waiting_picture_reads_it(parts: Parts) -> None:
     want = looked(parts, False, "two")
-    for take in (Session.full, Session.so_far, Session.fork):
+    for take in (Session.full, Session.so_far, Session.text_dropped, Session.fork):
         session = looked(parts, True, "two", open_it=False)
-        assert len(session.unread) == 2 and session.cache.lengths == [0] and session.tokens == want.tokens
+        assert len(session.waiting_pictures) == 2 and session.cache.lengths == [0] and session.tokens == want.tokens
         behind = take(session)
         if isinstance(behind, Session):
-            behind.add_image(photo(20, 20, 2), latents=False)  # a copy's picture comes behind those that wait, and is its own
-            assert not behind.unread and behind.tokens > want.tokens and len(session.unread) == 2
+            behind.waiting = []
+            behind.add_image(photo(20, 20, 2), latents=False, later=True)  # a copy's picture comes behind those that wait, and is its own
+            assert len(behind.waiting_pictures) == 3 and len(session.waiting_pictures) == 2
         else:
-            assert (behind.length, behind.position) == (want.tokens - len(session.waiting), want.position - 1 - len(session.waiting))
-            assert not session.unread and bool(session.waiting) is (take is Session.so_far)
+            kept = want.tokens, want.position - 1  # with the question
+            if take is not Session.full:
+                kept = kept[0] - len(session.waiting), kept[1] - len(session.waiting)
+            assert (behind.length, behind.position) == kept and behind.view().lengths == [kept[0]]
+            assert not session.waiting_pictures and bool(session.waiting) is (take is not Session.full)
         session.open_answer()
         assert state(session)[:3] == state(want)[:3]
         torch.testing.assert_close(session.opened, want.opened, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_guidance_leaves_out_what_waits(parts: Parts) -> None:
+    """The contexts without pictures and without the last text, whichever of them has been read."""
+    found = []
+    for later in (False, True):
+        session = Session.new(parts)
+        session.add_text("and now", later=later)
+        session.add_image(photo(30, 20), latents=False, later=later)
+        assert session.dropped == (session.tokens, session.position + len(session.waiting_pictures))
+        session.add_text("a plan", guided=False, later=later)
+        image = session.image_dropped()
+        assert image.cache is not session.cache
+        text = session.text_dropped()
+        found.append((text.view().lengths, text.position, image.length, image.position, session.full().position))
+        alone = Session.new(parts)
+        alone.add_text("and now", later=later)
+        assert alone.image_dropped().cache is alone.cache  # nothing but given texts
+    assert found[0] == found[1] and found[0][0][0] > found[0][2] > 0
+
+
+@torch.inference_mode()
+def test_no_room_for_a_waiting_picture(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session.new(parts)
+    session.add_image(photo(30, 20), latents=False, later=True)
+    session.add_text("a " * (session.room() - 5), later=True)
+    before = session.tokens, session.position
+    with pytest.raises(InputError, match="expected at most 600"):
+        session.add_image(photo(20, 20), latents=False, later=True)
+    assert session.tokens == before[0] and session.room() < 6
 
 
 @torch.inference_mode()
@@ -207,10 +242,10 @@ def test_what_is_large_or_in_bf16_has_forwards_of_its_own(parts: Parts, monkeypa
     fits = looked(parts, True, "two", open_it=False).tokens
     for limit, waiting in ((fits, 2), (fits - 1, 0), (5, 0)):
         monkeypatch.setattr("hyperbagel.generate.session._SHARED_FORWARD", limit)
-        assert len(looked(parts, True, "two", open_it=False).unread) == waiting
+        assert len(looked(parts, True, "two", open_it=False).waiting_pictures) == waiting
     assert state(looked(parts, True, "two"))[:3] == state(looked(parts, False, "two"))[:3]
     monkeypatch.undo()
-    assert not looked(make_parts(torch.bfloat16), True, "two", open_it=False).unread
+    assert not looked(make_parts(torch.bfloat16), True, "two", open_it=False).waiting_pictures
 
 
 @torch.inference_mode()
@@ -225,7 +260,7 @@ def test_a_failure_leaves_pictures_waiting(parts: Parts, monkeypatch: pytest.Mon
         patch.setattr(Bagel, "logits", none_left)
         with pytest.raises(torch.OutOfMemoryError):
             session.open_answer()
-    assert (session.tokens, session.position) == before and len(session.unread) == 2 and session.cache.lengths == [0]
+    assert (session.tokens, session.position) == before and len(session.waiting_pictures) == 2 and session.cache.lengths == [0]
     session.open_answer()
     assert state(session)[:3] == state(want)[:3]
 

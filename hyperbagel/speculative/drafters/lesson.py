@@ -20,6 +20,7 @@ def make_lesson(sessions: Sequence[Session], answers: Sequence[Sequence[int]], l
     """
     parts = sessions[0].parts
     assert all(session.opened is None for session in sessions), "got sessions that have read im_start, expected none"
+    assert not any(session.waiting or session.waiting_pictures for session in sessions), "got something that waits, settle it"
     model, device = parts.model, parts.model.device
     rows = [[parts.tokenizer.im_start, *answer] for answer in answers]
     counts = [len(row) for row in rows]

@@ -58,9 +58,69 @@ def test_other_work_has_other_costs(model: HyperBagel, drafters: dict[str, Any],
         KeptCosts(tmp_path, fresh_bagel(model.parts.model.config, torch.Generator()).to(torch.bfloat16)).load(drafters, 1, False),
     ):
         assert found is None
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    assert KeptCosts(tmp_path, model.parts.model).load(drafters, 1, False) is None
+    monkeypatch.setattr(drafters["block"], "depth", drafters["block"].depth - 1)
+    assert kept.load(drafters, 1, False) is None
+    monkeypatch.undo()
+    module = drafters["block"].module
+    monkeypatch.setattr(module, "config", module.config.model_copy(update={"rank": 7}))
+    assert kept.load(drafters, 1, False) is None
+    monkeypatch.undo()
     assert kept.load(drafters, 1, False) == COSTS
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("torch.get_num_threads", lambda: 7),
+        ("torch.__version__", "9.9"),
+        ("torch.backends.cpu.get_cpu_capability", lambda: "slow"),
+        ("hyperbagel.__version__", "9.9"),
+        ("hyperbagel.__file__", None),  # set below
+        ("platform.node", lambda: "elsewhere"),
+        ("platform.machine", lambda: "other"),
+        ("os.cpu_count", lambda: 99),
+    ],
+)
+def test_elsewhere_it_is_measured_again(
+    what: str, value: object, model: HyperBagel, drafters: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    KeptCosts(tmp_path, model.parts.model).save(drafters, 1, False, COSTS)
+    if what == "hyperbagel.__file__":
+        newest = tmp_path / "package" / "new.py"
+        newest.parent.mkdir()
+        newest.write_text("")
+        value = str(newest)
+    monkeypatch.setattr(what, value)
+    assert KeptCosts(tmp_path, model.parts.model).load(drafters, 1, False) is None
+
+
+def test_another_model_or_setting_is_another_measurement(
+    model: HyperBagel, drafters: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = model.parts.model
+    KeptCosts(tmp_path, target).save(drafters, 1, False, COSTS)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert KeptCosts(tmp_path, target).load(drafters, 1, False) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(target.language_model.model, "attention", "reference")
+    assert KeptCosts(tmp_path, target).load(drafters, 1, False) is None
+    monkeypatch.undo()
+    wider = target.config.llm.model_copy(update={"intermediate_size": 9})
+    monkeypatch.setattr(target, "config", target.config.model_copy(update={"llm": wider}))
+    assert KeptCosts(tmp_path, target).load(drafters, 1, False) is None
+    monkeypatch.undo()
+    assert KeptCosts(tmp_path, target).load(drafters, 1, False) == COSTS
+
+
+def test_old_files_are_removed(model: HyperBagel, drafters: dict[str, Any], tmp_path: Path) -> None:
+    kept = KeptCosts(tmp_path, model.parts.model)
+    kept.save(drafters, 1, False, COSTS)
+    old = only_file(tmp_path)
+    os.utime(old, (0, 0))
+    (tmp_path / "other.json").write_text("{}")
+    os.utime(tmp_path / "other.json", (0, 0))
+    kept.save(drafters, 2, False, COSTS)
+    assert not old.exists() and (tmp_path / "other.json").exists() and len(list(tmp_path.iterdir())) == 2
 
 
 def test_it_is_believed_for_a_day(model: HyperBagel, drafters: dict[str, Any], tmp_path: Path) -> None:
@@ -81,6 +141,13 @@ def test_it_is_believed_for_a_day(model: HyperBagel, drafters: dict[str, Any], t
         {"verify": [[1, 0.1], [8, 0.2], [4, 0.2]]},
         {"verify": [[1, 0.0], [8, 0.2]]},
         {"verify": [[1, "fast"]]},
+        {"verify": [[1, 0.2], [8, 0.1]]},
+        {"verify": [[1, 0.1], [float("inf"), 0.2]]},
+        {"verify": [[1, 0.1], [8, float("inf")]]},
+        {"verify": [[1, 10**400]]},
+        {"draft": {"block": [float("nan"), 0.1, 0.1], "lookup": [0.1, 0.1, 0.1]}},
+        {"draft": {"block": [-0.1, 0.1, 0.1], "lookup": [0.1, 0.1, 0.1]}},
+        {"draft": {"block": [0.1, 0.1, 10**400], "lookup": [0.1, 0.1, 0.1]}},
         {"verify": 3},
         {"draft": {"block": [0.1, 0.1, 0.1]}},
         {"draft": {"block": [0.1], "lookup": [0.1, 0.1, 0.1, 0.1]}},
@@ -93,7 +160,7 @@ def test_a_damaged_file_is_no_costs(change: dict[str, Any], model: HyperBagel, d
     kept.save(drafters, 1, False, COSTS)
     path = only_file(tmp_path)
     whole = path.read_text()
-    for text in (json.dumps(json.loads(whole) | change), whole[: len(whole) // 2], "", "[]"):
+    for text in (json.dumps(json.loads(whole) | change), whole[: len(whole) // 2], "", "[]", "[" * 100_000):
         path.write_text(text)
         assert kept.load(drafters, 1, False) is None
     kept.save(drafters, 1, False, COSTS)
@@ -127,13 +194,16 @@ def test_the_second_process_does_not_measure(tmp_path: Path, monkeypatch: pytest
 
 
 def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HYPERBAGEL_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for own in (str(tmp_path / "own"), "~/own"):
+        monkeypatch.setenv("HYPERBAGEL_CACHE", own)
+        assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("HYPERBAGEL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "hyperbagel"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == tmp_path / ".cache" / "hyperbagel"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "hyperbagel"
 
     def homeless() -> Path:
