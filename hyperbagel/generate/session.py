@@ -123,7 +123,7 @@ class Session:
             self.waiting = []
 
     def _read(self, ids: Sequence[int], wanted: str = "") -> Tensor | None:
-        """Reads the pictures that wait and then a text in one forward; returns the hidden states [1, ..., E] of both, if `wanted`."""
+        """Reads the pictures that wait and then a text in one forward; returns the wanted hidden states [1, n, E]."""
         hidden = _forward_blocks(self.parts.model, self.cache, self.position, self.waiting_pictures, ids, wanted)
         self.position, self.waiting_pictures = self.position + len(self.waiting_pictures) + len(ids), []
         return hidden
@@ -154,7 +154,7 @@ class Session:
             self.check_answer(1)
             before = self.cache.lengths[0], self.position, self.waiting_pictures
             try:
-                hidden = self._read([*self.waiting, self.parts.tokenizer.im_start], wanted="u")
+                hidden = self._read([*self.waiting, self.parts.tokenizer.im_start], wanted="last")
                 assert hidden is not None
                 logits = self.parts.model.logits(hidden[:, -1])[0]
             except BaseException:  # no memory left: all of it waits on
@@ -304,7 +304,7 @@ def _forward_blocks(
     """Runs blocks and then a text, the first of them at `position`, through the model into the cache, in one forward.
 
     A block sees itself and all before it and takes one position; each of the text's ids is a block of its own. Returns the hidden states
-    [1, ..., E] of the understanding tokens, the text's last, if `wanted`. Latents come last in the cache, so a text may not follow them.
+    [1, n, E] of the understanding tokens, as `wanted`: see Qwen2MoT. Latents come last in the cache, so a text may not follow them.
     """
     assert not ids or all(block.g is None for block in blocks), "got a text behind latents, expected a forward for each"
     streams: list[list[Tensor]] = [[], []]  # u and g

@@ -59,7 +59,8 @@ class SelfAttention(Projections):
         self.k_norm, self.k_norm_moe_gen = RMSNorm(self.head_dim, cfg.rms_norm_eps), RMSNorm(self.head_dim, cfg.rms_norm_eps)
 
     def forward(self, x: Streams, sight: Sight, layer: int, wanted: str = "ug") -> Streams:
-        """`wanted`: streams whose output is computed; the others only contribute keys and values, and come back as None."""
+        """`wanted`: streams whose output is computed; the others only contribute keys and values, and come back as None. "last": u's last
+        token alone."""
         parts = [self.project(part, expert) for part, expert in zip(x, EXPERTS) if part is not None]
         qk, v = parts[0] if len(parts) == 1 else (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
         qk, v = rotate(qk, sight.cos, sight.sin).transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
@@ -68,14 +69,17 @@ class SelfAttention(Projections):
             k, v = sight.cache.append(layer, sight.plan, k, v)
         su = 0 if x.u is None else x.u.shape[1]
         first, last = (0 if "u" in wanted else su), (q.shape[2] if "g" in wanted else su)
-        mask = sight.mask
+        if wanted == "last":
+            first, last = su - 1, su
+        mask, causal = sight.mask, sight.causal
         if last - first < q.shape[2]:
             if first == last:
                 return Streams(None, None)
-            assert not sight.causal, "got a causal plan for a part of the streams, expected a mask"
+            assert not causal or first + 1 == q.shape[2], "got a causal plan for a part of the streams, expected a mask"
+            causal = False  # the last token sees all
             q = q[:, :, first:last]
             mask = mask[..., first:last, :] if isinstance(mask, Tensor) and mask.shape[-2] > 1 else mask
-        out = self.attend(q, k, v, mask, sight.causal, sight.backend).transpose(1, 2).flatten(2)  # [B, S, Hq D]
+        out = self.attend(q, k, v, mask, causal, sight.backend).transpose(1, 2).flatten(2)  # [B, S, Hq D]
         # `view`: a one-row slice has an arbitrary batch stride. FSDP2 normalises it in a forward but not where a layer is run again for
         # its gradient (`recompute`), and the shapes saved for the products would then differ.
         u, g = (part.view(part.shape) if part.shape[1] else None for part in (out[:, : su - first], out[:, su - first :]))
@@ -100,8 +104,8 @@ class DecoderLayer(nn.Module):
         )
         mixed = self.self_attn(normed, sight, layer, wanted)
         u = g = None
-        if mixed.u is not None:
-            u = x.u + mixed.u
+        if x.u is not None and mixed.u is not None:
+            u = x.u[:, -mixed.u.shape[1] :] + mixed.u
             u = u + self.mlp(self.post_attention_layernorm(u))
         if mixed.g is not None:
             g = x.g + mixed.g
@@ -139,8 +143,8 @@ class Qwen2MoT(nn.Module):
             mask: who sees whom where there is no cache; with one, `plan` says it.
             backend: replaces the attention that the model was made with.
             taps: collects the output of every layer. A cache with taps keeps the layers that it was made for.
-            wanted: streams to return, "ug", "g" or "" (a context read for its keys and values alone). The last layer leaves out what
-                only the others would need.
+            wanted: streams to return, "ug", "g", "last" (u's last token alone) or "" (a context read for its keys and values alone). The
+                last layer leaves out what only the others would need.
         """
         some = x.u if x.u is not None else x.g
         assert some is not None, "a forward needs tokens"

@@ -53,6 +53,35 @@ def test_the_rest_is_as_before(model, wanted: str, g: bool, mask: str) -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("past", [0, 5])
+@pytest.mark.parametrize("kind", ["a text", "a picture and a text", "with latents"])
+@torch.inference_mode()
+def test_the_last_token_alone(model, kind: str, past: int) -> None:
+    """It sees what it sees among the others, causal or behind a mask; keys and values of all are kept."""
+    draws = torch.Generator().manual_seed(5)
+    context, u, g = (torch.randn(1, n, model.config.llm.hidden_size, generator=draws) for n in (5, 4, 2))
+    own = torch.tensor(
+        [0, 0, 1, 2, 1, 1] if kind == "with latents" else [0, 0, 1, 2]
+    )  # the last token sees the latents, the one before it too
+
+    def run(wanted: str) -> tuple[torch.Tensor, KVCache]:
+        cache = model.new_cache()
+        if past:
+            model.backbone(Streams(context, None), torch.arange(5)[None], cache=cache, plan=cache.plan([5], causal=True))
+            cache.advance([5])
+        plan = cache.plan([4], causal=True) if kind == "a text" else cache.plan_blocks(own)
+        x, where = Streams(u, g if kind == "with latents" else None), past + torch.arange(len(own))[None]
+        out = model.backbone(x, where, cache=cache, plan=plan, wanted=wanted)
+        assert (out.g is None) is (wanted == "last" or x.g is None)
+        return out.u, cache
+
+    (last, kept), (whole, cache) = run("last"), run("ug")
+    assert last.shape == (1, 1, model.config.llm.hidden_size)
+    torch.testing.assert_close(last, whole[:, -1:])
+    for mine, theirs in zip((*kept.k, *kept.v), (*cache.k, *cache.v), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("wanted", ["u", "g"])
 @torch.inference_mode()
 def test_each_stream_keeps_its_own_rows_of_a_mask(model, wanted: str) -> None:
