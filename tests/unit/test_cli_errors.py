@@ -43,6 +43,13 @@ class FakeModel:
         self.calls.append(("load", (), options))
         return self
 
+    @property
+    def drafters(self) -> FakeModel:
+        return self
+
+    def keep_costs(self) -> None:
+        self.calls.append(("keep_costs", (), {}))
+
     def _pictures(self, name: str, positional: tuple[Any, ...], options: dict[str, Any]) -> list[FakePicture]:
         self.calls.append((name, positional, options))
         if self.fails is not None:
@@ -294,6 +301,7 @@ def test_ask_prints_the_answer_alone_on_stdout(model: FakeModel, picture: str, c
     out, err = capsys.readouterr()
     assert out == "two\n" and "9 tokens in, 3 out, 20.0 tok/s" in err and "larger --max-tokens" in err
     assert model.calls[-1][2] == {"seed": 0, "think": False, "max_tokens": 5}
+    assert [name for name, _, _ in model.calls] == ["load", "keep_costs", "ask"]
 
 
 def test_the_installed_command_exits_with_the_code() -> None:
@@ -308,6 +316,7 @@ from hyperbagel import cli
 
 class Model:
     load_seconds = 0.0
+    drafters = types.SimpleNamespace(keep_costs=lambda: None)
     @classmethod
     def from_pretrained(cls): return cls()
     def ask(self, question, images, **options):
