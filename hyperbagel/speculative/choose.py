@@ -36,7 +36,7 @@ class Drafters:
         self.kept: KeptCosts | None = None
 
     def keep_costs(self) -> None:
-        """From now on budgets take what drafting costs from disk, if it was measured here less than a day ago, and put it there if not."""
+        """Budgets made from now on take what drafting costs from disk, if it was measured here less than a day ago, or put it there."""
         folder = cache_folder()
         self.kept = None if folder is None else KeptCosts(folder, self.parts.model, self.graphs is not None)
 

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,16 +63,20 @@ class KeptCosts:
     """The costs of a model's drafters on this machine, a file for each set of drafters and batch size."""
 
     def __init__(self, folder: Path, model: Bagel, graphs: bool = False) -> None:
-        device = model.device
-        self.folder = folder
+        self.folder, self.model, self.graphs = folder, model, graphs
+
+    @cached_property
+    def setting(self) -> dict[str, Any]:
+        """What times depend on besides drafters and batch size; of weights only their shapes. Looked up where something drafts."""
+        model, device = self.model, self.model.device
         code = max((path.stat().st_mtime for path in Path(hyperbagel.__file__).parent.rglob("*.py")), default=0.0)
-        self.about: dict[str, Any] = {  # what times depend on; of weights only their shapes
+        return {
             "machine": f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores",
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
             "threads": [torch.get_num_threads(), os.environ.get("OMP_WAIT_POLICY")],
             "versions": [hyperbagel.__version__, code, torch.__version__],
             "model": model.config.model_dump(mode="json"),
-            "how": [str(model.dtype), model.language_model.model.attention, graphs],
+            "how": [str(model.dtype), model.language_model.model.attention, self.graphs],
         }
 
     def load(self, drafters: Mapping[str, Drafter], rows: int, sampled: bool) -> Costs | None:
@@ -105,7 +110,7 @@ class KeptCosts:
             module = getattr(drafter, "module", None)
             if module is not None:
                 whose[name].append(module.config.model_dump(mode="json"))
-        return json.loads(json.dumps(self.about | {"drafters": whose, "rows": rows, "sampled": sampled}))  # as a file gives it back
+        return json.loads(json.dumps(self.setting | {"drafters": whose, "rows": rows, "sampled": sampled}))  # as a file gives it back
 
     def _path(self, about: Mapping[str, Any]) -> Path:
         return self.folder / f"costs-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}.json"
