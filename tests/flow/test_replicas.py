@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
+from server_world import wait_for
 
 from hyperbagel import cli
 from hyperbagel.pipeline import HyperBagel
@@ -37,13 +38,6 @@ def replicas_of(top: int) -> set[int]:
         if b"ServeReplica:hyperbagel" in title and f"HYPERBAGEL_TEST={top}".encode() in environment:
             found.add(int(folder.name))
     return found
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.fixture

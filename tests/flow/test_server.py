@@ -18,7 +18,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
-from server_world import KEY, png
+from server_world import KEY, png, wait_for
 
 from hyperbagel.data.images import read_settings
 from hyperbagel.pipeline import HyperBagel, ImageRequest
@@ -41,13 +41,6 @@ def address(model: HyperBagel, serving: Callable[[Any], AbstractContextManager[s
 def remote(address: tuple[str, Any]) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(api_key=KEY, base_url=address[0], max_retries=0, timeout=30) as client:
         yield client
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def pixels(b64: str | None) -> np.ndarray:

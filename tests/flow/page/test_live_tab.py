@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from server_world import wait_for
 
 from benchmarks import live as benchmark
 from benchmarks.browser import live_opened, live_settled
@@ -72,7 +73,8 @@ def test_new_input_overtakes_what_is_at_work(visit: Visit, app: Any, model: Hype
     page.keyboard.press("Escape")
     page.wait_for_function("() => document.querySelector('#live').dataset.cancelled === '5'")
     page.wait_for_selector("#live:not([aria-busy])")
-    assert app.state.metrics.get("hyperbagel_running") == 0 and page.evaluate("hyperbagelLive.samples.length") == 0
+    wait_for(lambda: app.state.metrics.get("hyperbagel_running") == 0)
+    assert page.evaluate("hyperbagelLive.samples.length") == 0
     monkeypatch.setattr(realtime, "tiers", lambda model: quick)
     page = opened(visit)
     page.locator("#live [name=prompt]").press_sequentially("a red car and a dog", delay=0)

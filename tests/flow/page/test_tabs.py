@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from server_world import wait_for
 
 from hyperbagel.data.images import read_settings
 from hyperbagel.pipeline import HyperBagel
@@ -104,12 +105,8 @@ def test_cancel_ends_the_work_on_the_server(visit: Visit, app: Any) -> None:
         end()
         page.wait_for_selector("#draw .slot[data-state=cancelled] >> nth=0")
         page.wait_for_function("() => !document.querySelector('#draw').hasAttribute('aria-busy')")
-        for _ in range(100):
-            if app.state.metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled") == before + 1:
-                break
-            page.wait_for_timeout(20)
+        wait_for(lambda: app.state.metrics.get("hyperbagel_running") == 0)
         assert app.state.metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled") == before + 1
-        assert app.state.metrics.get("hyperbagel_running") == 0
     assert not page.locator("#alert").is_visible(), "a cancel is no error"
 
 
