@@ -69,6 +69,7 @@ class Chat:
         note: Callable[[str], Any] | None = None,
     ) -> None:
         """drafter: None takes the fastest of the model's own drafters and prompt lookup, or with CUDA graphs none."""
+        self.drafter_name = drafter
         self.model, self.seed, self.max_tokens, self.temperature, self.think, self.steps = model, seed, max_tokens, temperature, think, 0
         self.student = self._student(student) if student else None
         name = drafter or (AUTO if model.runner is None else NONE)  # graphs were asked for, so nothing drafts
@@ -153,7 +154,8 @@ class Chat:
         """Draws, or edits `images`, and makes the result the last picture."""
         if not prompt:
             raise InputError("got an empty prompt, expected some words after the command")
-        request = ImageRequest(prompt, tuple(images), self.seed, think=self.think, steps=self.steps or None, student=self.student)
+        given: dict[str, Any] = {"think": self.think, "steps": self.steps or None, "student": self.student, "drafter": self.drafter_name}
+        request = ImageRequest(prompt, tuple(images), self.seed, **given)
 
         def on_step(done: int, total: int, latents: Any) -> None:
             count_step(done, total)

@@ -26,6 +26,7 @@ from hyperbagel.cli_eval import app as eval_app
 from hyperbagel.cli_export import export
 from hyperbagel.cli_options import (
     Device,
+    Drafter,
     Dtype,
     Graphs,
     ImageScale,
@@ -33,6 +34,7 @@ from hyperbagel.cli_options import (
     MaxTokens,
     Model,
     Plan,
+    PlanDrafter,
     PlanTokens,
     Renorm,
     Size,
@@ -106,6 +108,8 @@ def _draw(
         check_size(where["model"] or "toybox", settings["size"])
     first = _seed(seed)
     pipeline, spent = _load(since, **where)
+    if settings["think"]:
+        pipeline.drafters.keep_costs()  # as in `ask`
     if settings.get("student", "none") != "none":
         pipeline.students.get(settings["student"])
     options = {"n": len(paths), "seed": first(), "on_step": lambda done, total, _: count_step(done, total), **settings}
@@ -117,7 +121,8 @@ def _draw(
     rows = []
     for result, path in zip(results, paths, strict=True):
         row = {"file": str(path), "size": list(result.image.size), "seed": result.seed, "nfe": result.nfe}
-        rows.append(row | {"settings": result.settings, "thinking": result.thinking})
+        row |= {"thinking": result.thinking, "tau": result.tau, "drafter": result.drafter}
+        rows.append(row | {"settings": result.settings})
         if not json:
             if result.thinking:
                 note(f"plan: {result.thinking}")
@@ -145,6 +150,7 @@ def generate(
     n: Count = 1,
     think: Plan = False,
     max_think_tokens: PlanTokens = None,
+    drafter: PlanDrafter = None,
     student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -156,7 +162,7 @@ def generate(
     checks.check_text(prompt, "prompt")
     where = {"model": model, "device": device, "dtype": dtype, "graphs": graphs}
     guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
-    plan = {"think": think, "max_think_tokens": max_think_tokens}
+    plan = {"think": think, "max_think_tokens": max_think_tokens, "drafter": drafter}
     _draw(prompt, [], paths, seed, where, json, steps=steps, size=size, student=student, **plan, **guidance)
 
 
@@ -178,6 +184,7 @@ def edit(
     mask: Annotated[Path | None, typer.Option(help="Where to edit: a picture's transparent parts, or its white ones.")] = None,
     think: Plan = False,
     max_think_tokens: PlanTokens = None,
+    drafter: PlanDrafter = None,
     student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -200,6 +207,7 @@ def edit(
         size=size,
         think=think,
         max_think_tokens=max_think_tokens,
+        drafter=drafter,
         student=student,
         image_scale=image_scale,
         mask=mask,
@@ -215,12 +223,7 @@ def ask(
     temperature: Temperature = None,
     seed: Seed = None,
     think: Plan = False,
-    drafter: Annotated[
-        str | None,
-        typer.Option(
-            help="Who drafts ahead: auto, lookup, a name, a folder, none. Only speed changes; above temperature 0 no seed repeats then."
-        ),
-    ] = None,
+    drafter: Drafter = None,
     device: Device = None,
     dtype: Dtype = None,
     graphs: Graphs = False,

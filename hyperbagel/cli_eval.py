@@ -48,6 +48,8 @@ def toybox(
     n_t2i: NT2I = None,
     n_edits: NEdits = None,
     n_questions: Annotated[int | None, typer.Option("--n-questions", help="Questions to ask.")] = None,
+    student: Student = None,
+    think: Plan = False,
     split: Split = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -55,9 +57,12 @@ def toybox(
     """Measure one model in the embedded toy world: pictures, edits and answers."""
     _counts(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions)
     checks.check_folder(out)
-    from hyperbagel.evaluate.toybox import run_toybox_eval
+    from hyperbagel.evaluate.toybox import Settings, run_toybox_eval
 
-    run_toybox_eval(_load(model, device, dtype), out=out, **given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions, split=split))
+    drawn_by = given(student=student)
+    asked = Settings(**given(split=split), think=think, image=drawn_by, edit=drawn_by)
+    counts = given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions)
+    run_toybox_eval(_load(model, device, dtype), out=out, settings=asked, **counts)
 
 
 @app.command()
@@ -77,6 +82,7 @@ def distillation(
     n_clock: Annotated[int | None, typer.Option("--n-clock", help="Pictures and edits to time.")] = None,
     n_steer: Annotated[int | None, typer.Option("--n-steer", help="Items to draw with weak and strong guidance.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the items and of their noise.")] = 0,
+    think: Plan = False,
     split: Split = None,
     batch: Annotated[int | None, typer.Option(help="Items drawn together.")] = None,
     device: Device = None,
@@ -96,7 +102,7 @@ def distillation(
     pipeline = _load(model, device, dtype)
     shipped = {name: pipeline.students.folder / name for name in ("6", "1") if name in pipeline.students.names()}
     counts = given(n_t2i=n_t2i, n_edits=n_edits, n_diversity=n_diversity, n_clock=n_clock, n_steer=n_steer, split=split, batch=batch)
-    run_distillation_eval(pipeline, shipped | folders, out=out, rows=wanted, seed=seed, **counts)
+    run_distillation_eval(pipeline, shipped | folders, out=out, rows=wanted, seed=seed, think=think, **counts)
 
 
 @app.command()

@@ -7,29 +7,28 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL.Image import Image, Resampling
+from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.hardware import clock, usable_device
 from hyperbagel.core.values import seed_of, whole
 from hyperbagel.data.images import as_mask, as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking, untagged
-from hyperbagel.data.transforms import to_tensor
 from hyperbagel.generate.contexts import Contexts
+from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
-from hyperbagel.generate.mask import Kept, check_mask, edited_tokens, lay_over
-from hyperbagel.generate.session import Parts, Session, encode_latents
+from hyperbagel.generate.mask import check_mask, first_picture, kept_of, masked
+from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.students import Students
-from hyperbagel.generate.thinking import write_plan
+from hyperbagel.generate.thinking import write_plans
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, asked_for, with_sampler
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.student import Sampler, read_merged_sampler
@@ -163,27 +162,32 @@ class HyperBagel:
             self._check(request)
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[self.settings(request), request.is_edit, request.think].append(i)  # a group has like branches, so one NFE
+            # A group has like branches, so one NFE.
+            groups[self.settings(request), request.is_edit, self._drafter_name(request) if request.think else None].append(i)
         results, where = dict[int, ImageResult](), self.parts.model.device
-        for (settings, _, think), members in groups.items():
+        for (settings, _, planner), members in groups.items():
             start = clock(where)
-            later = settings.student is not None and len(members) == 1 and not think  # the first evaluation then reads the text
-            prepared = [self._prepare(requests[i], contexts, on_token, i, later) for i in members]
-            grids = [self.grid(requests[i]) for i in members]
+            later = settings.student is not None and len(members) == 1 and planner is None  # the first evaluation then reads the text
+            drafter = None if planner is None else self._drafter(planner)
+            chosen = [requests[i] for i in members]
+            prepared = [self._prepare(request, contexts, later, drafter) for request in chosen]
+            grids = [self.grid(request) for request in chosen]
             noises = [draw_noise(self.parts, grid, ready.generator) for grid, ready in zip(grids, prepared)]
-            kept = [self._kept(requests[i], grid) for i, grid in zip(members, grids)]
+            kept = [kept_of(self.parts, request, grid) for request, grid in zip(chosen, grids)]
+            timings = {"prefill": clock(where) - start}
+            if planner is not None:
+                timings |= self._think(chosen, prepared, drafter, _of_rows(on_token, members))
             middle = clock(where)
             student = self.students.get(settings.student).network if settings.student else None
             latents, nfe = denoise([ready.session for ready in prepared], grids, noises, settings, on_step, student=student, kept=kept)
             late = clock(where)
-            images = [self._masked(requests[i], decode_latents(self.parts, x, grid)) for i, x, grid in zip(members, latents, grids)]
-            timings = {"prefill": middle - start, "denoise": late - middle, "decode": clock(where) - late}
-            for i, image, ready in zip(members, images, prepared, strict=True):
-                request = requests[i]
+            images = [masked(self.parts, request, decode_latents(self.parts, x, grid)) for request, x, grid in zip(chosen, latents, grids)]
+            timings |= {"denoise": late - middle, "decode": clock(where) - late}
+            for i, request, image, ready in zip(members, chosen, images, prepared, strict=True):
                 used = {"model": self.name, "prompt": request.prompt, "seed": request.seed, "think": request.think, **asdict(settings)}
                 used |= {"size": [image.width, image.height], "nfe": nfe, "dtype": str(self.parts.model.dtype).removeprefix("torch.")}
                 used |= asked_for(request)
-                results[i] = ImageResult(image, request.seed, nfe, timings, ready.thinking, used, ready.reused)
+                results[i] = ImageResult(image, request.seed, nfe, timings, ready.thinking, used, ready.reused, **ready.drafted)
         return [results[i] for i in range(len(requests))]
 
     @torch.inference_mode()
@@ -208,26 +212,15 @@ class HyperBagel:
             drafter = self._drafter(name)
             sessions = [self._context(requests[i], drafter) for i in members]
             generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
+            timings = {"prefill": clock(where) - start} | self._measure(drafter, sessions, temperature)
             middle = clock(where)
-            if drafter is not None:
-                drafter.prepare(sessions[0], len(sessions), temperature)  # measures costs, once per batch size
-            ready = clock(where)
-
-            def report(row: int, token: int, members: list[int] = members) -> None:
-                if on_token is not None:
-                    on_token(members[row], token)
-
-            how: dict[str, Any] = {"temperature": temperature, "generators": generators, "on_token": report}
+            how: dict[str, Any] = {"temperature": temperature, "generators": generators, "on_token": _of_rows(on_token, members)}
             decoded = decode(sessions, max_tokens=max_tokens, **how, drafter=drafter, runner=self.runner, spent=True)
-            timings = {"prefill": middle - start, "decode": clock(where) - ready}
-            if ready - middle > 0.01:
-                timings["measure"] = ready - middle
+            timings["decode"] = clock(where) - middle
             for i, session, out in zip(members, sessions, decoded, strict=True):
                 thinking, answer = split_thinking(self.parts.tokenizer.decode(out.ids), requests[i].think)
-                result = TextResult(answer, len(out.ids), session.tokens, timings, thinking, out.finish_reason)
-                if drafter is not None and isinstance(out, Speculated):
-                    result.tau, result.drafter = out.stats.tau if out.stats.rounds else None, drafter.most_used()
-                results[i] = result
+                counts = len(out.ids), session.tokens
+                results[i] = TextResult(answer, *counts, timings, thinking, out.finish_reason, **_drafted(out, drafter))
         return [results[i] for i in range(len(requests))]
 
     # -- contexts --------------------------------------------------------------------------------------------------------------
@@ -254,6 +247,7 @@ class HyperBagel:
             latent_grid(self.parts.model.config, request.size)
         if request.student not in (None, "none"):
             self.students.get(str(request.student))
+        self.drafters.check(request.drafter)
         request.denoising()
         if request.max_think_tokens is not None and request.max_think_tokens < 1:
             raise InputError(f"got max_think_tokens {request.max_think_tokens}, expected at least 1")
@@ -261,8 +255,7 @@ class HyperBagel:
             check_mask(request.mask, first_picture(request))
         tokenizer = self.parts.tokenizer
         texts = [item for item in items if isinstance(item, str)] + ([THINK_DRAW] if request.think else [])
-        limit = self.parts.model.config.llm.max_position_embeddings
-        tokens = sum(len(tokenizer.encode(text)) + 2 for text in texts)
+        tokens, limit = sum(len(tokenizer.encode(text)) + 2 for text in texts), self.parts.model.config.llm.max_position_embeddings
         if tokens > limit:
             raise InputError(f"got a prompt of {tokens} tokens, expected at most {limit} for this model; shorten it")
 
@@ -275,29 +268,12 @@ class HyperBagel:
             size = height, width
         return latent_grid(self.parts.model.config, size)
 
-    def _kept(self, request: ImageRequest, grid: tuple[int, int]) -> Kept | None:
-        """What the mask keeps: latents of the first picture at the result's size, the posterior's mean. None without a mask."""
-        if request.mask is None:
-            return None
-        stride = self.parts.model.config.latent_stride
-        size = grid[1] * stride, grid[0] * stride
-        source = first_picture(request)
-        source = source if source.size == size else source.resize(size, Resampling.BICUBIC)
-        pixels = to_tensor(np.asarray(source, dtype=np.uint8))
-        return Kept(edited_tokens(request.mask, grid), encode_latents(self.parts, pixels)[0][0].cpu())
-
-    def _masked(self, request: ImageRequest, image: Image) -> Image:
-        """The result with the source's pixels outside the mask, if there is one."""
-        if request.mask is None:
-            return image
-        return lay_over(image, first_picture(request), request.mask, self.parts.model.config.latent_stride / 8)
-
     def _prepare(
-        self, request: ImageRequest, contexts: Contexts | None = None, on_token: OnToken | None = None, row: int = 0, later: bool = False
+        self, request: ImageRequest, contexts: Contexts | None = None, later: bool = False, drafter: Adaptive | None = None
     ) -> _Ready:
-        """Prefills everything that a picture is drawn from. row: the index that `on_token` hears. later: see Session.add_text."""
+        """Prefills everything that a picture is drawn from, but its plan. later: see Session.add_text. drafter: of the plan."""
         generator = torch.Generator().manual_seed(request.seed)
-        session, items, reused = Session.new(self.parts), request.items(), 0
+        session, items, reused = Session.new(self.parts, () if drafter is None else drafter.taps), request.items(), 0
         images = list(takewhile(lambda item: isinstance(item, Image), items))
         if request.think:
             session.add_text(THINK_DRAW)
@@ -309,21 +285,45 @@ class HyperBagel:
                 session.add_text(item, later=later or request.think)
             else:
                 session.add_image(item, latents=True, generator=generator)
-        thinking = None
-        if request.think:
+        return _Ready(session, generator, reused)
 
-            def report(_: int, token: int) -> None:
-                if on_token is not None:
-                    on_token(row, token)
+    def _think(
+        self, requests: Sequence[ImageRequest], prepared: Sequence[_Ready], drafter: Adaptive | None, on_token: OnToken | None = None
+    ) -> dict[str, float]:
+        """Writes the pictures' plans behind their contexts; returns the seconds that took. on_token: called with (row, token id).
 
-            thinking = untagged(write_plan(session, request.max_think_tokens, report, self.runner))
-        return _Ready(session, generator, thinking, reused)
+        In fp32 they are written together and are what each alone would be. In a coarser type rows of a batch round otherwise than alone.
+        """
+        sessions, together = [ready.session for ready in prepared], self.parts.model.dtype == torch.float32
 
-    def _drafter_name(self, request: AskRequest) -> str:
-        """If none is named, the default drafts at temperature 0 alone: of sampled answers it would change what a seed draws."""
-        if request.drafter is None:
-            return self.drafters.default() if request.temperature == 0 else NONE
-        return request.drafter
+        def write(rows: Sequence[int], limit: int) -> list[Decoded]:
+            how: dict[str, Any] = {"on_token": _of_rows(on_token, rows), "drafter": drafter, "runner": self.runner}
+            outs = decode([sessions[row] for row in rows], max_tokens=limit, **how)
+            for row, out in zip(rows, outs, strict=True):
+                prepared[row].drafted = _drafted(out, drafter)
+            return outs
+
+        spent = self._measure(drafter, sessions if together else sessions[:1])
+        start = clock(self.parts.model.device)
+        plans = write_plans(sessions, [request.max_think_tokens for request in requests], write, together)
+        for ready, plan in zip(prepared, plans, strict=True):
+            ready.thinking = untagged(plan)
+        return spent | {"think": clock(self.parts.model.device) - start}
+
+    def _measure(self, drafter: Adaptive | None, sessions: Sequence[Session], temperature: float = 0.0) -> dict[str, float]:
+        """Has the costs of drafting measured, once per batch size; returns the seconds as `measure` if it took any."""
+        start = clock(self.parts.model.device)
+        if drafter is not None:
+            drafter.prepare(sessions[0], len(sessions), temperature)
+        spent = clock(self.parts.model.device) - start
+        return {"measure": spent} if spent > 0.01 else {}
+
+    def _drafter_name(self, request: AskRequest | ImageRequest) -> str:
+        """If none is named, the default drafts where it changes no result: greedy answers, and plans in fp32."""
+        if request.drafter is not None:
+            return request.drafter
+        exact = request.temperature == 0 if isinstance(request, AskRequest) else self.parts.model.dtype == torch.float32
+        return self.drafters.default() if exact else NONE
 
     def _drafter(self, name: str) -> Adaptive | None:
         """The drafter of a known name; None, with a warning, if it cannot be used."""
@@ -332,7 +332,7 @@ class HyperBagel:
         try:
             return self.drafters.budgeted(name)
         except InputError as error:  # a drafter that is damaged or does not fit only costs speed
-            warnings.warn(f"{error}; answering without a drafter", Notice, stacklevel=3)
+            warnings.warn(f"{error}; going on without a drafter", Notice, stacklevel=3)
             return None
 
     def _context(self, request: AskRequest, drafter: Adaptive | None = None) -> Session:
@@ -364,13 +364,26 @@ def check_size(model: str | Path, size: tuple[int, int]) -> None:
 
 @dataclass
 class _Ready:
-    """The context of a picture, its random stream (the posterior's noise was drawn from it, the initial noise comes next), its plan, and
-    how many tokens of the context came from an earlier request."""
+    """The context of a picture, its random stream (the posterior's noise was drawn from it, the initial noise comes next), how many tokens
+    of the context came from an earlier request, its plan, and how that was drafted."""
 
     session: Session
     generator: torch.Generator
-    thinking: str | None
     reused: int
+    thinking: str | None = None
+    drafted: dict[str, Any] = field(default_factory=dict)  # as `_drafted` says
+
+
+def _drafted(out: Decoded, drafter: Adaptive | None) -> dict[str, Any]:
+    """The fields tau and drafter of a result; none if nobody drafted it."""
+    if drafter is None or not isinstance(out, Speculated):
+        return {}
+    return {"tau": out.stats.tau if out.stats.rounds else None, "drafter": drafter.most_used()}
+
+
+def _of_rows(on_token: OnToken | None, members: Sequence[int]) -> OnToken | None:
+    """An `on_token` that hears of row r as members[r]."""
+    return on_token and (lambda row, token: on_token(members[row], token))
 
 
 def _tuple(images: Picture | Sequence[Picture]) -> tuple[Any, ...]:
@@ -385,11 +398,3 @@ def _with_pictures(request: ImageRequest) -> ImageRequest:
     given["mask"] = None if request.mask is None else as_mask(request.mask)
     given["student"] = None if request.student is None else str(request.student)
     return replace(request, **given)
-
-
-def first_picture(request: ImageRequest) -> Image:
-    """The picture that a mask belongs to. Raises InputError if there is none."""
-    for item in request.items():
-        if isinstance(item, Image):
-            return item
-    raise InputError("got a mask without a picture, expected the picture to edit as well; leave the mask out to draw")

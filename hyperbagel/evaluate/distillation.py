@@ -58,17 +58,18 @@ def run_distillation_eval(
     seed: int = 0,
     split: str = "train",
     side: int = 64,
+    think: bool = False,
     detector: Detector | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Score all rows whose student is in `students` (name -> folder), and write report.json and contact.png into `out`.
 
     n_diversity: prompts that each row draws four times; None: a fortieth of `n_t2i`. n_clock: items that are timed, of each kind. n_steer:
-    items that are drawn with weak and with strong guidance. Raises InputError if `out` has records made with other settings or other
-    weights.
+    items that are drawn with weak and with strong guidance. think: every row writes a plan before each picture, and its seconds count.
+    Raises InputError if `out` has records made with other settings or other weights.
     """
     out, detector = make_folder(out), detector or load_detector()
-    base = Settings(split, seed, side)
+    base = Settings(split, seed, side, think)
     n_diversity = n_t2i // 40 if n_diversity is None else n_diversity
     chosen = choose(rows)
     asked = {row.name: s for row in chosen if (s := settings_of(row, students, base)) is not None}
@@ -114,7 +115,7 @@ def run_distillation_eval(
             result["wall_clock"] = time_rows(model, asked, timed, timed_edits, teacher=TEACHER)
     where = model.parts.model
     result["machine"] = {"device": str(where.device), "dtype": str(where.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-    result["settings"] = {"split": split, "seed": seed, "side": side, "counts": counts}
+    result["settings"] = {"split": split, "seed": seed, "side": side, "think": think, "counts": counts}
     write_report(result, out / "report.json")
     save_png(contact_sheet(out, present, items["sheet"], side), out / "contact.png")
     if show:

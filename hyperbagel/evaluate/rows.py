@@ -77,7 +77,7 @@ def settings_of(row: Row, students: Mapping[str, Path], base: Settings) -> Setti
     for teacher in (PAPER_TEXT_TO_IMAGE, PAPER_EDIT):
         own: dict[str, Any] = _asked(teacher) if row.student is None else {"student": str(students[row.student])}
         made.append(own | ({} if row.steps is None else {"steps": row.steps}))
-    return Settings(base.split, base.seed, base.side, image=made[0], edit=made[1])
+    return Settings(base.split, base.seed, base.side, base.think, image=made[0], edit=made[1])
 
 
 def _asked(teacher: Denoising) -> dict[str, Any]:
@@ -92,6 +92,7 @@ def is_edit(item: T2IItem | EditItem) -> bool:
 
 def request_for(item: T2IItem | EditItem, s: Settings, seed: int, **changes: Any) -> ImageRequest:
     """A row's request for an item; changes: options that replace the row's."""
+    asked: dict[str, Any] = {"seed": seed, "size": (s.side, s.side), "think": s.think}
     if isinstance(item, EditItem):
-        return ImageRequest(item.instruction, (drawn(item.source, s.side),), seed=seed, size=(s.side, s.side), **s.edit | changes)
-    return ImageRequest(item.prompt, seed=seed, size=(s.side, s.side), **s.image | changes)
+        return ImageRequest(item.instruction, (drawn(item.source, s.side),), **asked | s.edit | changes)
+    return ImageRequest(item.prompt, **asked | s.image | changes)

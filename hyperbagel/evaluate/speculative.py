@@ -26,6 +26,7 @@ from PIL import Image
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import make_folder
 from hyperbagel.core.hardware import clock
+from hyperbagel.data.prompts import THINK_DRAW
 from hyperbagel.evaluate.records import Record, digest, run_items
 from hyperbagel.evaluate.report import write_report
 from hyperbagel.evaluate.speculative_report import print_tables, summarise
@@ -39,9 +40,9 @@ from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.choose import NODES, Drafters
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.types import Speculated, Stats, Times
-from hyperbagel.toybox.language import sample_question
+from hyperbagel.toybox.language import sample_edit, sample_question, sample_t2i
 
-SPLITS = ("in_template", "held_out", "free_form")
+SPLITS = ("in_template", "held_out", "free_form", "plans")
 RESERVED = PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
 TREE = ", tree"  # follows the name of a drafter in rows of its trees
 FREE_TOKENS = 40  # least length of a free-form answer
@@ -75,8 +76,11 @@ QUICK = Plan(prompts=2, repeats=1, batches=(1, 2), max_tokens=12, free_tokens=1)
 
 @dataclass(frozen=True)
 class Prompt:
-    question: str
-    picture: Image.Image
+    """What an answer is decoded behind: a question about a picture; of the split "plans" a caption, or an instruction and its source."""
+
+    text: str
+    picture: Image.Image | None
+    planned: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,8 @@ class _Bench:
         return self.prompts[key]
 
     def _make(self, split: str, rng: random.Random) -> list[Prompt]:
+        if split == "plans":
+            return [_to_plan(rng, edit=i % 2 == 1) for i in range(self.plan.prompts)]
         found: list[Prompt] = []
         for i in range(_TRIES * self.plan.prompts):
             if split == "in_template":
@@ -190,8 +196,11 @@ class _Bench:
         made = []
         for prompt in prompts:
             session = Session.new(self.model.parts, taps)
-            session.add_image(prompt.picture, latents=False)
-            session.add_text(prompt.question, later=opened)
+            if prompt.planned:
+                session.add_text(THINK_DRAW)
+            if prompt.picture is not None:
+                session.add_image(prompt.picture, latents=prompt.planned)
+            session.add_text(prompt.text, later=opened)
             if opened:
                 session.open_answer()
             made.append(session)
@@ -278,6 +287,14 @@ class _Bench:
 
     def _clock(self) -> float:
         return clock(self.model.parts.model.device)
+
+
+def _to_plan(rng: random.Random, edit: bool) -> Prompt:
+    """A picture that the model is to plan: an edit, or one from a caption."""
+    if not edit:
+        return Prompt(sample_t2i(rng).prompt, None, planned=True)
+    made = sample_edit(rng)
+    return Prompt(made.instruction, drawn(made.source, 64), planned=True)
 
 
 def _add(arm: _Arm, out: Sequence[Decoded]) -> None:

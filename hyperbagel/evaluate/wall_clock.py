@@ -86,9 +86,10 @@ def time_rows(
 
 
 def _ways(model: Any, rows: Mapping[str, Settings], item: T2IItem | EditItem, teacher: str) -> dict[str, Callable[[], Any]]:
-    """For each row, a call that draws the item."""
+    """For each row, a call that draws the item; without plans also the teacher's with its branches in turn."""
     requests = {row: request_for(item, s, s.seed) for row, s in rows.items()}
-    ways: dict[str, Callable[[], Any]] = {IN_TURN: lambda: draw_in_turn(model.parts, requests[teacher])}
+    in_turn = not requests[teacher].think
+    ways: dict[str, Callable[[], Any]] = {IN_TURN: lambda: draw_in_turn(model.parts, requests[teacher])} if in_turn else {}
     return ways | {row: lambda request=request: model.generate_batch([request]) for row, request in requests.items()}  # type: ignore[misc]
 
 
@@ -96,7 +97,7 @@ def _cached(model: Any, rows: Mapping[str, Settings], item: EditItem) -> dict[st
     """Seconds of each student's edit if the picture has been prefilled."""
     seconds = {}
     for row, s in rows.items():
-        if "student" in s.edit:
+        if "student" in s.edit and not s.think:
             request = request_for(item, s, s.seed)
             seen = look(model.parts, request)
             start = time.perf_counter()

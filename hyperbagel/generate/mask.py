@@ -21,8 +21,11 @@ from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.data.transforms import to_tensor
 from hyperbagel.flow.path import velocity as straight
 from hyperbagel.flow.solvers import Velocity
+from hyperbagel.generate.session import Parts, encode_latents
+from hyperbagel.generate.types import ImageRequest
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,30 @@ def lay_over(result: Image.Image, source: Image.Image, mask: Image.Image, soft: 
     mask = mask.convert("L")
     mask = mask if mask.size == result.size else mask.resize(result.size, Image.Resampling.BOX)
     return Image.composite(result, source, ImageChops.darker(mask, mask.filter(ImageFilter.GaussianBlur(soft))))
+
+
+def kept_of(parts: Parts, request: ImageRequest, grid: tuple[int, int]) -> Kept | None:
+    """What a request's mask keeps: latents of the first picture at the result's size, the posterior's mean. None without a mask."""
+    if request.mask is None:
+        return None
+    stride = parts.model.config.latent_stride
+    size = grid[1] * stride, grid[0] * stride
+    source = first_picture(request)
+    source = source if source.size == size else source.resize(size, Image.Resampling.BICUBIC)
+    pixels = to_tensor(np.asarray(source, dtype=np.uint8))
+    return Kept(edited_tokens(request.mask, grid), encode_latents(parts, pixels)[0][0].cpu())
+
+
+def masked(parts: Parts, request: ImageRequest, image: Image.Image) -> Image.Image:
+    """A result with the source's pixels outside the request's mask, if there is one."""
+    if request.mask is None:
+        return image
+    return lay_over(image, first_picture(request), request.mask, parts.model.config.latent_stride / 8)
+
+
+def first_picture(request: ImageRequest) -> Image.Image:
+    """The picture that a mask belongs to. Raises InputError if there is none."""
+    for item in request.items():
+        if isinstance(item, Image.Image):
+            return item
+    raise InputError("got a mask without a picture, expected the picture to edit as well; leave the mask out to draw")

@@ -83,6 +83,9 @@ class ImageRequest:
     inputs: tuple[str | Image, ...] | None = None
     student: str | None = None  # "6", "1" (evaluations) or a student folder; None: the model itself
     mask: Image | None = None  # of the first picture's size, 255 where it may change (generate.mask); None: everywhere
+    # Who drafts the plan: as in AskRequest. None: auto in fp32 if drafters came with the model; else none, since in a coarser type a near
+    # tie may fall otherwise, and a seed would give another picture.
+    drafter: str | None = None
 
     LONGEST_PLAN: ClassVar[int] = 1024  # the longest of BAGEL's own app
 
@@ -122,8 +125,8 @@ def asked_for(request: ImageRequest) -> dict[str, Any]:
     found: dict[str, Any] = {"pictures": sum(not isinstance(item, str) for item in items), "masked": request.mask is not None}
     if request.inputs is not None:
         found["inputs"] = [item if isinstance(item, str) else "<picture>" for item in items]
-    if request.think and request.max_think_tokens is not None:
-        found["max_think_tokens"] = request.max_think_tokens
+    if request.think:
+        found |= {name: value for name in ("max_think_tokens", "drafter") if (value := getattr(request, name)) is not None}
     return found
 
 
@@ -195,11 +198,14 @@ class ImageResult:
     image: Image
     seed: int
     nfe: int  # velocity evaluations this picture took
-    # Seconds of prefill, denoise and decode, shared by the pictures of a batch. A student's lone request reads its last text in `denoise`.
+    # Seconds of prefill, denoise and decode, shared by the pictures of a batch; of think, if plans were written, and of measure, as in
+    # TextResult. A student's lone request reads its last text in `denoise`.
     timings: dict[str, float]
     thinking: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     reused: int = 0  # tokens of its context that were prefilled for an earlier request
+    tau: float | None = None  # of the plan, as in TextResult
+    drafter: str | None = None
 
 
 @dataclass

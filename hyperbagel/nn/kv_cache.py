@@ -158,6 +158,10 @@ class KVCache:
         view.lengths = self.lengths[:rows]
         return view
 
+    def untap(self) -> None:
+        """Keeps no hidden states and positions any more, and frees those that it kept."""
+        self.taps, self.tapped, self.positions = (), [], []
+
     def fork(self) -> KVCache:
         """An independent copy."""
         return KVCache.stack([self], taps=self.taps)

@@ -18,7 +18,7 @@ from hyperbagel.data.images import FORMATS, open_image, open_mask
 from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, check_mask, latent_grid
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
 
-DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "max_think_tokens")
+DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "max_think_tokens", "drafter")
 # Formats that clients may send. Not TIFF: its tiles may be far larger than its picture, so a few hundred bytes could unpack to gigabytes.
 SENT = tuple(kind for kind in FORMATS if kind != "TIFF")
 SYSTEM = ("system", "developer")  # two names for one role
@@ -52,7 +52,6 @@ class Incoming:
         If that message holds no picture, the latest picture of the conversation comes first, so that "make it blue" edits what was drawn.
         """
         self._model_name(body.model)
-        self._drafter(body.drafter)  # drawing needs none, but a wrong name is an error all the same
         *earlier, last = self._turns(body)
         inputs = self._items(last)
         if not any(isinstance(item, Image.Image) for item in inputs):
@@ -81,10 +80,13 @@ class Incoming:
             raise ApiError(
                 400, f"got max_think_tokens {knobs.max_think_tokens}, expected at most {limits.max_tokens}", param="max_think_tokens"
             )
-        # Names only: a folder would let a client read the server's disk.
+        # Names only: folders would let a client read the server's disk.
         students = self.model.students.names()
         if knobs.student not in (None, "none", *students):
             raise ApiError(400, f"got student {knobs.student!r}, expected one of {', '.join([*students, 'none'])}", param="student")
+        drafters = self.model.drafters.names()
+        if knobs.drafter not in (None, *drafters):
+            raise ApiError(400, f"got drafter {knobs.drafter!r}, expected one of {', '.join(drafters)}", param="drafter")
         given = {name: value for name in DENOISING if (value := getattr(knobs, name)) is not None}
         if limits.max_tokens < ImageRequest.LONGEST_PLAN:
             given.setdefault("max_think_tokens", limits.max_tokens)
@@ -119,7 +121,6 @@ class Incoming:
         tokens = body.max_completion_tokens or body.max_tokens
         if tokens is not None and tokens > self.limits.max_tokens:
             raise ApiError(400, f"got max_tokens {tokens}, expected at most {self.limits.max_tokens}", param="max_tokens")
-        self._drafter(body.drafter)
         given: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
         given |= {} if body.temperature is None else {"temperature": body.temperature}
         request = AskRequest(question, tuple(images), think=bool(body.think), turns=turns, drafter=body.drafter, **given)
@@ -199,11 +200,6 @@ class Incoming:
         if n is not None and n > self.limits.n:
             raise ApiError(400, f"got n {n}, expected at most {self.limits.n}", param="n")
         return n or 1
-
-    def _drafter(self, name: str | None) -> None:
-        known = self.model.drafters.names()  # names only, as for students
-        if name not in (None, *known):
-            raise ApiError(400, f"got drafter {name!r}, expected one of {', '.join(known)}", param="drafter")
 
     def _model_name(self, name: str | None) -> None:
         if name is not None and name not in self.names:

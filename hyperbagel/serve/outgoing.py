@@ -55,12 +55,12 @@ def error_event(error: ApiError) -> str:
 
 
 def image_item(body: ImageFields, result: ImageResult) -> dict[str, Any]:
-    """One entry of `data` in an answer. seed, nfe and timings are fields of our own."""
+    """One entry of `data` in an answer. seed, nfe, timings, and drafter and tau of a plan are fields of our own."""
     kind = body.output_format or "png"
     item: dict[str, Any] = {} if result.thinking is None else {"revised_prompt": result.thinking}
     encoded = encode(result.image, kind, body.output_compression, result.settings)
     item |= {"url": f"data:image/{kind};base64,{encoded}"} if body.response_format == "url" else {"b64_json": encoded}
-    return item | {"seed": result.seed, "nfe": result.nfe, "timings": result.timings}
+    return item | {"seed": result.seed, "nfe": result.nfe, "timings": result.timings, "drafter": result.drafter, "tau": result.tau}
 
 
 def about(body: ImageFields, size: tuple[int, int]) -> dict[str, Any]:
@@ -119,11 +119,10 @@ def chat_message(result: TextResult | ImageResult, think: bool) -> dict[str, Any
 
 
 def choice_facts(result: TextResult | ImageResult) -> dict[str, Any]:
-    """Our own fields beside an answer: timings; for text also its tokens, the drafter (null without one) and its acceptance tau (null
-    also where the prefill gave the whole answer)."""
-    if isinstance(result, ImageResult):
-        return {"timings": result.timings}
-    return {"timings": result.timings, "tokens": result.tokens, "drafter": result.drafter, "tau": result.tau}
+    """Our own fields beside an answer: timings, the drafter (null without one) and its acceptance tau (null also where the prefill gave the
+    whole answer); for text also its tokens. A picture's drafter drafted its plan."""
+    tokens = {"tokens": result.tokens} if isinstance(result, TextResult) else {}
+    return {"timings": result.timings, **tokens, "drafter": result.drafter, "tau": result.tau}
 
 
 class ThinkSplitter:

@@ -98,6 +98,11 @@ class Knobs(Strict):
     renorm_min: Time | None = Field(None, description="Lowest factor of that renormalisation.")
     shift: Scale | None = Field(None, description="Timestep shift; above 1 spends more steps on noisy times.")
     max_think_tokens: int | None = Field(None, ge=1, description="Longest plan of a picture, in tokens.")
+    drafter: str | None = Field(
+        None,
+        max_length=64,
+        description="Who drafts text (answers, plans) ahead: auto, lookup, one of /v1/models, or none. Speed alone changes.",
+    )
 
 
 class Ignored(Strict):
@@ -197,11 +202,6 @@ class ChatBody(Knobs, Ignored):
     max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     temperature: float | None = Field(None, ge=0, le=100, description="0, the default, always takes the likeliest token.")
-    drafter: str | None = Field(
-        None,
-        max_length=64,
-        description="Who drafts ahead: auto, lookup, one of /v1/models, or none. Speed alone changes.",
-    )
     modalities: list[Literal["text", "image"]] | None = Field(None, max_length=10, description="With 'image' the answer is a picture.")
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of a picture that is drawn.")
     stream: bool | None = None

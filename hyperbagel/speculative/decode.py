@@ -94,11 +94,11 @@ def _too_wide(sessions: Sequence[Session], max_tokens: int, drafter: Drafter) ->
     longest = max(session.tokens for session in sessions) + max_tokens + 1
     if not longest <= limit < longest + drafter.width:
         return False
-    most = limit - longest + max_tokens - drafter.width  # tokens of an answer that leave room for drafts
+    most = limit - longest + max_tokens - drafter.width  # tokens of a text that leave room for drafts
     if max_tokens > 1:  # a single token is never drafted
         warnings.warn(
-            f"got drafts of {drafter.width} tokens behind {longest} of a context of {limit}, expected room for them; answering without a "
-            f"drafter{f', use max_tokens of at most {most} to have one' if most > 1 else ''}",
+            f"got drafts of {drafter.width} tokens behind {longest} of a context of {limit}, expected room for them; going on without a "
+            f"drafter{f', use max_tokens (of a plan max_think_tokens) of at most {most} to have one' if most > 1 else ''}",
             Notice,
             stacklevel=4,
         )

@@ -238,7 +238,7 @@ def test_models_health_version_metrics_and_schema(client: openai.OpenAI, app: An
     text = http.get("/metrics").text
     assert 'hyperbagel_results_total{kind="image",outcome="done"}' in text and "hyperbagel_waiting 0" in text
     schema = http.get("/openapi.json").json()
-    knobs = {"seed", "think", "student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift"}
+    knobs = {"seed", "think", "student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "drafter"}
     form = schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
     for fields in (form, *(schema["components"]["schemas"][name] for name in ("GenerationBody", "ChatBody"))):
         assert knobs <= set(fields["properties"])
@@ -314,7 +314,7 @@ def test_a_plan_is_cancelled_as_well(remote: openai.OpenAI, address: tuple[str, 
             time.sleep(0.002)
             on_token(0, token)
 
-    monkeypatch.setattr("hyperbagel.generate.thinking.decode", endless)
+    monkeypatch.setattr("hyperbagel.pipeline.decode", endless)
     before = metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled")
     with pytest.raises(openai.APITimeoutError):
         remote.with_options(timeout=0.3).images.generate(prompt="x", extra_body={"think": True})

@@ -67,6 +67,7 @@ WRONG: dict[str, tuple[Callable[[openai.OpenAI], Any], type[openai.APIStatusErro
     "student of text": (chat(extra_body={"student": "nobody"}), BAD, "none"),
     "size of text": (chat(extra_body={"size": "big"}), BAD, "WIDTHxHEIGHT"),
     "drafter of a picture": (chat(extra_body={"drafter": "nobody", "modalities": ["image"]}), BAD, "lookup, auto, none"),
+    "drafter of a plan": (lambda client: client.images.generate(prompt="x", extra_body={"drafter": "/etc"}), BAD, "lookup, auto, none"),
     "reasoning_effort": (chat(reasoning_effort="low"), BAD, 'expected "none" or null; leave it out, and set think'),
     "top_p": (chat(top_p=0.5), BAD, "top_p: got 0.5, expected 1 or null; leave it out"),
     "logprobs": (chat(logprobs=True), BAD, "logprobs: got True, expected false or null; leave it out"),

@@ -74,6 +74,8 @@ def test_generation_fp32(name: str) -> None:
     model = bagel()
     asked = request(settings, golden)
     ready = model._prepare(asked)
+    if asked.think:
+        model._think([asked], [ready], None)
     session, generator, thinking = ready.session, ready.generator, ready.thinking
     if settings["text"]:
         assert thinking == settings["text"][0]

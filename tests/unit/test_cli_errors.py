@@ -27,6 +27,8 @@ class FakePicture:
     timings: dict[str, float]  # shared by the pictures of one batch
     nfe: int = 150
     thinking: str = ""
+    tau: float | None = None
+    drafter: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -250,16 +252,18 @@ def test_only_what_was_given_reaches_the_pipeline(model: FakeModel, capsys: pyte
 
 def test_every_option_reaches_the_pipeline(model: FakeModel, picture: str) -> None:
     options = (
-        "--seed 7 --steps 6 --text-scale 3 --image-scale 1.5 --interval 0.2 0.9 --renorm channel --renorm-min 0.1 --shift 2 -n 2 --think"
+        "--seed 7 --steps 6 --text-scale 3 --image-scale 1.5 --interval 0.2 0.9 --renorm channel --renorm-min 0.1 --shift 2 -n 2 --think "
+        "--max-think-tokens 9 --drafter lookup"
     )
     where = "--model folder --device cuda --dtype bfloat16"
     assert cli.main(["edit", picture, picture, "swap them", "-o", "b.png", *options.split(), *where.split()]) == 0
-    (_, _, loaded), (name, (images, instruction), given) = model.calls
+    (_, _, loaded), (kept, _, _), (name, (images, instruction), given) = model.calls
+    assert kept == "keep_costs"
     assert loaded == {"model": "folder", "device": "cuda", "dtype": "bfloat16"}
     assert (name, instruction, [image.size for image in images]) == ("edit", "swap them", [(64, 64)] * 2)
     assert given == {
         **{"seed": 7, "steps": 6, "text_scale": 3.0, "image_scale": 1.5, "interval": (0.2, 0.9), "renorm": "channel"},
-        **{"renorm_min": 0.1, "shift": 2.0, "n": 2, "think": True},
+        **{"renorm_min": 0.1, "shift": 2.0, "n": 2, "think": True, "max_think_tokens": 9, "drafter": "lookup"},
     }
     assert sorted(path.name for path in Path().iterdir()) == ["b-0.png", "b-1.png", picture]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,24 @@ def test_seconds_of_both_teachers_and_of_cached_edits(table: tuple[dict[str, Any
     assert one["faster than in turn"] == clock["edits"][IN_TURN]["seconds"] / one["seconds"] > 2
     assert one["faster than batched"] == clock["edits"]["teacher"]["seconds"] / one["seconds"]
     assert set(clock["edit, picture cached"]) == {"cfg-6", "1"}
+
+
+def test_in_think_mode_every_row_plans(
+    model: HyperBagel, students: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its seconds are compared with the teacher's as it draws: nothing of it is drawn without the plan."""
+    monkeypatch.setattr(ImageRequest, "LONGEST_PLAN", 3)
+    asked: list[ImageRequest] = []
+    draw = model.generate_batch
+    monkeypatch.setattr(model, "generate_batch", lambda requests, **more: asked.extend(requests) or draw(requests, **more))
+    counts = {"n_t2i": 2, "n_edits": 1, "n_diversity": 1, "n_clock": 1, "n_steer": 2, "show": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the plan was cut")
+        result = run_distillation_eval(model, students, out=tmp_path, rows=["1"], think=True, **counts)
+    assert asked and all(request.think for request in asked) and result["settings"]["think"]
+    assert {part: set(rows) for part, rows in result["wall_clock"].items()} == {"t2i": {"teacher", "1"}, "edits": {"teacher", "1"}}
+    with pytest.raises(InputError, match="got records made with"):
+        run_distillation_eval(model, students, out=tmp_path, rows=["1"], **counts)
 
 
 def test_pictures_in_turn_and_behind_a_cached_picture_are_the_pipelines_own(model: HyperBagel, students: dict[str, Path]) -> None:

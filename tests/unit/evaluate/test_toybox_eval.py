@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from hyperbagel import cli
 from hyperbagel.core.errors import InputError
 from hyperbagel.evaluate.records import item_seed, open_records, read_records, run_items
 from hyperbagel.evaluate.report import compare_evaluations, print_report
@@ -259,3 +260,13 @@ def test_pictures_of_another_size_are_brought_to_the_measure() -> None:
     assert np.abs(as_square(large, 64).astype(int) - render(t2i_eval_prompts(6, 0)[0].scene, 64)).mean() < 6
     with pytest.raises(InputError, match="square"):
         as_square(large.resize((64, 32)), 64)
+
+
+def test_the_command_draws_with_a_student_and_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("hyperbagel.evaluate.toybox.run_toybox_eval", lambda model, **how: asked.append(how["settings"]))
+    monkeypatch.setattr("hyperbagel.cli_eval._load", lambda *where: None)
+    assert cli.main(["eval", "toybox", "-o", str(tmp_path / "a")]) == 0
+    assert cli.main(["eval", "toybox", "-o", str(tmp_path / "b"), "--student", "1", "--think", "--split", "heldout"]) == 0
+    by = {"student": "1"}
+    assert asked == [Settings(), Settings("heldout", think=True, image=by, edit=by)]

@@ -26,11 +26,11 @@ CONFIG = BagelConfig(  # three heads over one, another patch, another stride tha
 )  # fmt: skip
 
 
-def small_parts() -> Parts:
-    """Model, autoencoder, tokenizer and transforms; always the same random weights."""
+def small_parts(dtype: torch.dtype = torch.float32) -> Parts:
+    """Model (of `dtype`), autoencoder, tokenizer and transforms; always the same random weights."""
     torch.manual_seed(0)
     bagel = fresh_bagel(CONFIG, torch.Generator().manual_seed(0), std=0.3).eval().requires_grad_(False)
     with torch.no_grad():  # the velocity head starts at zero: give it something to say
         bagel.llm2vae.weight.copy_(torch.randn(bagel.llm2vae.weight.shape) * 0.1)
     vae, tokenizer = AutoEncoder(CONFIG.vae).eval(), Tokenizer.from_folder(TOKENIZER)
-    return Parts(bagel, vae, tokenizer, ImageTransform(32, 8, 4), ImageTransform(40, 10, 10))
+    return Parts(bagel.to(dtype), vae, tokenizer, ImageTransform(32, 8, 4), ImageTransform(40, 10, 10))

@@ -80,7 +80,7 @@ def test_an_answer_that_the_prefill_gave_whole_has_no_rate(model: HyperBagel) ->
 
 
 def test_a_drafter_that_does_not_fit_is_a_warning_and_an_unknown_one_an_error(model: HyperBagel, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="answering without a drafter"):
+    with pytest.warns(UserWarning, match="going on without a drafter"):
         assert model.ask("what", max_tokens=4, drafter=str(tmp_path)).tau is None
     with pytest.raises(InputError, match="got drafter 'nobody'"):
         model.ask("what", max_tokens=4, drafter="nobody")

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small_world import small_parts
 
+from hyperbagel import pipeline
 from hyperbagel.core.errors import InputError, Notice
-from hyperbagel.generate.types import AskRequest
+from hyperbagel.generate.session import Session
+from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.folder import make_module, save_drafter, write_acceptance
@@ -80,5 +83,69 @@ def test_shipped_drafters_that_cannot_be_used(model: HyperBagel, tmp_path: Path)
     messages = [str(w.message) for w in warned]
     assert any("hidden size 96 (the model has 48)" in m for m in messages) and any("torn" in m for m in messages)
     assert list(told.drafters.budgeted("auto").drafters) == ["lookup"]
-    with pytest.warns(Notice, match="answering without a drafter"):
+    with pytest.warns(Notice, match="going on without a drafter"):
         assert told.ask("what", max_tokens=4, drafter="other").tau is None
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------------------
+
+
+def planned(prompt: str, seed: int, **more: object) -> ImageRequest:
+    return ImageRequest(prompt, seed=seed, steps=2, think=True, **({"max_think_tokens": 30} | more))  # type: ignore[arg-type]
+
+
+def same(a: ImageResult, b: ImageResult) -> bool:
+    return a.thinking == b.thinking and a.image.tobytes() == b.image.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:the plan was cut")
+def test_plans_are_drafted_unasked_and_stay_what_they_are(model: HyperBagel, with_drafters: HyperBagel) -> None:
+    """Of pictures and edits, one by one and together. Behind them no layer's output is kept any more."""
+    source = (Image.radial_gradient("L").resize((24, 16)).convert("RGB"),)
+    asked = [planned("a car", 1), planned("a red car", 2), planned("a car", 3, max_think_tokens=12), planned("blue", 4, images=source)]
+    plain = [model.generate_batch([request])[0] for request in asked]
+    assert {result.tau for result in plain} == {None} and len({result.thinking for result in plain}) == 4
+    alone = [with_drafters.generate_batch([request])[0] for request in asked]
+    together = with_drafters.generate_batch(asked)
+    for a, b, c in zip(plain, alone, together, strict=True):
+        assert same(a, b) and a.thinking == c.thinking
+        assert b.tau is not None and c.tau is not None and b.tau >= 1 and b.drafter in ("good", "lookup", "none")
+    off = with_drafters.generate_batch([planned("a car", 1, drafter="none")])[0]
+    assert same(off, plain[0]) and off.tau is None and off.settings["drafter"] == "none"
+    assert "drafter" not in plain[0].settings and with_drafters.generate("a car", seed=1, steps=1)[0].tau is None
+
+
+@pytest.mark.filterwarnings("ignore:the plan was cut")
+def test_drawing_keeps_no_hidden_states(with_drafters: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a drafted plan, as without one."""
+    taps: list[int] = []
+
+    def watched(sessions: list[Session], *args: object, **more: object) -> object:
+        taps.extend(len(session.cache.taps) + len(session.cache.tapped) + len(session.cache.positions) for session in sessions)
+        return denoise(sessions, *args, **more)  # type: ignore[arg-type]
+
+    denoise = pipeline.denoise
+    monkeypatch.setattr(pipeline, "denoise", watched)
+    tau = [result.tau for result in with_drafters.generate_batch([planned("a car", 1), planned("a dog", 2, drafter="good")])]
+    assert taps == [0, 0] and None not in tau
+
+
+@pytest.mark.filterwarnings("ignore:the plan was cut")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plans_in_bf16_are_written_as_alone(with_drafters: HyperBagel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a batch and a draft round otherwise, so that a near tie might change what a seed draws: neither happens unasked."""
+    model, sizes, decode = HyperBagel(small_parts(dtype), "small", drafters=with_drafters.drafters.folder), [], pipeline.decode
+    monkeypatch.setattr(pipeline, "decode", lambda sessions, **how: sizes.append(len(sessions)) or decode(sessions, **how))
+    results = model.generate_batch([planned("a car", 1), planned("a dog", 2)])
+    exact = dtype == torch.float32
+    assert sizes == ([2] if exact else [1, 1]) and all((result.tau is not None) == exact for result in results)
+    if not exact:
+        assert [result.thinking for result in results] == [model.generate_batch([planned(p, 0)])[0].thinking for p in ("a car", "a dog")]
+        assert model.generate_batch([planned("a car", 1, drafter="good")])[0].tau is not None
+
+
+def test_an_unknown_drafter_of_a_plan_is_refused_and_a_damaged_one_told(model: HyperBagel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="got drafter 'nobody', expected one of lookup, auto, none"):
+        model.generate_batch([planned("a car", 1), ImageRequest("a car", drafter="nobody")], on_step=lambda *_: pytest.fail("drawn"))
+    with pytest.warns(Notice, match="going on without a drafter"):
+        assert model.generate_batch([planned("a car", 1, drafter=str(tmp_path))])[0].tau is None

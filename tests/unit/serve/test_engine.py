@@ -182,6 +182,7 @@ def test_which_requests_fit_together() -> None:
     different = [
         ImageRequest("a", steps=3),
         ImageRequest("a", think=True),
+        ImageRequest("a", think=True, drafter="lookup"),
         ImageRequest("a", (picture,)),
         ImageRequest("a", student="6"),
         ImageRequest("a", (picture,), student="6"),
