@@ -20,23 +20,32 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.hardware import clock, usable_device
 from hyperbagel.core.values import seed_of, whole
 from hyperbagel.data.images import as_mask, as_picture
-from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking, untagged
+from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking
 from hyperbagel.generate.contexts import Contexts
-from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.mask import check_mask, first_picture, kept_of, masked
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.students import Students
-from hyperbagel.generate.thinking import write_plans
-from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, OnStep, OnToken, TextResult, asked_for, with_sampler
+from hyperbagel.generate.types import (
+    AskRequest,
+    Denoising,
+    ImageRequest,
+    ImageResult,
+    OnStep,
+    OnToken,
+    TextResult,
+    asked_for,
+    of_rows,
+    with_sampler,
+)
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.choose import NONE, Drafters
 from hyperbagel.speculative.decode import decode
-from hyperbagel.speculative.types import Speculated
+from hyperbagel.speculative.thinking import write_plans, written_together
 
 Picture = Image | str | Path  # a PIL image of any mode, or the path of one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -167,7 +176,7 @@ class HyperBagel:
         results, where = dict[int, ImageResult](), self.parts.model.device
         for (settings, _, planner), members in groups.items():
             start = clock(where)
-            later = settings.student is not None and len(members) == 1 and planner is None  # the first evaluation then reads the text
+            later = settings.student is not None and len(members) == 1  # the first evaluation then reads the last text
             drafter = None if planner is None else self._drafter(planner)
             chosen = [requests[i] for i in members]
             prepared = [self._prepare(request, contexts, later, drafter) for request in chosen]
@@ -176,7 +185,7 @@ class HyperBagel:
             kept = [kept_of(self.parts, request, grid) for request, grid in zip(chosen, grids)]
             timings = {"prefill": clock(where) - start}
             if planner is not None:
-                timings |= self._think(chosen, prepared, drafter, _of_rows(on_token, members))
+                timings |= self._think(chosen, prepared, later, of_rows(on_token, members))
             middle = clock(where)
             student = self.students.get(settings.student).network if settings.student else None
             latents, nfe = denoise([ready.session for ready in prepared], grids, noises, settings, on_step, student=student, kept=kept)
@@ -214,13 +223,14 @@ class HyperBagel:
             generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
             timings = {"prefill": clock(where) - start} | self._measure(drafter, sessions, temperature)
             middle = clock(where)
-            how: dict[str, Any] = {"temperature": temperature, "generators": generators, "on_token": _of_rows(on_token, members)}
+            how: dict[str, Any] = {"temperature": temperature, "generators": generators, "on_token": of_rows(on_token, members)}
             decoded = decode(sessions, max_tokens=max_tokens, **how, drafter=drafter, runner=self.runner, spent=True)
             timings["decode"] = clock(where) - middle
             for i, session, out in zip(members, sessions, decoded, strict=True):
                 thinking, answer = split_thinking(self.parts.tokenizer.decode(out.ids), requests[i].think)
                 counts = len(out.ids), session.tokens
-                results[i] = TextResult(answer, *counts, timings, thinking, out.finish_reason, **_drafted(out, drafter))
+                drafted = {} if drafter is None else drafter.told(out)
+                results[i] = TextResult(answer, *counts, timings, thinking, out.finish_reason, **drafted)
         return [results[i] for i in range(len(requests))]
 
     # -- contexts --------------------------------------------------------------------------------------------------------------
@@ -285,29 +295,18 @@ class HyperBagel:
                 session.add_text(item, later=later or request.think)
             else:
                 session.add_image(item, latents=True, generator=generator)
-        return _Ready(session, generator, reused)
+        return _Ready(session, generator, reused, drafter)
 
     def _think(
-        self, requests: Sequence[ImageRequest], prepared: Sequence[_Ready], drafter: Adaptive | None, on_token: OnToken | None = None
+        self, requests: Sequence[ImageRequest], prepared: Sequence[_Ready], later: bool = False, on_token: OnToken | None = None
     ) -> dict[str, float]:
-        """Writes the pictures' plans behind their contexts; returns the seconds that took. on_token: called with (row, token id).
-
-        In fp32 they are written together and are what each alone would be. In a coarser type rows of a batch round otherwise than alone.
-        """
-        sessions, together = [ready.session for ready in prepared], self.parts.model.dtype == torch.float32
-
-        def write(rows: Sequence[int], limit: int) -> list[Decoded]:
-            how: dict[str, Any] = {"on_token": _of_rows(on_token, rows), "drafter": drafter, "runner": self.runner}
-            outs = decode([sessions[row] for row in rows], max_tokens=limit, **how)
-            for row, out in zip(rows, outs, strict=True):
-                prepared[row].drafted = _drafted(out, drafter)
-            return outs
-
-        spent = self._measure(drafter, sessions if together else sessions[:1])
-        start = clock(self.parts.model.device)
-        plans = write_plans(sessions, [request.max_think_tokens for request in requests], write, together)
+        """Writes the pictures' plans behind their contexts; returns the seconds that took. later: as in `_prepare`, of the plan."""
+        sessions, drafter = [ready.session for ready in prepared], prepared[0].drafter
+        spent = self._measure(drafter, sessions if written_together(sessions[0]) else sessions[:1])
+        start, most = clock(self.parts.model.device), [request.max_think_tokens for request in requests]
+        plans = write_plans(sessions, most, drafter=drafter, runner=self.runner, later=later, on_token=on_token)
         for ready, plan in zip(prepared, plans, strict=True):
-            ready.thinking = untagged(plan)
+            ready.thinking, ready.drafted = plan.text, plan.drafted
         return spent | {"think": clock(self.parts.model.device) - start}
 
     def _measure(self, drafter: Adaptive | None, sessions: Sequence[Session], temperature: float = 0.0) -> dict[str, float]:
@@ -365,25 +364,14 @@ def check_size(model: str | Path, size: tuple[int, int]) -> None:
 @dataclass
 class _Ready:
     """The context of a picture, its random stream (the posterior's noise was drawn from it, the initial noise comes next), how many tokens
-    of the context came from an earlier request, its plan, and how that was drafted."""
+    of the context came from an earlier request, who drafts its plan, the plan, and how it was drafted."""
 
     session: Session
     generator: torch.Generator
     reused: int
+    drafter: Adaptive | None
     thinking: str | None = None
-    drafted: dict[str, Any] = field(default_factory=dict)  # as `_drafted` says
-
-
-def _drafted(out: Decoded, drafter: Adaptive | None) -> dict[str, Any]:
-    """The fields tau and drafter of a result; none if nobody drafted it."""
-    if drafter is None or not isinstance(out, Speculated):
-        return {}
-    return {"tau": out.stats.tau if out.stats.rounds else None, "drafter": drafter.most_used()}
-
-
-def _of_rows(on_token: OnToken | None, members: Sequence[int]) -> OnToken | None:
-    """An `on_token` that hears of row r as members[r]."""
-    return on_token and (lambda row, token: on_token(members[row], token))
+    drafted: dict[str, Any] = field(default_factory=dict)  # Adaptive.told
 
 
 def _tuple(images: Picture | Sequence[Picture]) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -236,3 +236,8 @@ def after_first(tokens: int, finish_reason: str) -> int:
 OnStep = Callable[[int, int, Any], None]
 # Called with (row, token id) for each generated token; may raise to stop the work.
 OnToken = Callable[[int, int], None]
+
+
+def of_rows(on_token: OnToken | None, members: Sequence[int]) -> OnToken | None:
+    """An `on_token` that hears of row r as members[r]."""
+    return on_token and (lambda row, token: on_token(members[row], token))

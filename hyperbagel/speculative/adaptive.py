@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
 from hyperbagel.speculative.budget import Acceptance, Costs, Record, after_round, best_depth, choose, expected_tokens, least_chance
 from hyperbagel.speculative.costs import measure_costs
 from hyperbagel.speculative.kept_costs import KeptCosts
-from hyperbagel.speculative.types import Draft, Drafter, Seen
+from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated
 
 UNKNOWN = (0.6,)  # believed acceptance by depth of a drafter whose folder says nothing
 DARING = 0.8  # factor on the threshold: drafters are right more often than they believe. Shipped one: 0.65 to 1 as fast, 0.5, 1.4 slower
@@ -163,6 +165,12 @@ class Adaptive:
         """The drafter of most rounds of the current request; "none" if there was none."""
         name = max(self.rounds_drafted, key=lambda name: self.rounds_drafted[name])
         return name if self.rounds_drafted[name] else "none"
+
+    def told(self, out: Decoded) -> dict[str, Any]:
+        """The fields tau and drafter of a result that it drafted last; none if it was decoded plainly after all."""
+        if not isinstance(out, Speculated):
+            return {}
+        return {"tau": out.stats.tau if out.stats.rounds else None, "drafter": self.most_used()}
 
     # -- decisions -------------------------------------------------------------------------------------------------------------
 

@@ -314,7 +314,7 @@ def test_a_plan_is_cancelled_as_well(remote: openai.OpenAI, address: tuple[str, 
             time.sleep(0.002)
             on_token(0, token)
 
-    monkeypatch.setattr("hyperbagel.pipeline.decode", endless)
+    monkeypatch.setattr("hyperbagel.speculative.thinking.decode", endless)
     before = metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled")
     with pytest.raises(openai.APITimeoutError):
         remote.with_options(timeout=0.3).images.generate(prompt="x", extra_body={"think": True})

@@ -75,7 +75,7 @@ def test_generation_fp32(name: str) -> None:
     asked = request(settings, golden)
     ready = model._prepare(asked)
     if asked.think:
-        model._think([asked], [ready], None)
+        model._think([asked], [ready])
     session, generator, thinking = ready.session, ready.generator, ready.thinking
     if settings["text"]:
         assert thinking == settings["text"][0]

@@ -14,6 +14,7 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.speculative import thinking
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.folder import make_module, save_drafter, write_acceptance
 
@@ -134,8 +135,8 @@ def test_drawing_keeps_no_hidden_states(with_drafters: HyperBagel, monkeypatch: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plans_in_bf16_are_written_as_alone(with_drafters: HyperBagel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """There a batch and a draft round otherwise, so that a near tie might change what a seed draws: neither happens unasked."""
-    model, sizes, decode = HyperBagel(small_parts(dtype), "small", drafters=with_drafters.drafters.folder), [], pipeline.decode
-    monkeypatch.setattr(pipeline, "decode", lambda sessions, **how: sizes.append(len(sessions)) or decode(sessions, **how))
+    model, sizes, decode = HyperBagel(small_parts(dtype), "small", drafters=with_drafters.drafters.folder), [], thinking.decode
+    monkeypatch.setattr(thinking, "decode", lambda sessions, **how: sizes.append(len(sessions)) or decode(sessions, **how))
     results = model.generate_batch([planned("a car", 1), planned("a dog", 2)])
     exact = dtype == torch.float32
     assert sizes == ([2] if exact else [1, 1]) and all((result.tau is not None) == exact for result in results)

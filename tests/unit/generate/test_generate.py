@@ -15,13 +15,12 @@ from small_world import small_parts
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.images import to_rgb
 from hyperbagel.data.prompts import THINK_DRAW
-from hyperbagel.generate.decode import decode
 from hyperbagel.generate.image import GuidedVelocity, denoise, draw_noise
 from hyperbagel.generate.session import Session
-from hyperbagel.generate.thinking import write_plans
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, AskRequest, ImageRequest
 from hyperbagel.model.config import BagelOptions
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.speculative.thinking import write_plans
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,7 @@ def test_branches_in_turn_are_those_of_one_batch(model: HyperBagel, think: bool,
     for in_turn in (False, True):
         ready = model._prepare(request)
         if think:
-            model._think([request], [ready], None)
+            model._think([request], [ready])
         grid = model.grid(request)
         noise = draw_noise(model.parts, grid, ready.generator)
         found.append(denoise([ready.session], [grid], [noise], model.settings(request), in_turn=in_turn))
@@ -127,7 +126,7 @@ def test_a_plan_that_could_not_be_read_back_is_refused_before_it_is_written(mode
     probe.add_text(THINK_DRAW)
     room = limit - probe.cache.lengths[0] - 2
     prompt = next(text for n in range(room, 0, -1) if len(model.parts.tokenizer.encode(text := "a " * n)) <= room - 7)
-    monkeypatch.setattr("hyperbagel.pipeline.decode", lambda *a, **k: pytest.fail("decoded"))
+    monkeypatch.setattr("hyperbagel.speculative.thinking.decode", lambda *a, **k: pytest.fail("decoded"))
     left = room - len(model.parts.tokenizer.encode(prompt))
     with pytest.raises(InputError, match="got a context of"):
         model.generate(prompt, seed=0, steps=1, think=True, max_think_tokens=left - 1)
@@ -144,7 +143,7 @@ def test_a_plan_that_was_cut_is_told_and_one_unasked_takes_what_is_left(model: H
     told: list[int] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        write_plans([session], [None], lambda rows, n: decode([session], max_tokens=n, on_token=lambda _, id_: told.append(id_)), True)
+        write_plans([session], [None], on_token=lambda _, token: told.append(token))
     assert len(told) == left - 2 and 0 <= session.room() < left - 2
     with pytest.raises(InputError, match="max_think_tokens 0, expected at least 1"):
         model.generate("a car", seed=0, steps=1, think=True, max_think_tokens=0)

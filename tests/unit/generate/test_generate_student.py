@@ -194,6 +194,23 @@ def test_a_plan_is_told_as_it_is_written(model: HyperBagel) -> None:
     assert model.parts.tokenizer.decode([token for _, token in told]) == planned.thinking
 
 
+@pytest.mark.filterwarnings("ignore:the plan was cut")
+def test_a_lone_request_s_plan_is_read_by_the_first_evaluation(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside another request it is read before; the pictures are the same."""
+    waiting: list[bool] = []
+
+    def watched(sessions: list[Session], *args: object, **more: object) -> object:
+        waiting.extend(bool(session.waiting) for session in sessions)
+        return denoise(sessions, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("hyperbagel.pipeline.denoise", watched)
+    asked = [ImageRequest("make it red", (photo(),), seed=s, student="6", think=True, max_think_tokens=6) for s in (1, 2)]
+    together, alone = model.generate_batch(asked), [model.generate_batch([one])[0] for one in asked]
+    assert waiting == [False, False, True, True]
+    for a, b in zip(together, alone, strict=True):
+        assert a.thinking == b.thinking and np.abs(pixels(a.image) - pixels(b.image)).max() <= 1
+
+
 def test_a_student_that_is_not_there(model: HyperBagel) -> None:
     with pytest.raises(InputError, match="6, plain, none"):
         model.generate("a car", seed=0, student="2")

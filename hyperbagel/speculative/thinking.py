@@ -1,0 +1,87 @@
+"""A picture's plan: text that the model writes before it draws, drafted as answers are, and then reads like any other text."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hyperbagel.core.errors import Notice
+from hyperbagel.data.prompts import untagged
+from hyperbagel.generate.decode import Decoded, Runner
+from hyperbagel.generate.session import Session
+from hyperbagel.generate.types import ImageRequest, OnToken, of_rows
+from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.decode import decode
+
+
+@dataclass
+class Plan:
+    """A plan without its tags, and how it was drafted (`Adaptive.told`)."""
+
+    text: str
+    drafted: dict[str, Any] = field(default_factory=dict)
+
+
+def written_together(session: Session) -> bool:
+    """Whether the plans of several pictures share forward passes: in fp32, where each is what it would be alone. In a coarser type, rows of
+    a batch round otherwise than one alone, and where two tokens nearly tie, a seed would give another picture."""
+    return session.parts.model.dtype == torch.float32
+
+
+def write_plans(
+    sessions: Sequence[Session],
+    most: Sequence[int | None],
+    *,
+    drafter: Adaptive | None = None,
+    runner: Runner | None = None,
+    later: bool = False,
+    on_token: OnToken | None = None,
+) -> list[Plan]:
+    """Writes a plan after what each session holds, reads it back in, and returns it.
+
+    Args:
+        most: tokens of each plan; None: ImageRequest.LONGEST_PLAN, or what the context has left. Warns (Notice) if one was cut there.
+        drafter, runner: as in `speculative.decode.decode`.
+        later: what was written is read back only when something needs it (`Session.add_text`).
+        on_token: called with (index of the session, token id).
+    Raises:
+        InputError: the tokens that a plan may have might not fit. Nothing was written then.
+    """
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (session, asked) in enumerate(zip(sessions, most, strict=True)):
+        groups[_limit(session, asked), 0 if written_together(session) else i].append(i)
+    plans = dict[int, Plan]()
+    for (limit, _), members in groups.items():
+        group = [sessions[i] for i in members]
+        for session in group:
+            session.open_answer()
+        outs = decode(group, max_tokens=limit, on_token=of_rows(on_token, members), drafter=drafter, runner=runner)
+        for i, session, out in zip(members, group, outs, strict=True):
+            plans[i] = Plan(untagged(_read_back(session, out, limit, later)), {} if drafter is None else drafter.told(out))
+    return [plans[i] for i in range(len(sessions))]
+
+
+def _limit(session: Session, most: int | None) -> int:
+    """The most tokens of a plan. Raises InputError if they might not fit."""
+    spare = session.room() - 2  # it is read back between two markers
+    limit = max(1, min(ImageRequest.LONGEST_PLAN, spare)) if most is None else most
+    session.check_room(limit + 2)
+    return limit
+
+
+def _read_back(session: Session, out: Decoded, limit: int, later: bool) -> str:
+    """Reads a plan in, as the reference does: its string, as a new text. Returns the string."""
+    if out.finish_reason == "length":
+        warnings.warn(f"the plan was cut at {limit} tokens; raise max_think_tokens (--max-think-tokens)", Notice, stacklevel=3)
+    session.cache.untap()  # nothing drafts behind it
+    tokenizer = session.parts.tokenizer
+    plan = tokenizer.decode(out.ids)
+    while len(tokenizer.encode(plan)) + 2 > session.room():  # a character cut in half reads back as several tokens
+        plan = plan[:-1]
+    session.add_text(plan, guided=False, later=later)  # guidance never drops it
+    return plan
