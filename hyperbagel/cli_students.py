@@ -31,13 +31,13 @@ def gate(
 
 
 def install(
-    trained: Annotated[Path, typer.Argument(help="A student's or drafter's folder (RUN/export).")],
+    trained: Annotated[Path, typer.Argument(help="A student's, drafter's or planner's folder (RUN/export).")],
     model: Annotated[str, typer.Option(help="The model that it was trained for: its folder, or toybox.")],
     name: Annotated[str | None, typer.Option(help="What to call it.", show_default="a student's evaluations, a drafter's kind")] = None,
     nfe: Annotated[int | None, typer.Option(help="Evaluations it is sampled with from now on.", show_default="as it was made")] = None,
 ) -> None:
     """Put a student or a drafter beside its model: MODEL/students/NAME (in bfloat16) or MODEL/drafters/NAME, where --student and --drafter
-    find it."""
+    find it. Or a planner: MODEL/planner, which then writes what --think asks for."""
     from hyperbagel.pipeline import model_folder
 
     folder = model_folder(model)
@@ -48,6 +48,13 @@ def install(
             raise InputError("got --nfe for a drafter, which draws nothing; leave it out")
         checks.check_folder(folder / "drafters")
         print(install_drafter(trained, folder, name))
+    elif (trained / "planner.json").is_file():
+        from hyperbagel.train.folder import install_planner
+
+        if nfe is not None or name is not None:
+            raise InputError("got --nfe or --name for a planner, which has neither; leave it out")
+        checks.check_folder(folder / "planner")
+        print(install_planner(trained, folder))
     else:
         from hyperbagel.train.folder import install_student
 

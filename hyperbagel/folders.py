@@ -1,4 +1,4 @@
-"""What a folder is: a model, a student, a drafter, a checkpoint or a run of training. Reads headers and settings, no weights."""
+"""What a folder is: a model, a student, a drafter, a planner, a checkpoint or a run of training. Reads headers and settings, no weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import read_json
 from hyperbagel.core.run import read_metrics
+from hyperbagel.model.planner import read_planner
 from hyperbagel.model.weights import TensorFolder, inspect_folder
 from hyperbagel.speculative.drafters.folder import read_acceptance, read_config
 from hyperbagel.train.checkpoint import best_checkpoint, list_checkpoints
@@ -20,6 +21,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """The report that `hyperbagel inspect` prints. Raises InputError for a folder of none of these kinds, or a damaged one."""
     if (folder / "drafter.json").is_file():
         return _drafter(folder)
+    if (folder / "planner.json").is_file():
+        return _planner(folder)
     if (folder / "state.json").is_file():
         return _checkpoint(folder)
     if (folder / "provenance.json").is_file():
@@ -31,7 +34,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     if folder.is_dir() and not any([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         raise InputError(
             f"{folder}: got a folder without weights or settings, expected a model (llm_config.json), a student (sampler.json), a drafter "
-            "(drafter.json), a checkpoint (state.json) or a training's run (provenance.json); check the path"
+            "(drafter.json), a planner (planner.json), a checkpoint (state.json) or a training's run (provenance.json); check the path"
         )
     return inspect_folder(folder)
 
@@ -43,6 +46,12 @@ def _drafter(folder: Path) -> dict[str, Any]:
     rates = [round(rate, 3) for rate in read_acceptance(folder)]
     report = {"folder": str(folder), "drafter": {"kind": config.kind, "layers": config.layers}, "target": target}
     return report | {"acceptance": rates or "not measured", "weights": {"drafter": TensorFolder(folder, "drafter").sizes()}}
+
+
+def _planner(folder: Path) -> dict[str, Any]:
+    about, config = read_planner(folder), read_json(folder / "adapter_config.json")
+    report = {"folder": str(folder), "planner": {"rank": config.get("r"), "base": about.get("base")}}
+    return report | {"weights": {"adapter_model": TensorFolder(folder, "adapter_model").sizes()}}
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:

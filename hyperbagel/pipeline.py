@@ -25,6 +25,7 @@ from hyperbagel.generate.contexts import Contexts
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.mask import check_mask, first_picture, kept_of, masked
+from hyperbagel.generate.planner import Planner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.students import Students
 from hyperbagel.generate.types import (
@@ -63,13 +64,15 @@ class HyperBagel:
         drafters: Path | None = None,
         sampler: Sampler | None = None,
         graphs: bool = False,
+        planner: Path | None = None,
     ) -> None:
         """students, drafters: folders with those that came with the model, each under its name. sampler: that of a student merged into the
-        model, if any. graphs: see from_pretrained."""
+        model, if any. graphs: see from_pretrained. planner: the folder of one that came with the model; it need not be there."""
         self.parts, self.name, self.load_seconds = parts, name, load_seconds
         self.students, self.sampler = Students(parts.model, students), sampler
         self.runner = GraphRunner(parts.model) if graphs else None
         self.drafters = Drafters(parts, drafters, self.runner)
+        self.planner = Planner(parts.model, planner, self.runner)
 
     @classmethod
     def from_pretrained(
@@ -101,7 +104,8 @@ class HyperBagel:
         check_backend(attention, where, DTYPES[kind])
         parts = Parts.load(folder, where, DTYPES[kind], attention)
         sampler = read_merged_sampler(folder)
-        return cls(parts, str(model), time.perf_counter() - start, folder / "students", folder / "drafters", sampler, graphs)
+        spent, beside = time.perf_counter() - start, (folder / "students", folder / "drafters")
+        return cls(parts, str(model), spent, *beside, sampler, graphs, folder / "planner")
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -303,8 +307,9 @@ class HyperBagel:
         """Writes the pictures' plans behind their contexts; returns the seconds that took. later: as in `_prepare`, of the plan."""
         sessions, drafter = [ready.session for ready in prepared], prepared[0].drafter
         spent = self._measure(drafter, sessions if written_together(sessions[0]) else sessions[:1])
+        writer, runner = self.planner.get()
         start, most = clock(self.parts.model.device), [request.max_think_tokens for request in requests]
-        plans = write_plans(sessions, most, drafter=drafter, runner=self.runner, later=later, on_token=on_token)
+        plans = write_plans(sessions, most, writer=writer, drafter=drafter, runner=runner, later=later, on_token=on_token)
         for ready, plan in zip(prepared, plans, strict=True):
             ready.thinking, ready.drafted = plan.text, plan.drafted
         return spent | {"think": clock(self.parts.model.device) - start}

@@ -72,6 +72,7 @@ stage draw base base-draw init="$base" align.vit="$out/vit/export"   # 60: drawi
 base=$(better "$base" draw)
 stage draw-more base base-draw init="$base" align.vit="$out/vit/export" seed=11 max_seconds=3300   # 55: the same again, on new samples
 base=$(better "$base" draw-more)
+stage planner planner planner model="$base"                        # 30: the plans of think mode
 
 # -- six evaluations
 stage cfg cfg cfg model="$base"                                    # 40: guidance inside
@@ -114,6 +115,7 @@ one=$(passed "$one" refl)
 
 hyperbagel install "$six" --model "$base" --name 6 --nfe 6
 hyperbagel install "$one" --model "$base" --name 1
+if planner=$(hyperbagel gate "$out/planner"); then hyperbagel install "$planner" --model "$base"; fi
 
 # -- drafters
 bash runs/drafters.sh "$base" "$out/drafters" "${DRAFTER_SECONDS:-900}"   # and their tables
@@ -137,5 +139,6 @@ if [ "${INSTALL:-0}" = 1 ]; then
     done
     hyperbagel install "$six" --model "$assets" --name 6 --nfe 6
     hyperbagel install "$one" --model "$assets" --name 1
+    [ -z "$planner" ] || hyperbagel install "$planner" --model "$assets"
     NO_TABLES=1 SHIP="${SHIP:-block}" bash runs/drafters.sh "$assets" "$out/drafters"
 fi

@@ -116,7 +116,7 @@ def run_distillation_eval(
     where = model.parts.model
     result["machine"] = {"device": str(where.device), "dtype": str(where.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
     result["settings"] = {"split": split, "seed": seed, "side": side, "think": think, "counts": counts}
-    write_report(result, out / "report.json")
+    result = write_report(result, out / "report.json")
     save_png(contact_sheet(out, present, items["sheet"], side), out / "contact.png")
     if show:
         print_table(result)

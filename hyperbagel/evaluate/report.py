@@ -42,9 +42,20 @@ def print_report(result: dict[str, Any], console: Console | None = None) -> None
     )
 
 
-def write_report(result: dict[str, Any], path: Path) -> None:
-    """Write the result as JSON, whole or not at all."""
+def write_report(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write the result as JSON, whole or not at all, its figures to six digits. Returns what was written."""
+    result = _rounded(result)
     atomic_write_text(path, json.dumps(result, indent=1, sort_keys=True) + "\n")
+    return result
+
+
+def _rounded(value: Any) -> Any:
+    """The same value with its numbers to six digits."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def compare_evaluations(ours: Path, theirs: Path) -> dict[str, Any]:

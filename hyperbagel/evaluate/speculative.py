@@ -133,7 +133,7 @@ def run_speculative_eval(
     header = json.loads(json.dumps(about))
     records = run_items("speculative", cells, work.cells, seed=plan.seed, batch=1, header=header, path=folder / "cells.jsonl")
     result = summarise(header, records)
-    write_report(result, folder / "report.json")
+    result = write_report(result, folder / "report.json")
     if show:
         print_tables(result)
     return result

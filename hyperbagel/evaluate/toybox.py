@@ -144,7 +144,7 @@ def run_toybox_eval(
         result["questions"] = summarise_questions(run("questions", asked, _question_worker(model, chosen)))
     result["detector"] = detector_table(detector, t2i_items[:calibrate], n=calibrate, side=chosen.side)
     if out is not None:
-        write_report(result, out / "report.json")
+        result = write_report(result, out / "report.json")
     if show:
         print_report(result)
     return result

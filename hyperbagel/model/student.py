@@ -197,8 +197,8 @@ def load_student(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) 
         adapter = make_adapter(base, "full", heads=about.get("heads", False), dtype=dtype)
         tensors = load_tensors(folder / "moe_gen.safetensors")
     student = Student.fresh(base, adapter, sampler).to(dtype)
-    _fill(adapter, tensors, folder)
-    _fill(student.guidance, load_tensors(folder / "guidance.safetensors"), folder)
+    fill_adapter(adapter, tensors, folder)
+    fill_adapter(student.guidance, load_tensors(folder / "guidance.safetensors"), folder)
     return student.eval()
 
 
@@ -343,7 +343,7 @@ def is_number(value: object) -> bool:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+def fill_adapter(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Copies tensors into a module, strictly. Raises InputError for other names or shapes, or values that are not finite."""
     live = module.state_dict()
     odd = sorted(live.keys() ^ tensors.keys()) or sorted(n for n in live if live[n].shape != tensors[n].shape)

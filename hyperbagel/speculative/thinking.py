@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from hyperbagel.data.prompts import untagged
 from hyperbagel.generate.decode import Decoded, Runner
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import ImageRequest, OnToken, of_rows
+from hyperbagel.model.bagel import Bagel
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.decode import decode
 
@@ -37,6 +38,7 @@ def write_plans(
     sessions: Sequence[Session],
     most: Sequence[int | None],
     *,
+    writer: Bagel | None = None,
     drafter: Adaptive | None = None,
     runner: Runner | None = None,
     later: bool = False,
@@ -46,7 +48,8 @@ def write_plans(
 
     Args:
         most: tokens of each plan; None: ImageRequest.LONGEST_PLAN, or what the context has left. Warns (Notice) if one was cut there.
-        drafter, runner: as in `speculative.decode.decode`.
+        writer: the network that writes (generate.planner); None: the sessions' own. It reads im_start and its plan behind their contexts.
+        drafter, runner: as in `speculative.decode.decode`; the runner is the writer's.
         later: what was written is read back only when something needs it (`Session.add_text`).
         on_token: called with (index of the session, token id).
     Raises:
@@ -58,12 +61,22 @@ def write_plans(
     plans = dict[int, Plan]()
     for (limit, _), members in groups.items():
         group = [sessions[i] for i in members]
-        for session in group:
+        writing = [_written_by(session, writer) for session in group]
+        for session in writing:
             session.open_answer()
-        outs = decode(group, max_tokens=limit, on_token=of_rows(on_token, members), drafter=drafter, runner=runner)
-        for i, session, out in zip(members, group, outs, strict=True):
+        outs = decode(writing, max_tokens=limit, on_token=of_rows(on_token, members), drafter=drafter, runner=runner)
+        for i, session, own, out in zip(members, group, writing, outs, strict=True):
+            own.settle()  # takes im_start back
             plans[i] = Plan(untagged(_read_back(session, out, limit, later)), {} if drafter is None else drafter.told(out))
     return [plans[i] for i in range(len(sessions))]
+
+
+def _written_by(session: Session, writer: Bagel | None) -> Session:
+    """The session, or a view of it in which another network goes on behind what its own has read. They share a cache."""
+    if writer is None or writer is session.parts.model:
+        return session
+    session.settle()
+    return replace(session, parts=replace(session.parts, model=writer))
 
 
 def _limit(session: Session, most: int | None) -> int:

@@ -240,6 +240,20 @@ def velocity(
     return model.velocity(out.g)
 
 
+def behind(model: Bagel, context: Context, text: Tensor) -> Tensor:
+    """The understanding expert's hidden states [B, n, E] of texts behind a context, from their embeddings [B, n, E]. Token i of a text sees
+    the context and tokens 0 to i; so padding, which comes last, is seen by no token that counts."""
+    n = text.shape[1]
+    past = context.seen[:, None].expand(-1, n, -1)  # [B, n, K]
+    causal = torch.ones(n, n, dtype=torch.bool, device=text.device).tril()
+    seen = torch.cat([past, causal.expand(len(text), -1, -1)], dim=2)[:, None]
+    plan = Plan(slice(0, 0), seen.shape[-1], seen, causal=False)
+    positions = context.position[:, None] + torch.arange(n, device=text.device)
+    hidden = model.backbone(Streams(text, None), positions, cache=_Behind(context), plan=plan).u
+    assert hidden is not None
+    return hidden
+
+
 @dataclass(frozen=True)
 class Scales:
     """Guidance scales of B samples, each [B]."""

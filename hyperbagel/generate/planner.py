@@ -1,0 +1,40 @@
+"""The planner of a loaded model; read when a plan is first written."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from hyperbagel.core.errors import InputError, Notice
+from hyperbagel.generate.graphs import GraphRunner
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.planner import load_planner
+from hyperbagel.nn.lora import attach
+from hyperbagel.nn.projections import store_by_columns
+
+
+class Planner:
+    """Who writes plans: the model in FOLDER with its planner's changes or, without one, the model itself."""
+
+    def __init__(self, base: Bagel, folder: Path | None = None, graphs: GraphRunner | None = None) -> None:
+        """folder: need not be there. graphs: the runner of the model itself, if it decodes in fixed shapes."""
+        self.base, self.folder, self.graphs = base, folder, graphs
+        self.ready: tuple[Bagel, GraphRunner | None] | None = None
+
+    def get(self) -> tuple[Bagel, GraphRunner | None]:
+        """The network that writes plans, which shares the model's tensors, and its runner. Warns (Notice) of a planner that cannot be used
+        and goes on without."""
+        if self.ready is None:
+            self.ready = self.base, self.graphs
+            if self.folder is not None and self.folder.is_dir():
+                try:
+                    self.ready = self._with(self.folder)
+                except InputError as error:
+                    warnings.warn(f"{error}; planning without it", Notice, stacklevel=4)
+        return self.ready
+
+    def _with(self, folder: Path) -> tuple[Bagel, GraphRunner | None]:
+        planner = load_planner(folder, self.base, self.base.dtype).requires_grad_(False)
+        network = attach(self.base, planner, merged=self.base.device.type == "cpu")  # as for students: see Students
+        store_by_columns(network)
+        return network, None if self.graphs is None else GraphRunner(network, compiler=self.graphs.compiler, keep=self.graphs.keep)

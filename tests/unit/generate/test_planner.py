@@ -1,0 +1,106 @@
+"""A model with a planner: plans are its own, all else is the model's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_world import small_parts
+
+from hyperbagel.core.errors import Notice
+from hyperbagel.data.prompts import THINK_DRAW
+from hyperbagel.generate.session import Session
+from hyperbagel.generate.types import AskRequest, ImageRequest
+from hyperbagel.model.planner import make_planner, save_planner
+from hyperbagel.model.student import fingerprint
+from hyperbagel.pipeline import HyperBagel
+from hyperbagel.speculative.thinking import write_plans
+
+pytestmark = pytest.mark.filterwarnings("ignore:the plan was cut")
+
+
+@pytest.fixture(scope="module")
+def plain() -> HyperBagel:
+    return HyperBagel(small_parts(), "plain")
+
+
+@pytest.fixture(scope="module")
+def folder(plain: HyperBagel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    planner = make_planner(plain.parts.model, 2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in planner.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.5)
+    out = tmp_path_factory.mktemp("with") / "planner"
+    save_planner(out, planner, fingerprint(plain.parts.model), {}, torch.float32)
+    return out
+
+
+def with_planner(folder: Path, **more: bool) -> HyperBagel:
+    return HyperBagel(small_parts(), "planned", planner=folder, **more)
+
+
+def asked(seed: int = 1, **more: object) -> ImageRequest:
+    return ImageRequest("a red car", seed=seed, steps=2, **({"think": True, "max_think_tokens": 12} | more))  # type: ignore[arg-type]
+
+
+def test_plans_are_the_planner_s_and_all_else_is_the_model_s(plain: HyperBagel, folder: Path) -> None:
+    model = with_planner(folder)
+    source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    for images in ((), (source,)):
+        mine, theirs = (m.generate_batch([asked(images=images)])[0] for m in (model, plain))
+        assert mine.thinking != theirs.thinking
+        quiet = asked(images=images, think=False)
+        assert model.generate_batch([quiet])[0].image.tobytes() == plain.generate_batch([quiet])[0].image.tobytes()
+    question = AskRequest("what is this", (source,), max_tokens=12, think=True)
+    assert model.ask_batch([question])[0].text == plain.ask_batch([question])[0].text
+
+
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+@torch.inference_mode()
+def test_the_model_itself_reads_what_the_planner_wrote(folder: Path, drafter: str) -> None:
+    """Its cache afterwards is that of a conversation in which the plan was given."""
+    model = with_planner(folder)
+    writer, runner = model.planner.get()
+    assert writer is not model.parts.model and runner is None
+    by = None if drafter == "none" else model.drafters.budgeted(drafter)
+    sessions = [Session.new(model.parts, () if by is None else by.taps) for _ in range(2)]
+    for session, prompt in zip(sessions, ("a red car", "two dogs and a cat"), strict=True):
+        session.add_text(THINK_DRAW)
+        session.add_text(prompt, later=True)
+    plans = write_plans(sessions, [9, 9], writer=writer, drafter=by)
+    for session, prompt, plan in zip(sessions, ("a red car", "two dogs and a cat"), plans, strict=True):
+        given = Session.new(model.parts)
+        for text in (THINK_DRAW, prompt, plan.text):
+            given.add_text(text)
+        assert (session.cache.lengths, session.position) == (given.cache.lengths, given.position)
+        length = given.cache.lengths[0]
+        for mine, theirs in zip((*session.cache.k, *session.cache.v), (*given.cache.k, *given.cache.v), strict=True):
+            torch.testing.assert_close(mine[:, :, :length], theirs[:, :, :length], atol=1e-5, rtol=1e-4)
+
+
+def test_drafts_batches_and_fixed_shapes_change_no_plan(folder: Path) -> None:
+    model, fixed = with_planner(folder), with_planner(folder, graphs=True)
+    alone = [model.generate_batch([asked(seed)])[0] for seed in (1, 2)]
+    drafted = [model.generate_batch([asked(seed, drafter="lookup")])[0] for seed in (1, 2)]
+    together, graphs = model.generate_batch([asked(1), asked(2)]), fixed.generate_batch([asked(1), asked(2)])
+    assert fixed.planner.get()[1] is not fixed.runner and fixed.runner is not None and not fixed.runner.steps
+    for a, *others in zip(alone, drafted, together, graphs, strict=True):
+        assert {other.thinking for other in others} == {a.thinking}
+    assert all(result.tau is not None for result in drafted)
+
+
+def test_a_planner_that_cannot_be_used_is_told_and_the_model_plans(plain: HyperBagel, folder: Path, tmp_path: Path) -> None:
+    theirs = plain.generate_batch([asked()])[0]
+    shutil.copytree(folder, tmp_path / "torn")
+    (tmp_path / "torn" / "adapter_model.safetensors").write_bytes(b"x")
+    other = small_parts()
+    torch.nn.init.zeros_(other.model.llm2vae.weight)
+    for model in (with_planner(tmp_path / "torn"), HyperBagel(other, "other", planner=folder)):
+        with pytest.warns(Notice, match="planning without it"):
+            mine = model.generate_batch([asked()])[0]
+        assert mine.thinking == theirs.thinking
+    assert with_planner(tmp_path / "none").generate_batch([asked()])[0].thinking == theirs.thinking

@@ -1,0 +1,142 @@
+"""The planner's stage: it learns what requests will ask of it, behind contexts as requests have them, and touches nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_base import make, run, write_base
+
+from hyperbagel.core.errors import InputError
+from hyperbagel.data.plan import Text, VaeImage
+from hyperbagel.folders import describe_folder
+from hyperbagel.generate.decode import decode
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.model.planner import load_planner, make_planner
+from hyperbagel.model.weights import load_folder
+from hyperbagel.train.folder import install_planner
+from hyperbagel.train.gate import judge
+from hyperbagel.train.stage import Draws
+from hyperbagel.train.stages import planner
+
+T2I = {"task": "t2i", "samples": 3, "resolution": 32, "think_share": 1.0}
+EDIT = {"task": "edit", "samples": 2, "resolution": 32, "think_share": 1.0}
+DATA = {"sources": {"t2i": T2I}, "mixture": [{"weights": {"t2i": 1}}]}
+
+
+def changed(stage: Any) -> None:
+    with torch.no_grad():
+        for p in stage.planner.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+
+
+def _forced(ids: Iterator[int], *_: object) -> torch.Tensor:
+    return torch.tensor([next(ids)])
+
+
+@pytest.mark.parametrize("source", ["t2i", "edit"])
+def test_cross_entropy_is_that_of_a_plan_decoded_behind_a_request_s_context(
+    base: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sample alone, token by token: what stands before the plan is read by the model, the plan by the planner."""
+    data = {"sources": {source: {"t2i": T2I, "edit": EDIT}[source]}, "mixture": [{"weights": {source: 1}}]}
+    stage: Any = make(planner, base, data=data)
+    changed(stage)
+    groups: list[Any] = []
+    monkeypatch.setattr(stage.loader, "next_group", lambda take=stage.loader.next_group: groups.append(take()) or groups[-1])
+    batch = stage.batch(0, Draws.at(0))
+    loss, told = stage.loss("planner", batch, 0)
+    assert told == {f"{source}_ce": loss} and batch.source == source
+    parts, total, count = replace(Parts.load(base), model=stage.base), 0.0, 0
+    for i, sample in enumerate(groups[0].samples):
+        before, plan = planner.split_plan(sample)
+        session = Session.new(parts)
+        for item in before:
+            if isinstance(item, Text):
+                session.add_text(parts.tokenizer.decode(list(item.ids)))
+        if source == "edit":  # pictures are not repeated here: the context is the stage's own
+            length = int(batch.context.seen[i].sum())
+            session.cache.reserve(length)
+            for mine, theirs in ((session.cache.k, batch.context.k), (session.cache.v, batch.context.v)):
+                for j, x in enumerate(theirs):
+                    mine[j][0, :, :length] = x[i][:, batch.context.seen[i]]
+            session.cache.lengths, session.position, session.waiting = [length], int(batch.context.position[i]), []
+        ids = [*plan.ids, parts.tokenizer.im_end]
+        monkeypatch.setattr("hyperbagel.generate.decode.pick", partial(_forced, iter(ids)))
+        writing = replace(session, parts=replace(parts, model=stage.network))
+        [out] = decode([writing], max_tokens=len(ids), keep_logits=True)
+        logits = torch.stack(out.logits[: len(ids)])
+        total += float(F.cross_entropy(logits, torch.tensor(ids), reduction="sum"))
+        count += len(ids)
+    assert loss.item() == pytest.approx(total / count, rel=1e-4)
+
+
+def test_gradients_reach_the_planner_alone(base: Path) -> None:
+    stage: Any = make(planner, base, data=DATA)
+    changed(stage)
+    stage.base.requires_grad_(True)
+    loss, _ = stage.loss("planner", stage.batch(0, Draws.at(0)), 0)
+    optimised = set(stage.players["planner"].parameters)
+    assert optimised == {name for name, _ in stage.planner.named_parameters()} and len(optimised) == 2 * 4 * 2
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.planner.parameters())
+
+
+def test_a_run_is_measured_gated_installed_and_gone_on_with(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    held_out = {"data": DATA, "held_out": DATA, "held_out_groups": 1, "log_every": 1, "evaluate_every": 4}
+    run(planner, base, out, max_steps=8, optim={"lr": 0.02, "warmup_steps": 1}, **held_out)
+    verdict = judge(out)
+    assert verdict.measure == "score" and verdict.passed and verdict.step > 0
+    model, _ = load_folder(base, "cpu", torch.float32)
+    kept = load_planner(out / "export", model)
+    assert kept.low_rank == make_planner(model, 4).low_rank
+    again: Any = make(planner, base, init=out / "export", **held_out)
+    assert again.evaluate(0)["score"] == pytest.approx(verdict.best, abs=2e-3)  # the export is in bf16
+    with pytest.raises(InputError, match="got a planner of rank 4, expected 2"):
+        make(planner, base, init=out / "export", rank=2, data=DATA)
+    report = describe_folder(out / "export")
+    assert report["planner"]["rank"] == 4 and report["weights"]["adapter_model"]["parameters"] == sum(p.numel() for p in kept.parameters())
+
+    mine = write_base(tmp_path / "mine")
+    assert install_planner(out / "export", mine) == mine / "planner" and load_planner(mine / "planner", model).rank == 4
+    install_planner(out / "export", mine)  # replaces the one before
+    with pytest.raises(InputError, match="got a planner of another model"):
+        install_planner(out / "export", write_base(tmp_path / "other", seed=1))
+    (mine / "planner" / "planner.json").unlink()
+    with pytest.raises(InputError, match="something there that is no planner"):
+        install_planner(out / "export", mine)
+
+
+def test_a_sample_without_a_plan_is_refused(base: Path) -> None:
+    data = {"sources": {"t2i": {k: v for k, v in T2I.items() if k != "think_share"}}, "mixture": [{"weights": {"t2i": 1}}]}
+    with pytest.raises(InputError, match="a sample without a plan"):
+        make(planner, base, data=data).batch(0, Draws.at(0))
+    picture = VaeImage(torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), loss=True)
+    text, plan = Text([5]), Text([6], loss=True)
+    assert planner.split_plan([text, plan, picture, picture]) == ([text], plan)
+    for wrong in ([text, picture, plan, picture], [picture], [plan, text]):
+        with pytest.raises(InputError, match="a sample without a plan"):
+            planner.split_plan(wrong)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("planner.json", "{", "planner.json"),
+        ("planner.json", '{"format": 2}', "got format 2, expected 1"),
+        ("adapter_config.json", '{"r": true}', "got r True, expected 1 to 32"),
+        ("adapter_model.safetensors", "x", "adapter_model.safetensors"),
+    ],
+)
+def test_a_damaged_planner_is_named(base: Path, tmp_path: Path, file: str, text: str, told: str) -> None:
+    run(planner, base, tmp_path / "run", max_steps=1, data=DATA)
+    (tmp_path / "run" / "export" / file).write_text(text)
+    with pytest.raises(InputError, match=told):
+        load_planner(tmp_path / "run" / "export", load_folder(base, "cpu", torch.float32)[0])
