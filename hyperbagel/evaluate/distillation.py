@@ -30,6 +30,7 @@ from hyperbagel.evaluate.toybox import (
     edit_worker,
     load_detector,
     numbers_of,
+    planner_of,
     resolve,
     t2i_worker,
 )
@@ -83,7 +84,7 @@ def run_distillation_eval(
         "steer": [*t2i_eval_prompts(n_steer // 2, seed + 2, split), *edit_eval_items(n_steer - n_steer // 2, seed + 2, split)],
         "sheet": [*_spread(t2i_eval_prompts(12, seed + 3, split), SHEET[0]), *_spread(edit_eval_items(9, seed + 3, split), SHEET[1])],
     }
-    origin = {"base": fingerprint(model.parts.model)} | numbers_of(model)
+    origin = {"base": fingerprint(model.parts.model)} | numbers_of(model) | (planner_of(model) if think else {})
     for row in present:
         s, folder = asked[row.name], make_folder(out / row.name)
         weights = origin["base"] if row.student is None else digest(students[row.student])

@@ -19,7 +19,7 @@ from hyperbagel.core.files import atomic_write_text, make_folder, read_json
 from hyperbagel.core.progress import ProgressReport
 from hyperbagel.data.images import save_png
 from hyperbagel.evaluate.records import unlike
-from hyperbagel.evaluate.toybox import autoencoder_of, weights_of
+from hyperbagel.evaluate.toybox import autoencoder_of, planner_of, weights_of
 from hyperbagel.generate.types import ImageRequest, ImageResult
 
 SHOWN = 5  # broken rows that are named one by one
@@ -102,7 +102,7 @@ def depends_on(model: Any, sample: ImageRequest, rows: Sequence[dict[str, Any]])
         model.grid(sample)
     size = sample.size or (None if sample.is_edit else model.default_size)
     asked = {"denoising": denoising, "size": size, "think": sample.think and {"max_tokens": sample.max_think_tokens}}
-    weights = weights_of(model, sample.student)
+    weights = weights_of(model, sample.student) | (planner_of(model) if sample.think else {})
     weights["students"] = sorted(weights["students"].values())
     weights["autoencoder"] = autoencoder_of(model)  # its decoder may have been trained further (stage vae)
     told = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]

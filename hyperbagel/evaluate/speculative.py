@@ -30,19 +30,22 @@ from hyperbagel.data.prompts import THINK_DRAW
 from hyperbagel.evaluate.records import Record, digest, run_items
 from hyperbagel.evaluate.report import write_report
 from hyperbagel.evaluate.speculative_report import print_tables, summarise
-from hyperbagel.evaluate.toybox import drawn, weights_of
+from hyperbagel.evaluate.toybox import drawn, planner_of, weights_of
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
+from hyperbagel.generate.planner import Planner
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import after_first
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.choose import NODES, Drafters
 from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.thinking import written_by
 from hyperbagel.speculative.types import Speculated, Stats, Times
 from hyperbagel.toybox.language import sample_edit, sample_question, sample_t2i
 
-SPLITS = ("in_template", "held_out", "free_form", "plans")
+PLANS = "plans"
+SPLITS = ("in_template", "held_out", "free_form", PLANS)
 RESERVED = PLAIN, LOOKUP, AUTO = "plain", "lookup", "auto"
 TREE = ", tree"  # follows the name of a drafter in rows of its trees
 FREE_TOKENS = 40  # least length of a free-form answer
@@ -76,7 +79,7 @@ QUICK = Plan(prompts=2, repeats=1, batches=(1, 2), max_tokens=12, free_tokens=1)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an answer is decoded behind: a question about a picture; of the split "plans" a caption, or an instruction and its source."""
+    """What an answer is decoded behind: a question about a picture; of the split PLANS a caption, or an instruction and its source."""
 
     text: str
     picture: Image.Image | None
@@ -128,7 +131,7 @@ def run_speculative_eval(
     work = _Bench(model, names, plan)
     cells = [Cell(s, t, b) for s in SPLITS for t in plan.temperatures for b in ((0, *plan.batches) if plan.speed else (0,))]
     weights = {name: digest(model.drafters.find(path)) for name, path in names.items()}
-    marks = {"counts": COUNTS, "base": weights_of(model)["base"], "weights": weights}
+    marks = {"counts": COUNTS, "base": weights_of(model)["base"], "weights": weights | planner_of(model)}
     about = {"plan": asdict(plan), "drafters": names, "tree_nodes": NODES, "model": model.name, "machine": work.machine()} | marks
     header = json.loads(json.dumps(about))
     records = run_items("speculative", cells, work.cells, seed=plan.seed, batch=1, header=header, path=folder / "cells.jsonl")
@@ -147,6 +150,7 @@ class _Bench:
         if self.runner is None and model.parts.model.device.type == "cuda":  # the fastest plain decoding there is; drafts are to match it
             self.runner = GraphRunner(model.parts.model, keep=_KEPT)
             self.drafters = Drafters(model.parts, model.drafters.folder, self.runner)
+        self.writer, self.writers_runner = Planner(model.parts.model, model.planner.folder, self.runner).get()  # of plans
 
     def machine(self) -> dict[str, Any]:
         target = self.model.parts.model
@@ -168,7 +172,7 @@ class _Bench:
         return self.prompts[key]
 
     def _make(self, split: str, rng: random.Random) -> list[Prompt]:
-        if split == "plans":
+        if split == PLANS:
             return [_to_plan(rng, edit=i % 2 == 1) for i in range(self.plan.prompts)]
         found: list[Prompt] = []
         for i in range(_TRIES * self.plan.prompts):
@@ -201,6 +205,8 @@ class _Bench:
             if prompt.picture is not None:
                 session.add_image(prompt.picture, latents=prompt.planned)
             session.add_text(prompt.text, later=opened)
+            if prompt.planned:
+                session = written_by(session, self.writer)
             if opened:
                 session.open_answer()
             made.append(session)
@@ -266,7 +272,8 @@ class _Bench:
                     if arm.drafter is not None:
                         arm.drafter.prepare(sessions[0], len(sessions), cell.temperature)
                     start = self._clock()
-                    out = decode(sessions, **how, drafter=arm.drafter, runner=self.runner)
+                    runner = self.writers_runner if cell.split == PLANS else self.runner
+                    out = decode(sessions, **how, drafter=arm.drafter, runner=runner)
                     spent[name] += self._clock() - start
                     said[name] += out
                     if repeat >= 0 and arm.drafter is not None:

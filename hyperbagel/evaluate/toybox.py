@@ -78,6 +78,12 @@ def weights_of(model: Any, *students: str | None) -> dict[str, Any]:
     return {"base": fingerprint(model.parts.model), "students": digests} | numbers_of(model)
 
 
+def planner_of(model: Any) -> dict[str, str]:
+    """For the header of records in think mode: what identifies the weights of a model's planner, if it has one."""
+    folder = model.planner.folder
+    return {"planner": digest(folder)} if folder is not None and folder.is_dir() else {}
+
+
 def autoencoder_of(model: Any) -> str:
     """What identifies the weights of a model's autoencoder, which `weights_of` leaves out."""
     return fingerprint(model.parts.vae)
@@ -123,6 +129,7 @@ def run_toybox_eval(
 
     resolved = resolve(chosen, model.settings)
     weights = {} if out is None else weights_of(model, chosen.image.get("student"), chosen.edit.get("student"))
+    weights |= planner_of(model) if chosen.think and out is not None else {}
 
     def run(part: str, items: Sequence[Any], worker: Worker) -> list[Record]:
         header = {"settings": resolved, "n": len(items)} | weights

@@ -61,7 +61,7 @@ def write_plans(
     plans = dict[int, Plan]()
     for (limit, _), members in groups.items():
         group = [sessions[i] for i in members]
-        writing = [_written_by(session, writer) for session in group]
+        writing = [written_by(session, writer) for session in group]
         for session in writing:
             session.open_answer()
         outs = decode(writing, max_tokens=limit, on_token=of_rows(on_token, members), drafter=drafter, runner=runner)
@@ -71,7 +71,7 @@ def write_plans(
     return [plans[i] for i in range(len(sessions))]
 
 
-def _written_by(session: Session, writer: Bagel | None) -> Session:
+def written_by(session: Session, writer: Bagel | None) -> Session:
     """The session, or a view of it in which another network goes on behind what its own has read. They share a cache."""
     if writer is None or writer is session.parts.model:
         return session

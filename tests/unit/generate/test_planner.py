@@ -13,6 +13,9 @@ from small_world import small_parts
 
 from hyperbagel.core.errors import Notice
 from hyperbagel.data.prompts import THINK_DRAW
+from hyperbagel.evaluate.pictures import NAMED, depends_on
+from hyperbagel.evaluate.records import digest
+from hyperbagel.evaluate.toybox import planner_of
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import AskRequest, ImageRequest
 from hyperbagel.model.planner import make_planner, save_planner
@@ -104,3 +107,13 @@ def test_a_planner_that_cannot_be_used_is_told_and_the_model_plans(plain: HyperB
             mine = model.generate_batch([asked()])[0]
         assert mine.thinking == theirs.thinking
     assert with_planner(tmp_path / "none").generate_batch([asked()])[0].thinking == theirs.thinking
+
+
+def test_records_in_think_mode_depend_on_the_planner(plain: HyperBagel, folder: Path, tmp_path: Path) -> None:
+    """And no others do."""
+    model = with_planner(folder)
+    assert planner_of(plain) == planner_of(with_planner(tmp_path / "none")) == {} and planner_of(model) == {"planner": digest(folder)}
+    for think in (False, True):
+        mine, theirs = (depends_on(m, asked(think=think), []) for m in (model, plain))
+        assert mine.pop(NAMED) != theirs.pop(NAMED)
+        assert (mine == theirs) is not think
