@@ -112,6 +112,12 @@ class HyperBagel:
         """(height, width) of a picture if a request does not say."""
         return self.parts.model.config.options.default_size
 
+    def forget_graphs(self) -> None:
+        """Frees the caches and graphs that are kept for later requests."""
+        for runner in (self.runner, self.planner.runner):
+            if runner is not None:
+                runner.forget()
+
     # -- one request -----------------------------------------------------------------------------------------------------------
 
     def generate(

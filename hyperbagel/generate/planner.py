@@ -33,6 +33,11 @@ class Planner:
                     warnings.warn(f"{error}; planning without it", Notice, stacklevel=4)
         return self.ready
 
+    @property
+    def runner(self) -> GraphRunner | None:
+        """The runner of a planner that has been read, if it has one of its own."""
+        return None if self.ready is None or self.ready[0] is self.base else self.ready[1]
+
     def _with(self, folder: Path) -> tuple[Bagel, GraphRunner | None]:
         planner = load_planner(folder, self.base, self.base.dtype).requires_grad_(False)
         network = attach(self.base, planner, merged=self.base.device.type == "cpu")  # as for students: see Students

@@ -192,8 +192,8 @@ class Engine:
                 # The traceback goes in as text: with exc_info a handler that keeps records would keep the frames too.
                 logger.error("a batch of %d failed\n%s", len(units), traceback.format_exc())
                 self._broken = self._broken or not device_works(model.parts.model.device)
-            if isinstance(error, torch.OutOfMemoryError) and model.runner is not None:
-                model.runner.forget()  # makes room for the next attempt
+            if isinstance(error, torch.OutOfMemoryError):
+                model.forget_graphs()  # makes room for the next attempt
             return without_frames(error)
         self._report(units, results)
         return None

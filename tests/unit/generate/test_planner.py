@@ -90,7 +90,10 @@ def test_drafts_batches_and_fixed_shapes_change_no_plan(folder: Path) -> None:
     alone = [model.generate_batch([asked(seed)])[0] for seed in (1, 2)]
     drafted = [model.generate_batch([asked(seed, drafter="lookup")])[0] for seed in (1, 2)]
     together, graphs = model.generate_batch([asked(1), asked(2)]), fixed.generate_batch([asked(1), asked(2)])
-    assert fixed.planner.get()[1] is not fixed.runner and fixed.runner is not None and not fixed.runner.steps
+    own = fixed.planner.get()[1]
+    assert own is not None and own is not fixed.runner and fixed.runner is not None and own.steps and not fixed.runner.steps
+    fixed.forget_graphs()
+    assert not own.steps
     for a, *others in zip(alone, drafted, together, graphs, strict=True):
         assert {other.thinking for other in others} == {a.thinking}
     assert all(result.tau is not None for result in drafted)

@@ -30,7 +30,7 @@ class Model:
         tokenizer = SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: ""))
         same = SimpleNamespace(size=lambda width, height: (width, height))
         self.parts = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cpu")), vae_transform=same)
-        self.runner: Any = None
+        self.forget_graphs: Any = lambda: None
         self.default_size = (64, 64)
 
     def generate_batch(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,7 +81,7 @@ def test_what_failed_is_out_of_memory_before_it_is_tried_again(model: Model) -> 
 
 def test_without_memory_kept_graphs_go_before_the_next_try(model: Model) -> None:
     told: list[str] = []
-    model.runner = SimpleNamespace(forget=lambda: told.append("forget"))
+    model.forget_graphs = lambda: told.append("forget")
     original = model.generate_batch
 
     def generate_batch(requests: Sequence[ImageRequest], *args: Any, **more: Any) -> list[ImageResult]:
