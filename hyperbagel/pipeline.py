@@ -104,8 +104,8 @@ class HyperBagel:
         check_backend(attention, where, DTYPES[kind])
         parts = Parts.load(folder, where, DTYPES[kind], attention)
         sampler = read_merged_sampler(folder)
-        spent, beside = time.perf_counter() - start, (folder / "students", folder / "drafters")
-        return cls(parts, str(model), spent, *beside, sampler, graphs, folder / "planner")
+        spent = time.perf_counter() - start
+        return cls(parts, str(model), spent, folder / "students", folder / "drafters", sampler, graphs, folder / "planner")
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -114,9 +114,8 @@ class HyperBagel:
 
     def forget_graphs(self) -> None:
         """Frees the caches and graphs that are kept for later requests."""
-        for runner in (self.runner, self.planner.runner):
-            if runner is not None:
-                runner.forget()
+        for runner in filter(None, (self.runner, self.planner.runner)):
+            runner.forget()
 
     # -- one request -----------------------------------------------------------------------------------------------------------
 
@@ -231,16 +230,15 @@ class HyperBagel:
             drafter = self._drafter(name)
             sessions = [self._context(requests[i], drafter) for i in members]
             generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
-            timings = {"prefill": clock(where) - start} | self._measure(drafter, sessions, temperature)
+            timings = {"prefill": clock(where) - start} | self._measure(drafter, sessions[0], [len(sessions)], temperature)
             middle = clock(where)
             how: dict[str, Any] = {"temperature": temperature, "generators": generators, "on_token": of_rows(on_token, members)}
             decoded = decode(sessions, max_tokens=max_tokens, **how, drafter=drafter, runner=self.runner, spent=True)
             timings["decode"] = clock(where) - middle
             for i, session, out in zip(members, sessions, decoded, strict=True):
                 thinking, answer = split_thinking(self.parts.tokenizer.decode(out.ids), requests[i].think)
-                counts = len(out.ids), session.tokens
                 drafted = {} if drafter is None else drafter.told(out)
-                results[i] = TextResult(answer, *counts, timings, thinking, out.finish_reason, **drafted)
+                results[i] = TextResult(answer, len(out.ids), session.tokens, timings, thinking, out.finish_reason, **drafted)
         return [results[i] for i in range(len(requests))]
 
     # -- contexts --------------------------------------------------------------------------------------------------------------
@@ -268,15 +266,16 @@ class HyperBagel:
         if request.student not in (None, "none"):
             self.students.get(str(request.student))
         self.drafters.check(request.drafter)
+        if request.think:
+            self.planner.get()
         request.denoising()
         if request.max_think_tokens is not None and request.max_think_tokens < 1:
             raise InputError(f"got max_think_tokens {request.max_think_tokens}, expected at least 1")
         if request.mask is not None:
             check_mask(request.mask, first_picture(request))
-        tokenizer = self.parts.tokenizer
         texts = [item for item in items if isinstance(item, str)] + ([THINK_DRAW] if request.think else [])
-        tokens, limit = sum(len(tokenizer.encode(text)) + 2 for text in texts), self.parts.model.config.llm.max_position_embeddings
-        if tokens > limit:
+        tokens = sum(len(self.parts.tokenizer.encode(text)) + 2 for text in texts)
+        if tokens > (limit := self.parts.model.config.llm.max_position_embeddings):
             raise InputError(f"got a prompt of {tokens} tokens, expected at most {limit} for this model; shorten it")
 
     def grid(self, request: ImageRequest) -> tuple[int, int]:
@@ -312,19 +311,21 @@ class HyperBagel:
     ) -> dict[str, float]:
         """Writes the pictures' plans behind their contexts; returns the seconds that took. later: as in `_prepare`, of the plan."""
         sessions, drafter = [ready.session for ready in prepared], prepared[0].drafter
-        spent = self._measure(drafter, sessions if written_together(sessions[0]) else sessions[:1])
-        writer, runner = self.planner.get()
-        start, most = clock(self.parts.model.device), [request.max_think_tokens for request in requests]
+        most, (writer, runner) = [request.max_think_tokens for request in requests], self.planner.get()
+        spent = self._measure(drafter, sessions[0], {len(rows) for _, rows in written_together(sessions, most, drafter)})
+        start = clock(self.parts.model.device)
         plans = write_plans(sessions, most, writer=writer, drafter=drafter, runner=runner, later=later, on_token=on_token)
         for ready, plan in zip(prepared, plans, strict=True):
             ready.thinking, ready.drafted = plan.text, plan.drafted
         return spent | {"think": clock(self.parts.model.device) - start}
 
-    def _measure(self, drafter: Adaptive | None, sessions: Sequence[Session], temperature: float = 0.0) -> dict[str, float]:
+    def _measure(self, drafter: Adaptive | None, session: Session, sizes: Iterable[int], temperature: float = 0.0) -> dict[str, float]:
         """Has the costs of drafting measured, once per batch size; returns the seconds as `measure` if it took any."""
+        if drafter is None:
+            return {}
         start = clock(self.parts.model.device)
-        if drafter is not None:
-            drafter.prepare(sessions[0], len(sessions), temperature)
+        for rows in sizes:
+            drafter.prepare(session, rows, temperature)
         spent = clock(self.parts.model.device) - start
         return {"measure": spent} if spent > 0.01 else {}
 
@@ -395,5 +396,5 @@ def _with_pictures(request: ImageRequest) -> ImageRequest:
     inputs = request.inputs and tuple(item if isinstance(item, str) else as_picture(item) for item in request.inputs)
     given: dict[str, Any] = {"images": tuple(map(as_picture, request.images)), "inputs": inputs}
     given["mask"] = None if request.mask is None else as_mask(request.mask)
-    given["student"] = None if request.student is None else str(request.student)
+    given |= {name: None if (value := getattr(request, name)) is None else str(value) for name in ("student", "drafter")}
     return replace(request, **given)

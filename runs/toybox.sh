@@ -115,7 +115,8 @@ one=$(passed "$one" refl)
 
 hyperbagel install "$six" --model "$base" --name 6 --nfe 6
 hyperbagel install "$one" --model "$base" --name 1
-if planner=$(hyperbagel gate "$out/planner"); then hyperbagel install "$planner" --model "$base"; fi
+planner=$(hyperbagel gate "$out/planner") || [ $? = 3 ]            # 3: it did not become better
+[ -z "$planner" ] || hyperbagel install "$planner" --model "$base"
 
 # -- drafters
 bash runs/drafters.sh "$base" "$out/drafters" "${DRAFTER_SECONDS:-900}"   # and their tables
@@ -139,6 +140,7 @@ if [ "${INSTALL:-0}" = 1 ]; then
     done
     hyperbagel install "$six" --model "$assets" --name 6 --nfe 6
     hyperbagel install "$one" --model "$assets" --name 1
+    rm -rf "$assets/planner"   # of another base
     [ -z "$planner" ] || hyperbagel install "$planner" --model "$assets"
     NO_TABLES=1 SHIP="${SHIP:-block}" bash runs/drafters.sh "$assets" "$out/drafters"
 fi

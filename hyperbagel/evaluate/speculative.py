@@ -131,7 +131,7 @@ def run_speculative_eval(
     work = _Bench(model, names, plan)
     cells = [Cell(s, t, b) for s in SPLITS for t in plan.temperatures for b in ((0, *plan.batches) if plan.speed else (0,))]
     weights = {name: digest(model.drafters.find(path)) for name, path in names.items()}
-    marks = {"counts": COUNTS, "base": weights_of(model)["base"], "weights": weights | planner_of(model)}
+    marks = {"counts": COUNTS, "base": weights_of(model)["base"], "weights": weights} | planner_of(model)
     about = {"plan": asdict(plan), "drafters": names, "tree_nodes": NODES, "model": model.name, "machine": work.machine()} | marks
     header = json.loads(json.dumps(about))
     records = run_items("speculative", cells, work.cells, seed=plan.seed, batch=1, header=header, path=folder / "cells.jsonl")

@@ -25,12 +25,13 @@ class Planner:
         """The network that writes plans, which shares the model's tensors, and its runner. Warns (Notice) of a planner that cannot be used
         and goes on without."""
         if self.ready is None:
-            self.ready = self.base, self.graphs
+            ready = self.base, self.graphs
             if self.folder is not None and self.folder.is_dir():
                 try:
-                    self.ready = self._with(self.folder)
+                    ready = self._with(self.folder)
                 except InputError as error:
                     warnings.warn(f"{error}; planning without it", Notice, stacklevel=4)
+            self.ready = ready  # not before: without memory for it, the next request tries again
         return self.ready
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder, read_json
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.model.student import PEFT_PREFIX, fill_adapter, fingerprint, peft_config
+from hyperbagel.model.student import PEFT_PREFIX, fill_adapter, fingerprint, peft_config, read_scale
 from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.nn.lora import Adapter
 
@@ -28,11 +28,13 @@ _LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FORMAT = 1
 
 
-def make_planner(base: Bagel, rank: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Adapter:
-    """A planner that changes nothing yet."""
+def make_planner(
+    base: Bagel, rank: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32, alpha: float | None = None
+) -> Adapter:
+    """A planner that changes nothing yet. alpha: see nn.lora.Adapter."""
     layers = range(base.config.llm.num_hidden_layers)
     names = [f"language_model.model.layers.{i}.self_attn.{leaf}" for i in layers for leaf in _LEAVES]
-    return Adapter(base, names, rank=rank, generator=generator, dtype=dtype)
+    return Adapter(base, names, rank=rank, alpha=alpha, generator=generator, dtype=dtype)
 
 
 def save_planner(folder: Path, planner: Adapter, base: str, about: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -56,11 +58,8 @@ def load_planner(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) 
             f"{folder}: got a planner of another model (fingerprint {about.get('base')}), expected one of the loaded model ({mine}); "
             "train one for it (hyperbagel train planner), or take the folder away"
         )
-    rank = read_json(folder / "adapter_config.json").get("r")
-    if not (type(rank) is int and 1 <= rank <= base.config.llm.hidden_size):
-        most = base.config.llm.hidden_size
-        raise InputError(f"{folder}/adapter_config.json: got r {rank!r}, expected 1 to {most}; restore the file")
-    planner = make_planner(base, rank, dtype=dtype)
+    rank, alpha = read_scale(folder, base.config.llm.hidden_size)
+    planner = make_planner(base, rank, dtype=dtype, alpha=alpha)
     tensors = load_tensors(folder / "adapter_model.safetensors")
     fill_adapter(planner, {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}, folder)
     return planner.eval()

@@ -183,14 +183,7 @@ def load_student(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) 
         )
     sampler = _sampler(about, folder)
     if about["kind"] == "lora":
-        config = read_json(folder / "adapter_config.json", _MISSING)
-        rank, alpha = config.get("r"), config.get("lora_alpha")
-        widest = base.config.llm.intermediate_size
-        if not (type(rank) is int and 1 <= rank <= widest and is_number(alpha) and float(alpha or 0) > 0):
-            raise InputError(
-                f"{folder}/adapter_config.json: got r {rank!r} and lora_alpha {alpha!r}, expected 1 to {widest} and a positive number; "
-                "restore the file"
-            )
+        rank, alpha = read_scale(folder, base.config.llm.intermediate_size)
         adapter = make_adapter(base, "lora", rank=rank, alpha=alpha, heads=about.get("heads", False), dtype=dtype)
         tensors = {n.removeprefix(PEFT_PREFIX): t for n, t in load_tensors(folder / "adapter_model.safetensors").items()}
     else:
@@ -306,6 +299,18 @@ def peft_config(layers: Sequence[str], whole: Sequence[str], rank: int, alpha: f
         "task_type": None,
         "inference_mode": True,
     }
+
+
+def read_scale(folder: Path, widest: int) -> tuple[int, float]:
+    """(rank, alpha) of the low-rank changes in a folder; widest: the largest rank there can be. Raises InputError."""
+    config = read_json(folder / "adapter_config.json", _MISSING)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (type(rank) is int and 1 <= rank <= widest and is_number(alpha) and float(alpha or 0) > 0):
+        raise InputError(
+            f"{folder}/adapter_config.json: got r {rank!r} and lora_alpha {alpha!r}, expected 1 to {widest} and a positive number; "
+            "restore the file"
+        )
+    return rank, float(alpha or 0)
 
 
 def read_merged_sampler(folder: Path) -> Sampler | None:

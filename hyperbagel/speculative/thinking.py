@@ -28,10 +28,17 @@ class Plan:
     drafted: dict[str, Any] = field(default_factory=dict)
 
 
-def written_together(session: Session) -> bool:
-    """Whether the plans of several pictures share forward passes: in fp32, where each is what it would be alone. In a coarser type, rows of
-    a batch round otherwise than one alone, and where two tokens nearly tie, a seed would give another picture."""
-    return session.parts.model.dtype == torch.float32
+def written_together(
+    sessions: Sequence[Session], most: Sequence[int | None], drafter: Adaptive | None = None
+) -> list[tuple[int, list[int]]]:
+    """(the most tokens of a plan, the sessions whose plans share forward passes with it): those with equal limits, and in fp32 alone, where
+    each is what it would be alone. In a coarser type, rows of a batch round otherwise than one alone, and where two tokens nearly tie, a
+    seed would give another picture. Arguments and errors as of `write_plans`."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, (session, asked) in enumerate(zip(sessions, most, strict=True)):
+        exact = session.parts.model.dtype == torch.float32
+        groups[_limit(session, asked, 0 if drafter is None else drafter.width), 0 if exact else i].append(i)
+    return [(limit, members) for (limit, _), members in groups.items()]
 
 
 def write_plans(
@@ -47,7 +54,8 @@ def write_plans(
     """Writes a plan after what each session holds, reads it back in, and returns it.
 
     Args:
-        most: tokens of each plan; None: ImageRequest.LONGEST_PLAN, or what the context has left. Warns (Notice) if one was cut there.
+        most: tokens of each plan; None: ImageRequest.LONGEST_PLAN, or what the context and a last draft leave. Warns (Notice) if one was
+            cut there.
         writer: the network that writes (generate.planner); None: the sessions' own. It reads im_start and its plan behind their contexts.
         drafter, runner: as in `speculative.decode.decode`; the runner is the writer's.
         later: what was written is read back only when something needs it (`Session.add_text`).
@@ -55,11 +63,8 @@ def write_plans(
     Raises:
         InputError: the tokens that a plan may have might not fit. Nothing was written then.
     """
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, (session, asked) in enumerate(zip(sessions, most, strict=True)):
-        groups[_limit(session, asked), 0 if written_together(session) else i].append(i)
     plans = dict[int, Plan]()
-    for (limit, _), members in groups.items():
+    for limit, members in written_together(sessions, most, drafter):
         group = [sessions[i] for i in members]
         writing = [written_by(session, writer) for session in group]
         for session in writing:
@@ -79,9 +84,9 @@ def written_by(session: Session, writer: Bagel | None) -> Session:
     return replace(session, parts=replace(session.parts, model=writer))
 
 
-def _limit(session: Session, most: int | None) -> int:
-    """The most tokens of a plan. Raises InputError if they might not fit."""
-    spare = session.room() - 2  # it is read back between two markers
+def _limit(session: Session, most: int | None, width: int) -> int:
+    """The most tokens of a plan. width: of the drafts behind it. Raises InputError if they might not fit."""
+    spare = session.room() - 2 - width  # it is read back between two markers
     limit = max(1, min(ImageRequest.LONGEST_PLAN, spare)) if most is None else most
     session.check_room(limit + 2)
     return limit

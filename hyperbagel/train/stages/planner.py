@@ -79,10 +79,11 @@ class PlannerStage(Stage):
             )
         self.network = attach(self.base, self.planner)
         self.players = {"planner": Player.of(self.planner, recipe.optim, ramp=recipe.init is None)}
-        self.loader = self._loader(recipe.data, recipe.seed, join_world(device))
+        world = join_world(device)
+        self.loader = self._loader(recipe.data, recipe.seed, world)
         self.measured: list[Plans] = []
         self.measures_start = recipe.held_out is not None
-        if recipe.held_out is not None:
+        if recipe.held_out is not None and world.leads:  # rank 0 measures, for all
             for data in recipe.held_out.single_sources():
                 loader = self._loader(data, HELD_OUT_SEED)
                 self.measured += [self._plans(loader, Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]

@@ -331,4 +331,4 @@ def test_each_second_is_told_of_its_own_stage(model: HyperBagel, monkeypatch: py
     planned = model.generate("a car", seed=0, steps=1, think=True, max_think_tokens=100, drafter="lookup")[0]
     assert planned.timings == {"prefill": 1, "measure": 8, "think": 16, "denoise": 2, "decode": 4}
     ticks(0, 1, 10, 12, 20, 24)
-    assert model.ask("what", max_tokens=2).timings == {"prefill": 1, "measure": 2, "decode": 4}
+    assert model.ask("what", max_tokens=2, drafter="lookup").timings == {"prefill": 1, "measure": 2, "decode": 4}

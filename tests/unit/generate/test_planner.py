@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from hyperbagel.data.prompts import THINK_DRAW
 from hyperbagel.evaluate.pictures import NAMED, depends_on
 from hyperbagel.evaluate.records import digest
 from hyperbagel.evaluate.toybox import planner_of
+from hyperbagel.generate import planner
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import AskRequest, ImageRequest
 from hyperbagel.model.planner import make_planner, save_planner
@@ -33,12 +36,12 @@ def plain() -> HyperBagel:
 
 @pytest.fixture(scope="module")
 def folder(plain: HyperBagel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    planner = make_planner(plain.parts.model, 2, torch.Generator().manual_seed(0))
+    changes = make_planner(plain.parts.model, 2, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for p in planner.parameters():
+        for p in changes.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.5)
     out = tmp_path_factory.mktemp("with") / "planner"
-    save_planner(out, planner, fingerprint(plain.parts.model), {}, torch.float32)
+    save_planner(out, changes, fingerprint(plain.parts.model), {}, torch.float32)
     return out
 
 
@@ -120,3 +123,30 @@ def test_records_in_think_mode_depend_on_the_planner(plain: HyperBagel, folder: 
         mine, theirs = (depends_on(m, asked(think=think), []) for m in (model, plain))
         assert mine.pop(NAMED) != theirs.pop(NAMED)
         assert (mine == theirs) is not think
+
+
+def test_without_memory_for_it_the_planner_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, attach = with_planner(folder), planner.attach
+    monkeypatch.setattr(planner, "attach", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        model.generate_batch([asked()])
+    monkeypatch.setattr(planner, "attach", attach)
+    assert model.planner.get()[0] is not model.parts.model
+
+
+def test_costs_are_measured_for_the_batches_that_plans_are_written_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other limits, other batches. A plan without a limit leaves room for its drafts, so that nobody is warned who asked for nothing."""
+    model = with_planner(folder)
+    requests = [asked(seed, drafter="lookup", max_think_tokens=limit) for seed, limit in enumerate((9, 10, 9, 11))]
+    first, second = (model.generate_batch(requests)[0].timings for _ in range(2))
+    assert "measure" in first and "measure" not in second
+    assert set(model.drafters.budgeted("lookup").measured) == {(1, False), (2, False)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="got drafts of")
+        assert model.generate_batch([asked(max_think_tokens=None, drafter="lookup")])[0].tau is not None
+
+
+def test_settings_of_a_drafter_s_folder_can_be_stored(folder: Path, tmp_path: Path) -> None:
+    with pytest.warns(Notice, match="going on without a drafter"):
+        [result] = with_planner(folder).generate_batch([asked(drafter=tmp_path)])
+    assert json.loads(json.dumps(result.settings))["drafter"] == str(tmp_path)

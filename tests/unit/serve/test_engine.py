@@ -192,6 +192,7 @@ def test_which_requests_fit_together() -> None:
         AskRequest("a", temperature=1.0),
         AskRequest("a", drafter="none"),
     ]
+    assert batch_key(ImageRequest("a", drafter="lookup")) == batch_key(plain)  # without a plan nothing is drafted
     keys = {batch_key(request) for request in (plain, *different)}
     assert len(keys) == len(different) + 1
     assert batch_key(ImageRequest("a", student="6")) == batch_key(ImageRequest("b", student="6", seed=2))

@@ -20,6 +20,7 @@ from hyperbagel.generate.decode import decode
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.model.planner import load_planner, make_planner
 from hyperbagel.model.weights import load_folder
+from hyperbagel.train.distributed import World
 from hyperbagel.train.folder import install_planner
 from hyperbagel.train.gate import judge
 from hyperbagel.train.stage import Draws
@@ -96,7 +97,11 @@ def test_a_run_is_measured_gated_installed_and_gone_on_with(base: Path, tmp_path
     assert verdict.measure == "score" and verdict.passed and verdict.step > 0
     model, _ = load_folder(base, "cpu", torch.float32)
     kept = load_planner(out / "export", model)
-    assert kept.low_rank == make_planner(model, 4).low_rank
+    assert kept.low_rank == make_planner(model, 4).low_rank and kept.scale == 1
+    config = out / "export" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 4.0', '"lora_alpha": 8'))
+    assert load_planner(out / "export", model).scale == 2
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4.0'))
     again: Any = make(planner, base, init=out / "export", **held_out)
     assert again.evaluate(0)["score"] == pytest.approx(verdict.best, abs=2e-3)  # the export is in bf16
     with pytest.raises(InputError, match="got a planner of rank 4, expected 2"):
@@ -131,7 +136,7 @@ def test_a_sample_without_a_plan_is_refused(base: Path) -> None:
     [
         ("planner.json", "{", "planner.json"),
         ("planner.json", '{"format": 2}', "got format 2, expected 1"),
-        ("adapter_config.json", '{"r": true}', "got r True, expected 1 to 32"),
+        ("adapter_config.json", '{"r": true, "lora_alpha": 4}', "got r True and lora_alpha 4, expected 1 to 32"),
         ("adapter_model.safetensors", "x", "adapter_model.safetensors"),
     ],
 )
@@ -140,3 +145,10 @@ def test_a_damaged_planner_is_named(base: Path, tmp_path: Path, file: str, text:
     (tmp_path / "run" / "export" / file).write_text(text)
     with pytest.raises(InputError, match=told):
         load_planner(tmp_path / "run" / "export", load_folder(base, "cpu", torch.float32)[0])
+
+
+def test_only_the_rank_that_leads_keeps_held_out_contexts(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in (0, 1):
+        monkeypatch.setattr(planner, "join_world", lambda device, rank=rank: World(rank=rank, size=2))
+        stage: Any = make(planner, base, data=DATA, held_out=DATA, held_out_groups=2)
+        assert len(stage.measured) == (0 if rank else 2) and stage.measures_start
