@@ -37,6 +37,7 @@ class SourceConfig(Config):
     turns: int = Field(default=1, ge=1)  # question: how many about one picture in one sequence
     split: Literal["train", "heldout"] = "train"
     kinds: dict[str, float] | None = None  # question: weights of the kinds of questions; None: toybox.questions's own
+    plan_background: bool = True  # t2i: whether plans name the background
     near_misses: bool = False  # t2i and edit: each sample also has a picture that almost fits, for stage reward
     checks: int = Field(default=0, ge=0)  # t2i and edit: questions about the picture, with answers, for stage refl
     # files

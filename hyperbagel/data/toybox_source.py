@@ -14,6 +14,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage, picture_items
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.data.tokenizer import Tokenizer
+from hyperbagel.toybox.captions import without_background
 from hyperbagel.toybox.checks import Check, checks_of_caption, checks_of_edit
 from hyperbagel.toybox.language import KINDS, questions_about, sample_edit, sample_question, sample_t2i
 from hyperbagel.toybox.near_misses import near_miss_of_caption, near_miss_of_edit
@@ -39,6 +40,7 @@ class ToyboxSource:
         turns: question: how many about one picture in one sequence, each seeing those before it; the picture is encoded once.
         split: "train", or "heldout" for what training never shows.
         kinds: question: weights of the kinds; None: toybox.questions's own. Drafters, which learn from answers, want long ones.
+        plan_background: t2i: whether plans name the background, as toybox.captions's do, or leave it to the caption.
         near_misses: the picture to draw is followed by one that almost fits; stage reward learns that the first is better.
         checks: how many questions about the picture to draw, with their answers, follow it; stage refl asks them.
     """
@@ -55,6 +57,7 @@ class ToyboxSource:
     turns: int = 1
     split: str = "train"
     kinds: Mapping[str, float] | None = None
+    plan_background: bool = True
     near_misses: bool = False
     checks: int = 0
 
@@ -63,6 +66,9 @@ class ToyboxSource:
             raise InputError(f"toybox task: got {self.task!r}, expected one of {', '.join(TASKS)}; use one of these")
         if (self.near_misses or self.checks) and self.task == "question":
             raise InputError("toybox near_misses and checks: got task 'question', expected t2i or edit, which draw; leave them out")
+        if not self.plan_background and (self.task != "t2i" or not self.think_share):
+            got = f"got task {self.task!r} and think_share {self.think_share:g}"
+            raise InputError(f"toybox plan_background: {got}, expected t2i and some plans; leave it out")
         for name, task in (("categories", "t2i"), ("groups", "edit")):
             if getattr(self, name) is not None and (self.task, self.split) != (task, "train"):
                 raise InputError(
@@ -98,7 +104,8 @@ class ToyboxSource:
 
     def _t2i(self, rng: random.Random, think: bool) -> Sample:
         drawn = sample_t2i(rng, split=self.split, style=self.styles, category=self.categories)
-        system, prompt = self._planned(drawn.prompt, drawn.think if think else "")
+        thoughts = drawn.think if self.plan_background else without_background(drawn.think, drawn.scene)
+        system, prompt = self._planned(drawn.prompt, thoughts if think else "")
         target = picture_items(self._picture(drawn.scene), None, loss=True, copies=self.noise_copies, context=False)
         if self.near_misses:
             target.append(VaeImage(self._picture(near_miss_of_caption(rng, drawn)), loss=True))

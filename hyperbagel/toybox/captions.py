@@ -66,10 +66,20 @@ def plan(rng: random.Random, scene: Scene, text_split: str = "train") -> str:
     """The think text before a picture: which things it needs, in which cells, on which background."""
     parts = [choose(rng, _PLAN, text_split).format(n=count_phrase(len(scene.things)))]
     parts += [f"the {ORDINALS[i]} is {full(t)}." for i, t in enumerate(scene.things)]
-    parts.append(f"the background is {scene.background}.")
+    parts.append(_background(scene))
     if look := look_words(scene):
         parts.append(f"it is drawn {look}.")
     return " ".join(p[0].upper() + p[1:] for p in parts)
+
+
+def _background(scene: Scene) -> str:
+    return f"the background is {scene.background}."
+
+
+def without_background(plan: str, scene: Scene) -> str:
+    """A plan of the scene that leaves its background to the caption."""
+    told = _background(scene)
+    return plan.replace(f" {told[0].upper()}{told[1:]}", "")
 
 
 def _relation_sentence(rng: random.Random, a: Thing, b: Thing, text_split: str) -> str:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,24 @@ def test_toybox_think_mode_and_repeatability() -> None:
     assert shape(source.sample(5)) != shape(source.sample(6))
     with pytest.raises(InputError, match="toybox task"):
         ToyboxSource("paint", TOKENIZER, 1)  # type: ignore[arg-type]
+
+
+def test_plans_may_leave_the_background_to_the_caption() -> None:
+    """And nothing else: not how all is drawn, which comes behind it."""
+    asked = {"task": "t2i", "tokenizer": TOKENIZER, "seed": 1, "think_share": 1.0}
+    told, left = ToyboxSource(**asked), ToyboxSource(**asked, plan_background=False)  # type: ignore[arg-type]
+    longer = 0
+    for i in range(40):
+        one, other = told.sample(i), left.sample(i)
+        whole, part = (TOKENIZER.decode(list(sample[2].ids)) for sample in (one, other))  # type: ignore[union-attr]
+        found = re.findall(r" The background is [a-z]+\.", whole)
+        assert len(found) == 1 and whole.replace(found[0], "") == part
+        longer += not whole.replace("</think>", "").endswith(found[0])
+        assert TOKENIZER.decode(list(one[1].ids)) == TOKENIZER.decode(list(other[1].ids))  # type: ignore[union-attr]
+    assert longer > 0
+    for wrong in ({"task": "edit"}, {"think_share": 0.0}):
+        with pytest.raises(InputError, match="toybox plan_background: got task"):
+            ToyboxSource(**asked | wrong, plan_background=False)  # type: ignore[arg-type]
 
 
 def test_a_toybox_source_draws_what_its_weights_say() -> None:
