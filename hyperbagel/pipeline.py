@@ -183,17 +183,17 @@ class HyperBagel:
             # A group has like branches, so one NFE.
             groups[self.settings(request), request.is_edit, self._drafter_name(request) if request.think else None].append(i)
         results, where = dict[int, ImageResult](), self.parts.model.device
-        for (settings, _, planner), members in groups.items():
+        for (settings, _, name), members in groups.items():
             start = clock(where)
             later = settings.student is not None and len(members) == 1  # the first evaluation then reads the last text
-            drafter = None if planner is None else self._drafter(planner)
+            drafter = None if name is None else self._drafter(name)  # of the plans, if there are any
             chosen = [requests[i] for i in members]
             prepared = [self._prepare(request, contexts, later, drafter) for request in chosen]
             grids = [self.grid(request) for request in chosen]
             noises = [draw_noise(self.parts, grid, ready.generator) for grid, ready in zip(grids, prepared)]
             kept = [kept_of(self.parts, request, grid) for request, grid in zip(chosen, grids)]
             timings = {"prefill": clock(where) - start}
-            if planner is not None:
+            if name is not None:
                 timings |= self._think(chosen, prepared, later, of_rows(on_token, members))
             middle = clock(where)
             student = self.students.get(settings.student).network if settings.student else None
