@@ -146,11 +146,12 @@ class _Bench:
     def __init__(self, model: Any, names: Mapping[str, str], plan: Plan) -> None:
         self.model, self.names, self.plan = model, names, plan
         self.prompts: dict[str, list[Prompt]] = {}
-        self.drafters, self.runner = model.drafters, model.runner
+        self.drafters, self.runner, planner = model.drafters, model.runner, model.planner
         if self.runner is None and model.parts.model.device.type == "cuda":  # the fastest plain decoding there is; drafts are to match it
             self.runner = GraphRunner(model.parts.model, keep=_KEPT)
             self.drafters = Drafters(model.parts, model.drafters.folder, self.runner)
-        self.writer, self.writers_runner = Planner(model.parts.model, model.planner.folder, self.runner).get()  # of plans
+            planner = Planner(model.parts.model, planner.folder, self.runner)
+        self.writer, self.writers_runner = planner.get()  # of plans
 
     def machine(self) -> dict[str, Any]:
         target = self.model.parts.model

@@ -10,7 +10,6 @@ FOLDER/planner.json                                     fingerprint of the model
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,8 @@ def make_planner(
     return Adapter(base, names, rank=rank, alpha=alpha, generator=generator, dtype=dtype)
 
 
-def save_planner(folder: Path, planner: Adapter, base: str, about: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes a planner's folder, whole or not at all. base: the model's fingerprint. about: figures and facts for planner.json. Raises
-    InputError if it cannot be written."""
+def save_planner(folder: Path, planner: Adapter, base: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes a planner's folder, whole or not at all. base: the model's fingerprint. Raises InputError if it cannot be written."""
     make_folder(folder.parent)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
@@ -47,7 +45,7 @@ def save_planner(folder: Path, planner: Adapter, base: str, about: Mapping[str, 
         save_tensors(temporary / "adapter_model.safetensors", tensors)
         config = peft_config(planner.low_rank, (), planner.rank, planner.alpha, "")
         atomic_write_text(temporary / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-        atomic_write_text(temporary / "planner.json", json.dumps({"format": _FORMAT, "base": base, **about}, indent=2) + "\n")
+        atomic_write_text(temporary / "planner.json", json.dumps({"format": _FORMAT, "base": base}, indent=2) + "\n")
 
 
 def load_planner(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from hyperbagel.generate.session import image_transform
 from hyperbagel.model.config import BagelConfig, BagelOptions
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.train.distributed import World
-from hyperbagel.train.stage import Draws
+from hyperbagel.train.stage import HELD_OUT_SEED, Draws
 
 MAX_SKIPPED = 1000
 
@@ -133,6 +134,16 @@ def open_loader(
     world, vae, vit = world or World(), *map(image_transform, (options.vae_transform, options.vit_transform))
     seen = InTurn(vae, vit) if as_served else vit
     return build_loader(data, tokenizer, vae, seen, seed=seed, rank=world.rank, world=world.size, prepare=prepare)
+
+
+def held_out_groups(data: DataConfig, number: int, open_: Callable[[DataConfig, int], Loader]) -> Iterator[tuple[Loader, Draws]]:
+    """What a stage is measured on: for each group the loader that it is next from, and its draws. As many of each source, whatever the
+    mixture. open_: called with (data, seed)."""
+    for source in data.single_sources():
+        loader = open_(source, HELD_OUT_SEED)
+        for i in range(number):
+            yield loader, Draws.at(HELD_OUT_SEED, i)
+        loader.close()
 
 
 class Batches:

@@ -39,7 +39,7 @@ from hyperbagel.model.student import (
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.model.weights import load_folder
 from hyperbagel.train.alarms import alarms
-from hyperbagel.train.batches import open_loader, pack_spec, posterior_encoder
+from hyperbagel.train.batches import held_out_groups, open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.compare import Pictures, compare_sets
 from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
@@ -50,7 +50,7 @@ from hyperbagel.train.losses.cfg import draw_scales
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.rewards import AnswerReward
 from hyperbagel.train.sheet import write_sheet
-from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
 
 log = logging.getLogger(__name__)
 
@@ -267,17 +267,14 @@ class DistillStage(Stage):
     def _measure_teacher(self, data: DataConfig) -> None:
         """The base's pictures for fixed conditions and noises, made once: what the student is compared with."""
         times = time_grid(self.recipe.teacher_steps, PAPER_TEXT_TO_IMAGE.shift)
-        for alone in data.single_sources():  # as many groups of each source, whatever the mixture
-            loader = self._loader(alone, HELD_OUT_SEED)
-            for i in range(self.recipe.held_out_groups):
-                rng, group = Draws.at(HELD_OUT_SEED, i), loader.next_group()
-                conditions = self._conditions(group.source, group.samples, rng)
-                noises = torch.stack([self.noise(conditions, rng) for _ in range(2)])
-                run = self.guided_teacher(conditions, self.usual_scales(conditions))
-                with self.amp():
-                    teacher = torch.stack([euler(x, run, times) for x in noises])
-                    self.measured.append(Measured(conditions, noises, teacher, self.features(self.decoded(teacher, conditions))))
-            loader.close()
+        for loader, rng in held_out_groups(data, self.recipe.held_out_groups, self._loader):
+            group = loader.next_group()
+            conditions = self._conditions(group.source, group.samples, rng)
+            noises = torch.stack([self.noise(conditions, rng) for _ in range(2)])
+            run = self.guided_teacher(conditions, self.usual_scales(conditions))
+            with self.amp():
+                teacher = torch.stack([euler(x, run, times) for x in noises])
+                self.measured.append(Measured(conditions, noises, teacher, self.features(self.decoded(teacher, conditions))))
 
     def pictures(self, conditions: Conditions, noises: Tensor) -> Tensor:
         """The student's latents [2, B, N, C], sampled as it will be in use, for noises [2, B, N, C]."""

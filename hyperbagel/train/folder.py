@@ -15,9 +15,9 @@ from hyperbagel.core.files import atomic_path, check_name, make_folder
 from hyperbagel.generate.types import MAX_STEPS
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import VaeConfig, ViTConfig
-from hyperbagel.model.planner import load_planner
+from hyperbagel.model.planner import load_planner, save_planner
 from hyperbagel.model.siglip import SiglipVisionModel
-from hyperbagel.model.student import as_whole, average_students, factorised, load_student, save_student
+from hyperbagel.model.student import as_whole, average_students, factorised, fingerprint, load_student, save_student
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import TensorFolder, fill, load_folder, save_folder, stored_dtype
 
@@ -71,18 +71,15 @@ def save_model(
 
 
 def install_planner(planner: Path, model: Path) -> Path:
-    """Copies a planner to MODEL/planner; an older one is replaced. Returns its folder.
+    """Copies a planner to MODEL/planner in bfloat16; an older one is replaced. Returns its folder.
 
     Raises InputError for a folder that holds no planner, a planner of another model, or a place that something else has.
     """
-    target = model / "planner"
-    load_planner(planner, load_folder(model, torch.device("cpu"), torch.bfloat16)[0])  # for its checks
+    base, _ = load_folder(model, torch.device("cpu"), torch.bfloat16)
+    loaded, target = load_planner(planner, base), model / "planner"
     if target.exists() and not (target / "planner.json").is_file():
         raise InputError(f"{target}: got something there that is no planner, expected nothing or a planner to replace; move it away")
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        for file in ("planner.json", "adapter_config.json", "adapter_model.safetensors"):
-            shutil.copyfile(planner / file, temporary / file)
+    save_planner(target, loaded, fingerprint(base))
     return target
 
 

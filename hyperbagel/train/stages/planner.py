@@ -8,6 +8,7 @@ Shape legend: B samples, n tokens of the longest plan, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ from hyperbagel.model.planner import load_planner, make_planner, save_planner
 from hyperbagel.model.student import fingerprint
 from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.lora import attach
-from hyperbagel.train.batches import open_loader, pack_spec, posterior_encoder
+from hyperbagel.train.batches import held_out_groups, open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import Context, behind, prefill
 from hyperbagel.train.distill import seeded
 from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.optim import OptimConfig
-from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
 
 _IGNORED = -100  # a target behind a plan's end
 
@@ -84,10 +85,8 @@ class PlannerStage(Stage):
         self.measured: list[Plans] = []
         self.measures_start = recipe.held_out is not None
         if recipe.held_out is not None and world.leads:  # rank 0 measures, for all
-            for data in recipe.held_out.single_sources():
-                loader = self._loader(data, HELD_OUT_SEED)
-                self.measured += [self._plans(loader, Draws.at(HELD_OUT_SEED, i)) for i in range(recipe.held_out_groups)]
-                loader.close()
+            groups = held_out_groups(recipe.held_out, recipe.held_out_groups, self._loader)
+            self.measured = [self._plans(loader, draws) for loader, draws in groups]
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Loader:
         return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world, as_served=True)
@@ -135,13 +134,10 @@ class PlannerStage(Stage):
 
     def finish(self, out: Path) -> None:
         """export/: the planner of the best checkpoint or, without held-out plans, of the last step."""
-        best, player = best_checkpoint(out / "checkpoints"), self.players["planner"]
-        if best:
+        if best := best_checkpoint(out / "checkpoints"):
             self.planner.load_state_dict(averaged_tensors(best, "planner"))
-            save_planner(out / "export", self.planner, self.mark, {})
-        else:
-            with player.averaged():
-                save_planner(out / "export", self.planner, self.mark, {})
+        with nullcontext() if best else self.players["planner"].averaged():
+            save_planner(out / "export", self.planner, self.mark)
 
     def close(self) -> None:
         self.loader.close()

@@ -25,7 +25,7 @@ from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
-from hyperbagel.train.batches import open_loader, pack_spec, posterior_encoder
+from hyperbagel.train.batches import held_out_groups, open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import split_sample
 from hyperbagel.train.distill import seeded
@@ -34,7 +34,7 @@ from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.refl import preference_loss
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.rewards import RewardHead, prompt_of, save_reward, understand
-from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
 
 
 class Recipe(TrainRecipe):
@@ -75,10 +75,9 @@ class RewardStage(Stage):
         self.measured: list[Pairs] = []
         self.measures_start = recipe.held_out is not None
         if recipe.held_out is not None:
-            for data in recipe.held_out.single_sources():
-                loader, words = self._loader(data, HELD_OUT_SEED), dict[str, Text]()
-                self.measured += [self._pairs(loader, Draws.at(HELD_OUT_SEED, i), words) for i in range(recipe.held_out_groups)]
-                loader.close()
+            words = dict[str, Text]()
+            groups = held_out_groups(recipe.held_out, recipe.held_out_groups, self._loader)
+            self.measured = [self._pairs(loader, draws, words) for loader, draws in groups]
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Loader:
         return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world, as_served=True)

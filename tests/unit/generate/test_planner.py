@@ -41,7 +41,7 @@ def folder(plain: HyperBagel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for p in changes.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.5)
     out = tmp_path_factory.mktemp("with") / "planner"
-    save_planner(out, changes, fingerprint(plain.parts.model), {}, torch.float32)
+    save_planner(out, changes, fingerprint(plain.parts.model), torch.float32)
     return out
 
 
