@@ -99,6 +99,7 @@ def _draw(
     from hyperbagel.generate.types import ImageRequest
     from hyperbagel.pipeline import check_size
 
+    checks.check_plan(settings)
     settings = given(**settings | {"size": checks.parse_size(settings["size"])})
     images = checks.read_pictures(pictures)
     if "mask" in settings:

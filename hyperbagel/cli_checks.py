@@ -37,6 +37,15 @@ def check_at_least(option: str, value: float | None, low: float) -> None:
         raise InputError(f"got {option} {value}, expected {low:g} or more, choose a larger value")
 
 
+def check_plan(settings: Mapping[str, Any]) -> None:
+    """Refuses settings of a plan where no plan is asked for."""
+    for name in ("max_think_tokens", "drafter"):
+        if settings.get(name) is not None and not settings.get("think"):
+            raise InputError(
+                f"got --{name.replace('_', '-')} without --think, expected a plan that it is about, add --think or leave it out"
+            )
+
+
 def check_text(text: str, name: str) -> None:
     if not text.strip():
         raise InputError(f"got an empty {name}, expected some words, write the {name} in quotes")

@@ -150,6 +150,7 @@ def _pictures(
     checks.check_folder(out)
     checks.check_at_least("--batch", batch, 1)
     checks.check_seed(seed)
+    checks.check_plan(settings)
     if settings.get("size") is not None:
         from hyperbagel.pipeline import check_size
 

@@ -128,6 +128,12 @@ WRONG = {
     "edit without quotes": (["edit", "in.png", "make", "it", "blue", "-o", "a.png"], "put the whole instruction in quotes"),
     "edit with an empty instruction": (["edit", "in.png", "", "-o", "a.png"], "got an empty instruction"),
     "edit with a wrong image scale": (["edit", "in.png", "x", "-o", "a.png", "--image-scale", "inf"], "got image_scale inf"),
+    "drafting no plan": ([*GENERATE, "--drafter", "lookup"], "got --drafter without --think"),
+    "a length of no plan": (["edit", "in.png", "x", "-o", "a.png", "--max-think-tokens", "9"], "got --max-think-tokens without --think"),
+    "an evaluation's length of no plan": (
+        ["eval", "geneval", "-o", "run", "--prompts", "in.png", "--max-think-tokens", "9"],
+        "got --max-think-tokens without --think",
+    ),
     "ask nothing": (["ask"], "Missing argument"),
     "ask with a picture alone": (["ask", "in.png"], "expected the question after it"),
     "ask with an empty question": (["ask", "in.png", " "], "got an empty question"),
