@@ -154,7 +154,8 @@ class Chat:
         """Draws, or edits `images`, and makes the result the last picture."""
         if not prompt:
             raise InputError("got an empty prompt, expected some words after the command")
-        given: dict[str, Any] = {"think": self.think, "steps": self.steps or None, "student": self.student, "drafter": self.drafter_name}
+        given: dict[str, Any] = {"think": self.think, "think_temperature": self.temperature or None, "steps": self.steps or None}
+        given |= {"student": self.student, "drafter": self.drafter_name}
         request = ImageRequest(prompt, tuple(images), self.seed, **given)
 
         def on_step(done: int, total: int, latents: Any) -> None:

@@ -35,6 +35,7 @@ from hyperbagel.cli_options import (
     Model,
     Plan,
     PlanDrafter,
+    PlanTemperature,
     PlanTokens,
     Renorm,
     Size,
@@ -151,6 +152,7 @@ def generate(
     n: Count = 1,
     think: Plan = False,
     max_think_tokens: PlanTokens = None,
+    think_temperature: PlanTemperature = None,
     drafter: PlanDrafter = None,
     student: Student = None,
     device: Device = None,
@@ -163,7 +165,7 @@ def generate(
     checks.check_text(prompt, "prompt")
     where = {"model": model, "device": device, "dtype": dtype, "graphs": graphs}
     guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
-    plan = {"think": think, "max_think_tokens": max_think_tokens, "drafter": drafter}
+    plan = {"think": think, "max_think_tokens": max_think_tokens, "think_temperature": think_temperature, "drafter": drafter}
     _draw(prompt, [], paths, seed, where, json, steps=steps, size=size, student=student, **plan, **guidance)
 
 
@@ -185,6 +187,7 @@ def edit(
     mask: Annotated[Path | None, typer.Option(help="Where to edit: a picture's transparent parts, or its white ones.")] = None,
     think: Plan = False,
     max_think_tokens: PlanTokens = None,
+    think_temperature: PlanTemperature = None,
     drafter: PlanDrafter = None,
     student: Student = None,
     device: Device = None,
@@ -208,6 +211,7 @@ def edit(
         size=size,
         think=think,
         max_think_tokens=max_think_tokens,
+        think_temperature=think_temperature,
         drafter=drafter,
         student=student,
         image_scale=image_scale,

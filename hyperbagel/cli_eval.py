@@ -9,7 +9,21 @@ import typer
 from typer.core import TyperGroup
 
 from hyperbagel import cli_checks as checks
-from hyperbagel.cli_options import Device, Dtype, ImageScale, Interval, Model, Plan, PlanTokens, Size, Steps, Student, TextScale, given
+from hyperbagel.cli_options import (
+    Device,
+    Dtype,
+    ImageScale,
+    Interval,
+    Model,
+    Plan,
+    PlanTemperature,
+    PlanTokens,
+    Size,
+    Steps,
+    Student,
+    TextScale,
+    given,
+)
 from hyperbagel.core.errors import InputError
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for the scores; a stopped run resumes from it.")]
@@ -50,6 +64,7 @@ def toybox(
     n_questions: Annotated[int | None, typer.Option("--n-questions", help="Questions to ask.")] = None,
     student: Student = None,
     think: Plan = False,
+    think_temperature: PlanTemperature = None,
     split: Split = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -59,7 +74,8 @@ def toybox(
     checks.check_folder(out)
     from hyperbagel.evaluate.toybox import Settings, run_toybox_eval
 
-    drawn_by = given(student=student)
+    drawn_by = given(student=student, think_temperature=think_temperature)
+    checks.check_plan(drawn_by | {"think": think})
     asked = Settings(**given(split=split), think=think, image=drawn_by, edit=drawn_by)
     counts = given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions)
     run_toybox_eval(_load(model, device, dtype), out=out, settings=asked, **counts)
@@ -83,6 +99,7 @@ def distillation(
     n_steer: Annotated[int | None, typer.Option("--n-steer", help="Items to draw with weak and strong guidance.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the items and of their noise.")] = 0,
     think: Plan = False,
+    think_temperature: PlanTemperature = None,
     split: Split = None,
     batch: Annotated[int | None, typer.Option(help="Items drawn together.")] = None,
     device: Device = None,
@@ -96,13 +113,15 @@ def distillation(
     from hyperbagel.evaluate.distillation import run_distillation_eval
     from hyperbagel.evaluate.rows import choose, parse_students
 
+    plan: dict[str, Any] = {"think": think, "think_temperature": think_temperature}
+    checks.check_plan(plan)
     wanted = None if rows is None else [name.strip() for name in rows.split(",") if name.strip()]
     choose(wanted)
     folders = parse_students(student or ())
     pipeline = _load(model, device, dtype)
     shipped = {name: pipeline.students.folder / name for name in ("6", "1") if name in pipeline.students.names()}
     counts = given(n_t2i=n_t2i, n_edits=n_edits, n_diversity=n_diversity, n_clock=n_clock, n_steer=n_steer, split=split, batch=batch)
-    run_distillation_eval(pipeline, shipped | folders, out=out, rows=wanted, seed=seed, think=think, **counts)
+    run_distillation_eval(pipeline, shipped | folders, out=out, rows=wanted, seed=seed, **plan, **counts)
 
 
 @app.command()
@@ -179,6 +198,7 @@ def geneval(
     size: Size = None,
     think: Plan = False,
     max_think_tokens: PlanTokens = None,
+    think_temperature: PlanTemperature = None,
     batch: Batch = 4,
     device: Device = None,
     dtype: Dtype = None,
@@ -188,7 +208,7 @@ def geneval(
     from hyperbagel.evaluate.geneval import run_geneval
 
     asked = {"student": student, "steps": steps, "text_scale": text_scale, "interval": interval, "size": size}
-    plan = {"think": think or None, "max_think_tokens": max_think_tokens}
+    plan = {"think": think or None, "max_think_tokens": max_think_tokens, "think_temperature": think_temperature}
     pipeline, settings = _pictures(prompts, out, batch, seed, model, device, dtype, **plan, **asked)
     run_geneval(pipeline, prompts, out, n=n, seed=seed, batch=batch, settings=settings)
 
@@ -207,6 +227,7 @@ def gedit(
     interval: Interval = None,
     think: Plan = False,
     max_think_tokens: PlanTokens = None,
+    think_temperature: PlanTemperature = None,
     batch: Batch = 4,
     device: Device = None,
     dtype: Dtype = None,
@@ -215,6 +236,6 @@ def gedit(
     from hyperbagel.evaluate.gedit import run_gedit
 
     asked = {"student": student, "steps": steps, "text_scale": text_scale, "image_scale": image_scale, "interval": interval}
-    plan = {"think": think or None, "max_think_tokens": max_think_tokens}
+    plan = {"think": think or None, "max_think_tokens": max_think_tokens, "think_temperature": think_temperature}
     pipeline, settings = _pictures(prompts, out, batch, seed, model, device, dtype, **plan, **asked)
     run_gedit(pipeline, prompts, out, seed=seed, batch=batch, language=language, settings=settings)

@@ -180,21 +180,21 @@ class HyperBagel:
             self._check(request)
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            # A group has like branches, so one NFE.
-            groups[self.settings(request), request.is_edit, self._drafter_name(request) if request.think else None].append(i)
+            plan = (self._drafter_name(request), request.think_temperature or 0.0) if request.think else None
+            groups[self.settings(request), request.is_edit, plan].append(i)  # a group has like branches, so one NFE
         results, where = dict[int, ImageResult](), self.parts.model.device
-        for (settings, _, name), members in groups.items():
+        for (settings, _, plan), members in groups.items():
             start = clock(where)
             later = settings.student is not None and len(members) == 1  # the first evaluation then reads the last text
-            drafter = None if name is None else self._drafter(name)  # of the plans, if there are any
+            drafter = None if plan is None else self._drafter(plan[0])
             chosen = [requests[i] for i in members]
             prepared = [self._prepare(request, contexts, later, drafter) for request in chosen]
             grids = [self.grid(request) for request in chosen]
             noises = [draw_noise(self.parts, grid, ready.generator) for grid, ready in zip(grids, prepared)]
             kept = [kept_of(self.parts, request, grid) for request, grid in zip(chosen, grids)]
             timings = {"prefill": clock(where) - start}
-            if name is not None:
-                timings |= self._think(chosen, prepared, later, of_rows(on_token, members))
+            if plan is not None:
+                timings |= self._think(chosen, prepared, plan[1], later, of_rows(on_token, members))
             middle = clock(where)
             student = self.students.get(settings.student).network if settings.student else None
             latents, nfe = denoise([ready.session for ready in prepared], grids, noises, settings, on_step, student=student, kept=kept)
@@ -213,8 +213,8 @@ class HyperBagel:
         """Answers many at once; requests with equal max_tokens, temperature and drafter are decoded together. on_token: called with (index
         of the request, token id).
 
-        A drafter changes only the speed (sampled answers keep their distribution, but no seed repeats them). If one cannot be used, a
-        warning says so and the answer comes without it. Raises InputError for a request that cannot be met.
+        A drafter changes only the speed; one that draws (a chain) keeps the distribution of sampled answers, but no seed repeats them. If
+        one cannot be used, a warning says so and the answer comes without it. Raises InputError for a request that cannot be met.
         """
         requests = [replace(request, images=tuple(map(as_picture, request.images))) for request in requests]
         for request in requests:
@@ -269,8 +269,6 @@ class HyperBagel:
         if request.think:
             self.planner.get()
         request.denoising()
-        if request.max_think_tokens is not None and request.max_think_tokens < 1:
-            raise InputError(f"got max_think_tokens {request.max_think_tokens}, expected at least 1")
         if request.mask is not None:
             check_mask(request.mask, first_picture(request))
         texts = [item for item in items if isinstance(item, str)] + ([THINK_DRAW] if request.think else [])
@@ -307,14 +305,16 @@ class HyperBagel:
         return _Ready(session, generator, reused, drafter)
 
     def _think(
-        self, requests: Sequence[ImageRequest], prepared: Sequence[_Ready], later: bool = False, on_token: OnToken | None = None
+        self, requests: Sequence[ImageRequest], prepared: Sequence[_Ready], temperature: float, later: bool, on_token: OnToken | None
     ) -> dict[str, float]:
         """Writes the pictures' plans behind their contexts; returns the seconds that took. later: as in `_prepare`, of the plan."""
         sessions, drafter = [ready.session for ready in prepared], prepared[0].drafter
         most, (writer, runner) = [request.max_think_tokens for request in requests], self.planner.get()
-        spent = self._measure(drafter, sessions[0], {len(rows) for _, rows in written_together(sessions, most, drafter)})
+        sizes = {len(rows) for _, rows in written_together(sessions, most, drafter)}
+        spent = self._measure(drafter, sessions[0], sizes, temperature)
         start = clock(self.parts.model.device)
-        plans = write_plans(sessions, most, writer=writer, drafter=drafter, runner=runner, later=later, on_token=on_token)
+        how: dict[str, Any] = {"temperature": temperature, "seeds": [request.seed for request in requests], "on_token": on_token}
+        plans = write_plans(sessions, most, writer=writer, drafter=drafter, runner=runner, later=later, **how)
         for ready, plan in zip(prepared, plans, strict=True):
             ready.thinking, ready.drafted = plan.text, plan.drafted
         return spent | {"think": clock(self.parts.model.device) - start}
@@ -330,11 +330,11 @@ class HyperBagel:
         return {"measure": spent} if spent > 0.01 else {}
 
     def _drafter_name(self, request: AskRequest | ImageRequest) -> str:
-        """If none is named, the default drafts where it changes no result: greedy answers, and plans in fp32."""
+        """If none is named, the default drafts where it changes no result: greedy answers, and in fp32 sampled ones and plans."""
         if request.drafter is not None:
             return request.drafter
-        exact = request.temperature == 0 if isinstance(request, AskRequest) else self.parts.model.dtype == torch.float32
-        return self.drafters.default() if exact else NONE
+        exact = self.parts.model.dtype == torch.float32 or (isinstance(request, AskRequest) and not request.sampled)
+        return self.drafters.default(request.sampled) if exact else NONE
 
     def _drafter(self, name: str) -> Adaptive | None:
         """The drafter of a known name; None, with a warning, if it cannot be used."""

@@ -60,17 +60,20 @@ def run_distillation_eval(
     split: str = "train",
     side: int = 64,
     think: bool = False,
+    think_temperature: float | None = None,
     detector: Detector | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Score all rows whose student is in `students` (name -> folder), and write report.json and contact.png into `out`.
 
     n_diversity: prompts that each row draws four times; None: a fortieth of `n_t2i`. n_clock: items that are timed, of each kind. n_steer:
-    items that are drawn with weak and with strong guidance. think: every row writes a plan before each picture, and its seconds count.
+    items that are drawn with weak and with strong guidance. think, think_temperature: every row writes a plan before each picture, and its
+    seconds count.
     Raises InputError if `out` has records made with other settings or other weights.
     """
     out, detector = make_folder(out), detector or load_detector()
-    base = Settings(split, seed, side, think)
+    plan = {} if think_temperature is None else {"think_temperature": think_temperature}
+    base = Settings(split, seed, side, think, image=plan, edit=plan)
     n_diversity = n_t2i // 40 if n_diversity is None else n_diversity
     chosen = choose(rows)
     asked = {row.name: s for row in chosen if (s := settings_of(row, students, base)) is not None}
@@ -116,7 +119,7 @@ def run_distillation_eval(
             result["wall_clock"] = time_rows(model, asked, timed, timed_edits, teacher=TEACHER)
     where = model.parts.model
     result["machine"] = {"device": str(where.device), "dtype": str(where.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-    result["settings"] = {"split": split, "seed": seed, "side": side, "think": think, "counts": counts}
+    result["settings"] = {"split": split, "seed": seed, "side": side, "think": think, **plan, "counts": counts}
     result = write_report(result, out / "report.json")
     save_png(contact_sheet(out, present, items["sheet"], side), out / "contact.png")
     if show:

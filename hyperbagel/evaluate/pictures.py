@@ -101,7 +101,8 @@ def depends_on(model: Any, sample: ImageRequest, rows: Sequence[dict[str, Any]])
     if sample.size is not None:
         model.grid(sample)
     size = sample.size or (None if sample.is_edit else model.default_size)
-    asked = {"denoising": denoising, "size": size, "think": sample.think and {"max_tokens": sample.max_think_tokens}}
+    plan = {"max_tokens": sample.max_think_tokens} | ({"temperature": sample.think_temperature} if sample.sampled else {})
+    asked = {"denoising": denoising, "size": size, "think": sample.think and plan}
     weights = weights_of(model, sample.student) | (planner_of(model) if sample.think else {})
     weights["students"] = sorted(weights["students"].values())
     weights["autoencoder"] = autoencoder_of(model)  # its decoder may have been trained further (stage vae)

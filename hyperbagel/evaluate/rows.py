@@ -77,7 +77,7 @@ def settings_of(row: Row, students: Mapping[str, Path], base: Settings) -> Setti
     for teacher in (PAPER_TEXT_TO_IMAGE, PAPER_EDIT):
         own: dict[str, Any] = _asked(teacher) if row.student is None else {"student": str(students[row.student])}
         made.append(own | ({} if row.steps is None else {"steps": row.steps}))
-    return Settings(base.split, base.seed, base.side, base.think, image=made[0], edit=made[1])
+    return Settings(base.split, base.seed, base.side, base.think, image=base.image | made[0], edit=base.edit | made[1])
 
 
 def _asked(teacher: Denoising) -> dict[str, Any]:

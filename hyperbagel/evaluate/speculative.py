@@ -288,8 +288,9 @@ class _Bench:
                 answers = said
         plain = arms[PLAIN]
         rows = {name: _row(arm, plain) for name, arm in arms.items()}
-        if cell.temperature == 0:
-            for name, outs in answers.items():
+        for name, outs in answers.items():
+            drafter = arms[name].drafter
+            if cell.temperature == 0 or drafter is None or not drafter.draws:  # else answers have draws of their own
                 rows[name]["identical"] = sum(a.ids == b.ids for a, b in zip(outs, answers[PLAIN], strict=True))
         return {**asdict(cell), "rows": rows, "answers": len(prompts)}
 

@@ -73,6 +73,7 @@ class ImageRequest:
     size: tuple[int, int] | None = None  # (height, width), or a text "WIDTHxHEIGHT"; None: the last image's, or the model's own
     think: bool = False
     max_think_tokens: int | None = None  # longest plan; None: LONGEST_PLAN, or what the context has left
+    think_temperature: float | None = None  # of the plan; None: 0, greedy. Above it another seed gives another plan too
     steps: int | None = None
     text_scale: float | None = None
     image_scale: float | None = None
@@ -94,14 +95,22 @@ class ImageRequest:
         check_text("prompt", self.prompt, "generate_batch")
         take: dict[str, Callable[[Any], Any]] = {"seed": seed_of, "size": size_of, "interval": interval_of}
         take |= {name: partial(whole, name) for name in ("steps", "max_think_tokens")}
-        take |= {name: partial(number, name) for name in ("text_scale", "image_scale", "renorm_min", "shift")}
+        take |= {name: partial(number, name) for name in ("text_scale", "image_scale", "renorm_min", "shift", "think_temperature")}
         for name, typed in take.items():
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, typed(value))
+        if self.max_think_tokens is not None and self.max_think_tokens < 1:
+            raise InputError(f"got max_think_tokens {self.max_think_tokens}, expected at least 1")
+        check_temperature("think_temperature", self.think_temperature or 0.0)
 
     def items(self) -> tuple[str | Image, ...]:
         """Images, then the text; or the interleaved inputs."""
         return (*self.images, self.prompt) if self.inputs is None else self.inputs
+
+    @property
+    def sampled(self) -> bool:
+        """Whether its plan is drawn."""
+        return (self.think_temperature or 0.0) > 0
 
     @property
     def is_edit(self) -> bool:
@@ -126,7 +135,8 @@ def asked_for(request: ImageRequest) -> dict[str, Any]:
     if request.inputs is not None:
         found["inputs"] = [item if isinstance(item, str) else "<picture>" for item in items]
     if request.think:
-        found |= {name: value for name in ("max_think_tokens", "drafter") if (value := getattr(request, name)) is not None}
+        names = ("max_think_tokens", "think_temperature", "drafter")
+        found |= {name: value for name in names if (value := getattr(request, name)) is not None}
     return found
 
 
@@ -166,8 +176,8 @@ class AskRequest:
     seed: int = 0
     think: bool = False
     turns: tuple[tuple[str, str], ...] = ()
-    # The drafter: "auto" (the fastest here), "lookup", the name of one that came with the model, a folder, or "none". None: auto at
-    # temperature 0 if drafters came with the model, else none.
+    # The drafter: "auto" (the fastest here), "lookup", the name of one that came with the model, a folder, or "none". None: auto if some
+    # came with the model, but none above temperature 0 where a seed would not repeat its answer (in bf16, or where drafts are drawn).
     drafter: str | None = None
 
     def __post_init__(self) -> None:
@@ -181,8 +191,17 @@ class AskRequest:
             object.__setattr__(self, name, typed(getattr(self, name)))
         if self.max_tokens < 1:
             raise InputError(f"got max_tokens {self.max_tokens}, expected at least 1")
-        if not 0 <= self.temperature <= 100:
-            raise InputError(f"got temperature {self.temperature}, expected 0 (greedy) to 100")
+        check_temperature("temperature", self.temperature)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether its answer is drawn."""
+        return self.temperature > 0
+
+
+def check_temperature(name: str, value: float) -> None:
+    if not 0 <= value <= 100:
+        raise InputError(f"got {name} {value}, expected 0 (greedy) to 100")
 
 
 def check_text(name: str, text: Any, several: str) -> None:

@@ -18,7 +18,8 @@ from hyperbagel.data.images import FORMATS, open_image, open_mask
 from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, check_mask, latent_grid
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
 
-DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift", "max_think_tokens", "drafter")
+DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift")
+PLAN = ("max_think_tokens", "think_temperature", "drafter")
 # Formats that clients may send. Not TIFF: its tiles may be far larger than its picture, so a few hundred bytes could unpack to gigabytes.
 SENT = tuple(kind for kind in FORMATS if kind != "TIFF")
 SYSTEM = ("system", "developer")  # two names for one role
@@ -87,7 +88,7 @@ class Incoming:
         drafters = self.model.drafters.names()
         if knobs.drafter not in (None, *drafters):
             raise ApiError(400, f"got drafter {knobs.drafter!r}, expected one of {', '.join(drafters)}", param="drafter")
-        given = {name: value for name in DENOISING if (value := getattr(knobs, name)) is not None}
+        given = {name: value for name in (*DENOISING, *PLAN) if (value := getattr(knobs, name)) is not None}
         if limits.max_tokens < ImageRequest.LONGEST_PLAN:
             given.setdefault("max_think_tokens", limits.max_tokens)
         return given | {"think": bool(knobs.think), "size": self._size(size)}

@@ -98,6 +98,7 @@ class Knobs(Strict):
     renorm_min: Time | None = Field(None, description="Lowest factor of that renormalisation.")
     shift: Scale | None = Field(None, description="Timestep shift; above 1 spends more steps on noisy times.")
     max_think_tokens: int | None = Field(None, ge=1, description="Longest plan of a picture, in tokens.")
+    think_temperature: float | None = Field(None, ge=0, le=100, description="Of a picture's plan; above 0 other seeds give other plans.")
     drafter: str | None = Field(
         None,
         max_length=64,

@@ -1,5 +1,9 @@
 """What a round accepts, as the decoder needs it: the rules of `verify` applied to the target's logits, and the result on the CPU.
 
+Drafts that are a choice (q None) are compared with what the target itself says after each node, greedy or drawn. Each token of an answer
+takes its row's next draw, as in plain decoding, so that a seed's answer is the same with drafts and without. Drafts that were drawn are
+accepted by rejection sampling: the distribution is the target's, the draws are others.
+
 Shape legend: B rows, n nodes (root included), V vocabulary.
 """
 
@@ -11,10 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import NOT_FINITE, draw, pick, probabilities
+from hyperbagel.generate.sampling import NOT_FINITE, draw_ahead, pick, probabilities
 from hyperbagel.speculative.tree import path_to, tree_depth
 from hyperbagel.speculative.types import Draft
-from hyperbagel.speculative.verify import greedy_chain, greedy_path, sampled, sampled_chain, sampled_path
+from hyperbagel.speculative.verify import chosen_chain, chosen_path, sampled, sampled_chain
+
+_BROKEN = -2  # what the target says where its probabilities are not finite: no token, and no missing node (-1)
 
 
 class Verdict(NamedTuple):
@@ -28,7 +34,7 @@ class Verdict(NamedTuple):
 
 
 def accept(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
-    """logits [B, n, V] after tokens [B, n], roots first. Waits for the device once; for trees that sample, several times.
+    """logits [B, n, V] after tokens [B, n], roots first. Waits for the device once; for trees that were drawn, several times.
 
     Raises RuntimeError if it samples and the model's probabilities are not finite, as plain decoding does.
     """
@@ -36,61 +42,75 @@ def accept(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, gen
         root = pick(logits[:, 0], temperature, generators)
         own, before = torch.stack([root, tokens[:, 0]]).tolist()
         return Verdict(root, own, [[0]] * len(own), [[id_] for id_ in before], [0] * len(own))
+    said, states = _said(logits, draft, temperature, generators)
     walk = _chain if draft.tree is None else _tree
-    return walk(logits, tokens, draft, temperature, generators)
-
-
-def _chain(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
-    if temperature == 0:
-        node, root = greedy_chain(logits.argmax(-1), tokens)
-    else:
-        p = probabilities(logits, temperature)
-        node, root = sampled_chain(p, tokens, _uniforms(tokens, generators), draft.q)
-        root = torch.where(p.isfinite().flatten(1).all(1), root, -1)  # looked at below, in the one wait
-    rows = torch.cat([node[:, None], root[:, None], tokens], dim=1).tolist()
-    own = [row[1] for row in rows]
-    if min(own) < 0:
+    verdict = walk(logits, tokens, draft, said, temperature, generators)
+    if min(verdict.own) < 0:
         raise RuntimeError(NOT_FINITE)
+    for generator, after, path in zip(generators, states, verdict.paths):  # no states if nothing was drawn ahead
+        generator.set_state(after[len(path)])  # a draw for each new token: those accepted behind the root, and the target's own
+    return verdict
+
+
+def _chain(
+    logits: Tensor, tokens: Tensor, draft: Draft, said: Tensor | None, temperature: float, generators: Sequence[torch.Generator]
+) -> Verdict:
+    if said is not None:
+        node, root = chosen_chain(said, tokens)
+    else:
+        assert draft.q is not None
+        p = probabilities(logits, temperature)
+        node, root = sampled_chain(p, tokens, draft.q, _for_each_node(tokens, generators))
+        root = torch.where(p.isfinite().flatten(1).all(1), root, _BROKEN)  # looked at in the one wait
+    rows = torch.cat([node[:, None], root[:, None], tokens], dim=1).tolist()
     paths = [list(range(row[0] + 1)) for row in rows]
-    return Verdict(root, own, paths, [row[2:] for row in rows], [sum(id_ >= 0 for id_ in row[3:]) for row in rows])
+    deepest = [sum(id_ >= 0 for id_ in row[3:]) for row in rows]
+    return Verdict(root, [row[1] for row in rows], paths, [row[2:] for row in rows], deepest)
 
 
-def _tree(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
+def _tree(
+    logits: Tensor, tokens: Tensor, draft: Draft, said: Tensor | None, temperature: float, generators: Sequence[torch.Generator]
+) -> Verdict:
     """The way down a tree is found on the CPU, where few of its nodes need a look."""
     assert draft.tree is not None
     parents = draft.tree.parents
-    if temperature == 0:
-        ids, above, best = torch.stack([tokens, parents, logits.argmax(-1)]).tolist()
-        paths = [greedy_path(*row) for row in zip(best, ids, above, strict=True)]
-        own = [row[path[-1]] for row, path in zip(best, paths, strict=True)]
+    if said is not None:
+        ids, above, told = torch.stack([tokens, parents, said]).tolist()
+        paths = [chosen_path(*row) for row in zip(told, ids, above, strict=True)]
+        own = [row[path[-1]] for row, path in zip(told, paths, strict=True)]
         root = torch.tensor(own, device=tokens.device)
     else:
-        ids, above = torch.stack([tokens, parents]).tolist()
-        p, uniforms = probabilities(logits, temperature), _uniforms(tokens, generators)
+        assert draft.q is not None
+        p = probabilities(logits, temperature)
         if not bool(p.isfinite().all()):
             raise RuntimeError(NOT_FINITE)
-        if draft.q is None:
-            chances = p[torch.arange(len(p), device=p.device)[:, None], parents, tokens.clamp(min=0)]
-            walks = [sampled_path(*row) for row in zip(chances.tolist(), ids, above, uniforms.tolist(), strict=True)]
-            paths, root = [path for path, _ in walks], _draw_rest(p, ids, walks, uniforms[:, 0])
-        else:
-            node, root = sampled(p, tokens, parents, uniforms, draft.q)
-            paths = [path_to(row, end) for row, end in zip(above, node.tolist(), strict=True)]
+        ids, above = torch.stack([tokens, parents]).tolist()
+        node, root = sampled(p, tokens, parents, draft.q, _for_each_node(tokens, generators))
+        paths = [path_to(row, end) for row, end in zip(above, node.tolist(), strict=True)]
         own = root.tolist()
     return Verdict(root, own, paths, ids, [tree_depth(*row) for row in zip(ids, above, strict=True)])
 
 
-def _draw_rest(p: Tensor, ids: list[list[int]], walks: Sequence[tuple[list[int], list[int]]], uniforms: Tensor) -> Tensor:
-    """Each row's own token: drawn after its last accepted node, from what refused tokens leave of p [B, n, V] there -> [B]."""
-    left = p[torch.arange(len(p), device=p.device), torch.tensor([path[-1] for path, _ in walks], device=p.device)]
-    refused = [(b, ids[b][i]) for b, (_, nodes) in enumerate(walks) for i in nodes]
-    if refused:
-        rest = left.index_put(tuple(torch.tensor(refused, device=p.device).T), left.new_zeros(()))
-        left = torch.where(rest.sum(-1, keepdim=True) > 0, rest, left)  # nothing is left: then a refusal had no chance
-    return draw(left, uniforms)
+def _said(
+    logits: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]
+) -> tuple[Tensor | None, list[list[Tensor]]]:
+    """(what the target says after each node [B, n], its likeliest token or the one it draws there; the generators' states after each draw).
+    None for drafts that were drawn.
+
+    Nodes of one depth share a draw, the one that plain decoding would take there, since at most one of them is on the path.
+    """
+    if temperature == 0:
+        return logits.argmax(-1), []
+    if draft.q is not None:
+        return None, []
+    rows, n, _ = logits.shape
+    p = probabilities(logits, temperature)
+    depths = torch.arange(n, device=p.device).expand(rows, -1) if draft.tree is None else draft.tree.depths
+    said, states = draw_ahead(p, depths, generators)
+    return torch.where(p.isfinite().flatten(1).all(1)[:, None], said, _BROKEN), states
 
 
-def _uniforms(tokens: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """One in [0, 1) for each node, from its row's own generator."""
+def _for_each_node(tokens: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """A number in [0, 1) for each node, from its row's own generator."""
     drawn = [torch.rand(tokens.shape[1], generator=g, dtype=torch.float64) for g in generators]
     return torch.stack(drawn).to(tokens.device)

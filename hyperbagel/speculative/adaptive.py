@@ -90,6 +90,7 @@ class Adaptive:
         self.taps: tuple[int, ...] = tuple(sorted({tap for drafter in drafters.values() for tap in drafter.taps}))
         self.width = max(drafter.width for drafter in drafters.values())
         self.depth = max(drafter.depth for drafter in drafters.values())
+        self.draws = any(drafter.draws for drafter in drafters.values())
         self.given, self.measured = costs, dict[tuple[int, bool], Costs]()
         self.phases: dict[tuple[int, bool, int], _Phase] = {}  # (batch size, sampled, how far the answer has come)
         self.rounds_drafted = dict.fromkeys(drafters, 0)  # in the current request
@@ -103,7 +104,7 @@ class Adaptive:
         is used."""
         if self.given is not None:
             return self.given
-        key = _size(rows), temperature > 0
+        key = _size(rows), temperature > 0 and self.draws  # a choice costs the same at any temperature
         if key not in self.measured:
             costs = None if self.kept is None else self.kept.load(self.drafters, *key)
             if costs is None:

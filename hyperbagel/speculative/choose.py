@@ -48,9 +48,12 @@ class Drafters:
         """All names that can be given without a folder."""
         return [*self.shipped(), LOOKUP, AUTO, NONE]
 
-    def default(self) -> str:
-        """The drafter if none is named: auto if drafters came with the model, but none with graphs, which were asked for."""
-        return AUTO if self.graphs is None and self.shipped() else NONE
+    def default(self, sampled: bool = False) -> str:
+        """The drafter if none is named: auto if drafters came with the model, but none with graphs, which were asked for. sampled: nor
+        where drafts are drawn, since a seed's answer would then depend on how much is drafted."""
+        if self.graphs is not None or not self.shipped():
+            return NONE
+        return NONE if sampled and self.budgeted(AUTO).draws else AUTO
 
     def check(self, name: str | None) -> None:
         """Raises InputError for a name that means nothing. Reads nothing."""

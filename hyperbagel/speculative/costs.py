@@ -31,7 +31,7 @@ class _Probe:
 
     def __init__(self, drafter: Drafter | None, taps: tuple[int, ...], clock: Callable[[], float]) -> None:
         self.drafter, self.taps, self.clock = drafter, taps, clock
-        self.width, self.threshold = max(READ), 0.0
+        self.width, self.draws, self.threshold = max(READ), False, 0.0
         self.depth, self.read, self.seconds = 1, 1, 0.0
         self.news: Seen | None = None
 
@@ -50,7 +50,6 @@ class _Probe:
             self.drafter.propose(self.news, self.depth)
             self.news = None
         self.seconds = self.clock() - start
-        # no q: a draft that was not drawn, which sampling accepts with the target's own probability of it
         return Draft(seen.root.new_zeros(len(seen.root), self.read - 1))
 
     def end(self, counts: Sequence[int]) -> None:

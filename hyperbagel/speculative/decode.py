@@ -48,8 +48,9 @@ def decode(
     """As `generate.decode.decode`; with a drafter the results are `Speculated`. `runner` makes the steps of plain decoding; a GraphRunner
     also verifies drafts in fixed shapes.
 
-    Greedy answers are those of plain decoding, token for token as far as arithmetic allows (in fp32 they always were); sampled ones have
-    its distribution, though not its draws. The sessions stay as they were, unless `spent`.
+    Answers are those of plain decoding, token for token as far as arithmetic allows (in fp32 they always were), sampled ones too where
+    drafts are a choice (Drafter.draws); with a drafter that draws, sampled answers have plain decoding's distribution, but not its draws.
+    The sessions stay as they were, unless `spent`.
 
     Where a draft might not fit behind the answer, it warns (Notice) and decodes plainly.
 

@@ -19,6 +19,8 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.decode import decode
 
+_OTHER_STREAM = 2**64 - 1  # a seed with all its bits flipped: the picture's noise has the seed itself
+
 
 @dataclass
 class Plan:
@@ -49,6 +51,8 @@ def write_plans(
     drafter: Adaptive | None = None,
     runner: Runner | None = None,
     later: bool = False,
+    temperature: float = 0.0,
+    seeds: Sequence[int] = (),
     on_token: OnToken | None = None,
 ) -> list[Plan]:
     """Writes a plan after what each session holds, reads it back in, and returns it.
@@ -59,6 +63,7 @@ def write_plans(
         writer: the network that writes (generate.planner); None: the sessions' own. It reads im_start and its plan behind their contexts.
         drafter, runner: as in `speculative.decode.decode`; the runner is the writer's.
         later: what was written is read back only when something needs it (`Session.add_text`).
+        temperature, seeds: 0 is greedy; above it each plan is drawn by its own seed.
         on_token: called with (index of the session, token id).
     Raises:
         InputError: the tokens that a plan may have might not fit. Nothing was written then.
@@ -69,7 +74,10 @@ def write_plans(
         writing = [written_by(session, writer) for session in group]
         for session in writing:
             session.open_answer()
-        outs = decode(writing, max_tokens=limit, on_token=of_rows(on_token, members), drafter=drafter, runner=runner)
+        drawn: dict[str, Any] = {"temperature": temperature}
+        if temperature > 0:
+            drawn["generators"] = [torch.Generator().manual_seed(_OTHER_STREAM ^ seeds[i]) for i in members]
+        outs = decode(writing, max_tokens=limit, on_token=of_rows(on_token, members), drafter=drafter, runner=runner, **drawn)
         for i, session, own, out in zip(members, group, writing, outs, strict=True):
             own.settle()  # takes im_start back
             plans[i] = Plan(untagged(_read_back(session, out, limit, later)), {} if drafter is None else drafter.told(out))

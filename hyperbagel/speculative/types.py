@@ -68,6 +68,10 @@ class Drafter(Protocol):
     depth: int  # most tokens in line
     threshold: float  # it drafts no node believed to be accepted, along with all before it, with a lower chance, where that saves time
 
+    @property
+    def draws(self) -> bool:
+        """Whether its drafts are drawn at a temperature (Draft.q), not chosen."""
+
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         """Forgets the last request. `temperature` 0: greedy."""
 

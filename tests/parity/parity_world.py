@@ -104,7 +104,7 @@ class Stub:
     """Knows the plain answers (`told`, im_end included where they stop) and where each row stands."""
 
     taps: tuple[int, ...] = ()
-    width, depth, threshold = 6, 6, 0.0
+    width, depth, draws, threshold = 6, 6, False, 0.0
 
     def __init__(self, plain: Sequence[Decoded], im_end: int, vocabulary: int) -> None:
         self.told = [[*out.ids, *([im_end] if out.finish_reason == "stop" else [])] for out in plain]

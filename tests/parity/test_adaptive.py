@@ -155,7 +155,7 @@ def test_a_pause_is_caught_up(kind: Kind, parts: Parts) -> None:
     adaptive = Adaptive({"seldom": seldom}, costs=costs("seldom"))
 
     class Both:
-        taps, width, depth, threshold, turn, compared = TAPS, 6, 6, 0.0, 0, 0
+        taps, width, depth, draws, threshold, turn, compared = TAPS, 6, 6, False, 0.0, 0, 0
 
         def begin(self, *given: object) -> None:
             for drafter in (often, adaptive, echo):
@@ -248,7 +248,7 @@ class Watcher:
     """Drafts nothing and keeps what it was shown: (slots before, new slots) by row and round, and the depth it was asked for."""
 
     taps: tuple[int, ...] = ()
-    width, depth, threshold, im_end = 6, 6, 0.5, 7
+    width, depth, draws, threshold, im_end = 6, 6, False, 0.5, 7
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         self.shown: list[tuple[list[int], list[int], int]] = []

@@ -40,7 +40,7 @@ class ToyStub:
     """What the sampled stubs share: the model itself, to know what is likely, and each row's tokens."""
 
     taps: tuple[int, ...] = ()
-    width, depth, threshold = 6, 6, 0.0
+    width, depth, draws, threshold = 6, 6, False, 0.0
 
     def __init__(self, parts: Parts) -> None:
         self.best = answer_table(parts)[1]
@@ -106,6 +106,8 @@ class FixedTree(ToyStub):
 class DrawnChain(ToyStub):
     """Draws a chain from distributions of its own."""
 
+    draws = True
+
     def propose(self, seen: Seen, limit: int) -> Draft:
         self.news(seen)
         g = torch.Generator().manual_seed(self.rng.randrange(2**31))
@@ -118,6 +120,8 @@ class DrawnChain(ToyStub):
 
 class DrawnTree(ToyStub):
     """Three children of the root and two of the first one, drawn without replacement."""
+
+    draws = True
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         self.news(seen)

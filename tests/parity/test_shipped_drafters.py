@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from hyperbagel.generate.decode import decode as plain_decode
@@ -27,14 +29,19 @@ def model() -> HyperBagel:
     return HyperBagel.from_pretrained("toybox", device="cpu", dtype="float32")
 
 
+def drawn() -> dict[str, Any]:
+    """Settings of a sampled batch, with fresh generators."""
+    return {"temperature": 1.0, "generators": [torch.Generator().manual_seed(i) for i in range(BATCH)]}
+
+
 def test_there_are_some() -> None:
     assert NAMES
 
 
-@pytest.mark.parametrize(("prompts", "way"), [(PROMPTS, "served"), (BATCH, "fixed shapes"), (2 * BATCH, "chain")])
+@pytest.mark.parametrize(("prompts", "way"), [(PROMPTS, "served"), (BATCH, "fixed shapes"), (2 * BATCH, "chain"), (3 * BATCH, "sampled")])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thousand_questions(name: str, prompts: int, way: str, model: HyperBagel) -> None:
-    """As requests have it, without and with graphs, and a chain."""
+    """As requests have it, without and with graphs, and a chain; drawn at a temperature, with the draws of plain decoding."""
     drafter = model.drafters.get(name) if way == "chain" else model.drafters.served(name)
     runner = GraphRunner(model.parts.model) if way == "fixed shapes" else None
     rng = random.Random(5)
@@ -47,9 +54,15 @@ def test_a_thousand_questions(name: str, prompts: int, way: str, model: HyperBag
             session.add_image(Image.fromarray(render(asked.scene)), latents=False)
             session.add_text(asked.question)
             sessions.append(session)
-        plain = plain_decode(sessions, max_tokens=LENGTH, keep_logits=True)
-        for told, out in zip(plain, decode(sessions, max_tokens=LENGTH, drafter=drafter, runner=runner), strict=True):
-            parted = first_divergence(told, out)
+        if way == "sampled":
+            plain = plain_decode(sessions, max_tokens=LENGTH, **drawn())
+            outs = decode(sessions, max_tokens=LENGTH, drafter=drafter, **drawn())
+            assert [(out.ids, out.finish_reason) for out in outs] == [(told.ids, told.finish_reason) for told in plain]
+        else:
+            plain = plain_decode(sessions, max_tokens=LENGTH, keep_logits=True)
+            outs = decode(sessions, max_tokens=LENGTH, drafter=drafter, runner=runner)
+        for told, out in zip(plain, outs, strict=True):
+            parted = None if way == "sampled" else first_divergence(told, out)
             ties += parted is not None
             assert parted is None or parted.gap < TIE
             assert isinstance(out, Speculated)

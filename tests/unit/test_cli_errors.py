@@ -129,6 +129,12 @@ WRONG = {
     "edit with an empty instruction": (["edit", "in.png", "", "-o", "a.png"], "got an empty instruction"),
     "edit with a wrong image scale": (["edit", "in.png", "x", "-o", "a.png", "--image-scale", "inf"], "got image_scale inf"),
     "drafting no plan": ([*GENERATE, "--drafter", "lookup"], "got --drafter without --think"),
+    "a temperature of no plan": ([*GENERATE, "--think-temperature", "1"], "got --think-temperature without --think"),
+    "a plan that is too hot": ([*GENERATE, "--think", "--think-temperature", "101"], "got think_temperature 101"),
+    "an evaluation's temperature of no plan": (
+        ["eval", "distillation", "-o", "run", "--think-temperature", "1"],
+        "got --think-temperature without --think",
+    ),
     "a length of no plan": (["edit", "in.png", "x", "-o", "a.png", "--max-think-tokens", "9"], "got --max-think-tokens without --think"),
     "an evaluation's length of no plan": (
         ["eval", "geneval", "-o", "run", "--prompts", "in.png", "--max-think-tokens", "9"],
@@ -259,7 +265,7 @@ def test_only_what_was_given_reaches_the_pipeline(model: FakeModel, capsys: pyte
 def test_every_option_reaches_the_pipeline(model: FakeModel, picture: str) -> None:
     options = (
         "--seed 7 --steps 6 --text-scale 3 --image-scale 1.5 --interval 0.2 0.9 --renorm channel --renorm-min 0.1 --shift 2 -n 2 --think "
-        "--max-think-tokens 9 --drafter lookup"
+        "--max-think-tokens 9 --think-temperature 0.5 --drafter lookup"
     )
     where = "--model folder --device cuda --dtype bfloat16"
     assert cli.main(["edit", picture, picture, "swap them", "-o", "b.png", *options.split(), *where.split()]) == 0
@@ -270,6 +276,7 @@ def test_every_option_reaches_the_pipeline(model: FakeModel, picture: str) -> No
     assert given == {
         **{"seed": 7, "steps": 6, "text_scale": 3.0, "image_scale": 1.5, "interval": (0.2, 0.9), "renorm": "channel"},
         **{"renorm_min": 0.1, "shift": 2.0, "n": 2, "think": True, "max_think_tokens": 9, "drafter": "lookup"},
+        "think_temperature": 0.5,
     }
     assert sorted(path.name for path in Path().iterdir()) == ["b-0.png", "b-1.png", picture]
 

@@ -101,7 +101,10 @@ export class Settings {
     const body = { student: text("student"), seed: this.seed.take(), text_scale: Number(text("text_scale")), n: Number(text("n") || 1) };
     if (this.kind === "edit") body.image_scale = Number(text("image_scale"));
     if (text("size")) body.size = text("size");
-    if (this.field("think").checked) body.think = true;
+    if (this.field("think").checked) {
+      body.think = true;
+      if (text("think_temperature")) body.think_temperature = Number(text("think_temperature"));
+    }
     for (const name of ["steps", "shift"]) if (text(name)) body[name] = Number(text(name));
     if (body.student === "none") {
       if (text("low") || text("high")) body.interval = [Number(text("low") || this.usual.interval[0]), Number(text("high") || this.usual.interval[1])];
@@ -145,6 +148,7 @@ export class Settings {
     select.value = usual ? "" : size;
     this.field("n").value = 1;
     this.field("think").checked = Boolean(settings.think);
+    own("think_temperature", settings.think_temperature ?? 0);
     this.seed.set(settings.seed);
     return remarks;
   }

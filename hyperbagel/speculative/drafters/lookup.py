@@ -14,6 +14,7 @@ class Lookup:
     """Drafts a chain of up to `width` tokens after the longest n-gram (n from `longest` down to `shortest`) that occurred before."""
 
     taps: tuple[int, ...] = ()
+    draws = False
     threshold = 0.0  # never applied: it cannot estimate its chances
 
     def __init__(self, width: int = 8, longest: int = 3, shortest: int = 1) -> None:

@@ -77,11 +77,17 @@ class Proposer(ABC):
     target's cache stays in place."""
 
     depth: int  # most tokens in line
+    nodes: int  # most nodes of a tree; 0: it drafts chains
 
     def __init__(self, module: DraftModule | BlockDrafter, target: Bagel) -> None:
         module.config.check_target(target.config.llm)
         self.target, self.config, self.memory_layers = target, module.config, module.memory_layers
         self.threshold = 0.0
+
+    @property
+    def draws(self) -> bool:
+        """A chain's tokens are drawn at a temperature; a tree's are the likeliest."""
+        return not self.nodes
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         self.temperature, self.generators, self.im_end = temperature, generators, sessions[0].parts.tokenizer.im_end

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from server_world import wait_for
 
-from hyperbagel.data.images import read_settings
+from hyperbagel.data.images import read_settings, save_png
 from hyperbagel.pipeline import HyperBagel
 
 Visit = Callable[..., Any]
@@ -126,8 +126,6 @@ def test_a_dropped_png_brings_its_settings_back(visit: Visit, model: HyperBagel,
     }.items():
         page = visit("compare")
         [result] = model.generate("a red car,\n\u201cquoted\u201d", seed=2**60 + 1, **settings)  # type: ignore[arg-type]
-        from hyperbagel.data.images import save_png
-
         save_png(result.image, tmp_path / f"{name}.png", result.settings)
         drop(page, tmp_path / f"{name}.png", "body")
         page.wait_for_selector("#note:not([hidden])")
@@ -138,6 +136,22 @@ def test_a_dropped_png_brings_its_settings_back(visit: Visit, model: HyperBagel,
         again = saved(page, page.locator("#draw .slot").first, tmp_path / f"{name}-again.png")
         assert np.array_equal(pixels(again), np.asarray(result.image)), name
         assert read_settings(again) == read_settings(tmp_path / f"{name}.png")
+
+
+def test_a_plan_s_temperature_is_restored_and_asked_for(visit: Visit, model: HyperBagel, tmp_path: Path) -> None:
+    """Without a plan nothing is asked of it."""
+    page, path = visit("draw"), tmp_path / "planned.png"
+    [result] = model.generate("a red car", seed=3, student="6", think=True, think_temperature=1.5, max_think_tokens=4)
+    save_png(result.image, path, result.settings)
+    drop(page, path, "body")
+    page.wait_for_selector("#note:not([hidden])")
+    assert page.is_checked("#draw [name=think]") and page.input_value("#draw [name=think_temperature]") == "1.5"
+    for think, wanted in ((True, 1.5), (False, None)):
+        page.set_checked("#draw [name=think]", think)
+        with page.expect_request("**/v1/images/generations") as asked:
+            page.click("#draw [type=submit]")
+        assert asked.value.post_data_json.get("think_temperature") == wanted
+        page.wait_for_selector("#draw .slot[data-state=done]", timeout=60_000)
 
 
 def test_a_png_without_settings_is_explained(visit: Visit, photo: Path, tmp_path: Path) -> None:

@@ -80,8 +80,7 @@ def test_every_row_and_a_run_that_goes_on(
         assert list(cell["rows"]) == ["plain", "lookup", "mine", "auto"]
         assert cell["rows"]["plain"]["speedup"] == 1
         assert all(row["tok_per_second"] > 0 and row["low"] <= row["tok_per_second"] <= row["high"] for row in cell["rows"].values())
-        if cell["temperature"] == 0:
-            assert all(row["identical"] == cell["answers"] for row in cell["rows"].values())
+        assert all(row["identical"] == cell["answers"] for row in cell["rows"].values())  # sampled ones as well: all drafts are a choice
     assert "Speed-up" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text()) == result
 

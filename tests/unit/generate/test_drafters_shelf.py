@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def with_drafters(model: HyperBagel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_the_models_own_drafters_draft_unasked(model: HyperBagel, with_drafters: HyperBagel) -> None:
-    """The promising one, with lookup beside it, at temperature 0; `none` switches it off; a model without drafters decodes plainly."""
+    """The promising one, with lookup beside it; `none` switches it off; a model without drafters decodes plainly."""
     plain = model.ask("what is this", max_tokens=24)
     assert plain.tau is None and model.drafters.default() == "none"
     out = with_drafters.ask("what is this", max_tokens=24)
@@ -50,9 +51,22 @@ def test_the_models_own_drafters_draft_unasked(model: HyperBagel, with_drafters:
     assert out.drafter in ("good", "lookup", "none")
     assert set(with_drafters.drafters.budgeted("auto").drafters) == {"good", "lookup"}
     assert with_drafters.ask("what is this", max_tokens=4, drafter="none").tau is None
-    drawn = [m.ask("what is this", max_tokens=12, temperature=1.0, seed=3) for m in (model, with_drafters)]
-    assert drawn[0].text == drawn[1].text and drawn[1].tau is None  # a seed goes on meaning the same answer
-    assert with_drafters.ask("what is this", max_tokens=12, temperature=1.0, seed=3, drafter="auto").tau is not None
+
+
+def test_drawn_answers_are_drafted_unasked_where_a_seed_repeats_them(model: HyperBagel, with_drafters: HyperBagel, tmp_path: Path) -> None:
+    """In fp32, and with trees and lookup, whose drafts are a choice. Chains are drawn."""
+    asked = [AskRequest("what is this", max_tokens=12, temperature=1.0, seed=seed) for seed in (3, 4, 5)]
+    plain = [model.ask_batch([request])[0] for request in asked]
+    assert len({out.text for out in plain}) == 3 and with_drafters.drafters.default(sampled=True) == "auto"
+    alone, together = [with_drafters.ask_batch([request])[0] for request in asked], with_drafters.ask_batch(asked)
+    for told, one, among in zip(plain, alone, together, strict=True):
+        assert told.text == one.text == among.text and told.tau is None and one.tau is not None and among.tau is not None
+    drafter_folder(tmp_path / "chains", model, "eagle3")
+    chains = HyperBagel(model.parts, "small", drafters=tmp_path)
+    assert (chains.drafters.default(), chains.drafters.default(sampled=True)) == ("auto", "none")
+    assert chains.ask_batch(asked[:1])[0].tau is None and chains.ask_batch([replace(asked[0], drafter="chains")])[0].tau is not None
+    coarse = HyperBagel(small_parts(torch.bfloat16), "small", drafters=with_drafters.drafters.folder)
+    assert coarse.ask_batch(asked[:1])[0].tau is None and coarse.ask("what is this", max_tokens=4).tau is not None
 
 
 def test_costs_are_measured_once_a_batch_size(with_drafters: HyperBagel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from small_world import small_parts
 
-from hyperbagel.core.errors import Notice
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.prompts import THINK_DRAW
 from hyperbagel.evaluate.pictures import NAMED, depends_on
 from hyperbagel.evaluate.records import digest
@@ -100,6 +101,28 @@ def test_drafts_batches_and_fixed_shapes_change_no_plan(folder: Path) -> None:
     for a, *others in zip(alone, drafted, together, graphs, strict=True):
         assert {other.thinking for other in others} == {a.thinking}
     assert all(result.tau is not None for result in drafted)
+
+
+def test_a_plan_is_drawn_by_its_seed_and_the_noise_stays(plain: HyperBagel, folder: Path) -> None:
+    """Drafted, in a batch, in fixed shapes: always the same plan. Another seed, another plan; the picture's noise is that of its seed."""
+    model, fixed = with_planner(folder), with_planner(folder, graphs=True)
+    warm = [asked(seed, think_temperature=1.0) for seed in (1, 2)]
+    alone = [model.generate_batch([request])[0] for request in warm]
+    assert len({result.thinking for result in alone}) == 2 and alone[0].thinking != model.generate_batch([asked(1)])[0].thinking
+    drafted = [model.generate_batch([replace(request, drafter="lookup")])[0] for request in warm]
+    mixed = model.generate_batch([warm[0], asked(1), warm[1]])
+    for told, *others in zip(alone, drafted, [mixed[0], mixed[2]], fixed.generate_batch(warm), strict=True):
+        assert {other.thinking for other in others} == {told.thinking}
+    assert mixed[1].thinking == model.generate_batch([asked(1)])[0].thinking
+    assert alone[0].settings["think_temperature"] == 1.0 and "think_temperature" not in mixed[1].settings
+    cold = model.generate_batch([asked(1, think_temperature=1e-30)])[0]
+    assert cold.thinking == mixed[1].thinking and cold.image.tobytes() == mixed[1].image.tobytes()
+
+
+@pytest.mark.parametrize("value", [-0.1, 101, float("nan"), "warm"])
+def test_a_temperature_of_plans_that_is_none(value: object) -> None:
+    with pytest.raises(InputError, match="think_temperature"):
+        asked(think_temperature=value)
 
 
 def test_a_planner_that_cannot_be_used_is_told_and_the_model_plans(plain: HyperBagel, folder: Path, tmp_path: Path) -> None:

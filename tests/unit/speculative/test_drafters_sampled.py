@@ -55,13 +55,14 @@ def random_drafter(kind: Kind, parts: Parts, nodes: int = 0) -> Drafter:
 
 @torch.inference_mode()
 def sample(parts: Parts, drafter: Drafter, rows: int, runner: GraphRunner | None = None) -> tuple[Counter[tuple[int, ...]], Stats]:
-    """ANSWERS answers, `rows` at a time. Rows share a generator: one after the other draws from it, so their draws are independent."""
+    """ANSWERS answers, `rows` at a time."""
     session = Session.new(parts, drafter.taps)
     session.add_text("4325")  # the context of `answer_table`
     counts: Counter[tuple[int, ...]] = Counter()
-    stats, generator = Stats(), torch.Generator().manual_seed(2)
-    for _ in range(ANSWERS // rows):
-        how = {"temperature": TEMPERATURE, "generators": [generator] * rows, "drafter": drafter, "runner": runner}
+    stats = Stats()
+    for turn in range(ANSWERS // rows):
+        generators = [torch.Generator().manual_seed(1_000_000 + turn * rows + i) for i in range(rows)]
+        how = {"temperature": TEMPERATURE, "generators": generators, "drafter": drafter, "runner": runner}
         out = decode([session] * rows, max_tokens=LENGTH, **how)  # type: ignore[arg-type]
         for row in out:
             assert isinstance(row, Speculated)

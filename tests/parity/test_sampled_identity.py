@@ -1,0 +1,64 @@
+"""Where drafts are a choice, sampled answers are plain decoding's too: a seed's answer is the same with drafts and without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from parity_world import STUBS, drafter_of, make_parts, mixed_sessions, text_sessions
+
+from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.graphs import GraphRunner
+from hyperbagel.generate.session import Parts
+from hyperbagel.speculative.decode import decode
+
+PROMPTS, BATCH, LENGTH = 1000, 125, 12
+NAMES = [*STUBS, "lookup"]
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return make_parts()
+
+
+def drawn(seed: int, rows: int, length: int = LENGTH) -> dict[str, Any]:
+    """Settings of a sampled request: fresh generators, so that two calls may draw the same."""
+    return {"max_tokens": length, "temperature": 1.0, "generators": [torch.Generator().manual_seed(seed + i) for i in range(rows)]}
+
+
+def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:
+    assert [(out.ids, out.finish_reason) for out in other] == [(out.ids, out.finish_reason) for out in plain]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thousand_prompts(name: str, parts: Parts) -> None:
+    sessions, reasons, lengths = text_sessions(parts, PROMPTS), set(), set()
+    for at in range(0, PROMPTS, BATCH):
+        group = sessions[at : at + BATCH]
+        plain = plain_decode(group, **drawn(at, BATCH))
+        same(plain, decode(group, drafter=drafter_of(name, plain, parts), **drawn(at, BATCH)))
+        reasons |= {out.finish_reason for out in plain}
+        lengths |= {len(out.ids) for out in plain}
+    assert reasons == {"stop", "length"} and len(lengths) > 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_after_any_context_alone_together_and_in_fixed_shapes(name: str, parts: Parts) -> None:
+    sessions = mixed_sessions(parts)
+    plain = plain_decode(sessions, **drawn(7, len(sessions), 20))
+    for runner in (None, GraphRunner(parts.model)):
+        same(plain, decode(sessions, drafter=drafter_of(name, plain, parts), runner=runner, **drawn(7, len(sessions), 20)))
+    for i, (session, told) in enumerate(zip(sessions, plain, strict=True)):
+        same([told], decode([session], drafter=drafter_of(name, [told], parts), **drawn(7 + i, 1, 20)))
+
+
+def test_generators_stand_where_plain_decoding_leaves_them(parts: Parts) -> None:
+    """So that whatever is drawn next, from the same generator, is the same as well."""
+    [session] = text_sessions(parts, 1, seed=3)
+    how = [drawn(5, 1) for _ in range(2)]
+    plain = plain_decode([session], **how[0])
+    decode([session], drafter=drafter_of("wrong", plain, parts), **how[1])
+    assert torch.equal(*(one["generators"][0].get_state() for one in how))
