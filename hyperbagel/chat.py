@@ -39,7 +39,7 @@ TEXT               ask, or say something
 /new               forget the conversation
 /think             think before answers and pictures, or no longer
 /seed N            seed of the next picture or sampled answer
-/temperature T     0 always takes the likeliest token
+/temperature T     of answers and plans; 0 always takes the likeliest token
 /tokens N          longest answer
 /student NAME      distilled weights that draw, or none
 /steps N           denoising steps, or 0 for the usual number
@@ -130,7 +130,9 @@ class Chat:
         try:
             generator = torch.Generator().manual_seed(self.seed)
             options: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature, "generators": [generator]}
-            [result] = decode([session], **options, on_token=on_token, drafter=self.drafter, runner=self.model.runner)
+            unasked = self.drafter_name is None and self.temperature > 0  # then a seed goes on meaning the same answer
+            drafter = None if unasked and not self.model.drafters.repeats(AUTO) else self.drafter
+            [result] = decode([session], **options, on_token=on_token, drafter=drafter, runner=self.model.runner)
         except Stopped:
             pass
         self.out(text.finish() + "\n")

@@ -21,7 +21,10 @@ Size = Annotated[str | None, typer.Option(metavar="WxH", help="Picture size, bot
 Plan = Annotated[bool, typer.Option("--think", help="Let the model write its plan first.")]
 PlanTokens = Annotated[int | None, typer.Option(help="Longest plan, in tokens.", show_default="1024")]
 PlanTemperature = Annotated[float | None, typer.Option(help="Above 0, another seed gives another plan.", show_default="0")]
-Drafter = Annotated[str | None, typer.Option(help="Who drafts ahead: auto, lookup, a name, a folder, none. Only speed changes.")]
+Drafter = Annotated[
+    str | None,
+    typer.Option(help="Who drafts ahead: auto, lookup, a name, a folder, none. Chains also change sampled answers."),
+]
 PlanDrafter = Annotated[str | None, typer.Option("--drafter", help="Who drafts a plan ahead: auto, lookup, a name, a folder, none.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]

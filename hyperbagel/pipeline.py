@@ -194,7 +194,7 @@ class HyperBagel:
             kept = [kept_of(self.parts, request, grid) for request, grid in zip(chosen, grids)]
             timings = {"prefill": clock(where) - start}
             if plan is not None:
-                timings |= self._think(chosen, prepared, plan[1], later, of_rows(on_token, members))
+                timings |= self._think(chosen, prepared, later, of_rows(on_token, members))
             middle = clock(where)
             student = self.students.get(settings.student).network if settings.student else None
             latents, nfe = denoise([ready.session for ready in prepared], grids, noises, settings, on_step, student=student, kept=kept)
@@ -305,12 +305,12 @@ class HyperBagel:
         return _Ready(session, generator, reused, drafter)
 
     def _think(
-        self, requests: Sequence[ImageRequest], prepared: Sequence[_Ready], temperature: float, later: bool, on_token: OnToken | None
+        self, requests: Sequence[ImageRequest], prepared: Sequence[_Ready], later: bool = False, on_token: OnToken | None = None
     ) -> dict[str, float]:
-        """Writes the pictures' plans behind their contexts; returns the seconds that took. later: as in `_prepare`, of the plan."""
+        """Writes the pictures' plans, at one temperature, behind their contexts; returns the seconds that took. later: as in `_prepare`."""
         sessions, drafter = [ready.session for ready in prepared], prepared[0].drafter
         most, (writer, runner) = [request.max_think_tokens for request in requests], self.planner.get()
-        sizes = {len(rows) for _, rows in written_together(sessions, most, drafter)}
+        temperature, sizes = requests[0].think_temperature or 0.0, {len(rows) for _, rows in written_together(sessions, most, drafter)}
         spent = self._measure(drafter, sessions[0], sizes, temperature)
         start = clock(self.parts.model.device)
         how: dict[str, Any] = {"temperature": temperature, "seeds": [request.seed for request in requests], "on_token": on_token}
@@ -330,10 +330,10 @@ class HyperBagel:
         return {"measure": spent} if spent > 0.01 else {}
 
     def _drafter_name(self, request: AskRequest | ImageRequest) -> str:
-        """If none is named, the default drafts where it changes no result: greedy answers, and in fp32 sampled ones and plans."""
+        """If none is named, the default drafts where it changes no result: greedy answers, sampled ones that repeat, plans in fp32."""
         if request.drafter is not None:
             return request.drafter
-        exact = self.parts.model.dtype == torch.float32 or (isinstance(request, AskRequest) and not request.sampled)
+        exact = self.parts.model.dtype == torch.float32 or isinstance(request, AskRequest)
         return self.drafters.default(request.sampled) if exact else NONE
 
     def _drafter(self, name: str) -> Adaptive | None:

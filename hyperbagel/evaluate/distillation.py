@@ -72,7 +72,7 @@ def run_distillation_eval(
     Raises InputError if `out` has records made with other settings or other weights.
     """
     out, detector = make_folder(out), detector or load_detector()
-    plan = {} if think_temperature is None else {"think_temperature": think_temperature}
+    plan = {"think_temperature": think_temperature} if think_temperature else {}
     base = Settings(split, seed, side, think, image=plan, edit=plan)
     n_diversity = n_t2i // 40 if n_diversity is None else n_diversity
     chosen = choose(rows)

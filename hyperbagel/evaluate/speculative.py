@@ -55,7 +55,8 @@ FREE = (
     "What is going on here? Use your own words.", "Make a long caption for this picture.", "Please write down what this picture shows.",
 )  # fmt: skip
 _KEPT = 16  # caches of fixed shapes with their graphs: one for each set of taps and batch size, so that no turn records them anew
-COUNTS = "after the first token"  # what rates and tau of speed are of: kept with the records, so that no others are mixed in
+# what rates and tau of speed are of: kept with the records, so that no others are mixed in
+COUNTS = "after the first token, choices by plain draws"
 _TRIES = 20  # prompts that are tried for each one that is kept
 
 

@@ -69,8 +69,9 @@ def resolve(settings: Settings, fill: Callable[[ImageRequest], Denoising] = Imag
     """The settings with all defaults of the requests filled in, as plain JSON values: what a figure depends on besides the model."""
     edit = fill(ImageRequest(images=(Image.new("RGB", (16, 16)),), **settings.edit))
     full = asdict(settings) | {"image": asdict(fill(ImageRequest(**settings.image))), "edit": asdict(edit)}
-    if "think_temperature" in settings.image:  # no setting of denoising
-        full["think_temperature"] = settings.image["think_temperature"]
+    for part, asked in (("image", settings.image), ("edit", settings.edit)):
+        if asked.get("think_temperature"):  # no setting of denoising
+            full[part]["think_temperature"] = asked["think_temperature"]
     return json.loads(json.dumps(full))
 
 

@@ -39,42 +39,20 @@ def draw_rows(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     nearly tie, however large V is. If p is on a GPU, copying e would cost; there one number per row is copied, and inverted (`draw`). A
     seed's draws therefore differ between the two.
     """
-    return _drawn(p, torch.stack([_noise(p, g) for g in generators]).to(p.device))
+    if p.device.type == "cpu":
+        return (p / torch.stack([torch.empty(p.shape[1]).exponential_(generator=g) for g in generators])).argmax(-1)
+    return draw(p, look_ahead(generators, 1, leave=True)[:, 0].to(p.device))
 
 
-def draw_ahead(p: Tensor, depths: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, list[list[Tensor]]]:
-    """What `draw_rows` would draw at each of n places from p [B, n, V], where a place takes its row's depths[b, i]-th draw from now on
-    (depths [B, n] < n) -> (tokens [B, n], each generator's states after 0, 1, 2 ... draws). The generators stay as they are."""
-    most = int(depths.max()) + 1 if depths.device.type == "cpu" else depths.shape[1]  # on a GPU the look would be a wait
-    noise, states = [], []
+def look_ahead(generators: Sequence[torch.Generator], n: int, *, leave: bool = False) -> Tensor:
+    """The next n numbers in [0, 1) of each generator -> [B, n], on the CPU. leave: they are used up; else they stay the next ones."""
+    numbers = []
     for g in generators:
-        after, drawn = [g.get_state()], []
-        for _ in range(most):
-            drawn.append(_noise(p, g))
-            after.append(g.get_state())
-        g.set_state(after[0])
-        noise.append(torch.stack(drawn))
-        states.append(after)
-    rows = torch.arange(len(p), device=p.device)[:, None]
-    return _drawn(p, torch.stack(noise).to(p.device)[rows, depths]), states
-
-
-def _races(p: Tensor) -> bool:
-    return p.device.type == "cpu"
-
-
-def _noise(p: Tensor, generator: torch.Generator) -> Tensor:
-    """What one draw from p [..., V] takes from a generator, on the CPU: [V] exponentials, or [1] in [0, 1)."""
-    if _races(p):
-        return torch.empty(p.shape[-1]).exponential_(generator=generator)
-    return torch.rand(1, generator=generator, dtype=torch.float64)
-
-
-def _drawn(p: Tensor, noise: Tensor) -> Tensor:
-    """p [..., V] and the noise of each draw -> tokens [...]."""
-    if _races(p):
-        return (p / noise).argmax(-1)
-    return draw(p.flatten(0, -2), noise.flatten()).view(p.shape[:-1])
+        state = g.get_state()
+        numbers.append(torch.rand(n, generator=g, dtype=torch.float64))
+        if not leave:
+            g.set_state(state)
+    return torch.stack(numbers)
 
 
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:

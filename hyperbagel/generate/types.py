@@ -99,7 +99,7 @@ class ImageRequest:
         for name, typed in take.items():
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, typed(value))
-        if self.max_think_tokens is not None and self.max_think_tokens < 1:
+        if self.think and self.max_think_tokens is not None and self.max_think_tokens < 1:
             raise InputError(f"got max_think_tokens {self.max_think_tokens}, expected at least 1")
         check_temperature("think_temperature", self.think_temperature or 0.0)
 

@@ -102,7 +102,7 @@ class Knobs(Strict):
     drafter: str | None = Field(
         None,
         max_length=64,
-        description="Who drafts text (answers, plans) ahead: auto, lookup, one of /v1/models, or none. Speed alone changes.",
+        description="Who drafts text (answers, plans) ahead: auto, lookup, one of /v1/models, or none. Chains also change sampled answers.",
     )
 
 

@@ -34,11 +34,11 @@ def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     if isinstance(request, AskRequest):
         return "ask", request.max_tokens, request.temperature, request.drafter
     # Settings are compared as they were asked for: None stands for a default of the student or the model, the same for the whole batch.
-    apart = {"prompt", "images", "inputs", "seed", "size", "max_think_tokens", "drafter", "student", "mask"}
+    apart = {"prompt", "images", "inputs", "seed", "size", "max_think_tokens", "think_temperature", "drafter", "student", "mask"}
     own = {f.name for f in fields(request)} - apart
     student = None if request.student == "none" else request.student
-    drafter = request.drafter if request.think else None  # it drafts nothing but plans
-    return "draw", request.is_edit, student, drafter, *(getattr(request, name) for name in sorted(own))
+    plan = (request.drafter, request.think_temperature or 0.0) if request.think else None
+    return "draw", request.is_edit, student, plan, *(getattr(request, name) for name in sorted(own))
 
 
 def area_class(request: ImageRequest | AskRequest, usual: tuple[int, int], resized: Callable[[int, int], tuple[int, int]]) -> int:

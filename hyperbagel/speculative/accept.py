@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import NOT_FINITE, draw_ahead, pick, probabilities
+from hyperbagel.generate.sampling import NOT_FINITE, draw, look_ahead, pick, probabilities
 from hyperbagel.speculative.tree import path_to, tree_depth
 from hyperbagel.speculative.types import Draft
 from hyperbagel.speculative.verify import chosen_chain, chosen_path, sampled, sampled_chain
@@ -42,14 +42,41 @@ def accept(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, gen
         root = pick(logits[:, 0], temperature, generators)
         own, before = torch.stack([root, tokens[:, 0]]).tolist()
         return Verdict(root, own, [[0]] * len(own), [[id_] for id_ in before], [0] * len(own))
-    said, states = _said(logits, draft, temperature, generators)
-    walk = _chain if draft.tree is None else _tree
-    verdict = walk(logits, tokens, draft, said, temperature, generators)
+    drawn = temperature > 0 and draft.q is None
+    if drawn and _on_cpu(logits):
+        return _walk(logits, tokens, draft, temperature, generators)
+    said = _said(logits, draft, temperature, generators) if drawn else logits.argmax(-1) if temperature == 0 else None
+    decide = _chain if draft.tree is None else _tree
+    verdict = decide(logits, tokens, draft, said, temperature, generators)
     if min(verdict.own) < 0:
         raise RuntimeError(NOT_FINITE)
-    for generator, after, path in zip(generators, states, verdict.paths):  # no states if nothing was drawn ahead
-        generator.set_state(after[len(path)])  # a draw for each new token: those accepted behind the root, and the target's own
+    if drawn:
+        for generator, path in zip(generators, verdict.paths, strict=True):
+            look_ahead(
+                [generator], len(path), leave=True
+            )  # a draw for each new token: those accepted behind the root, and the target's own
     return verdict
+
+
+def _on_cpu(logits: Tensor) -> bool:
+    return logits.device.type == "cpu"
+
+
+def _walk(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
+    """Down a choice on a CPU: draws after a node, and goes on where a node says the same, so that no draw is made in vain."""
+    rows, n = tokens.shape
+    above = [[0, *range(n - 1)]] * rows if draft.tree is None else draft.tree.parents.tolist()
+    ids, own, paths = tokens.tolist(), list[int](), list[list[int]]()
+    for b, generator in enumerate(generators):
+        path: list[int] = []
+        node: int | None = 0
+        while node is not None:
+            path.append(node)
+            said = int(pick(logits[b, node][None], temperature, [generator]))
+            node = next((i for i in range(node + 1, n) if above[b][i] == node and ids[b][i] == said), None)
+        own.append(said)
+        paths.append(path)
+    return Verdict(torch.tensor(own), own, paths, ids, [tree_depth(*row) for row in zip(ids, above, strict=True)])
 
 
 def _chain(
@@ -91,23 +118,17 @@ def _tree(
     return Verdict(root, own, paths, ids, [tree_depth(*row) for row in zip(ids, above, strict=True)])
 
 
-def _said(
-    logits: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]
-) -> tuple[Tensor | None, list[list[Tensor]]]:
-    """(what the target says after each node [B, n], its likeliest token or the one it draws there; the generators' states after each draw).
-    None for drafts that were drawn.
+def _said(logits: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """What the target draws after each node of a choice [B, n], on a GPU, where a look at each node would be a wait.
 
-    Nodes of one depth share a draw, the one that plain decoding would take there, since at most one of them is on the path.
+    Nodes of one depth share a number, the one that plain decoding would take there, since at most one of them is on the path.
     """
-    if temperature == 0:
-        return logits.argmax(-1), []
-    if draft.q is not None:
-        return None, []
-    rows, n, _ = logits.shape
-    p = probabilities(logits, temperature)
-    depths = torch.arange(n, device=p.device).expand(rows, -1) if draft.tree is None else draft.tree.depths
-    said, states = draw_ahead(p, depths, generators)
-    return torch.where(p.isfinite().flatten(1).all(1)[:, None], said, _BROKEN), states
+    p, n = probabilities(logits, temperature), logits.shape[1]
+    numbers = look_ahead(generators, n).to(p.device)
+    if draft.tree is not None:
+        numbers = numbers.gather(1, draft.tree.depths)
+    said = torch.stack([draw(p[:, i], numbers[:, i]) for i in range(n)], dim=1)  # node by node: fp64 over V takes memory
+    return torch.where(p.isfinite().flatten(1).all(1)[:, None], said, _BROKEN)
 
 
 def _for_each_node(tokens: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

@@ -104,7 +104,7 @@ class Adaptive:
         is used."""
         if self.given is not None:
             return self.given
-        key = _size(rows), temperature > 0 and self.draws  # a choice costs the same at any temperature
+        key = _size(rows), temperature > 0 and self.draws  # a choice costs nearly the same at any temperature
         if key not in self.measured:
             costs = None if self.kept is None else self.kept.load(self.drafters, *key)
             if costs is None:

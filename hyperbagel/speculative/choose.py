@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import torch
+
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.files import shelf
 from hyperbagel.generate.graphs import GraphRunner
@@ -49,11 +51,18 @@ class Drafters:
         return [*self.shipped(), LOOKUP, AUTO, NONE]
 
     def default(self, sampled: bool = False) -> str:
-        """The drafter if none is named: auto if drafters came with the model, but none with graphs, which were asked for. sampled: nor
-        where drafts are drawn, since a seed's answer would then depend on how much is drafted."""
+        """The drafter if none is named: auto if drafters came with the model, but none with graphs, which were asked for, and none where
+        text is sampled and a seed would not repeat it."""
         if self.graphs is not None or not self.shipped():
             return NONE
-        return NONE if sampled and self.budgeted(AUTO).draws else AUTO
+        return NONE if sampled and not self.repeats(AUTO) else AUTO
+
+    def repeats(self, name: str) -> bool:
+        """Whether a seed's sampled text is the same with this drafter as without one: in fp32, if its drafts are a choice.
+
+        Raises InputError as `get` does.
+        """
+        return self.parts.model.dtype == torch.float32 and not self.budgeted(name).draws
 
     def check(self, name: str | None) -> None:
         """Raises InputError for a name that means nothing. Reads nothing."""

@@ -71,6 +71,8 @@ def decode(
     for session in sessions:
         session.check_answer(max_tokens)
         check_taps(session, drafter)
+    if len({id(generator) for generator in generators}) < len(generators):
+        raise ValueError("got a generator of several rows, expected one of its own for each: what is drafted decides how often a row draws")
     graphs = runner if isinstance(runner, GraphRunner) else None
     first, work = first_logits(sessions), None
     try:

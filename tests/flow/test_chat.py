@@ -177,6 +177,28 @@ def test_drawing_editing_showing_and_saving(talk: Talk, model: HyperBagel, tmp_p
     assert talk.session.cache.lengths == [0] and talk.last is not None
 
 
+def test_a_temperature_is_that_of_plans_too(talk: Talk, model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, own = [], model.generate_batch
+    monkeypatch.setattr(model, "generate_batch", lambda requests, **how: asked.extend(requests) or own(requests, **how))
+    for line in ("/think", "/steps 1", "/draw a car", "/temperature 2", "/draw a car"):
+        talk.say(line)
+    assert [(request.think, request.think_temperature) for request in asked] == [(True, None), (True, 2.0)]
+
+
+def test_sampled_answers_are_drafted_unasked_where_a_seed_repeats_them(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look-up's drafts are a choice. Where drafts were drawn, nothing drafts."""
+    said = []
+    for draws in (False, True, True):
+        monkeypatch.setattr(model.drafters.budgeted("auto"), "draws", draws)
+        talk = Talk(model, max_tokens=8, seed=1, temperature=2.0, drafter="auto" if len(said) == 2 else None)
+        said.append(talk.answer("what is there, what is there, what is there"))
+        assert ("tau" in "".join(talk.notes)) is not (draws and len(said) == 2)
+    assert (
+        said[0].strip()
+        == model.ask("what is there, what is there, what is there", max_tokens=8, temperature=2.0, seed=1, drafter="none").text
+    )
+
+
 def test_thinking_is_asked_for_once(talk: Talk, model: HyperBagel) -> None:
     talk.say("/think")
     first = talk.answer("why?")

@@ -374,3 +374,15 @@ def test_a_plan_is_no_longer_than_an_answer_may_be(model: HyperBagel) -> None:
         assert incoming.drawing(body)[0].max_think_tokens == given
     with pytest.raises(ApiError, match="expected at most 7"):
         incoming.drawing(GenerationBody(prompt="x", max_think_tokens=8))
+
+
+def test_a_plan_is_drawn_at_the_temperature_that_was_asked_for(client: openai.OpenAI, app: Any, model: HyperBagel) -> None:
+    http = TestClient(app, headers={"authorization": f"Bearer {KEY}"})
+    asked: dict[str, Any] = {"prompt": "a red car", "seed": 5, "steps": 1, "think": True, "max_think_tokens": 6}
+    warmths: list[dict[str, Any]] = [{}, {"think_temperature": 3.0}]
+    for warmth in warmths:
+        [made] = http.post("/v1/images/generations", json=asked | warmth).json()["data"]
+        [same] = model.generate("a red car", seed=5, steps=1, think=True, max_think_tokens=6, **warmth)
+        assert made["revised_prompt"] == same.thinking
+    assert same.thinking != model.generate("a red car", seed=5, steps=1, think=True, max_think_tokens=6)[0].thinking
+    assert http.post("/v1/images/generations", json=asked | {"think_temperature": -1}).status_code == 400

@@ -55,10 +55,8 @@ def test_after_any_context_alone_together_and_in_fixed_shapes(name: str, parts: 
         same([told], decode([session], drafter=drafter_of(name, [told], parts), **drawn(7 + i, 1, 20)))
 
 
-def test_generators_stand_where_plain_decoding_leaves_them(parts: Parts) -> None:
-    """So that whatever is drawn next, from the same generator, is the same as well."""
-    [session] = text_sessions(parts, 1, seed=3)
-    how = [drawn(5, 1) for _ in range(2)]
-    plain = plain_decode([session], **how[0])
-    decode([session], drafter=drafter_of("wrong", plain, parts), **how[1])
-    assert torch.equal(*(one["generators"][0].get_state() for one in how))
+def test_rows_that_share_a_generator_are_refused(parts: Parts) -> None:
+    sessions, shared = text_sessions(parts, 2, seed=3), [torch.Generator()] * 2
+    plain = plain_decode(sessions, max_tokens=4)
+    with pytest.raises(ValueError, match="one of its own for each"):
+        decode(sessions, max_tokens=4, temperature=1.0, generators=shared, drafter=drafter_of("echo", plain, parts))

@@ -18,7 +18,7 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.prompts import THINK_DRAW
 from hyperbagel.evaluate.pictures import NAMED, depends_on
 from hyperbagel.evaluate.records import digest
-from hyperbagel.evaluate.toybox import planner_of
+from hyperbagel.evaluate.toybox import Settings, planner_of, resolve
 from hyperbagel.generate import planner
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import AskRequest, ImageRequest
@@ -146,6 +146,16 @@ def test_records_in_think_mode_depend_on_the_planner(plain: HyperBagel, folder: 
         mine, theirs = (depends_on(m, asked(think=think), []) for m in (model, plain))
         assert mine.pop(NAMED) != theirs.pop(NAMED)
         assert (mine == theirs) is not think
+
+
+def test_records_in_think_mode_depend_on_the_temperature(plain: HyperBagel) -> None:
+    """0 is that of requests which name none."""
+    for one, other, same in ((None, 0.0, True), (None, 0.5, False), (0.5, 1.0, False)):
+        headers = [depends_on(plain, asked(think_temperature=t), []) for t in (one, other)]
+        assert (headers[0] == headers[1]) is same
+        for part in ("image", "edit"):
+            told = [resolve(Settings(think=True, **{part: {"think_temperature": t} if t is not None else {}})) for t in (one, other)]  # type: ignore[arg-type]
+            assert (told[0][part] == told[1][part]) is same
 
 
 def test_without_memory_for_it_the_planner_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,9 @@ def test_which_requests_fit_together() -> None:
         AskRequest("a", temperature=1.0),
         AskRequest("a", drafter="none"),
     ]
-    assert batch_key(ImageRequest("a", drafter="lookup")) == batch_key(plain)  # without a plan nothing is drafted
+    assert batch_key(ImageRequest("a", drafter="lookup", think_temperature=1.0)) == batch_key(plain)  # without a plan nothing is drafted
+    planned = [ImageRequest("a", think=True, think_temperature=t) for t in (None, 0.0, 1.0)]
+    assert batch_key(planned[0]) == batch_key(planned[1]) != batch_key(planned[2])
     keys = {batch_key(request) for request in (plain, *different)}
     assert len(keys) == len(different) + 1
     assert batch_key(ImageRequest("a", student="6")) == batch_key(ImageRequest("b", student="6", seed=2))

@@ -46,11 +46,12 @@ def test_a_choice_is_followed_as_far_as_it_is_right() -> None:
     assert got == [[0, 2, 5], [0, 1, 4], [0]]
 
 
-def plain_draws(p: torch.Tensor, parents: list[int], tokens: list[int], generator: torch.Generator) -> tuple[list[int], int]:
+def plain_draws(p: torch.Tensor, parents: list[int], tokens: list[int], generator: torch.Generator, races: bool) -> tuple[list[int], int]:
     """Slowly, as plain decoding would: draws a token, goes on from the node that says it, if there is one -> (path, own token)."""
     path = [0]
     while True:
-        token = int(draw_rows(p[path[-1]][None], [generator]))
+        here = p[path[-1]][None]
+        token = int(draw_rows(here, [generator]) if races else draw(here, torch.rand(1, generator=generator, dtype=torch.float64)))
         below = [i for i in range(1, len(tokens)) if parents[i] == path[-1] and tokens[i] == token and i > path[-1]]
         if not below:
             return path, token
@@ -61,7 +62,7 @@ def plain_draws(p: torch.Tensor, parents: list[int], tokens: list[int], generato
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 50.0])
 def test_what_is_drawn_after_a_choice_are_plain_decodings_draws(temperature: float, races: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains, and random trees in which siblings may say the same and nodes are missing. Generators stand where it leaves them."""
-    monkeypatch.setattr("hyperbagel.generate.sampling._races", lambda p: races)
+    monkeypatch.setattr("hyperbagel.speculative.accept._on_cpu", lambda logits: races)
     rows, n = 2000, 7
     g = torch.Generator().manual_seed(4)
     logits, tokens = 2 * torch.randn(rows, n, V, generator=g), torch.randint(-1, V, (rows, n), generator=g)
@@ -70,7 +71,7 @@ def test_what_is_drawn_after_a_choice_are_plain_decodings_draws(temperature: flo
         ours, theirs = ([torch.Generator().manual_seed(i) for i in range(rows)] for _ in range(2))
         got = accept(logits, tokens, Draft(tokens[:, 1:], tree), temperature, ours)
         p, parents = (logits / temperature).softmax(-1), (Tree.chain(rows, n - 1) if tree is None else tree).parents.tolist()
-        want = [plain_draws(*row) for row in zip(p, parents, tokens.tolist(), theirs, strict=True)]
+        want = [plain_draws(*row, races) for row in zip(p, parents, tokens.tolist(), theirs, strict=True)]
         assert [(path, own) for path, own in zip(got.paths, got.own, strict=True)] == want
         assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(ours, theirs, strict=True))
         assert got.root.tolist() == got.own and {1, 2, 3} <= {len(path) for path in got.paths}
