@@ -109,7 +109,11 @@ stage one-whole-b dmdo dmdo-one "${whole[@]}" init="$one" seed=92 optim.lr=2.0e-
 one=$(mean one-whole "$one" one-whole-a one-whole-b)
 stage one-fine-a dmdo dmdo-one "${whole[@]}" init="$one" seed=94 optim.lr=5.0e-5 max_seconds=2700   # 45
 stage one-fine-b dmdo dmdo-one "${whole[@]}" init="$one" seed=95 optim.lr=5.0e-5 max_seconds=2700   # 45
-one=$(rank=128 mean one-fine "$one" one-fine-a one-fine-b)
+one=$(mean one-fine "$one" one-fine-a one-fine-b)
+for seed in 110 111; do                                             # 60 each: half of the pictures behind plans
+    stage "one-plans-$seed" dmdo dmdo-plans model="$base" init="$one" teacher="$cfg" holder="$six" seed="$seed"
+done
+one=$(rank=128 mean one-plans "$one" one-plans-110 one-plans-111)
 stage refl refl refl model="$base" init="$one" teacher="$six"       # 5
 one=$(passed "$one" refl)
 
