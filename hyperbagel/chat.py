@@ -130,8 +130,9 @@ class Chat:
         try:
             generator = torch.Generator().manual_seed(self.seed)
             options: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature, "generators": [generator]}
-            unasked = self.drafter_name is None and self.temperature > 0  # then a seed goes on meaning the same answer
-            drafter = None if unasked and not self.model.drafters.repeats(AUTO) else self.drafter
+            drafter = self.drafter
+            if drafter is not None and self.drafter_name is None and self.temperature > 0 and not self.model.drafters.repeats(drafter):
+                drafter = None  # unasked, a seed goes on meaning the same answer
             [result] = decode([session], **options, on_token=on_token, drafter=drafter, runner=self.model.runner)
         except Stopped:
             pass

@@ -41,18 +41,21 @@ def draw_rows(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """
     if p.device.type == "cpu":
         return (p / torch.stack([torch.empty(p.shape[1]).exponential_(generator=g) for g in generators])).argmax(-1)
-    return draw(p, look_ahead(generators, 1, leave=True)[:, 0].to(p.device))
+    return draw(p, numbers(generators, 1)[:, 0].to(p.device))
 
 
-def look_ahead(generators: Sequence[torch.Generator], n: int, *, leave: bool = False) -> Tensor:
-    """The next n numbers in [0, 1) of each generator -> [B, n], on the CPU. leave: they are used up; else they stay the next ones."""
-    numbers = []
-    for g in generators:
-        state = g.get_state()
-        numbers.append(torch.rand(n, generator=g, dtype=torch.float64))
-        if not leave:
-            g.set_state(state)
-    return torch.stack(numbers)
+def numbers(generators: Sequence[torch.Generator], n: int) -> Tensor:
+    """The next n numbers in [0, 1) of each generator -> [B, n] in fp64, on the CPU."""
+    return torch.stack([torch.rand(n, generator=g, dtype=torch.float64) for g in generators])
+
+
+def look_ahead(generators: Sequence[torch.Generator], n: int) -> Tensor:
+    """`numbers` that stay the next ones."""
+    states = [g.get_state() for g in generators]
+    ahead = numbers(generators, n)
+    for g, state in zip(generators, states, strict=True):
+        g.set_state(state)
+    return ahead
 
 
 def draw(p: Tensor, uniforms: Tensor) -> Tensor:

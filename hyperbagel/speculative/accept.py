@@ -9,13 +9,13 @@ Shape legend: B rows, n nodes (root included), V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import NOT_FINITE, draw, look_ahead, pick, probabilities
+from hyperbagel.generate.sampling import NOT_FINITE, draw, look_ahead, numbers, pick, probabilities
 from hyperbagel.speculative.tree import path_to, tree_depth
 from hyperbagel.speculative.types import Draft
 from hyperbagel.speculative.verify import chosen_chain, chosen_path, sampled, sampled_chain
@@ -45,16 +45,14 @@ def accept(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, gen
     drawn = temperature > 0 and draft.q is None
     if drawn and _on_cpu(logits):
         return _walk(logits, tokens, draft, temperature, generators)
-    said = _said(logits, draft, temperature, generators) if drawn else logits.argmax(-1) if temperature == 0 else None
+    said = _said(logits, draft, temperature, generators) if drawn or temperature == 0 else None
     decide = _chain if draft.tree is None else _tree
     verdict = decide(logits, tokens, draft, said, temperature, generators)
     if min(verdict.own) < 0:
         raise RuntimeError(NOT_FINITE)
-    if drawn:
+    if drawn:  # a draw for each new token: those accepted behind the root, and the target's own
         for generator, path in zip(generators, verdict.paths, strict=True):
-            look_ahead(
-                [generator], len(path), leave=True
-            )  # a draw for each new token: those accepted behind the root, and the target's own
+            numbers([generator], len(path))
     return verdict
 
 
@@ -63,20 +61,17 @@ def _on_cpu(logits: Tensor) -> bool:
 
 
 def _walk(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
-    """Down a choice on a CPU: draws after a node, and goes on where a node says the same, so that no draw is made in vain."""
+    """Down a choice on a CPU, drawing only after the nodes that it comes to."""
     rows, n = tokens.shape
     above = [[0, *range(n - 1)]] * rows if draft.tree is None else draft.tree.parents.tolist()
-    ids, own, paths = tokens.tolist(), list[int](), list[list[int]]()
-    for b, generator in enumerate(generators):
-        path: list[int] = []
-        node: int | None = 0
-        while node is not None:
-            path.append(node)
-            said = int(pick(logits[b, node][None], temperature, [generator]))
-            node = next((i for i in range(node + 1, n) if above[b][i] == node and ids[b][i] == said), None)
-        own.append(said)
-        paths.append(path)
-    return Verdict(torch.tensor(own), own, paths, ids, [tree_depth(*row) for row in zip(ids, above, strict=True)])
+    ids = tokens.tolist()
+
+    def says(b: int, generator: torch.Generator) -> Callable[[int], int]:
+        return lambda node: int(pick(logits[b, node][None], temperature, [generator]))
+
+    walks = [chosen_path(says(b, g), *row) for b, (g, *row) in enumerate(zip(generators, ids, above, strict=True))]
+    own = [token for _, token in walks]
+    return Verdict(torch.tensor(own), own, [path for path, _ in walks], ids, [tree_depth(*row) for row in zip(ids, above, strict=True)])
 
 
 def _chain(
@@ -87,7 +82,7 @@ def _chain(
     else:
         assert draft.q is not None
         p = probabilities(logits, temperature)
-        node, root = sampled_chain(p, tokens, draft.q, _for_each_node(tokens, generators))
+        node, root = sampled_chain(p, tokens, draft.q, numbers(generators, tokens.shape[1]).to(p.device))
         root = torch.where(p.isfinite().flatten(1).all(1), root, _BROKEN)  # looked at in the one wait
     rows = torch.cat([node[:, None], root[:, None], tokens], dim=1).tolist()
     paths = [list(range(row[0] + 1)) for row in rows]
@@ -103,8 +98,8 @@ def _tree(
     parents = draft.tree.parents
     if said is not None:
         ids, above, told = torch.stack([tokens, parents, said]).tolist()
-        paths = [chosen_path(*row) for row in zip(told, ids, above, strict=True)]
-        own = [row[path[-1]] for row, path in zip(told, paths, strict=True)]
+        walks = [chosen_path(row.__getitem__, *tree) for row, *tree in zip(told, ids, above, strict=True)]
+        paths, own = [path for path, _ in walks], [token for _, token in walks]
         root = torch.tensor(own, device=tokens.device)
     else:
         assert draft.q is not None
@@ -112,26 +107,23 @@ def _tree(
         if not bool(p.isfinite().all()):
             raise RuntimeError(NOT_FINITE)
         ids, above = torch.stack([tokens, parents]).tolist()
-        node, root = sampled(p, tokens, parents, draft.q, _for_each_node(tokens, generators))
+        node, root = sampled(p, tokens, parents, draft.q, numbers(generators, tokens.shape[1]).to(p.device))
         paths = [path_to(row, end) for row, end in zip(above, node.tolist(), strict=True)]
         own = root.tolist()
     return Verdict(root, own, paths, ids, [tree_depth(*row) for row in zip(ids, above, strict=True)])
 
 
 def _said(logits: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """What the target draws after each node of a choice [B, n], on a GPU, where a look at each node would be a wait.
+    """What the target says after each node of a choice [B, n]: its likeliest token, or what it draws, for all nodes at once, since on a GPU
+    a look at each one would be a wait.
 
     Nodes of one depth share a number, the one that plain decoding would take there, since at most one of them is on the path.
     """
+    if temperature == 0:
+        return logits.argmax(-1)
     p, n = probabilities(logits, temperature), logits.shape[1]
-    numbers = look_ahead(generators, n).to(p.device)
+    ahead = look_ahead(generators, n).to(p.device)
     if draft.tree is not None:
-        numbers = numbers.gather(1, draft.tree.depths)
-    said = torch.stack([draw(p[:, i], numbers[:, i]) for i in range(n)], dim=1)  # node by node: fp64 over V takes memory
+        ahead = ahead.gather(1, draft.tree.depths)
+    said = torch.stack([draw(p[:, i], ahead[:, i]) for i in range(n)], dim=1)  # node by node: fp64 over V takes memory
     return torch.where(p.isfinite().flatten(1).all(1)[:, None], said, _BROKEN)
-
-
-def _for_each_node(tokens: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """A number in [0, 1) for each node, from its row's own generator."""
-    drawn = [torch.rand(tokens.shape[1], generator=g, dtype=torch.float64) for g in generators]
-    return torch.stack(drawn).to(tokens.device)

@@ -55,14 +55,11 @@ class Drafters:
         text is sampled and a seed would not repeat it."""
         if self.graphs is not None or not self.shipped():
             return NONE
-        return NONE if sampled and not self.repeats(AUTO) else AUTO
+        return NONE if sampled and not self.repeats(self.budgeted(AUTO)) else AUTO
 
-    def repeats(self, name: str) -> bool:
-        """Whether a seed's sampled text is the same with this drafter as without one: in fp32, if its drafts are a choice.
-
-        Raises InputError as `get` does.
-        """
-        return self.parts.model.dtype == torch.float32 and not self.budgeted(name).draws
+    def repeats(self, drafter: Drafter) -> bool:
+        """Whether a seed's sampled text is the same with this drafter as without one: in fp32, if its drafts are a choice."""
+        return self.parts.model.dtype == torch.float32 and not drafter.draws
 
     def check(self, name: str | None) -> None:
         """Raises InputError for a name that means nothing. Reads nothing."""

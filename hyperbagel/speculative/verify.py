@@ -13,7 +13,7 @@ Shape legend: B rows, n nodes (root included), V vocabulary. Node 0 is the root;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,13 +29,17 @@ class Accepted(NamedTuple):
     token: Tensor
 
 
-def chosen_path(said: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> list[int]:
-    """The accepted nodes of one row's tree, root first. said, tokens, parents: of its n nodes; said is what the target says after each."""
-    path = [0]
+def chosen_path(says: Callable[[int], int], tokens: Sequence[int], parents: Sequence[int]) -> tuple[list[int], int]:
+    """(the accepted nodes of one row's tree, root first; the target's own token after them).
+
+    tokens, parents: of its n nodes. says: what the target says after a node, asked once for each accepted one, in order.
+    """
+    path, own = [0], says(0)
     for i in range(1, len(tokens)):
-        if parents[i] == path[-1] and tokens[i] == said[path[-1]]:
+        if parents[i] == path[-1] and tokens[i] == own:
             path.append(i)
-    return path
+            own = says(i)
+    return path, own
 
 
 def chosen_chain(said: Tensor, tokens: Tensor) -> Accepted:

@@ -100,6 +100,11 @@ def mixed_sessions(parts: Parts, taps: Sequence[int] = ()) -> list[Session]:
     return [picture, latents, think, turns, two, fork]
 
 
+def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:
+    assert [out.ids for out in other] == [out.ids for out in plain]
+    assert [out.finish_reason for out in other] == [out.finish_reason for out in plain]
+
+
 class Stub:
     """Knows the plain answers (`told`, im_end included where they stop) and where each row stands."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from parity_world import STUBS, Echo, drafter_of, make_parts, mixed_sessions, text_sessions
+from parity_world import STUBS, Echo, drafter_of, make_parts, mixed_sessions, same, text_sessions
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import Decoded
@@ -35,11 +35,6 @@ def batches(parts: Parts) -> list[tuple[list[Session], list[Decoded]]]:
     sessions = text_sessions(parts, PROMPTS)
     groups = [sessions[i : i + BATCH] for i in range(0, PROMPTS, BATCH)]
     return [(group, plain_decode(group, max_tokens=LENGTH)) for group in groups]
-
-
-def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:
-    assert [out.ids for out in other] == [out.ids for out in plain]
-    assert [out.finish_reason for out in other] == [out.finish_reason for out in plain]
 
 
 @pytest.mark.parametrize("name", [*STUBS, "lookup"])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from parity_world import STUBS, drafter_of, make_parts, mixed_sessions, text_sessions
+from parity_world import STUBS, drafter_of, make_parts, mixed_sessions, same, text_sessions
 
-from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts
@@ -27,10 +25,6 @@ def parts() -> Parts:
 def drawn(seed: int, rows: int, length: int = LENGTH) -> dict[str, Any]:
     """Settings of a sampled request: fresh generators, so that two calls may draw the same."""
     return {"max_tokens": length, "temperature": 1.0, "generators": [torch.Generator().manual_seed(seed + i) for i in range(rows)]}
-
-
-def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:
-    assert [(out.ids, out.finish_reason) for out in other] == [(out.ids, out.finish_reason) for out in plain]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hyperbagel.generate.graphs import SIZES, Captured, StaticRead, padded
-from hyperbagel.generate.sampling import COLDEST
+from hyperbagel.generate.sampling import COLDEST, numbers
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.drafters.choice import Chosen, Pick, choose_by
@@ -93,8 +93,7 @@ class StaticDraft:
         key = self._load(seen), drafter.static_depth(k), sampled
         if sampled:
             self.temperature.fill_(max(drafter.temperature, COLDEST))
-            drawn = [torch.rand(key[1], generator=g, dtype=torch.float64) for g in drafter.generators]
-            self.uniforms[:, : key[1]].copy_(torch.stack(drawn))
+            self.uniforms[:, : key[1]].copy_(numbers(drafter.generators, key[1]))
         tokens = self._run(key)
         self.cache.advance(seen.counts)  # not the draft: the next round overwrites it
         return Draft(tokens[:, :k], None, self.q[key][:, :k].clone() if sampled else None)  # the next replay overwrites q

@@ -23,12 +23,18 @@ def whole(seed: int, rows: int, n: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return p, q, torch.randint(-1, V, (rows, n), generator=g), rand(rows, n, seed=seed + 1)
 
 
+def followed(said: list[int], tokens: list[int], parents: list[int]) -> list[int]:
+    path, own = chosen_path(said.__getitem__, tokens, parents)
+    assert own == said[path[-1]]
+    return path
+
+
 def test_a_chain_is_a_tree_in_line() -> None:
     p, q, tokens, u = whole(0, 500, 5)
     tree = Tree.chain(500, 4)
     best = p.argmax(-1)
     node = chosen_chain(best, tokens).node.tolist()
-    assert node == [len(chosen_path(*row)) - 1 for row in zip(best.tolist(), tokens.tolist(), tree.parents.tolist(), strict=True)]
+    assert node == [len(followed(*row)) - 1 for row in zip(best.tolist(), tokens.tolist(), tree.parents.tolist(), strict=True)]
     assert {0, 1, 2} <= set(node)
     fast, slow = sampled_chain(p, tokens, q, u), sampled(p, tokens, tree.parents, q, u)
     assert torch.equal(fast.node, slow.node) and torch.equal(fast.token, slow.token)
@@ -42,7 +48,7 @@ def test_a_choice_is_followed_as_far_as_it_is_right() -> None:
     tree = Tree.of([[0, 0, 0, 1, 1, 2]] * 3)
     tokens = torch.tensor([[0, 3, 4, 5, 6, 5]] * 3)
     best = torch.tensor([[4, 5, 5, 0, 0, 6], [3, 6, 5, 0, 1, 2], [0, 5, 5, 1, 1, 1]])
-    got = [chosen_path(*row) for row in zip(best.tolist(), tokens.tolist(), tree.parents.tolist(), strict=True)]
+    got = [followed(*row) for row in zip(best.tolist(), tokens.tolist(), tree.parents.tolist(), strict=True)]
     assert got == [[0, 2, 5], [0, 1, 4], [0]]
 
 
@@ -91,7 +97,7 @@ def test_missing_nodes_are_never_accepted() -> None:
     tokens = torch.full((4, 3), -1)
     p = torch.full((4, 3, V), 1 / V)
     assert chosen_chain(torch.zeros(4, 3, dtype=torch.long), tokens).node.tolist() == [0] * 4
-    assert chosen_path([0] * 3, [9, -1, -1], [0, 0, 1]) == [0]
+    assert followed([0] * 3, [9, -1, -1], [0, 0, 1]) == [0]
     assert sampled_chain(p, tokens, p, torch.zeros(4, 3)).node.tolist() == [0] * 4
     assert sampled(p, tokens, Tree.chain(4, 2).parents, p, torch.zeros(4, 3)).node.tolist() == [0] * 4
 
