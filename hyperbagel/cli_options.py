@@ -9,7 +9,7 @@ import typer
 
 Model = Annotated[str | None, typer.Option(help="Model folder, or 'toybox' for the embedded model.", show_default="toybox")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Dtype = Annotated[str | None, typer.Option(help="float32 or bfloat16.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16; int8 or nf4 store weights in 8 or 4 bits.")]
 Graphs = Annotated[bool, typer.Option("--graphs", help="Decode text and plans as CUDA graphs; much faster on a GPU without a drafter.")]
 Student = Annotated[str | None, typer.Option(help="Distilled model that draws: 6, 1 (evaluations), a folder, or none.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]

@@ -43,13 +43,13 @@ from hyperbagel.generate.types import (
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
+from hyperbagel.nn.quantized import numbers
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.choose import NONE, Drafters
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.thinking import write_plans, written_together
 
 Picture = Image | str | Path  # a PIL image of any mode, or the path of one
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class HyperBagel:
@@ -80,7 +80,7 @@ class HyperBagel:
         model: str | Path = "toybox",
         *,
         device: str | None = None,
-        dtype: Literal["float32", "bfloat16"] | torch.dtype | None = None,
+        dtype: Literal["float32", "bfloat16", "int8", "nf4"] | torch.dtype | None = None,
         attention: Literal["sdpa", "reference", "flash"] = "sdpa",
         graphs: bool = False,
     ) -> HyperBagel:
@@ -89,6 +89,7 @@ class HyperBagel:
         Args:
             device: "cpu", "cuda", ...; default: a GPU if there is one.
             dtype: of the weights and the computation; default: float32 on a CPU, bfloat16 on a GPU. The autoencoder is always float32.
+                "int8" and "nf4" compute in that default and store the decoder's matrices in 8 or 4 bits (nn.quantized).
             attention: "sdpa" runs everywhere; "flash" uses flash-attn, if installed, where there is no mask; "reference" is slow and plain.
             graphs: text is decoded, and the drafts of a named drafter are made and verified, in steps of fixed shapes, on a GPU replayed
                 as CUDA graphs: launching the kernels of one token takes longer there than running them. Slower on a CPU.
@@ -98,11 +99,9 @@ class HyperBagel:
         start = time.perf_counter()
         folder = model_folder(model)
         where = usable_device(device)
-        kind = str(dtype or "").removeprefix("torch.") or ("bfloat16" if where.type == "cuda" else "float32")
-        if kind not in DTYPES:
-            raise InputError(f"got dtype {kind!r}, expected one of {', '.join(DTYPES)}")
-        check_backend(attention, where, DTYPES[kind])
-        parts = Parts.load(folder, where, DTYPES[kind], attention)
+        kind, codes = numbers(dtype, where)
+        check_backend(attention, where, kind)
+        parts = Parts.load(folder, where, kind, attention, codes)
         sampler = read_merged_sampler(folder)
         spent = time.perf_counter() - start
         return cls(parts, str(model), spent, folder / "students", folder / "drafters", sampler, graphs, folder / "planner")
@@ -203,7 +202,7 @@ class HyperBagel:
             timings |= {"denoise": late - middle, "decode": clock(where) - late}
             for i, request, image, ready in zip(members, chosen, images, prepared, strict=True):
                 used = {"model": self.name, "prompt": request.prompt, "seed": request.seed, "think": request.think, **asdict(settings)}
-                used |= {"size": [image.width, image.height], "nfe": nfe, "dtype": str(self.parts.model.dtype).removeprefix("torch.")}
+                used |= {"size": [image.width, image.height], "nfe": nfe, "dtype": self.parts.model.precision}
                 used |= asked_for(request)
                 results[i] = ImageResult(image, request.seed, nfe, timings, ready.thinking, used, ready.reused, **ready.drafted)
         return [results[i] for i in range(len(requests))]

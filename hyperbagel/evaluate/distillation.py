@@ -118,7 +118,7 @@ def run_distillation_eval(
             warnings.filterwarnings("ignore", message="student ")
             result["wall_clock"] = time_rows(model, asked, timed, timed_edits, teacher=TEACHER)
     where = model.parts.model
-    result["machine"] = {"device": str(where.device), "dtype": str(where.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    result["machine"] = {"device": str(where.device), "dtype": where.precision, "threads": torch.get_num_threads()}
     result["settings"] = {"split": split, "seed": seed, "side": side, "think": think, **plan, "counts": counts}
     result = write_report(result, out / "report.json")
     save_png(contact_sheet(out, present, items["sheet"], side), out / "contact.png")

@@ -157,7 +157,7 @@ class _Bench:
     def machine(self) -> dict[str, Any]:
         target = self.model.parts.model
         kind = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else "cpu"
-        found = {"device": kind, "threads": torch.get_num_threads(), "dtype": str(target.dtype).removeprefix("torch.")}
+        found = {"device": kind, "threads": torch.get_num_threads(), "dtype": target.precision}
         return found if self.runner is None else found | {"graphs": True}
 
     @torch.inference_mode()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.graphs import GraphRunner
+from hyperbagel.generate.students import merges
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.planner import load_planner
 from hyperbagel.nn.lora import attach
@@ -41,6 +42,6 @@ class Planner:
 
     def _with(self, folder: Path) -> tuple[Bagel, GraphRunner | None]:
         planner = load_planner(folder, self.base, self.base.dtype).requires_grad_(False)
-        network = attach(self.base, planner, merged=self.base.device.type == "cpu")  # as for students: see Students
+        network = attach(self.base, planner, merged=merges(self.base))
         store_by_columns(network)
         return network, None if self.graphs is None else GraphRunner(network, compiler=self.graphs.compiler, keep=self.graphs.keep)

@@ -24,6 +24,7 @@ from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.nn.projections import store_by_columns
+from hyperbagel.nn.quantized import Codes
 
 # Blocks of up to this many tokens in all share a forward: below, a forward costs about the same whatever is in it; above, attention
 # without a mask is worth a forward each. In fp32 alone: in bf16 the reference's own division of the work stays nearest to its numbers
@@ -47,9 +48,17 @@ class Parts:
     vit_transform: ImageTransform
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Parts:
-        """Reads a folder in BAGEL's layout. Raises InputError if it is not one, or its tokenizer does not belong to its weights."""
-        model, vae = load_folder(folder, device, dtype, attention)
+    def load(
+        cls,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        attention: str = "sdpa",
+        codes: Codes | None = None,
+    ) -> Parts:
+        """Reads a folder in BAGEL's layout (`load_folder`). Raises InputError if it is not one, or its tokenizer does not belong to its
+        weights."""
+        model, vae = load_folder(folder, device, dtype, attention, codes)
         store_by_columns(model)
         options, tokenizer, known = model.config.options, Tokenizer.from_folder(folder), model.config.llm.vocab_size
         if tokenizer.largest_id >= known:

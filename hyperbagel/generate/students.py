@@ -20,16 +20,22 @@ class Ready:
     sampler: Sampler
 
 
+def merges(base: Bagel) -> bool:
+    """Whether an adapter's low-rank changes become matrices of their own: on a CPU, where small products cost most. On a GPU they stay
+    factors, since merged, each student of a 7B would take 13 GB, as much as the expert that it changes, to save 4 % of the work. So they do
+    over quantised matrices, which are there to save memory."""
+    return base.device.type == "cpu" and base.codes is None
+
+
 class Students:
     """`get("6")` reads FOLDER/6; `get("path/to/student")` reads that folder.
 
-    merged: whether low-rank changes become matrices of their own. None: on a CPU, where small products cost most; on a GPU they stay
-    factors, since merged, each student of a 7B would take 13 GB, as much as the expert that it changes, to save 4 % of the work.
+    merged: whether low-rank changes become matrices of their own. None: see `merges`.
     """
 
     def __init__(self, base: Bagel, folder: Path | None = None, merged: bool | None = None) -> None:
         self.base, self.folder = base, folder
-        self.merged = base.device.type == "cpu" if merged is None else merged
+        self.merged = merges(base) if merged is None else merged
         self.ready: dict[str, Ready] = {}
 
     def names(self) -> list[str]:

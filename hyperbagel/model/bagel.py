@@ -19,6 +19,7 @@ from hyperbagel.model.siglip import SiglipVisionModel
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.nn.layers import TimestepEmbedder, sincos_table
 from hyperbagel.nn.masks import dense_mask
+from hyperbagel.nn.quantized import Codes
 
 
 class TrainOutput(NamedTuple):
@@ -57,6 +58,7 @@ class Bagel(nn.Module):
     def __init__(self, config: BagelConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.config = config
+        self.codes: Codes | None = None  # how the decoder's matrices are stored; None: as numbers of the model's dtype
         e, opt = config.llm.hidden_size, config.options
         self.language_model = Qwen2ForCausalLM(config.llm, attention)
         self.vit_model = SiglipVisionModel(config.vit)
@@ -70,6 +72,11 @@ class Bagel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.vae2llm.weight.dtype
+
+    @property
+    def precision(self) -> str:
+        """What `dtype` of HyperBagel.from_pretrained says."""
+        return self.codes or str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:

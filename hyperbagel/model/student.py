@@ -26,6 +26,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.nn.lora import Adapter, attach, factorise
+from hyperbagel.nn.quantized import QuantizedLinear, sample_of
 
 Kind = Literal["lora", "full"]
 PEFT_PREFIX = "base_model.model."
@@ -121,12 +122,13 @@ class StudentNetwork:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the names, shapes and up to 64 values of all tensors, the values in bf16 so that a copy in bf16 has the same one."""
+    """Hash of the names, shapes and up to 64 values of all tensors, the values in bf16 so that a copy in bf16 has the same one, and those
+    of the weights that quantised ones were made from."""
     digest = hashlib.sha256()
+    coded = {f"{name}.weight": layer.sample for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).contiguous()
-        digest.update(f"{name}{list(tensor.shape)}".encode())
+        shape, some = coded.get(name) or sample_of(tensor)
+        digest.update(f"{name}{shape}".encode())
         digest.update(some.cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 

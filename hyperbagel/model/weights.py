@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hyperbagel.core.files import atomic_path, atomic_write_text, read_json
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.nn.quantized import CODES, Codes, QuantizedLinear, bytes_of_a_weight
 
 _UNREAD = (".gguf", ".bin", ".pt", ".pth", ".ckpt")  # how files of weights end elsewhere
 
@@ -145,8 +146,17 @@ class TensorFolder:
                     yield name, file.get_tensor(name)
 
 
-def fill(module: nn.Module, source: TensorFolder, device: torch.device, dtype: torch.dtype) -> None:
+def fill(
+    module: nn.Module,
+    source: TensorFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    codes: Codes | None = None,
+    coded: Collection[str] = (),
+) -> None:
     """Loads a module built on the meta device, strictly; no second copy of the weights is made in host memory.
+
+    codes: how the matrices of the linear layers named in `coded` are stored, each of them packed as soon as it is on the device.
 
     Raises InputError for tensors that do not fit, and for values that are not finite.
     """
@@ -159,29 +169,44 @@ def fill(module: nn.Module, source: TensorFolder, device: torch.device, dtype: t
             raise InputError(f"{source.folder}: {name} holds values that are not finite; the file is damaged or its training diverged")
         owner_name, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner_name)
-        if leaf in owner._parameters:
+        if codes is not None and leaf == "weight" and owner_name in coded:
+            assert isinstance(owner, nn.Linear)
+            module.set_submodule(owner_name, QuantizedLinear(owner, value, codes))
+        elif leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             owner._buffers[leaf] = value
 
 
 def load_folder(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    codes: Codes | None = None,
 ) -> tuple[Bagel, AutoEncoder]:
     """The model and its autoencoder from a folder in BAGEL's layout, strictly, in evaluation mode.
 
-    The autoencoder stays in fp32, as in the reference. Raises InputError for anything missing, extra, misshapen or not finite.
+    codes: how the matrices of the decoder's layers, 13 of BAGEL-7B-MoT's 15 thousand million weights, are stored (nn.quantized); None: in
+    `dtype`. The autoencoder stays in fp32, as in the reference. Raises InputError for anything missing, extra, misshapen or not finite.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: got no folder, expected a model folder in BAGEL's layout, or the name toybox")
     config = BagelConfig.from_folder(folder)
     with torch.device("meta"):
         model, vae = Bagel(config, attention), AutoEncoder(config.vae)
-    fill(model, TensorFolder(folder, "ema"), torch.device(device), dtype)
+    fill(model, TensorFolder(folder, "ema"), torch.device(device), dtype, codes, _decoder_layers(model))
+    model.codes = codes
     fill(vae, TensorFolder(folder, "ae"), torch.device(device), torch.float32)
     if torch.device(device).type == "cpu":
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions on a CPU: 17 to 8 ms for 64 x 64 pixels
     return model.eval(), vae.eval()
+
+
+def _decoder_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of both experts, by name."""
+    decoder = "language_model.model.layers."
+    return {name: layer for name, layer in model.named_modules() if name.startswith(decoder) and isinstance(layer, nn.Linear)}
 
 
 def stored_dtype(folder: Path, stem: str = "ema") -> torch.dtype:
@@ -229,6 +254,12 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
             "files": sorted({path.name for path in source.file_of.values()}),
             "bytes": sum(path.stat().st_size for path in set(source.file_of.values())),
         }
+    inner = sum(layer.weight.numel() for layer in _decoder_layers(parts["ema"]).values())
+    outer = report["weights"]["ema"]["parameters"] - inner
+    report["MB in memory as"] = {  # the autoencoder is always in fp32, and codes are computed with in bf16 on a GPU
+        dtype: round((inner * size + outer * max(2.0, size) + 4 * report["weights"]["ae"]["parameters"]) / 1e6)
+        for dtype, size in [("float32", 4.0), ("bfloat16", 2.0), *((codes, bytes_of_a_weight(codes)) for codes in CODES)]
+    }
     return report
 
 

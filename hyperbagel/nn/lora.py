@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperbagel.nn.quantized import QuantizedLinear
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -91,7 +93,9 @@ class Adapter(nn.Module):
             assert isinstance(layer, nn.Linear), f"{name}: only a linear layer has a low-rank change"
             self._put(name, LowRank(layer.in_features, layer.out_features, rank, generator).to(layer.weight.device, dtype))
         for name in self.copies:
-            self._put(name, copy.deepcopy(model.get_submodule(name)).to(dtype).requires_grad_(True))
+            layer = model.get_submodule(name)
+            own = layer.plain() if isinstance(layer, QuantizedLinear) else copy.deepcopy(layer)
+            self._put(name, own.to(dtype).requires_grad_(True))
 
     @property
     def scale(self) -> float:

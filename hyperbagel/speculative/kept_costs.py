@@ -76,7 +76,7 @@ class KeptCosts:
             "threads": [torch.get_num_threads(), os.environ.get("OMP_WAIT_POLICY")],
             "versions": [hyperbagel.__version__, code, torch.__version__],
             "model": model.config.model_dump(mode="json"),
-            "how": [str(model.dtype), model.language_model.model.attention, self.graphs],
+            "how": [model.precision, model.language_model.model.attention, self.graphs],
         }
 
     def load(self, drafters: Mapping[str, Drafter], rows: int, sampled: bool) -> Costs | None:

@@ -71,6 +71,7 @@ EXTRA_IMPORTS: dict[str, set[str]] = {
 # third-party package -> files (or folders, with a slash at the end) that may import it
 HOMES: dict[str, tuple[str, ...]] = {
     "flash_attn": ("nn/attention.py",),
+    "bitsandbytes": ("nn/quantized.py",),
     "tokenizers": ("data/tokenizer.py",),
     "pyarrow": ("data/sources.py",),
     "safetensors": ("model/weights.py", "train/checkpoint.py"),

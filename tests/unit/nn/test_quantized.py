@@ -1,0 +1,183 @@
+"""Matrices in 4 and 8 bits: what a layer computes, how near its weights are, what they take; and whole models that hold them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hyperbagel import cli
+from hyperbagel.core.errors import InputError
+from hyperbagel.evaluate.toybox import numbers_of
+from hyperbagel.generate.session import Parts
+from hyperbagel.generate.students import Ready
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.student import Sampler, Student, fingerprint, load_student, make_adapter, save_student
+from hyperbagel.model.weights import inspect_folder, load_folder
+from hyperbagel.nn.projections import store_by_columns
+from hyperbagel.nn.quantized import CODES, Codes, QuantizedLinear, bytes_of_a_weight, numbers
+from hyperbagel.pipeline import HyperBagel, model_folder
+
+CPU = torch.device("cpu")
+
+
+def layer(codes: Codes, inner: int = 256, outer: int = 320, bias: bool = True) -> tuple[QuantizedLinear, nn.Linear]:
+    torch.manual_seed(0)
+    given = nn.Linear(inner, outer, bias)
+    return QuantizedLinear(given, given.weight.detach(), codes), given
+
+
+def plainly(model: Bagel) -> Bagel:
+    """The slow reference: every quantised layer replaced by an ordinary one that holds the unpacked matrix."""
+    for name, part in list(model.named_modules()):
+        if isinstance(part, QuantizedLinear):
+            model.set_submodule(name, part.plain())
+    model.codes = None
+    return model
+
+
+@pytest.fixture(scope="module", params=CODES)
+def quantised(request: pytest.FixtureRequest) -> HyperBagel:
+    return HyperBagel.from_pretrained("toybox", device="cpu", dtype=request.param)
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3,), (2, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_that_of_the_unpacked_matrix(codes: Codes, rows: tuple[int, ...], bias: bool) -> None:
+    mine, _ = layer(codes, bias=bias)
+    x = torch.randn(*rows, 256)
+    assert torch.equal(mine(x), mine.plain()(x))
+    assert torch.equal(copy.deepcopy(mine)(x), mine(x))
+    assert (mine.bias is None) is not bias
+
+
+@pytest.mark.parametrize(("codes", "bound"), [("int8", 0.01), ("nf4", 0.1)])
+@pytest.mark.parametrize("inner", [256, 24])  # 24: blocks end within rows
+def test_weights_stay_near(codes: Codes, bound: float, inner: int) -> None:
+    torch.manual_seed(1)
+    given = nn.Linear(inner, 320, bias=False)
+    weight = nn.init.normal_(given.weight.detach())
+    away = float((QuantizedLinear(given, weight, codes).unpacked() - weight).norm() / weight.norm())
+    assert bound / 4 < away < bound
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_products_on_a_gpu(codes: Codes, rows: int) -> None:
+    """Against the unpacked matrix in fp32: as near as bf16 products are, also where a single row is multiplied by the codes themselves."""
+    torch.manual_seed(0)
+    given = nn.Linear(512, 320, device="cuda", dtype=torch.bfloat16)
+    mine = QuantizedLinear(given, given.weight.detach(), codes)
+    x = torch.randn(1, rows, 512, device="cuda", dtype=torch.bfloat16)
+    wanted = mine.plain().float()(x.float())
+    assert float((mine(x).float() - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_what_a_weight_takes(codes: Codes) -> None:
+    mine, given = layer(codes, 1024, 512, bias=False)
+    nested = [] if mine.state.state2 is None else [mine.state.state2.absmax]
+    taken = sum(x.numel() * x.element_size() for x in [mine.weight, mine.state.absmax, *nested])
+    assert taken / given.weight.numel() == pytest.approx(bytes_of_a_weight(codes), rel=1e-6)
+
+
+def test_names_of_numbers() -> None:
+    assert numbers(None, CPU) == numbers("float32", CPU) == numbers(torch.float32, CPU) == (torch.float32, None)
+    assert numbers(None, torch.device("cuda")) == numbers("bfloat16", CPU) == (torch.bfloat16, None)
+    assert numbers("nf4", CPU) == (torch.float32, "nf4")
+    assert numbers("int8", torch.device("cuda")) == (torch.bfloat16, "int8")
+    with pytest.raises(InputError, match="got dtype 'int4', expected one of float32, bfloat16, int8, nf4"):
+        numbers("int4", CPU)
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert cli.main(["generate", "a red circle", "-o", str(tmp_path / "a.png"), "--seed", "0", "--dtype", "nf4"]) == 2
+    told = capsys.readouterr().err
+    assert "pip install 'hyperbagel[quantized]'" in told and len(told.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_decoder_alone_is_quantised(quantised: HyperBagel) -> None:
+    model = quantised.parts.model
+    found = {name for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
+    expected = {n for n, part in model.language_model.model.layers.named_modules() if isinstance(part, nn.Linear)}
+    assert found == {f"language_model.model.layers.{name}" for name in expected} and len(found) == 2 * 7 * 8
+    kinds = {p.dtype for name, p in model.named_parameters() if name.rpartition(".")[0] not in found}
+    assert kinds == {torch.float32}
+
+
+def test_a_quantised_model_equals_the_unpacked_one(quantised: HyperBagel) -> None:
+    """A picture of the teacher, an edit of a student and an answer."""
+    parts = Parts.load(model_folder("toybox"), codes=quantised.parts.model.codes)
+    student = load_student(model_folder("toybox") / "students" / "1", parts.model)
+    other = HyperBagel(replace(parts, model=plainly(parts.model)), "toybox")
+    other.students.ready["1"] = Ready(student.network(other.parts.model), student.sampler)  # it would be refused: other weights
+
+    def work(model: HyperBagel) -> tuple[np.ndarray, str]:
+        [first] = model.generate("a red car to the left of a blue key", seed=0, steps=6)
+        [second] = model.edit(first.image, "make the car green", seed=2, student="1")
+        answer = model.ask("Describe the picture in detail.", [first.image], drafter="none")
+        return np.stack([np.asarray(x.image, dtype=np.int16) for x in (first, second)]), answer.text
+
+    (mine, said), (theirs, wanted) = work(quantised), work(other)
+    assert np.abs(mine - theirs).max() <= 1 and said == wanted
+
+
+def test_students_planners_and_drafters_know_their_model(quantised: HyperBagel) -> None:
+    """They are told by the weights as they were, so those of the checkpoint fit."""
+    assert fingerprint(quantised.parts.model) == fingerprint(load_folder(model_folder("toybox"))[0])
+    network = quantised.students.get("1").network.model
+    adapted = network.language_model.model.layers[0].self_attn.q_proj_moe_gen
+    assert isinstance(adapted.base, QuantizedLinear)  # factors beside the codes: no matrix of its own
+    assert quantised.planner.get()[0] is not quantised.parts.model
+    answers = [quantised.ask("Describe the picture in detail.", drafter=name, max_tokens=40) for name in ("none", "block")]
+    assert answers[0].text == answers[1].text
+    assert answers[1].tau is not None and answers[1].tau > 1.5
+
+
+def test_a_student_of_whole_layers_over_codes(quantised: HyperBagel, tmp_path: Path) -> None:
+    """Its own layers are ordinary ones, with its own values."""
+    base = load_folder(model_folder("toybox"))[0]
+    student = Student.fresh(base, make_adapter(base, "full"), Sampler(nfe=2))
+    with torch.no_grad():
+        for p in student.adapter.parameters():
+            p.mul_(1.01)
+    save_student(tmp_path / "full", student, base)
+    network = quantised.students.get(str(tmp_path / "full")).network.model
+    store_by_columns(base)
+    own = network.language_model.model.layers[3].self_attn.o_proj_moe_gen
+    assert type(own) is nn.Linear
+    assert torch.equal(own.weight, base.language_model.model.layers[3].self_attn.o_proj_moe_gen.weight * 1.01)
+    assert quantised.generate("a red circle", seed=0, student=str(tmp_path / "full"))[0].nfe == 2
+
+
+def test_results_say_so(tmp_path: Path, quantised: HyperBagel, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = quantised.parts.model.codes
+    assert quantised.generate("a red circle", seed=0, student="1")[0].settings["dtype"] == codes
+    assert numbers_of(quantised)["dtype"] == f"float32+{codes}"
+    path = tmp_path / "a.png"
+    assert cli.main(["generate", "a red circle", "-o", str(path), "--seed", "0", "--student", "1", "--dtype", str(codes), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"][0]["settings"]["dtype"] == codes
+
+
+def test_inspect_tells_what_each_takes(quantised: HyperBagel) -> None:
+    told = inspect_folder(model_folder("toybox"))["MB in memory as"]
+    assert list(told) == ["float32", "bfloat16", *CODES]
+    assert told["float32"] > told["bfloat16"] > told["int8"] > told["nf4"]
+    held = 0  # as on a GPU, where what is not in codes is in bf16
+    for part in quantised.parts.model.modules():
+        codes = isinstance(part, QuantizedLinear)
+        held += sum(p.numel() * 2 for p in part.parameters(recurse=False) if not (codes and p is part.weight))
+        held += part.in_features * part.out_features * bytes_of_a_weight(part.kind) if codes else 0
+    held += 4 * sum(p.numel() for p in quantised.parts.vae.parameters())
+    assert told[quantised.parts.model.codes] == round(held / 1e6)
