@@ -1,7 +1,7 @@
 """The work of an operation in closed form: floating-point operations, and bytes that must be read.
 
 Only matrix products count (a multiply-add is two operations); norms, rotations and softmax are left out. Bytes are the weights, once, and
-each row's keys and values, once: what no implementation can avoid at the given batch. `width` is always the bytes of one number.
+each row's keys and values, once: what no implementation can avoid at the given batch.
 
 Shape legend: n new tokens, E hidden size, V hidden size of the vision tower.
 """
@@ -21,6 +21,13 @@ from hyperbagel.model.vae import AutoEncoder
 class Cost(NamedTuple):
     flops: float
     bytes: float
+
+
+class Widths(NamedTuple):
+    """Bytes of a number, and of an entry of the decoder's matrices, which may be stored as codes."""
+
+    number: int
+    entry: float
 
 
 def expert_weights(llm: LLMConfig) -> int:
@@ -44,7 +51,7 @@ def cache_entries(llm: LLMConfig, slots: float) -> float:
     return 2 * slots * llm.num_key_value_heads * llm.head_dim * llm.num_hidden_layers
 
 
-def block(config: BagelConfig, contexts: Sequence[int], understanding: int, latents: int, width: int, *, wanted: bool) -> Cost:
+def block(config: BagelConfig, contexts: Sequence[int], understanding: int, latents: int, widths: Widths, *, wanted: bool) -> Cost:
     """One forward over rows with `contexts` cached tokens each and `understanding` + `latents` new tokens each, which see each other.
 
     A denoising step has (2 markers, n latents) in a row for each picture and branch, and its latents are `wanted`. A picture as context has
@@ -58,25 +65,25 @@ def block(config: BagelConfig, contexts: Sequence[int], understanding: int, late
         for past in contexts
     )
     weights = (understanding > 0) * (expert - last) + (latents > 0) * (expert - (not wanted) * last)
-    return Cost(flops, width * (weights + sum(cache_entries(llm, past) for past in contexts)))
+    return Cost(flops, widths.entry * weights + widths.number * sum(cache_entries(llm, past) for past in contexts))
 
 
-def text(config: BagelConfig, n: int, width: int) -> Cost:
+def text(config: BagelConfig, n: int, widths: Widths) -> Cost:
     """The prefill of n tokens of text without context: causal, for keys and values alone."""
     llm, weights = config.llm, expert_weights(config.llm) - last_weights(config.llm)
-    return Cost(2 * n * weights + attention_flops(llm, n, (n + 1) / 2, llm.num_hidden_layers - 1), width * weights)
+    return Cost(2 * n * weights + attention_flops(llm, n, (n + 1) / 2, llm.num_hidden_layers - 1), widths.entry * weights)
 
 
-def decode(config: BagelConfig, rows: int, past: int, width: int) -> Cost:
+def decode(config: BagelConfig, rows: int, past: int, widths: Widths) -> Cost:
     """One token in each of `rows` rows behind `past` cached ones, with the head over the vocabulary."""
     llm = config.llm
-    weights = expert_weights(llm) + llm.vocab_size * llm.hidden_size
-    flops = rows * (2 * weights + attention_flops(llm, 1, past + 1))
-    return Cost(flops, width * (weights + rows * cache_entries(llm, past)))
+    expert, head = expert_weights(llm), llm.vocab_size * llm.hidden_size
+    flops = rows * (2 * (expert + head) + attention_flops(llm, 1, past + 1))
+    return Cost(flops, widths.entry * expert + widths.number * (head + rows * cache_entries(llm, past)))
 
 
 def vision(config: BagelConfig, patches: int, width: int) -> Cost:
-    """The vision tower and the connector over one picture's patches."""
+    """The vision tower and the connector over one picture's patches. width: bytes of a number."""
     vit, e = config.vit, config.llm.hidden_size
     v = vit.hidden_size
     layer = 4 * v * v + 2 * v * vit.intermediate_size

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import cost
 from benchmarks.attention import DECODE_WAYS, STEP_WAYS, decode_attention, step_attention
-from benchmarks.cost import Cost
+from benchmarks.cost import Cost, Widths
 from benchmarks.operation import Operation
 from benchmarks.subjects import endless
 from hyperbagel.flow.solvers import Velocity
@@ -21,7 +21,9 @@ from hyperbagel.generate.graphs import GraphRunner, GraphVelocity
 from hyperbagel.generate.image import GuidedVelocity, InTurnVelocity, latent_grid
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.types import EDIT, TEXT_TO_IMAGE, Denoising
+from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
+from hyperbagel.nn.quantized import bytes_of_a_weight
 
 T = 0.7  # time of the measured steps: within the guidance interval of both kinds
 
@@ -128,7 +130,7 @@ def _step(
         if way != "eager":
             velocity = GraphVelocity(velocity, compiler if way == "compiled" else None)
     contexts = [b.length for group in branches for b in group]
-    found = cost.block(config, contexts, 2, n, parts.model.dtype.itemsize, wanted=True)
+    found = cost.block(config, contexts, 2, n, _widths(parts.model), wanted=True)
     return Operation(lambda: velocity(x, T), found, "matmul", {"pictures": pictures, "latent_tokens": n, "contexts": contexts})
 
 
@@ -150,14 +152,14 @@ def _decode(parts: Parts, load: Workload, way: str, context: int, rows: int, com
         last[0] = runner(last[0]).argmax(-1)[:, None]
         return [] if last[0].is_meta else last[0][:, 0].tolist()
 
-    found = cost.decode(model.config, rows, context, model.dtype.itemsize)
+    found = cost.decode(model.config, rows, context, _widths(model))
     return Operation(call, found, "copy", {"sessions": rows, "context": context}, rows)
 
 
 def _text(parts: Parts, tokens: int) -> Operation:
     text = words(parts, tokens)
     n = len(parts.tokenizer.encode(text)) + 2
-    found = cost.text(parts.model.config, n, parts.model.dtype.itemsize)
+    found = cost.text(parts.model.config, n, _widths(parts.model))
     return Operation(lambda: Session.new(parts).add_text(text), found, "matmul", {"tokens": n})
 
 
@@ -170,9 +172,9 @@ def _read(parts: Parts, block: Callable[[Session], Streams]) -> None:
 def _vit(parts: Parts, load: Workload) -> Operation:
     """A picture as a question brings it: through the vision tower into the cache."""
     pixels = parts.vit_transform(parts.vae_transform.resize(picture(load)))
-    config, width = parts.model.config, parts.model.dtype.itemsize
+    config, widths = parts.model.config, _widths(parts.model)
     patches = (pixels.shape[1] // config.vit.patch_size) * (pixels.shape[2] // config.vit.patch_size)
-    parts_cost = cost.vision(config, patches, width), cost.block(config, [0], patches + 2, 0, width, wanted=False)
+    parts_cost = cost.vision(config, patches, widths.number), cost.block(config, [0], patches + 2, 0, widths, wanted=False)
     return Operation(lambda: _read(parts, lambda session: session.vit_block(pixels)), _sum(*parts_cost), "matmul", {"patches": patches})
 
 
@@ -181,7 +183,7 @@ def _latents(parts: Parts, load: Workload) -> Operation:
     pixels, config = parts.vae_transform(picture(load)), parts.model.config
     size = pixels.shape[1], pixels.shape[2]
     n = size[0] * size[1] // config.latent_stride**2
-    parts_cost = cost.autoencoder(config, size, encode=True), cost.block(config, [0], 2, n, parts.model.dtype.itemsize, wanted=False)
+    parts_cost = cost.autoencoder(config, size, encode=True), cost.block(config, [0], 2, n, _widths(parts.model), wanted=False)
     total = _sum(*parts_cost)
     return Operation(lambda: _read(parts, lambda session: session.latent_block(pixels, None)), total, "matmul", {"latent_tokens": n})
 
@@ -194,6 +196,11 @@ def _vae(parts: Parts, load: Workload, *, encode: bool) -> Operation:
     pixels = torch.randn(1, config.vae.in_channels, *load.size, generator=generator).to(device)
     call = (lambda: parts.vae.encode(pixels, latent)) if encode else (lambda: parts.vae.decode(latent))
     return Operation(call, cost.autoencoder(config, load.size, encode=encode), "matmul", {"size": list(load.size)})
+
+
+def _widths(model: Bagel) -> Widths:
+    width = model.dtype.itemsize
+    return Widths(width, bytes_of_a_weight(model.codes) if model.codes else width)
 
 
 def _sum(a: Cost, b: Cost) -> Cost:

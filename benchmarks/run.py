@@ -27,6 +27,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--shape", default="toybox", help="toybox, 7b (random weights) or a model folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", help="float32, bfloat16, int8 or nf4; default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--each", type=float, default=3.0, help="seconds of measuring an operation")
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("got --device cuda, expected a GPU that torch can use; take --device cpu")
     hardware = machine(device)  # first: its load average is the machine's before our own work
-    subject = subjects.load(options.shape, device)
+    subject = subjects.load(options.shape, device, options.dtype)
     model = subject.parts.model
     found: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.run", *options.given]),
@@ -59,9 +60,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "shape": {
             "name": options.shape,
             "weights": subject.weights,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": model.precision,
             "tensors": len(list(model.parameters())),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(p.numel() for p in subjects.shapes_only(model.config).model.parameters()),  # codes hold several each
             "vae_parameters": sum(p.numel() for p in subject.parts.vae.parameters()),
         },
     }

@@ -18,6 +18,8 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.model.weights import decoder_layers
+from hyperbagel.nn.quantized import Codes, QuantizedLinear, numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(str(files("hyperbagel") / "assets" / "toybox"))
@@ -30,22 +32,22 @@ class Subject:
     weights: str  # where they come from, in words
 
 
-def load(shape: str, device: torch.device) -> Subject:
+def load(shape: str, device: torch.device, precision: str | None = None) -> Subject:
     """The model of `shape` (toybox, 7b or a model folder), in bf16 on a GPU, in fp32 on a CPU; there the 7B shape is on the meta device.
 
-    Raises InputError if `shape` is none of these.
+    precision: a dtype as HyperBagel.from_pretrained takes it. Raises InputError if `shape` or `precision` is none of these.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype, codes = numbers(precision, device)
     if shape == "7b":
         if device.type == "cuda":
-            return Subject(_random_7b(device), "random")
+            return Subject(_packed(_random_7b(device, dtype), codes), "random")
         return Subject(shapes_only(BagelConfig()), "none, shapes only")
     if shape == "toybox" and not (ASSETS / "ema.safetensors").exists():
-        return Subject(_random_toybox(device, dtype), "random, of the shape in recipes/toybox/base.yaml")
+        return Subject(_packed(_random_toybox(device, dtype), codes), "random, of the shape in recipes/toybox/base.yaml")
     folder = ASSETS if shape == "toybox" else Path(shape)
     if not folder.is_dir():
         raise InputError(f"got --shape {shape}, expected toybox, 7b or a model folder; check the name")
-    return Subject(Parts.load(folder, device, dtype), "trained" if shape == "toybox" else "of the folder")
+    return Subject(Parts.load(folder, device, dtype, codes=codes), "trained" if shape == "toybox" else "of the folder")
 
 
 def endless(parts: Parts) -> Parts:
@@ -53,6 +55,15 @@ def endless(parts: Parts) -> Parts:
     tokenizer = copy.copy(parts.tokenizer)
     tokenizer.im_end = -1
     return replace(parts, tokenizer=tokenizer)
+
+
+def _packed(parts: Parts, codes: Codes | None) -> Parts:
+    """The same model with the matrices of its decoder's layers stored as codes, in place."""
+    if codes is not None:
+        for name, layer in decoder_layers(parts.model).items():
+            parts.model.set_submodule(name, QuantizedLinear(layer, layer.weight.detach(), codes))
+        parts.model.codes = codes
+    return parts
 
 
 def _parts(model: Bagel, vae: AutoEncoder) -> Parts:
@@ -78,11 +89,11 @@ def shapes_only(config: BagelConfig) -> Parts:
         return _parts(Bagel(config).to(torch.bfloat16), AutoEncoder(config.vae))
 
 
-def _random_7b(device: torch.device) -> Parts:
+def _random_7b(device: torch.device, dtype: torch.dtype) -> Parts:
     """The 7B shape with random weights made on the device: 29 GB in bf16 that host memory never holds. Norms are 1, all else is normal."""
     config = BagelConfig()
     with torch.device("meta"):
-        model = Bagel(config).to(torch.bfloat16)
+        model = Bagel(config).to(dtype)
     with torch.device(device):
         vae = AutoEncoder(config.vae)
     model = model.to_empty(device=device)

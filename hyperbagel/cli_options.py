@@ -27,6 +27,7 @@ Drafter = Annotated[
 ]
 PlanDrafter = Annotated[str | None, typer.Option("--drafter", help="Who drafts a plan ahead: auto, lookup, a name, a folder, none.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.")]
 
 

@@ -195,7 +195,7 @@ def load_folder(
     config = BagelConfig.from_folder(folder)
     with torch.device("meta"):
         model, vae = Bagel(config, attention), AutoEncoder(config.vae)
-    fill(model, TensorFolder(folder, "ema"), torch.device(device), dtype, codes, _decoder_layers(model))
+    fill(model, TensorFolder(folder, "ema"), torch.device(device), dtype, codes, decoder_layers(model))
     model.codes = codes
     fill(vae, TensorFolder(folder, "ae"), torch.device(device), torch.float32)
     if torch.device(device).type == "cpu":
@@ -203,7 +203,7 @@ def load_folder(
     return model.eval(), vae.eval()
 
 
-def _decoder_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def decoder_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of both experts, by name."""
     decoder = "language_model.model.layers."
     return {name: layer for name, layer in model.named_modules() if name.startswith(decoder) and isinstance(layer, nn.Linear)}
@@ -254,7 +254,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
             "files": sorted({path.name for path in source.file_of.values()}),
             "bytes": sum(path.stat().st_size for path in set(source.file_of.values())),
         }
-    inner = sum(layer.weight.numel() for layer in _decoder_layers(parts["ema"]).values())
+    inner = sum(layer.weight.numel() for layer in decoder_layers(parts["ema"]).values())
     outer = report["weights"]["ema"]["parameters"] - inner
     report["MB in memory as"] = {  # the autoencoder is always in fp32, and codes are computed with in bf16 on a GPU
         dtype: round((inner * size + outer * max(2.0, size) + 4 * report["weights"]["ae"]["parameters"]) / 1e6)

@@ -37,6 +37,16 @@ def test_every_operation_is_timed(tmp_path: Path) -> None:
     assert json.loads(json.dumps(out))["hardware"]["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.parametrize("codes", ["int8", "nf4"])
+def test_a_model_in_codes(codes: str) -> None:
+    """Decoding reads fewer bytes; the work of a product is the same."""
+    coded, plain = (found("--only", "decode eager", "--dtype", dtype) for dtype in (codes, "float32"))
+    assert coded["failed"] == [] and coded["shape"]["dtype"] == codes
+    for mine, theirs in zip(coded["figures"], plain["figures"], strict=True):
+        assert mine["name"] == theirs["name"] and mine["flops"] == theirs["flops"]
+        assert mine["bytes"] < 0.6 * theirs["bytes"]
+
+
 def test_the_server_beside_the_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert server_benchmark.main(["--runs", "2", "--steps", "1", "--out", str(tmp_path / "a.json")]) == 0
     found = json.loads((tmp_path / "a.json").read_text())["milliseconds"]
