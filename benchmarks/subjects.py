@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.tokenizer import Tokenizer
@@ -41,7 +42,9 @@ def load(shape: str, device: torch.device, precision: str | None = None) -> Subj
     if shape == "7b":
         if device.type == "cuda":
             return Subject(_packed(_random_7b(device, dtype), codes), "random")
-        return Subject(shapes_only(BagelConfig()), "none, shapes only")
+        parts = shapes_only(BagelConfig())
+        parts.model.codes = codes  # bytes are counted as codes
+        return Subject(parts, "none, shapes only")
     if shape == "toybox" and not (ASSETS / "ema.safetensors").exists():
         return Subject(_packed(_random_toybox(device, dtype), codes), "random, of the shape in recipes/toybox/base.yaml")
     folder = ASSETS if shape == "toybox" else Path(shape)
@@ -60,7 +63,9 @@ def endless(parts: Parts) -> Parts:
 def _packed(parts: Parts, codes: Codes | None) -> Parts:
     """The same model with the matrices of its decoder's layers stored as codes, in place."""
     if codes is not None:
-        for name, layer in decoder_layers(parts.model).items():
+        for name in list(decoder_layers(parts.model)):  # names alone, so that each layer is let go as soon as it is packed
+            layer = parts.model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
             parts.model.set_submodule(name, QuantizedLinear(layer, layer.weight.detach(), codes))
         parts.model.codes = codes
     return parts

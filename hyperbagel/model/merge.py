@@ -18,6 +18,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.student import Sampler, Student
 from hyperbagel.nn.lora import Adapter, factorise
+from hyperbagel.nn.quantized import matrix_of
 
 FOLD = "time_embedder.mlp.2.bias"
 _HEAD = FOLD.rpartition(".")[0]  # its layer, which is always replaced
@@ -68,7 +69,7 @@ def changed_tensors(base: Bagel, student: Student, text_scale: float, image_scal
     for name in adapter.low_rank:
         linear = base.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        yield f"{name}.weight", linear.weight.detach().float() + adapter.change(name)
+        yield f"{name}.weight", matrix_of(linear).detach().float() + adapter.change(name)
     yield FOLD, folded.detach().float() + guidance_vector(student, text_scale, image_scale).to(folded.device)
 
 
@@ -131,7 +132,7 @@ def _factorised(base: Bagel, adapter: Adapter, changed: dict[str, Tensor], rank:
     for name in layers:
         linear = base.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        factors = factorise(changed[f"{name}.weight"] - linear.weight.float(), rank)
+        factors = factorise(changed[f"{name}.weight"] - matrix_of(linear).float(), rank)
         tensors |= {f"{name}.lora_A.weight": factors.a, f"{name}.lora_B.weight": factors.b}
         missed, full = missed + factors.missed, full + factors.whole
         errors[name] = (factors.missed / factors.whole) ** 0.5 if factors.whole else 0.0

@@ -26,7 +26,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.nn.lora import Adapter, attach, factorise
-from hyperbagel.nn.quantized import QuantizedLinear, sample_of
+from hyperbagel.nn.quantized import QuantizedLinear, matrix_of, sample_of
 
 Kind = Literal["lora", "full"]
 PEFT_PREFIX = "base_model.model."
@@ -236,7 +236,9 @@ def factorised(student: Student, base: Bagel, rank: int) -> tuple[Student, float
     adapter = make_adapter(base, "lora", rank=rank, heads=_has_heads(student))
     missed = whole = 0.0
     for name in adapter.low_rank:
-        own, before = (model.get_submodule(name).get_parameter("weight").float() for model in (student.adapter, base))
+        own, layer = student.adapter.get_submodule(name).get_parameter("weight").float(), base.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        before = matrix_of(layer).float()
         factors, change = factorise(own - before, rank), adapter.get_submodule(name)
         change.load_state_dict({"lora_A.weight": factors.a, "lora_B.weight": factors.b})
         missed, whole = missed + factors.missed, whole + factors.whole

@@ -256,7 +256,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         }
     inner = sum(layer.weight.numel() for layer in decoder_layers(parts["ema"]).values())
     outer = report["weights"]["ema"]["parameters"] - inner
-    report["MB in memory as"] = {  # the autoencoder is always in fp32, and codes are computed with in bf16 on a GPU
+    report["MB on a GPU as"] = {  # the autoencoder is always in fp32; what is not in codes is in bf16 there
         dtype: round((inner * size + outer * max(2.0, size) + 4 * report["weights"]["ae"]["parameters"]) / 1e6)
         for dtype, size in [("float32", 4.0), ("bfloat16", 2.0), *((codes, bytes_of_a_weight(codes)) for codes in CODES)]
     }

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hyperbagel.nn.quantized import QuantizedLinear
+from hyperbagel.nn.quantized import QuantizedLinear, matrix_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,7 +56,8 @@ class MergedLinear(nn.Module):
     def __init__(self, base: nn.Linear, change: LowRank, scale: float) -> None:
         super().__init__()
         b, a = change.lora_B.weight, change.lora_A.weight
-        self.register_buffer("weight", (base.weight.to(b.dtype) + scale * b @ a).detach().to(base.weight.dtype))
+        before = matrix_of(base)
+        self.register_buffer("weight", (before.to(b.dtype) + scale * b @ a).detach().to(before.dtype))
         self.bias = base.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shape legend: I / O input and output size of a linear layer.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -26,10 +27,9 @@ def numbers(name: str | torch.dtype | None, device: torch.device) -> tuple[torch
     """(what is computed in, how the decoder's matrices are stored) for a dtype's name; None: float32 on a CPU, bfloat16 on a GPU, and so
     codes are computed with. Raises InputError for another name."""
     usual, asked = _DTYPES["bfloat16" if device.type == "cuda" else "float32"], str(name or "").removeprefix("torch.")
-    for codes in CODES:
-        if asked == codes:
-            _library()
-            return usual, codes
+    if isinstance(name, str) and name in CODES:
+        _try(device)
+        return usual, name
     if asked and asked not in _DTYPES:
         raise InputError(f"got dtype {asked!r}, expected one of {', '.join([*_DTYPES, *CODES])}")
     return _DTYPES.get(asked, usual), None
@@ -40,8 +40,18 @@ def bytes_of_a_weight(codes: Codes) -> float:
     return 1 + 4 / _BLOCK[codes] if codes == "int8" else 0.5 + (1 + 4 / 256) / _BLOCK[codes]
 
 
+def _try(device: torch.device) -> None:
+    """Raises InputError if bitsandbytes does not work on this device: without a library for its CUDA version it fails at the first call."""
+    try:
+        _library().functional.quantize_blockwise(torch.zeros(_BLOCK["int8"], device=device), blocksize=_BLOCK["int8"])
+    except RuntimeError as error:
+        told = f"got weights to store as {' or '.join(CODES)}, which bitsandbytes cannot do on {device} ({error})"
+        raise InputError(f"{told}; install its version for this machine or take float32 or bfloat16") from error
+
+
 def _library() -> Any:
     """bitsandbytes. Raises InputError if it is not installed."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of a kernel that is not used here
     try:
         import bitsandbytes
     except ImportError as error:
@@ -53,8 +63,8 @@ def _library() -> Any:
 class QuantizedLinear(nn.Linear):
     """x W^T + b, [..., I] -> [..., O], with W unpacked from its codes in every product.
 
-    Products are those of a linear layer that holds the unpacked matrix (`plain`), whatever the number of rows; on a GPU bitsandbytes
-    multiplies a single row by nf4 codes without unpacking them, which rounds otherwise.
+    Products are those of a linear layer that holds the unpacked matrix (`plain`). On a GPU bitsandbytes multiplies up to some tens of rows
+    by nf4 codes without unpacking them (how many depends on the GPU and on the shape), which rounds otherwise.
     """
 
     def __init__(self, layer: nn.Linear, weight: Tensor, codes: Codes) -> None:
@@ -86,6 +96,14 @@ class QuantizedLinear(nn.Linear):
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=weight.device, dtype=weight.dtype)
         layer.load_state_dict({"weight": weight} | ({} if self.bias is None else {"bias": self.bias}))
         return layer
+
+    def _apply(self, *args: Any, **how: Any) -> Any:
+        raise NotImplementedError("the scales of codes are no buffers, so they do not move with a layer; load the model where it is to run")
+
+
+def matrix_of(layer: nn.Linear) -> Tensor:
+    """The matrix [O, I] that a layer multiplies by, unpacked if it is stored as codes."""
+    return layer.unpacked() if isinstance(layer, QuantizedLinear) else layer.weight
 
 
 def sample_of(tensor: Tensor) -> tuple[list[int], Tensor]:

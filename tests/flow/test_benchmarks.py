@@ -45,6 +45,8 @@ def test_a_model_in_codes(codes: str) -> None:
     for mine, theirs in zip(coded["figures"], plain["figures"], strict=True):
         assert mine["name"] == theirs["name"] and mine["flops"] == theirs["flops"]
         assert mine["bytes"] < 0.6 * theirs["bytes"]
+    big = found("--only", "decode eager", "--dtype", codes, "--shape", "7b")
+    assert big["shape"]["dtype"] == codes and big["figures"][0]["bytes"] < 9e9  # in bf16 14 GB
 
 
 def test_the_server_beside_the_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
