@@ -194,6 +194,18 @@ def test_students_planners_and_drafters_know_their_model(quantised: HyperBagel) 
     assert answers[1].tau is not None and answers[1].tau > 1.5
 
 
+def test_in_bf16_as_on_a_gpu(quantised: HyperBagel) -> None:
+    """Codes of bf16 weights, products in bf16: pictures are those of fp32 up to rounding, and students, a plan and a drafter work."""
+    folder = model_folder("toybox")
+    parts = Parts.load(folder, dtype=torch.bfloat16, codes=quantised.parts.model.codes)
+    coarse = HyperBagel(parts, "toybox", students=folder / "students", drafters=folder / "drafters", planner=folder / "planner")
+    asked = {"seed": 0, "student": "6"}
+    mine, theirs = (np.asarray(m.generate("a red circle", **asked)[0].image, dtype=np.int16) for m in (coarse, quantised))
+    assert np.abs(mine - theirs).mean() < 2
+    planned = coarse.generate("two red circles", seed=1, student="1", think=True, drafter="block")[0]
+    assert planned.thinking and planned.drafter == "block"
+
+
 def test_a_student_of_whole_layers_over_codes(quantised: HyperBagel, tmp_path: Path) -> None:
     """Its own layers are ordinary ones, with its own values."""
     base = load_folder(model_folder("toybox"))[0]
