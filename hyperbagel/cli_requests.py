@@ -173,24 +173,9 @@ def edit(
     pictures, instruction = checks.split_inputs(inputs, "instruction", needs_picture=True)
     where = {"model": model, "device": device, "dtype": dtype, "graphs": graphs}
     guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
-    _draw(
-        instruction,
-        pictures,
-        paths,
-        seed,
-        where,
-        json,
-        steps=steps,
-        size=size,
-        think=think,
-        max_think_tokens=max_think_tokens,
-        think_temperature=think_temperature,
-        drafter=drafter,
-        student=student,
-        image_scale=image_scale,
-        mask=mask,
-        **guidance,
-    )
+    plan = {"think": think, "max_think_tokens": max_think_tokens, "think_temperature": think_temperature, "drafter": drafter}
+    own = {"steps": steps, "size": size, "student": student, "image_scale": image_scale, "mask": mask}
+    _draw(instruction, pictures, paths, seed, where, json, **own, **plan, **guidance)
 
 
 def ask(

@@ -11,12 +11,27 @@ import torch
 
 from benchmarks import run as benchmark
 from benchmarks import server as server_benchmark
+from benchmarks import subjects
 from benchmarks.attention import folded
 from benchmarks.operations import Workload, operations
 from benchmarks.subjects import load, shapes_only
 from benchmarks.table import show
 from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.nn.attention import reference
+from hyperbagel.nn.quantized import Codes
+
+SMALL = BagelConfig(
+    llm=LLMConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2),
+    vit=ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=128, patch_size=8),
+    vae=VaeConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4),
+    options=BagelOptions(
+        max_latent_size=16,
+        vit_max_num_patch_per_side=16,
+        default_size=(128, 128),
+        vae_transform=ImageSizes(max_size=128, min_size=64, stride=16),
+        vit_transform=ImageSizes(max_size=128, min_size=64, stride=8),
+    ),
+)
 
 
 def found(*given: str) -> dict[str, Any]:
@@ -85,24 +100,24 @@ def test_wrong_input_of_the_server_s_benchmark_is_refused(tmp_path: Path, capsys
 
 def test_closed_forms_equal_what_the_model_computes() -> None:
     """On the meta device, every matrix product counted. The forms leave out time embeddings and masked scores, and add nothing."""
-    config = BagelConfig(
-        llm=LLMConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2),
-        vit=ViTConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=128, patch_size=8),
-        vae=VaeConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, norm_groups=4),
-        options=BagelOptions(
-            max_latent_size=16,
-            vit_max_num_patch_per_side=16,
-            default_size=(128, 128),
-            vae_transform=ImageSizes(max_size=128, min_size=64, stride=16),
-            vit_transform=ImageSizes(max_size=128, min_size=64, stride=8),
-        ),
-    )
-    parts = shapes_only(config)
+    parts = shapes_only(SMALL)
     for name, ready in operations(parts, Workload.of(parts).smallest(), graphs=False, compiler=None):
         with torch.no_grad():
             figure = benchmark._counted(ready())
         most = 1.001 if name.startswith(("decode", "vae", "attention step, no")) else 1.15
         assert 0.999 <= figure["flops_counted"] / figure["flops"] <= most, name
+
+
+@pytest.mark.parametrize("codes", [None, "int8"])
+def test_random_weights(codes: Codes | None) -> None:
+    """The 7B shape's way, at a small one: made tensor by tensor, so that codes never stand beside the whole model."""
+    parts = subjects.random_model(SMALL, torch.device("cpu"), torch.float32, codes)
+    assert parts.model.precision == (codes or "float32")
+    weights = [p for p in parts.model.parameters() if p.is_floating_point() and p.ndim > 1]
+    assert all(0.015 < float(p.std()) < 0.025 for p in weights) and weights
+    ready = dict(operations(parts, Workload.of(parts).smallest(), graphs=False, compiler=None))
+    with torch.inference_mode():
+        assert ready["step eager guided x1"]().call().std() > 0
 
 
 def test_branches_in_turn_and_in_one_batch_are_the_same_velocity() -> None:
