@@ -94,7 +94,7 @@ def autoencoder_of(model: Any) -> str:
 
 def numbers_of(model: Any) -> dict[str, str]:
     """The dtype of a model's numbers and the type of its device, neither of which the fingerprint of its weights tells apart."""
-    parameters, codes = list(model.parts.model.parameters()), model.parts.model.codes
+    parameters, codes = list(model.parts.model.parameters()), getattr(model.parts.model, "codes", None)
     dtypes = {str(p.dtype).removeprefix("torch.") if p.is_floating_point() else codes for p in parameters}
     kinds = {"dtype": dtypes, "device": {p.device.type for p in parameters}}
     return {name: "+".join(sorted(found)) for name, found in kinds.items()}
