@@ -19,7 +19,7 @@ from hyperbagel.generate.session import Parts
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.vae import AutoEncoder
-from hyperbagel.model.weights import TensorFolder, decoder_layers, fill
+from hyperbagel.model.weights import TensorFolder, fill
 from hyperbagel.nn.quantized import Codes, numbers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +94,7 @@ def random_model(config: BagelConfig, device: torch.device, dtype: torch.dtype, 
     """Random weights that host memory never holds: of the 7B shape 29 GB in bf16."""
     with torch.device("meta"):
         model = Bagel(config)
-    fill(model, _RandomWeights(model), device, dtype, codes, decoder_layers(model))
+    fill(model, _RandomWeights(model), device, dtype, codes)
     model.codes = codes
     with torch.device(device):
         return _parts(model, AutoEncoder(config.vae))

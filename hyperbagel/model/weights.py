@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -146,23 +146,17 @@ class TensorFolder:
                     yield name, file.get_tensor(name)
 
 
-def fill(
-    module: nn.Module,
-    source: TensorFolder,
-    device: torch.device,
-    dtype: torch.dtype,
-    codes: Codes | None = None,
-    coded: Collection[str] = (),
-) -> None:
+def fill(module: nn.Module, source: TensorFolder, device: torch.device, dtype: torch.dtype, codes: Codes | None = None) -> None:
     """Loads a module built on the meta device, strictly; no second copy of the weights is made in host memory.
 
-    codes: how the matrices of the linear layers named in `coded` are stored, each of them packed as soon as it is on the device.
+    codes: how the matrices of `decoder_layers` are stored, each of them packed as soon as it is on the device; None: in `dtype`.
 
     Raises InputError for tensors that do not fit, and for values that are not finite.
     """
     slots = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     source.check({name: tuple(slot.shape) for name, slot in slots.items()})
     source.check_numbers()
+    coded = {} if codes is None else decoder_layers(module)
     for name, tensor in source.tensors(str(device)):
         value = tensor.to(dtype)
         if not torch.isfinite(value).all():
@@ -195,7 +189,7 @@ def load_folder(
     config = BagelConfig.from_folder(folder)
     with torch.device("meta"):
         model, vae = Bagel(config, attention), AutoEncoder(config.vae)
-    fill(model, TensorFolder(folder, "ema"), torch.device(device), dtype, codes, decoder_layers(model))
+    fill(model, TensorFolder(folder, "ema"), torch.device(device), dtype, codes)
     model.codes = codes
     fill(vae, TensorFolder(folder, "ae"), torch.device(device), torch.float32)
     if torch.device(device).type == "cpu":

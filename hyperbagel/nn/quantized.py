@@ -28,7 +28,7 @@ def numbers(name: str | torch.dtype | None, device: torch.device) -> tuple[torch
     codes are computed with. Raises InputError for another name."""
     usual, asked = _DTYPES["bfloat16" if device.type == "cuda" else "float32"], str(name or "").removeprefix("torch.")
     if isinstance(name, str) and name in CODES:
-        _try(device)
+        _check_library(device)
         return usual, name
     if asked and asked not in _DTYPES:
         raise InputError(f"got dtype {asked!r}, expected one of {', '.join([*_DTYPES, *CODES])}")
@@ -40,7 +40,7 @@ def bytes_of_a_weight(codes: Codes) -> float:
     return 1 + 4 / _BLOCK[codes] if codes == "int8" else 0.5 + (1 + 4 / 256) / _BLOCK[codes]
 
 
-def _try(device: torch.device) -> None:
+def _check_library(device: torch.device) -> None:
     """Raises InputError if bitsandbytes does not work on this device: without a library for its CUDA version it fails at the first call."""
     try:
         _library().functional.quantize_blockwise(torch.zeros(_BLOCK["int8"], device=device), blocksize=_BLOCK["int8"])

@@ -96,7 +96,7 @@ def test_what_a_weight_takes(codes: Codes) -> None:
 
 
 def test_names_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyperbagel.nn.quantized._try", lambda device: None)  # there may be no GPU
+    monkeypatch.setattr("hyperbagel.nn.quantized._check_library", lambda device: None)  # there may be no GPU
     assert numbers(None, CPU) == numbers("float32", CPU) == numbers(torch.float32, CPU) == (torch.float32, None)
     assert numbers(None, torch.device("cuda")) == numbers("bfloat16", CPU) == (torch.bfloat16, None)
     assert numbers("nf4", CPU) == (torch.float32, "nf4")
