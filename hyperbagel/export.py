@@ -19,12 +19,12 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.merge import as_low_rank, check_scales, folded_sampler, merged_tensors
 from hyperbagel.model.student import PEFT_PREFIX, Sampler, Student, fingerprint, load_student, peft_config
 from hyperbagel.model.weights import TensorFolder, load_folder, save_tensors, stored_dtype
+from hyperbagel.nn.quantized import DTYPES
 from hyperbagel.pipeline import HyperBagel, model_folder
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.export import export_eagle3
 from hyperbagel.speculative.drafters.folder import load_module
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
 # The files of a model folder that a merged folder copies, and those that match but belong to the old weights.
 _BESIDE = ("*.json", "merges.txt", "ae.safetensors", "ae-*.safetensors")

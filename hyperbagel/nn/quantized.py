@@ -7,6 +7,7 @@ Shape legend: I / O input and output size of a linear layer.
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -20,19 +21,19 @@ from hyperbagel.core.errors import InputError
 Codes = Literal["int8", "nf4"]
 CODES: tuple[Codes, ...] = ("int8", "nf4")
 _BLOCK = {"int8": 256, "nf4": 64}
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def numbers(name: str | torch.dtype | None, device: torch.device) -> tuple[torch.dtype, Codes | None]:
     """(what is computed in, how the decoder's matrices are stored) for a dtype's name; None: float32 on a CPU, bfloat16 on a GPU, and so
     codes are computed with. Raises InputError for another name."""
-    usual, asked = _DTYPES["bfloat16" if device.type == "cuda" else "float32"], str(name or "").removeprefix("torch.")
+    usual, asked = DTYPES["bfloat16" if device.type == "cuda" else "float32"], str(name or "").removeprefix("torch.")
     if isinstance(name, str) and name in CODES:
         _check_library(device)
         return usual, name
-    if asked and asked not in _DTYPES:
-        raise InputError(f"got dtype {asked!r}, expected one of {', '.join([*_DTYPES, *CODES])}")
-    return _DTYPES.get(asked, usual), None
+    if asked and asked not in DTYPES:
+        raise InputError(f"got dtype {asked!r}, expected one of {', '.join([*DTYPES, *CODES])}")
+    return DTYPES.get(asked, usual), None
 
 
 def bytes_of_a_weight(codes: Codes) -> float:
@@ -49,8 +50,9 @@ def _check_library(device: torch.device) -> None:
         raise InputError(f"{told}; install its version for this machine or take float32 or bfloat16") from error
 
 
+@cache
 def _library() -> Any:
-    """bitsandbytes. Raises InputError if it is not installed."""
+    """bitsandbytes; looked up once, since every product asks. Raises InputError if it is not installed."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it warns of a kernel that is not used here
     try:
         import bitsandbytes

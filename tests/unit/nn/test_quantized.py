@@ -21,6 +21,7 @@ from hyperbagel.generate.students import Ready
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.student import Sampler, Student, fingerprint, load_student, make_adapter, save_student
 from hyperbagel.model.weights import inspect_folder, load_folder
+from hyperbagel.nn import quantized
 from hyperbagel.nn.lora import AdaptedLinear, LowRank, MergedLinear
 from hyperbagel.nn.projections import store_by_columns
 from hyperbagel.nn.quantized import CODES, Codes, QuantizedLinear, bytes_of_a_weight, numbers
@@ -108,6 +109,7 @@ def test_names_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    quantized._library.cache_clear()
     assert cli.main(["generate", "a red circle", "-o", str(tmp_path / "a.png"), "--seed", "0", "--dtype", "nf4"]) == 2
     told = capsys.readouterr().err
     assert "pip install 'hyperbagel[quantized]'" in told and len(told.strip().splitlines()) == 1
