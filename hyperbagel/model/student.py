@@ -26,7 +26,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.weights import load_tensors, save_tensors
 from hyperbagel.nn.lora import Adapter, attach, factorise
-from hyperbagel.nn.quantized import QuantizedLinear, matrix_of, sample_of
+from hyperbagel.nn.quantized import QuantizedLinear, matrix_of, plain_layer, sample_of
 
 Kind = Literal["lora", "full"]
 PEFT_PREFIX = "base_model.model."
@@ -209,7 +209,7 @@ def carry_student(folder: Path, old: Bagel, new: Bagel) -> Student:
     student = load_student(folder, old)
     with torch.no_grad():
         for name in student.adapter.copies:
-            layers = (model.get_submodule(name) for model in (student.adapter, old, new))
+            layers = (plain_layer(model.get_submodule(name)) for model in (student.adapter, old, new))
             for own, before, after in zip(*(layer.parameters() for layer in layers), strict=True):
                 own.add_(after.to(own.dtype) - before.to(own.dtype))
     return student

@@ -1,5 +1,5 @@
-"""Linear layers whose matrices are stored in 4 or 8 bits, for GPUs that do not hold a model in bf16. For inference; the only file that
-imports bitsandbytes.
+"""Linear layers whose matrices are stored in 4 or 8 bits, for GPUs that do not hold a model in bf16. The only file that imports
+bitsandbytes.
 
 Shape legend: I / O input and output size of a linear layer.
 """
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hyperbagel.core.errors import InputError
 
@@ -66,7 +67,8 @@ class QuantizedLinear(nn.Linear):
     """x W^T + b, [..., I] -> [..., O], with W unpacked from its codes in every product.
 
     Products are those of a linear layer that holds the unpacked matrix (`plain`). On a GPU bitsandbytes multiplies up to some tens of rows
-    by nf4 codes without unpacking them (how many depends on the GPU and on the shape), which rounds otherwise.
+    by nf4 codes without unpacking them (how many depends on the GPU and on the shape), which rounds otherwise. W is frozen; gradients pass
+    to x (QLoRA, Dettmers et al. 2023, eq. 5).
     """
 
     def __init__(self, layer: nn.Linear, weight: Tensor, codes: Codes) -> None:
@@ -83,6 +85,8 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self)  # type: ignore[no-any-return]
         if self.kind == "nf4":
             return _library().matmul_4bit(x, self.weight.t(), bias=self.bias, quant_state=self.state)
         return F.linear(x, self.unpacked(), self.bias)
@@ -101,6 +105,26 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, *args: Any, **how: Any) -> Any:
         raise NotImplementedError("the scales of codes are no buffers, so they do not move with a layer; load the model where it is to run")
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b and, for dL/dy, dL/dx = dL/dy W. It keeps the layer and no tensor: W is unpacked again for the gradient, since the unpacked
+    matrices of all layers between a forward and its backward pass are the model that was not to be in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.unpacked(), layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.unpacked().to(grad.dtype), None
+
+
+def plain_layer(layer: nn.Module) -> nn.Module:
+    """The layer itself or, if its matrix is stored as codes, an ordinary one with the unpacked matrix."""
+    return layer.plain() if isinstance(layer, QuantizedLinear) else layer
 
 
 def matrix_of(layer: nn.Linear) -> Tensor:

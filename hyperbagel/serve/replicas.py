@@ -17,7 +17,10 @@ import torch
 from fastapi import FastAPI
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import HyperBagel
+from hyperbagel.core.hardware import usable_device
+from hyperbagel.model.weights import inspect_folder
+from hyperbagel.nn.quantized import numbers
+from hyperbagel.pipeline import HyperBagel, model_folder
 from hyperbagel.serve.app import DRAIN_SECONDS, create_app
 from hyperbagel.serve.run import bind, url_of, warm_up
 from hyperbagel.serve.schemas import Limits
@@ -56,7 +59,8 @@ def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready:
     """Serves until SIGINT or SIGTERM. RAY_ADDRESS names a cluster to join; without it, one is started on this machine, and stopped after.
 
     Raises:
-        InputError: Ray is not installed, the port is taken, or there are fewer cores or GPUs than replicas.
+        InputError: Ray is not installed, the port is taken, there are fewer cores or GPUs than replicas or, without RAY_ADDRESS, a
+            replica could not load the model.
     """
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics leave the machine unless the user asks for it
@@ -65,6 +69,8 @@ def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready:
     except ImportError as error:
         told = f"got --replicas {replicas} without Ray, expected it installed; pip install 'hyperbagel[scale]', or leave --replicas out"
         raise InputError(told) from error
+    if not os.environ.get("RAY_ADDRESS"):  # replicas on this machine, where what stops them all can be told in one line
+        check_here(settings)
     listener = bind(host, port)  # fails at once if the port is taken, and finds a free one for port 0
     port = listener.getsockname()[1]
     listener.close()
@@ -91,6 +97,13 @@ def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready:
         serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def check_here(settings: Settings) -> None:
+    """Raises InputError for a device, dtype or model folder that no replica on this machine could use. Reads no more than the weights'
+    headers."""
+    numbers(settings.dtype, usable_device(settings.device))
+    inspect_folder(model_folder(settings.model))
 
 
 def _needs(device: str | None) -> dict[str, Any]:

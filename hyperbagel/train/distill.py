@@ -45,17 +45,18 @@ from hyperbagel.train.compare import Pictures, compare_sets
 from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
 from hyperbagel.train.discriminator import vit_features
 from hyperbagel.train.distributed import World, is_sharded, join_world
+from hyperbagel.train.frozen import FrozenRecipe, load_frozen
 from hyperbagel.train.loop import pick_precision
 from hyperbagel.train.losses.cfg import draw_scales
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.rewards import AnswerReward
 from hyperbagel.train.sheet import write_sheet
-from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import Draws, Player, Stage
 
 log = logging.getLogger(__name__)
 
 
-class DistillRecipe(TrainRecipe):
+class DistillRecipe(FrozenRecipe):
     """Settings of every distillation stage."""
 
     model: Path  # the base: a folder in BAGEL's layout; frozen
@@ -115,7 +116,7 @@ class DistillStage(Stage):
     def __init__(self, recipe: DistillRecipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.dtype = pick_precision(recipe.precision, device)
-        self.base, self.vae = load_folder(recipe.model, device, self.dtype)
+        self.base, self.vae = load_frozen(recipe.model, recipe, device)
         self.base.language_model.model.recompute = recipe.recompute  # before a student is attached: its network copies the flag
         tokenizer = Tokenizer.from_folder(recipe.model)
         self.world, self.mark = join_world(device), fingerprint(self.base)  # before anything is split over ranks
@@ -166,7 +167,9 @@ class DistillStage(Stage):
         return student.requires_grad_(False)
 
     def _fresh(self) -> Student:
-        r = self.recipe
+        r, widest = self.recipe, self.base.config.llm.intermediate_size
+        if r.kind == "lora" and r.rank > widest:
+            raise InputError(f"rank: got {r.rank}, expected at most {widest}, the widest layer of {r.model}; lower it or train kind=full")
         return Student.fresh(self.base, make_adapter(self.base, r.kind, rank=r.rank, alpha=r.alpha, heads=r.heads), Sampler())
 
     def _sampler(self) -> Sampler:

@@ -3,6 +3,7 @@
 The unit of sharding is one linear layer or embedding table, because of the adapters: student, fake model, discriminator and base are
 different trees over the same layers, and a layer that is gathered when it is called is right in each of them. Layers below a size stay
 whole on every rank, since gathering a norm costs more than it saves; their gradients are averaged as in plain data-parallel training.
+Matrices in codes (nn.quantized) stay whole too: they are small already, and their scales are no parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.nn.quantized import QuantizedLinear
 from hyperbagel.train.distributed import World, is_sharded, local
 from hyperbagel.train.stage import Player, Stage
 
@@ -48,7 +50,7 @@ def shard_stage(stage: Stage, world: World, above: int) -> None:
 
 
 def _large(module: nn.Module, above: int) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding) and module.weight.numel() >= above
+    return isinstance(module, nn.Linear | nn.Embedding) and not isinstance(module, QuantizedLinear) and module.weight.numel() >= above
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:

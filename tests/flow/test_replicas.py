@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -97,3 +99,19 @@ def test_without_ray_it_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert cli.main(["serve", "--replicas", "0"]) == 2
     assert cli.main(["serve", "--replicas", "2", "--device", "cpu", "--device", "cpu"]) == 2
     assert "one of the two" in capsys.readouterr().err
+
+
+WRONG = [(["--dtype", "int4"], "expected one of float32"), (["--model", "nowhere"], "got no folder"), (["--device", "tpu"], "tpu")]
+
+
+@pytest.mark.parametrize(("wrong", "told"), WRONG)
+def test_what_no_replica_could_load_is_said_before_ray_starts(
+    wrong: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray: Any = types.ModuleType("ray")
+    ray.serve = None  # nothing of it is called
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert cli.main(["serve", "--replicas", "2", *wrong]) == 2
+    said = capsys.readouterr().err.strip()
+    assert told in said and len(said.splitlines()) == 1

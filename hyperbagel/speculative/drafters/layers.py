@@ -15,6 +15,7 @@ from hyperbagel.nn.attention import attend
 from hyperbagel.nn.kv_cache import KVCache, Plan
 from hyperbagel.nn.layers import MLP, RMSNorm, rope_table, rotate
 from hyperbagel.nn.projections import Projections
+from hyperbagel.nn.quantized import plain_layer
 from hyperbagel.speculative.drafters.config import DrafterConfig
 
 
@@ -116,8 +117,9 @@ def init_normal(module: nn.Module, generator: torch.Generator, std: float = 0.02
 def copy_layers(own: Iterable[nn.Module], target: Iterable[nn.Module]) -> None:
     """Copies the weights of target layers, which hold those of the other expert too, into drafter layers, one by one."""
     for mine, theirs in zip(own, target, strict=True):
-        state = theirs.state_dict()
-        mine.load_state_dict({name: state[name] for name in mine.state_dict()})
+        for name, part in mine.named_modules():
+            if next(part.children(), None) is None:
+                part.load_state_dict(plain_layer(theirs.get_submodule(name)).state_dict())
 
 
 def diagonal_mask(rows: Tensor, slots: int, step: int) -> Tensor:

@@ -40,9 +40,10 @@ from hyperbagel.speculative.drafters.regenerate import context_of
 from hyperbagel.speculative.simulate import simulate
 from hyperbagel.speculative.types import Drafter, Speculated, Stats
 from hyperbagel.train.distributed import World, join_world
+from hyperbagel.train.frozen import FrozenRecipe, codes_of
 from hyperbagel.train.losses.drafter import block_loss, unrolled_loss
 from hyperbagel.train.optim import OptimConfig
-from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import HELD_OUT_SEED, Draws, Player, Stage
 
 _POOL = 7  # key of the pools' generators
 GATE = 0.02  # how far the engine's tau may differ from the simulated one, as a share
@@ -73,7 +74,7 @@ class PromptConfig(Config):
         return names, [self.weights.get(name, 0.0) if self.weights else 1.0 for name in names]
 
 
-class Recipe(TrainRecipe):
+class Recipe(FrozenRecipe):
     """Settings of the stage "drafter"."""
 
     target: Path  # a folder in BAGEL's layout
@@ -117,7 +118,7 @@ class DrafterStage(Stage):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device, self.world = recipe, device, join_world(device)
-        self.parts = Parts.load(recipe.target, device, target_dtype(recipe.precision, device))
+        self.parts = Parts.load(recipe.target, device, target_dtype(recipe.precision, device), codes=codes_of(recipe, device))
         self.target = self.parts.model.requires_grad_(False)
         config = DrafterConfig.for_target(recipe.kind, self.target.config.llm, **recipe.shape)
         self.module = make_module(config).to(device)

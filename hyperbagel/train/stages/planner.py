@@ -25,21 +25,20 @@ from hyperbagel.data.plan import Sample, Text, VaeImage
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.model.planner import load_planner, make_planner, save_planner
 from hyperbagel.model.student import fingerprint
-from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.lora import attach
 from hyperbagel.train.batches import held_out_groups, open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import Context, behind, prefill
 from hyperbagel.train.distill import seeded
 from hyperbagel.train.distributed import World, join_world
-from hyperbagel.train.loop import pick_precision
+from hyperbagel.train.frozen import FrozenRecipe, load_frozen
 from hyperbagel.train.optim import OptimConfig
-from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import Draws, Player, Stage
 
 _IGNORED = -100  # a target behind a plan's end
 
 
-class Recipe(TrainRecipe):
+class Recipe(FrozenRecipe):
     """Settings of the stage "planner"."""
 
     model: Path
@@ -69,7 +68,7 @@ class PlannerStage(Stage):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.base, self.vae = load_folder(recipe.model, device, pick_precision(recipe.precision, device))
+        self.base, self.vae = load_frozen(recipe.model, recipe, device)
         self.mark = fingerprint(self.base)
         self.tokenizer = Tokenizer.from_folder(recipe.model)
         self.spec = pack_spec(self.base.config, self.tokenizer)

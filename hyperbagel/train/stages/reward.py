@@ -24,20 +24,19 @@ from hyperbagel.data.plan import Sample, Text, VaeImage
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.model.vae import AutoEncoder
-from hyperbagel.model.weights import load_folder
 from hyperbagel.train.batches import held_out_groups, open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.contexts import split_sample
 from hyperbagel.train.distill import seeded
 from hyperbagel.train.distributed import World, join_world
-from hyperbagel.train.loop import pick_precision
+from hyperbagel.train.frozen import FrozenRecipe, load_frozen
 from hyperbagel.train.losses.refl import preference_loss
 from hyperbagel.train.optim import OptimConfig
 from hyperbagel.train.rewards import RewardHead, prompt_of, save_reward, understand
-from hyperbagel.train.stage import Draws, Player, Stage, TrainRecipe
+from hyperbagel.train.stage import Draws, Player, Stage
 
 
-class Recipe(TrainRecipe):
+class Recipe(FrozenRecipe):
     """Settings of the stage "reward"."""
 
     model: Path
@@ -65,7 +64,7 @@ class RewardStage(Stage):
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
-        self.base, self.vae = load_folder(recipe.model, device, pick_precision(recipe.precision, device))
+        self.base, self.vae = load_frozen(recipe.model, recipe, device)
         self.tokenizer = Tokenizer.from_folder(recipe.model)
         self.spec = pack_spec(self.base.config, self.tokenizer)
         self.head = RewardHead(self.base.config.llm.hidden_size).to(device)

@@ -63,6 +63,27 @@ def test_a_product_is_that_of_the_unpacked_matrix(codes: Codes, rows: tuple[int,
     assert (mine.bias is None) is not bias
 
 
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("amp", [False, True])
+def test_gradients_pass_through_codes(codes: Codes, amp: bool) -> None:
+    """Those of the unpacked matrix, which is not kept between the passes."""
+    mine, _ = layer(codes)
+    kept: list[torch.Tensor] = []
+    found = []
+    for module in (mine, mine.plain().requires_grad_(False)):
+        x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t)  # type: ignore[func-returns-value]
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp), hooks:
+            y = module(x)
+        if module is mine:
+            assert not kept
+        y.float().square().sum().backward()
+        assert x.grad is not None and x.grad.dtype == torch.float32
+        found.append((y.detach(), x.grad))
+    assert kept and torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("codes", "bound"), [("int8", 0.01), ("nf4", 0.1)])
 @pytest.mark.parametrize("inner", [256, 24])  # 24: blocks end within rows
 def test_weights_stay_near(codes: Codes, bound: float, inner: int) -> None:
