@@ -59,6 +59,8 @@ EXTRA_IMPORTS: dict[str, set[str]] = {
     "hyperbagel/evaluate/rows.py": {"generate"},
     "hyperbagel/evaluate/wall_clock.py": {"generate"},
     "hyperbagel/evaluate/distillation.py": {"model", "generate"},
+    # what no replica could load is told before Ray starts
+    "hyperbagel/serve/replicas.py": {"model", "nn"},
     # the name toybox is one model everywhere
     "hyperbagel/train/launch.py": {"pipeline"},
     # these ask for pictures
