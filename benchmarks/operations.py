@@ -200,7 +200,7 @@ def _vae(parts: Parts, load: Workload, *, encode: bool) -> Operation:
 
 def _widths(model: Bagel) -> Widths:
     width = model.dtype.itemsize
-    return Widths(width, bytes_of_a_weight(model.codes) if model.codes else width)
+    return Widths(width, bytes_of_a_weight(model.codes, model.config.llm.hidden_size) if model.codes else width)
 
 
 def _sum(a: Cost, b: Cost) -> Cost:

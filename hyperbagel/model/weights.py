@@ -21,7 +21,7 @@ from hyperbagel.core.files import atomic_path, atomic_write_text, read_json
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.vae import AutoEncoder
-from hyperbagel.nn.quantized import CODES, Codes, QuantizedLinear, bytes_of_a_weight
+from hyperbagel.nn.quantized import CODES, Codes, bytes_of_a_weight, quantize
 
 _UNREAD = (".gguf", ".bin", ".pt", ".pth", ".ckpt")  # how files of weights end elsewhere
 
@@ -165,7 +165,7 @@ def fill(module: nn.Module, source: TensorFolder, device: torch.device, dtype: t
         owner = module.get_submodule(owner_name)
         if codes is not None and leaf == "weight" and owner_name in coded:
             assert isinstance(owner, nn.Linear)
-            module.set_submodule(owner_name, QuantizedLinear(owner, value, codes))
+            module.set_submodule(owner_name, quantize(owner, value, codes))
         elif leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
@@ -248,12 +248,14 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
             "files": sorted({path.name for path in source.file_of.values()}),
             "bytes": sum(path.stat().st_size for path in set(source.file_of.values())),
         }
-    inner = sum(layer.weight.numel() for layer in decoder_layers(parts["ema"]).values())
-    outer = report["weights"]["ema"]["parameters"] - inner
-    report["MB on a GPU as"] = {  # the autoencoder is always in fp32; what is not in codes is in bf16 there
-        dtype: round((inner * size + outer * max(2.0, size) + 4 * report["weights"]["ae"]["parameters"]) / 1e6)
-        for dtype, size in [("float32", 4.0), ("bfloat16", 2.0), *((codes, bytes_of_a_weight(codes)) for codes in CODES)]
-    }
+    layers = decoder_layers(parts["ema"]).values()
+    inner = sum(layer.weight.numel() for layer in layers)
+    outer, ae = report["weights"]["ema"]["parameters"] - inner, 4 * report["weights"]["ae"]["parameters"]  # which is always in fp32
+    held = {"float32": 4.0 * (inner + outer) + ae, "bfloat16": 2.0 * (inner + outer) + ae}
+    packed = {name: sum(layer.weight.numel() * bytes_of_a_weight(name, layer.in_features) for layer in layers) for name in CODES}
+    for device, width in (("GPU", 2), ("CPU", 4)):  # bytes of what is not in codes: bf16 or fp32
+        sizes = held | {name: size + width * outer + ae for name, size in packed.items()}
+        report[f"MB on a {device} as"] = {dtype: round(size / 1e6) for dtype, size in sizes.items()}
     return report
 
 

@@ -24,7 +24,7 @@ from hyperbagel.model.weights import inspect_folder, load_folder
 from hyperbagel.nn import quantized
 from hyperbagel.nn.lora import AdaptedLinear, LowRank, MergedLinear
 from hyperbagel.nn.projections import store_by_columns
-from hyperbagel.nn.quantized import CODES, Codes, QuantizedLinear, bytes_of_a_weight, numbers
+from hyperbagel.nn.quantized import CODES, Codes, Int8Linear, QuantizedLinear, bytes_of_a_weight, numbers, quantize
 from hyperbagel.pipeline import HyperBagel, model_folder
 from hyperbagel.speculative.kept_costs import KeptCosts
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 def layer(codes: Codes, inner: int = 256, outer: int = 320, bias: bool = True) -> tuple[QuantizedLinear, nn.Linear]:
     torch.manual_seed(0)
     given = nn.Linear(inner, outer, bias)
-    return QuantizedLinear(given, given.weight.detach(), codes), given
+    return quantize(given, given.weight.detach(), codes), given
 
 
 def plainly(model: Bagel) -> Bagel:
@@ -58,9 +58,45 @@ def quantised(request: pytest.FixtureRequest) -> HyperBagel:
 def test_a_product_is_that_of_the_unpacked_matrix(codes: Codes, rows: tuple[int, ...], bias: bool) -> None:
     mine, _ = layer(codes, bias=bias)
     x = torch.randn(*rows, 256)
-    assert torch.equal(mine(x), mine.plain()(x))
-    assert torch.equal(copy.deepcopy(mine)(x), mine(x))
+    found, wanted = mine(x), mine.plain()(x)
+    if codes == "int8" and wanted[..., 0].numel() <= quantized._FEW:  # input and result in bf16
+        assert 0 < (found - wanted).norm() / wanted.norm() < 0.005
+    else:
+        assert torch.equal(found, wanted)
+    assert torch.equal(copy.deepcopy(mine)(x), found)
     assert (mine.bias is None) is not bias
+
+
+@torch.inference_mode()
+def test_few_rows_do_not_depend_on_their_number() -> None:
+    """So a drafted answer's logits are a plain one's."""
+    mine, _ = layer("int8")
+    x = torch.randn(quantized._FEW, 256)
+    for n in range(1, len(x) + 1):
+        assert torch.equal(mine(x[None, :n]), mine(x)[None, :n])
+    assert mine(x[:0]).shape == (0, 320)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_rows_on_a_cpu_take_the_matrix_in_tiles(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "_TILE", 256 * 100)  # 320 rows: 100, 100, 100 and 20
+    mine, _ = layer("int8", bias=bias)
+    x = torch.randn(2, 40, 256)
+    torch.testing.assert_close(mine(x), mine.plain()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_int8_needs_no_library_and_keeps_rows_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    quantized._library.cache_clear()
+    assert numbers("int8", CPU) == (torch.float32, "int8")
+    given = nn.Linear(64, 3)
+    with torch.no_grad():
+        given.weight[1] = 0
+        given.weight[2] *= 1e-8
+    mine = quantize(given, given.weight.detach(), "int8")
+    assert torch.equal(mine.unpacked()[1], torch.zeros(64))
+    torch.testing.assert_close(mine.unpacked()[[0, 2]], given.weight[[0, 2]], rtol=0.5, atol=1e-3)
+    assert (mine.unpacked() - given.weight).norm(dim=1)[2] < 0.02 * given.weight[2].norm()
 
 
 @pytest.mark.parametrize("codes", CODES)
@@ -90,7 +126,7 @@ def test_weights_stay_near(codes: Codes, bound: float, inner: int) -> None:
     torch.manual_seed(1)
     given = nn.Linear(inner, 320, bias=False)
     weight = nn.init.normal_(given.weight.detach())
-    away = float((QuantizedLinear(given, weight, codes).unpacked() - weight).norm() / weight.norm())
+    away = float((quantize(given, weight, codes).unpacked() - weight).norm() / weight.norm())
     assert bound / 4 < away < bound
 
 
@@ -102,7 +138,7 @@ def test_products_on_a_gpu(codes: Codes) -> None:
     torch.manual_seed(0)
     for inner, outer in ((512, 320), (3584, 512), (3584, 18944), (18944, 3584)):
         given = nn.Linear(inner, outer, device="cuda", dtype=torch.bfloat16)
-        mine = QuantizedLinear(given, given.weight.detach(), codes)
+        mine = quantize(given, given.weight.detach(), codes)
         for rows in (1, 4, 8, 16, 64, 300):
             x = torch.randn(1, rows, inner, device="cuda", dtype=torch.bfloat16)
             wanted = mine.plain().float()(x.float())
@@ -112,9 +148,9 @@ def test_products_on_a_gpu(codes: Codes) -> None:
 @pytest.mark.parametrize("codes", CODES)
 def test_what_a_weight_takes(codes: Codes) -> None:
     mine, given = layer(codes, 1024, 512, bias=False)
-    nested = [] if mine.state.state2 is None else [mine.state.state2.absmax]
-    taken = sum(x.numel() * x.element_size() for x in [mine.weight, mine.state.absmax, *nested])
-    assert taken / given.weight.numel() == pytest.approx(bytes_of_a_weight(codes), rel=1e-6)
+    scales = [mine.scale] if isinstance(mine, Int8Linear) else [mine.state.absmax, mine.state.state2.absmax]
+    taken = sum(x.numel() * x.element_size() for x in [mine.weight, *scales])
+    assert taken / given.weight.numel() == pytest.approx(bytes_of_a_weight(codes, 1024), rel=1e-6)
 
 
 def test_names_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +179,7 @@ def test_a_library_that_does_not_fit_the_machine(monkeypatch: pytest.MonkeyPatch
     def broken(*args: object, **how: object) -> None:
         raise RuntimeError("CUDA SETUP ERROR")
 
-    monkeypatch.setattr("bitsandbytes.functional.quantize_blockwise", broken)
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", broken)
     with pytest.raises(InputError, match=r"which bitsandbytes cannot do on cpu .CUDA SETUP ERROR.; install its version"):
         numbers("nf4", CPU)
 
@@ -201,7 +237,9 @@ def test_a_quantised_model_equals_the_unpacked_one(quantised: HyperBagel) -> Non
         return np.stack([np.asarray(x.image, dtype=np.int16) for x in (first, second)]), answer.text
 
     (mine, said), (theirs, wanted) = work(quantised), work(other)
-    assert np.abs(mine - theirs).max() <= 1 and said == wanted
+    assert (
+        np.abs(mine - theirs).max() <= (1 if quantised.parts.model.codes == "nf4" else 4) and said == wanted
+    )  # int8: some products in bf16
 
 
 def test_students_planners_and_drafters_know_their_model(quantised: HyperBagel) -> None:
@@ -255,13 +293,17 @@ def test_results_say_so(tmp_path: Path, quantised: HyperBagel, capsys: pytest.Ca
 
 
 def test_inspect_tells_what_each_takes(quantised: HyperBagel) -> None:
-    told = inspect_folder(model_folder("toybox"))["MB on a GPU as"]
+    report = inspect_folder(model_folder("toybox"))
+    told, cpu = report["MB on a GPU as"], report["MB on a CPU as"]
     assert list(told) == ["float32", "bfloat16", *CODES]
     assert told["float32"] > told["bfloat16"] > told["int8"] > told["nf4"]
-    held = 0  # as on a GPU, where what is not in codes is in bf16
+    held, outer = 0.0, 0  # as on a GPU, where what is not in codes is in bf16
     for part in quantised.parts.model.modules():
         codes = isinstance(part, QuantizedLinear)
         held += sum(p.numel() * 2 for p in part.parameters(recurse=False) if not (codes and p is part.weight))
-        held += part.in_features * part.out_features * bytes_of_a_weight(part.kind) if codes else 0
+        held += part.in_features * part.out_features * bytes_of_a_weight(part.kind, part.in_features) if codes else 0
+        outer += sum(p.numel() for p in part.parameters(recurse=False) if not (codes and p is part.weight))
     held += 4 * sum(p.numel() for p in quantised.parts.vae.parameters())
     assert told[quantised.parts.model.codes] == round(held / 1e6)
+    assert cpu[quantised.parts.model.codes] == round((held + 2 * outer) / 1e6)  # in fp32
+    assert all(cpu[name] == told[name] for name in ("float32", "bfloat16"))
