@@ -28,6 +28,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", default="toybox", help="toybox, 7b (random weights) or a model folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", help="float32, bfloat16, int8 or nf4; default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--random", action="store_true", help="give the 7B shape random weights on a CPU too (int8: 19 GB), and time it")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--each", type=float, default=3.0, help="seconds of measuring an operation")
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("got --device cuda, expected a GPU that torch can use; take --device cpu")
     hardware = machine(device)  # first: its load average is the machine's before our own work
-    subject = subjects.load(options.shape, device, options.dtype)
+    subject = subjects.load(options.shape, device, options.dtype, options.random)
     model = subject.parts.model
     found: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.run", *options.given]),

@@ -33,14 +33,15 @@ class Subject:
     weights: str  # where they come from, in words
 
 
-def load(shape: str, device: torch.device, precision: str | None = None) -> Subject:
-    """The model of `shape` (toybox, 7b or a model folder), in bf16 on a GPU, in fp32 on a CPU; there the 7B shape is on the meta device.
+def load(shape: str, device: torch.device, precision: str | None = None, random: bool = False) -> Subject:
+    """The model of `shape` (toybox, 7b or a model folder), in bf16 on a GPU, in fp32 on a CPU; there the 7B shape is on the meta device,
+    unless it is to have `random` weights as on a GPU.
 
     precision: a dtype as HyperBagel.from_pretrained takes it. Raises InputError if `shape` or `precision` is none of these.
     """
     dtype, codes = numbers(precision, device)
     if shape == "7b":
-        if device.type == "cuda":
+        if device.type == "cuda" or random:
             return Subject(random_model(BagelConfig(), device, dtype, codes), "random")
         parts = shapes_only(BagelConfig())
         parts.model.codes = codes  # bytes are counted as codes

@@ -76,6 +76,8 @@ def train(
     from hyperbagel.train.launch import run_training
 
     run_training(name, recipe, list(overrides or ()), out, resume)
+    if (out / "export").is_dir() and int(os.environ.get("RANK", 0)) == 0:
+        print(out / "export")
 
 
 @app.command()

@@ -103,7 +103,7 @@ def _explain(cls: type[Config], detail: Any) -> str:
         owner = _model_at(cls, loc[:-1])
         valid = list(owner.model_fields) if owner is not None else []
         near = difflib.get_close_matches(loc[-1], valid, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*loc[:-1], near[0]])!r}?" if near else f"use one of {', '.join(valid)}"
+        hint = f"did you mean {'.'.join([*loc[:-1], near[0]])!r}?" if near else f"use one of {', '.join(valid)}" if valid else "remove it"
         return f"got unknown key {name!r}, expected a known one, {hint}"
     if detail["type"] == "missing":  # pydantic's input is then the whole enclosing mapping
         return f"{name}: got nothing, expected a value, add the key"
@@ -120,14 +120,19 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _model_at(cls: type[Config], keys: list[str]) -> type[Config] | None:
-    """The settings class reached by following `keys` from `cls`; None if the path leaves the settings classes."""
+    """The settings class reached by following `keys` from `cls`, through mappings and lists too; None if there is none."""
+    found: Any = cls
     for key in keys:
-        field = cls.model_fields.get(key)
-        below = [a for a in _members(field.annotation) if isinstance(a, type) and issubclass(a, Config)] if field else []
-        if not below:
+        for member in _members(found):
+            if isinstance(member, type) and issubclass(member, Config):
+                found = member.model_fields[key].annotation if key in member.model_fields else None
+                break
+            if typing.get_origin(member) in (dict, list):
+                found = typing.get_args(member)[-1]
+                break
+        else:
             return None
-        cls = below[0]
-    return cls
+    return next((a for a in _members(found) if isinstance(a, type) and issubclass(a, Config)), None)
 
 
 def _parse(cls: type[Config], keys: list[str], text: str) -> Any:

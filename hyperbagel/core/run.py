@@ -66,10 +66,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def stage_of(config: Config) -> str:
+    """The stage that a recipe belongs to: the file that defines its class."""
+    return type(config).__module__.rpartition(".")[2]
+
+
+def check_stage(path: Path, stage: str) -> None:
+    """Raises InputError if the run in a folder is known to be of another stage."""
+    launches = read_json(path / "provenance.json").get("launches")
+    last = launches[-1] if isinstance(launches, list) and launches and isinstance(launches[-1], dict) else {}
+    if (was := last.get("stage", stage)) != stage:
+        raise InputError(f"{path}: got a run of stage {was}, expected one of stage {stage}; resume it as {was}")
+
+
 def check_run_folder(path: Path, *, resume: bool) -> None:
     """Raises InputError if `path` already holds a run and `resume` is False, or holds none and `resume` is True."""
     holds = (path / "provenance.json").exists()
-    if holds and not resume:
+    # a run that was refused before its first step (its data turned out to be unusable) has nothing to resume or to lose
+    if holds and not resume and (any((path / "checkpoints").glob("*")) or read_metrics(path / "metrics.jsonl")):
         raise InputError(f"{path}: got a folder that holds a run, expected a new one, give another folder or resume this one")
     if resume and not holds:
         raise InputError(f"{path}: got no run to resume, expected a run folder, check the path or start without resume")
@@ -112,6 +126,7 @@ class RunFolder:
             {
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "command": sys.argv,
+                "stage": stage_of(config),
                 "git": git_sha(Path(__file__).parent),
                 "seed": seed,
                 "versions": versions(),

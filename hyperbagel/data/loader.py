@@ -40,6 +40,25 @@ class Source(Protocol):
         ...
 
 
+Check = Callable[[Sample], None]  # raises BrokenRow
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A source whose samples must also pass a check."""
+
+    source: Source
+    check: Check
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def sample(self, index: int) -> Sample:
+        sample = self.source.sample(index)
+        self.check(sample)
+        return sample
+
+
 @dataclass(frozen=True)
 class Group:
     """Consecutive samples of one source."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,13 +10,15 @@ from pydantic import Field, model_validator
 
 from hyperbagel.core.config import Config, changed, check_weights
 from hyperbagel.core.errors import InputError
-from hyperbagel.data.loader import Loader, Phase, Prepare, Source
+from hyperbagel.data.loader import Check, Checked, Loader, Phase, Prepare, Source
 from hyperbagel.data.plan import Dropout
 from hyperbagel.data.sources import ChatSource, EditSource, Reading, T2ISource
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.toybox_source import Task, ToyboxSource
 from hyperbagel.data.transforms import ImageTransform, InTurn
 from hyperbagel.toybox.language import CATEGORIES, EXTRA_GROUPS, GROUPS, KINDS, STYLES
+
+log = logging.getLogger(__name__)
 
 # Keys of SourceConfig that every kind reads, and those that the file kinds read; all others are the toybox's.
 _EVERY, _FILES = ("kind", "samples", "noise_copies"), ("path", "images")
@@ -134,10 +137,15 @@ def build_loader(
     rank: int = 0,
     world: int = 1,
     prepare: Prepare | None = None,
+    check: Check | None = None,
 ) -> Loader:
-    """The loader of a recipe's data. prepare: see Loader."""
+    """The loader of a recipe's data. prepare: see Loader. check: called with each sample, raises BrokenRow for one that cannot be used."""
+    sources = {name: build_source(name, source, tokenizer, vae, vit, seed) for name, source in config.sources.items()}
+    for name in sources:
+        if not any(phase.weights.get(name) for phase in config.mixture):
+            log.warning("source %r has no weight in data.mixture, so nothing is read from it", name)
     return Loader(
-        {name: build_source(name, source, tokenizer, vae, vit, seed) for name, source in config.sources.items()},
+        sources if check is None else {name: Checked(source, check) for name, source in sources.items()},
         [Phase(p.until, p.weights) for p in config.mixture],
         {name: source.samples for name, source in config.sources.items()},
         seed=seed,

@@ -171,7 +171,7 @@ def load_student(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) 
 
     Raises InputError for a folder that is not a student's, is damaged, or belongs to another base.
     """
-    about = read_json(folder / "sampler.json", _MISSING)
+    about = _about(folder)
     if str(about.get("kind")) in OTHER_KINDS:
         raise InputError(f"{folder}: got {OTHER_KINDS[about['kind']]}, expected a student folder")
     if about.get("format") != _FORMAT or str(about.get("kind")) not in ("lora", "full"):
@@ -282,9 +282,16 @@ def _shape(student: Student) -> tuple[Any, ...]:
     return student.adapter.alpha, {name: tensor.shape for name, tensor in student.state_dict().items()}
 
 
+def _about(folder: Path) -> dict[str, Any]:
+    """The contents of a student's sampler.json. Raises InputError."""
+    if not (folder / "sampler.json").exists() and (folder / "export").is_dir():
+        raise InputError(f"{folder}: got a run of training, expected a student's folder; give {folder / 'export'}")
+    return read_json(folder / "sampler.json", _MISSING)
+
+
 def read_sampler(folder: Path) -> Sampler:
     """The sampler of a student's folder, without its weights. Raises InputError."""
-    return _sampler(read_json(folder / "sampler.json", _MISSING), folder)
+    return _sampler(_about(folder), folder)
 
 
 def peft_config(layers: Sequence[str], whole: Sequence[str], rank: int, alpha: float, base_name: str) -> dict[str, Any]:

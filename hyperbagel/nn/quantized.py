@@ -126,10 +126,19 @@ class Int8Linear(QuantizedLinear):
     kind = "int8"
 
     def _pack(self, weight: Tensor) -> Tensor:
-        largest = weight.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20)  # a row of zeros has a scale, too
-        self.scale = (largest / 127).to(torch.bfloat16)  # [O, 1]
-        self.dtype = weight.dtype
-        return (weight.float() / self.scale.float()).round().clamp(-127, 127).to(torch.int8)
+        self.dtype, self.scale = weight.dtype, weight.new_empty(self.out_features, 1, dtype=torch.bfloat16)
+        codes = torch.empty_like(weight, dtype=torch.int8)
+        tiles = (x.split(self._tile) for x in (weight, self.scale, codes))
+        for given, scale, made in zip(*tiles, strict=True):
+            largest = given.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20)  # a row of zeros has a scale, too
+            scale.copy_(largest / 127)
+            made.copy_((given.float() / scale.float()).round().clamp(-127, 127))
+        return codes
+
+    @property
+    def _tile(self) -> int:
+        """Rows of W in a tile."""
+        return max(1, _TILE // self.in_features)
 
     def unpacked(self) -> Tensor:
         return self.weight * self.scale.to(self.dtype)
@@ -143,10 +152,9 @@ class Int8Linear(QuantizedLinear):
         return y if self.bias is None else y + self.bias
 
     def product_unpacked(self, x: Tensor) -> Tensor:
-        n = max(1, _TILE // self.in_features)
-        if x.device.type != "cpu" or n >= self.out_features:
+        if x.device.type != "cpu" or self._tile >= self.out_features:
             return super().product_unpacked(x)
-        tiles = zip(self.weight.split(n), self.scale.to(self.dtype).split(n), strict=True)
+        tiles = zip(self.weight.split(self._tile), self.scale.to(self.dtype).split(self._tile), strict=True)
         y = torch.cat([F.linear(x, codes * scale) for codes, scale in tiles], dim=-1)
         return y if self.bias is None else y + self.bias
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.types import PackedBatch
-from hyperbagel.data.loader import Loader, Prepare
+from hyperbagel.data.loader import BrokenRow, Loader, Prepare
 from hyperbagel.data.mixture import DataConfig, RowsConfig, build_loader
 from hyperbagel.data.packing import Encode, Layout, PackSpec, fill, lay_out, stream_lengths
 from hyperbagel.data.plan import Sample, apply_dropout
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import InTurn
 from hyperbagel.generate.session import image_transform
-from hyperbagel.model.config import BagelConfig, BagelOptions
+from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.train.distributed import World
 from hyperbagel.train.stage import HELD_OUT_SEED, Draws
@@ -118,7 +118,7 @@ class KeepGroup:
 
 def open_loader(
     data: DataConfig,
-    options: BagelOptions,
+    model: BagelConfig,
     tokenizer: Tokenizer,
     *,
     seed: int,
@@ -129,11 +129,26 @@ def open_loader(
     """The loader of a recipe's data with a model's own resize rules; with `world`, for this rank's part. prepare: see Loader.
 
     as_served: the ViT sees pictures after the latents' resize rule, as in requests (at 7B a 336 x 336 picture then has 1,369 patches),
-    instead of the files' own sizes, as in BAGEL's training (576).
+    instead of the files' own sizes, as in BAGEL's training (576); samples longer than the model's context are broken rows.
     """
-    world, vae, vit = world or World(), *map(image_transform, (options.vae_transform, options.vit_transform))
+    world, options = world or World(), model.options
+    vae, vit = map(image_transform, (options.vae_transform, options.vit_transform))
     seen = InTurn(vae, vit) if as_served else vit
-    return build_loader(data, tokenizer, vae, seen, seed=seed, rank=world.rank, world=world.size, prepare=prepare)
+    fits = FitsContext(pack_spec(model, tokenizer), model.llm.max_position_embeddings) if as_served else None
+    return build_loader(data, tokenizer, vae, seen, seed=seed, rank=world.rank, world=world.size, prepare=prepare, check=fits)
+
+
+@dataclass(frozen=True)
+class FitsContext:
+    """Whether a sample fits the context of the model that is to read it."""
+
+    spec: PackSpec
+    limit: int
+
+    def __call__(self, sample: Sample) -> None:
+        """Raises BrokenRow if it does not."""
+        if (tokens := sum(stream_lengths(sample, self.spec))) > self.limit:
+            raise BrokenRow(f"got a sample of {tokens} tokens, expected at most {self.limit}, the model's context")
 
 
 def held_out_groups(data: DataConfig, number: int, open_: Callable[[DataConfig, int], Loader]) -> Iterator[tuple[Loader, Draws]]:
@@ -166,7 +181,7 @@ class Batches:
         self.data, self.vae, self.device, self.shift = data, vae, device, shift
         self.spec, self.world = pack_spec(model, tokenizer), world or World()
         self.keep = KeepGroup(data, self.spec, seed, self.world.rank)
-        self.loader = open_loader(data, model.options, tokenizer, seed=seed, world=self.world, prepare=self.keep)
+        self.loader = open_loader(data, model, tokenizer, seed=seed, world=self.world, prepare=self.keep)
         self.too_long = 0  # samples skipped so far
 
     def next(self, rng: Draws) -> NamedBatch:

@@ -183,7 +183,7 @@ class DistillStage(Stage):
         return Sampler(nfe=r.nfe, shift=r.shift, text_range=r.text_range, image_range=r.image_range, stage=stage, **kinds)
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Loader:
-        return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world, as_served=True)
+        return open_loader(data, self.base.config, self.tokenizer, seed=seed, world=world, as_served=True)
 
     def amp(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)

@@ -12,7 +12,7 @@ import torch
 
 from hyperbagel.core.config import Config, load_config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.run import RunFolder, check_run_folder
+from hyperbagel.core.run import RunFolder, check_run_folder, check_stage
 from hyperbagel.pipeline import model_folder
 from hyperbagel.train import stages
 from hyperbagel.train.distributed import join_world, leave_world
@@ -40,8 +40,9 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
     module = importlib.import_module(f"{stages.__name__}.{name.replace('-', '_')}")
     if int(os.environ.get("RANK", 0)) == 0:  # the other ranks only read
         check_run_folder(out, resume=resume)
-    if resume and recipe is None:
-        recipe = out / "config.yaml"
+    if resume:
+        check_stage(out, module.__name__.rpartition(".")[2])
+        recipe = recipe or out / "config.yaml"
     settings = load_config(module.Recipe, recipe, overrides)
     resolve_models(settings)
     torch.set_num_threads(settings.threads)

@@ -88,7 +88,7 @@ class PlannerStage(Stage):
             self.measured = [self._plans(loader, draws) for loader, draws in groups]
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Loader:
-        return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world, as_served=True)
+        return open_loader(data, self.base.config, self.tokenizer, seed=seed, world=world, as_served=True)
 
     def batch(self, step: int, rng: Draws) -> Plans:
         return self._plans(self.loader, rng)

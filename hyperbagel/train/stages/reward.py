@@ -79,7 +79,7 @@ class RewardStage(Stage):
             self.measured = [self._pairs(loader, draws, words) for loader, draws in groups]
 
     def _loader(self, data: DataConfig, seed: int, world: World | None = None) -> Loader:
-        return open_loader(data, self.base.config.options, self.tokenizer, seed=seed, world=world, as_served=True)
+        return open_loader(data, self.base.config, self.tokenizer, seed=seed, world=world, as_served=True)
 
     def batch(self, step: int, rng: Draws) -> Pairs:
         return self._pairs(self.loader, rng, self.words)

@@ -1,0 +1,108 @@
+"""Mistakes that users make around a training: what they are told, and that the corrected command then works."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_base import DATA, QUICK, SOURCES, make, only
+
+from hyperbagel import cli
+from hyperbagel.core.errors import InputError
+from hyperbagel.model.student import load_student, read_sampler
+from hyperbagel.model.weights import load_folder
+from hyperbagel.train.launch import run_training
+from hyperbagel.train.stage import Draws
+from hyperbagel.train.stages import cfg
+
+
+def recipe_of(path: Path, base: Path, **keys: Any) -> Path:
+    values = {"model": str(base), "data": DATA, "precision": "fp32", "device": "cpu", "max_steps": 1, **QUICK}
+    path.write_text(yaml.safe_dump(values | keys))
+    return path
+
+
+def captions(folder: Path, *texts: str) -> dict[str, Any]:
+    """A source of rows in BAGEL's layout for pictures with captions."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    def picture() -> bytes:
+        stream = io.BytesIO()
+        Image.new("RGB", (32, 32), "red").save(stream, "PNG")
+        return stream.getvalue()
+
+    folder.mkdir()
+    rows = {"image": [picture() for _ in texts], "captions": [json.dumps({"caption": text}) for text in texts]}
+    pq.write_table(pa.table(rows), folder / "a.parquet")
+    return {"sources": {"t2i": {"kind": "t2i", "path": str(folder)}}, "mixture": [{"weights": {"t2i": 1}}]}
+
+
+def test_a_run_that_was_refused_does_not_stand_in_the_way(base: Path, tmp_path: Path) -> None:
+    """Its data turned out to be unusable at the first step. A run that trained is not overwritten."""
+    out, bad = tmp_path / "run", captions(tmp_path / "bad", "word " * 600)
+    with pytest.raises(InputError, match="nothing but broken rows"):
+        run_training("cfg", recipe_of(tmp_path / "a.yaml", base, data=bad), [], out)
+    good = recipe_of(tmp_path / "b.yaml", base)
+    run_training("cfg", good, [], out)
+    assert (out / "export" / "sampler.json").exists()
+    with pytest.raises(InputError, match="holds a run"):
+        run_training("cfg", good, [], out)
+
+
+def test_captions_beyond_the_context_are_broken_rows(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A request with such a prompt is refused, too."""
+    stage = make(cfg, base, data=captions(tmp_path / "data", "a red picture", "word " * 600))
+    with caplog.at_level(logging.WARNING):
+        batches = [stage.batch(step, Draws.at(0, step)) for step in range(4)]
+    assert len(batches) == 4 and sum(stage.loader.broken.values()) > 0
+    assert "expected at most 512, the model's context" in caplog.text
+
+
+def test_a_run_is_resumed_as_its_stage(base: Path, tmp_path: Path) -> None:
+    run_training("cfg", recipe_of(tmp_path / "a.yaml", base), [], tmp_path / "run")
+    with pytest.raises(InputError, match="got a run of stage cfg, expected one of stage tscd; resume it as cfg"):
+        run_training("tscd", None, [], tmp_path / "run", resume=True)
+
+
+def test_the_command_says_where_the_student_is_and_a_run_is_not_one(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = recipe_of(tmp_path / "a.yaml", base), tmp_path / "run"
+    assert cli.main(["train", "cfg", "--recipe", str(recipe), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "export")
+    for read in (read_sampler, lambda folder: load_student(folder, load_folder(base)[0])):
+        with pytest.raises(InputError, match=r"got a run of training, expected a student's folder; give .*export"):
+            read(out)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("data.sources.edit.taks=edit", "did you mean 'data.sources.edit.task'?"),
+        ("data.sources.edit.zzz=1", "use one of kind, samples"),
+        ("data.mixture.0.wieghts=1", "did you mean 'data.mixture.0.weights'?"),
+        ("seed.below=1", "seed"),
+    ],
+)
+def test_misspelt_keys_inside_sources(key: str, told: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, name = recipe_of(tmp_path / "a.yaml", base), key.partition("=")[0]
+    if name.startswith("data.mixture"):  # lists are written in the recipe alone
+        recipe, key = recipe_of(tmp_path / "a.yaml", base, data=DATA | {"mixture": [{"weights": {"edit": 1}, "wieghts": 1}]}), "seed=0"
+    assert cli.main(["train", "cfg", "--recipe", str(recipe), "--out", str(tmp_path / "run"), key]) == 2
+    said = capsys.readouterr().err.strip()
+    assert told in said and len(said.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_source_without_a_weight_is_named(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        make(cfg, base, data=only("edit") | {"sources": SOURCES})
+    assert "source 't2i' has no weight in data.mixture" in caplog.text
+    caplog.clear()
+    make(cfg, base)
+    assert not caplog.text
