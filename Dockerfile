@@ -21,7 +21,7 @@ FROM base AS torch-cuda
 RUN pip install "$(grep '^torch==' requirements/lock.txt)"
 
 FROM torch-${VARIANT} AS app
-# EXTRAS=[scale] adds Ray for --replicas, [quantized] bitsandbytes for --dtype int8 and nf4. The locks list more than a server needs, so they
+# EXTRAS=[scale] adds Ray for --replicas, [quantized] bitsandbytes for --dtype nf4. The locks list more than a server needs, so they
 # serve as constraints and are not installed whole.
 ARG EXTRAS=""
 COPY pyproject.toml README.md LICENSE ./

@@ -17,7 +17,7 @@ from hyperbagel.train.stage import TrainRecipe
 class FrozenRecipe(TrainRecipe):
     """Settings of stages that train beside a frozen model."""
 
-    # how the matrices of the frozen model's decoder are stored (QLoRA, Dettmers et al. 2023); None: as numbers. BAGEL-7B-MoT takes 16.7 GB
+    # how the matrices of the frozen model's decoder are stored (QLoRA, Dettmers et al. 2023); None: as numbers. BAGEL-7B-MoT takes 16.5 GB
     # in int8 and 10.2 in nf4, in place of 29.5 in bf16 (nn.quantized)
     quantize: Codes | None = None
 
