@@ -150,12 +150,17 @@ def _row_group(file: Path, group: int, columns: tuple[str, ...]) -> pa.Table:
 
 
 class T2ISource(ParquetSource):
-    """{image: bytes, captions: JSON}: captions is a mapping or list of texts; one of them is drawn."""
+    """{image: bytes, captions}: captions is a mapping or list of texts, as JSON (as BAGEL has it) or itself; one of them is drawn."""
 
     columns = ("image", "captions")
 
     def plan(self, row: dict[str, Any], rng: random.Random) -> Sample:
-        captions = json.loads(row["captions"])
+        captions = row["captions"]
+        if isinstance(captions, str | bytes):
+            try:
+                captions = json.loads(captions)
+            except ValueError as error:
+                raise ValueError(f"captions are no JSON ({error}), expected an object or list of texts") from error
         if not isinstance(captions, dict | list):
             raise ValueError(f"captions are a {type(captions).__name__}, expected a JSON object or list of texts")
         texts = [t for t in (captions.values() if isinstance(captions, dict) else captions) if isinstance(t, str) and t.strip()]

@@ -65,8 +65,9 @@ def test_t2i(tmp_path: Path) -> None:
     assert shape(copy.sample(7)) == found[7]
 
 
-def test_caption_lists_and_the_datasets_form(tmp_path: Path) -> None:
-    rows = [{"image": {"bytes": png(7), "path": "x.png"}, "captions": json.dumps(["one", "two"])}]
+@pytest.mark.parametrize("captions", [json.dumps(["one", "two"]), ["one", "two"], {"short": "one", "long": "two"}])
+def test_caption_lists_and_the_datasets_form(captions: object, tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": png(7), "path": "x.png"}, "captions": captions}]
     source = T2ISource(write(tmp_path / "a.parquet", rows), READING)
     assert {shape(source.sample(i))[0] for i in range(20)} == {"one?", "two?"}
 
