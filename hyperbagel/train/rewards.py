@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from hyperbagel.train.contexts import some, split_sample
 from hyperbagel.train.discriminator import vit_input
 from hyperbagel.train.losses.refl import refl_loss
 from hyperbagel.train.reward_vlm import open_vlm
+
+log = logging.getLogger(__name__)
 
 # (pictures [B, 3, H, W] in [-1, 1], the samples they were drawn for) -> [B]; differentiable with respect to the pictures
 Reward = Callable[[Tensor, Sequence[Sample]], Tensor]
@@ -156,6 +159,8 @@ def open_reward(settings: RewardSettings, base: Bagel, spec: PackSpec, tokenizer
     if settings.reward_entry:
         return foreign_reward(settings.reward_entry, settings.reward, base.device, tokenizer)
     if settings.reward_kind == "answers":
+        if settings.question and "{prompt}" not in settings.question:
+            log.warning("question: got %r without {prompt}, so every picture is asked the same, whatever it was to show", settings.question)
         return AnswerReward(base, spec, tokenizer, settings.question, settings.answer)
     if settings.reward_kind == "vlm":
         return of_prompts(open_vlm(settings.reward, base.device), tokenizer)

@@ -17,7 +17,7 @@ from hyperbagel.model.student import load_student, read_sampler
 from hyperbagel.model.weights import load_folder
 from hyperbagel.train.launch import run_training
 from hyperbagel.train.stage import Draws
-from hyperbagel.train.stages import cfg
+from hyperbagel.train.stages import cfg, refl
 
 
 def recipe_of(path: Path, base: Path, **keys: Any) -> Path:
@@ -106,3 +106,13 @@ def test_a_source_without_a_weight_is_named(base: Path, caplog: pytest.LogCaptur
     caplog.clear()
     make(cfg, base)
     assert not caplog.text
+
+
+def test_a_question_that_names_no_prompt_is_told(base: Path, student: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It may be meant (is the picture sharp?), but asks nothing about the prompt."""
+    asked = {"init": student, "teacher": student, "reward_kind": "answers"}
+    with caplog.at_level(logging.WARNING):
+        make(refl, base, question="does the picture show {prompt}?", **asked)
+        assert not caplog.text
+        make(refl, base, question="is the picture sharp?", **asked)
+    assert "without {prompt}, so every picture is asked the same" in caplog.text
