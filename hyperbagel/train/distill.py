@@ -358,7 +358,7 @@ class DistillStage(Stage):
     def finish(self, out: Path) -> None:
         """export/: a student folder with the averaged weights of the best checkpoint or, without held-out figures, of the last step."""
         for name, skipped in self.loader.broken.items():
-            log.warning("source %r: %d broken rows were skipped", name, skipped)
+            log.warning("source %r: broken rows were skipped %d times (the same row in every pass)", name, skipped)
         player, values = self.players["student"], dict[str, Tensor]()
         if best_checkpoint(out / "checkpoints") is None:
             shadow = player.ema.shadow if player.ema else player.parameters
