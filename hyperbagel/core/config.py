@@ -127,8 +127,8 @@ def _model_at(cls: type[Config], keys: list[str]) -> type[Config] | None:
             if isinstance(member, type) and issubclass(member, Config):
                 found = member.model_fields[key].annotation if key in member.model_fields else None
                 break
-            if typing.get_origin(member) in (dict, list):
-                found = typing.get_args(member)[-1]
+            if (origin := typing.get_origin(member)) in (dict, list, tuple):
+                found = typing.get_args(member)[origin is dict]
                 break
         else:
             return None

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -82,8 +83,7 @@ def check_stage(path: Path, stage: str) -> None:
 def check_run_folder(path: Path, *, resume: bool) -> None:
     """Raises InputError if `path` already holds a run and `resume` is False, or holds none and `resume` is True."""
     holds = (path / "provenance.json").exists()
-    # a run that was refused before its first step (its data turned out to be unusable) has nothing to resume or to lose
-    if holds and not resume and (any((path / "checkpoints").glob("*")) or read_metrics(path / "metrics.jsonl")):
+    if holds and not resume:
         raise InputError(f"{path}: got a folder that holds a run, expected a new one, give another folder or resume this one")
     if resume and not holds:
         raise InputError(f"{path}: got no run to resume, expected a run folder, check the path or start without resume")
@@ -106,9 +106,11 @@ class RunFolder:
         self._metrics: int | None = None
         self._board: Any = None
         self._lock = ExitStack()
+        self._found: set[str] | None = None
         if not leads:
             return
         check_run_folder(self.path, resume=resume)
+        self._found = set(os.listdir(self.path)) if self.path.is_dir() else None  # before this launch
         make_folder(self.path)
         self._lock.enter_context(sole_writer(self.path / ".lock", f"{self.path}: got a run"))
         try:
@@ -173,6 +175,15 @@ class RunFolder:
         os.write(self._metrics, (json.dumps(line) + "\n").encode())
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def discard(self) -> None:
+        """Closes the run and removes what this launch wrote: for one that was refused before it had done anything."""
+        self.close()
+        for name in set(os.listdir(self.path)) - (self._found or set()):
+            thing = self.path / name
+            shutil.rmtree(thing) if thing.is_dir() else thing.unlink()
+        if self._found is None:
+            self.path.rmdir()
 
     def close(self) -> None:
         if self._metrics is not None:

@@ -24,6 +24,7 @@ Codes = Literal["int8", "nf4"]
 CODES: tuple[Codes, ...] = ("int8", "nf4")
 _BLOCK = 64
 _FEW = 16  # rows up to which a CPU multiplies by int8 codes: there about as fast as unpacking W; a lone request's drafts are no more
+_STEP = 64  # what its rows must be a multiple of, since PyTorch's kernel reads whole vectors and does not look where a row ends
 _TILE = 2**20  # weights that a CPU unpacks at a time, since they stay in its cache: 59 ms in place of 458 (18,944 x 3,584, 16 rows, AVX2)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -127,7 +128,7 @@ class Int8Linear(QuantizedLinear):
 
     def _pack(self, weight: Tensor) -> Tensor:
         self.dtype, self.scale = weight.dtype, weight.new_empty(self.out_features, 1, dtype=torch.bfloat16)
-        codes = torch.empty_like(weight, dtype=torch.int8)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         tiles = (x.split(self._tile) for x in (weight, self.scale, codes))
         for given, scale, made in zip(*tiles, strict=True):
             largest = given.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-20)  # a row of zeros has a scale, too
@@ -145,7 +146,8 @@ class Int8Linear(QuantizedLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        if x.device.type != "cpu" or not 0 < rows <= _FEW or not torch.is_inference_mode_enabled():
+        served = x.device.type == "cpu" and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        if not served or not 0 < rows <= _FEW or self.in_features % _STEP:
             return self.product_unpacked(x)
         flat = x.reshape(rows, -1).to(torch.bfloat16)
         y = torch._weight_int8pack_mm(flat, self.weight, self.scale[:, 0]).to(x.dtype).view(*x.shape[:-1], -1)
@@ -154,9 +156,9 @@ class Int8Linear(QuantizedLinear):
     def product_unpacked(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or self._tile >= self.out_features:
             return super().product_unpacked(x)
-        tiles = zip(self.weight.split(self._tile), self.scale.to(self.dtype).split(self._tile), strict=True)
-        y = torch.cat([F.linear(x, codes * scale) for codes, scale in tiles], dim=-1)
-        return y if self.bias is None else y + self.bias
+        codes, scales = (part.split(self._tile) for part in (self.weight, self.scale.to(self.dtype)))
+        biases = [None] * len(codes) if self.bias is None else self.bias.split(self._tile)
+        return torch.cat([F.linear(x, *tile) for tile in zip(map(torch.mul, codes, scales), biases, strict=True)], dim=-1)
 
 
 class Nf4Linear(QuantizedLinear):

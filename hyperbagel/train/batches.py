@@ -20,6 +20,7 @@ from hyperbagel.data.transforms import InTurn
 from hyperbagel.generate.session import image_transform
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.train.contexts import split_sample
 from hyperbagel.train.distributed import World
 from hyperbagel.train.stage import HELD_OUT_SEED, Draws
 
@@ -140,14 +141,15 @@ def open_loader(
 
 @dataclass(frozen=True)
 class FitsContext:
-    """Whether a sample fits the context of the model that is to read it."""
+    """Whether a sample fits the context of the model that is to read it: what stands before the picture to draw, and that picture once."""
 
     spec: PackSpec
     limit: int
 
     def __call__(self, sample: Sample) -> None:
         """Raises BrokenRow if it does not."""
-        if (tokens := sum(stream_lengths(sample, self.spec))) > self.limit:
+        before, picture, _ = split_sample(sample)
+        if (tokens := sum(stream_lengths([*before, picture], self.spec))) > self.limit:
             raise BrokenRow(f"got a sample of {tokens} tokens, expected at most {self.limit}, the model's context")
 
 

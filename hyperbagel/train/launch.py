@@ -12,9 +12,10 @@ import torch
 
 from hyperbagel.core.config import Config, load_config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.run import RunFolder, check_run_folder, check_stage
+from hyperbagel.core.run import RunFolder, check_run_folder, check_stage, read_metrics
 from hyperbagel.pipeline import model_folder
 from hyperbagel.train import stages
+from hyperbagel.train.checkpoint import list_checkpoints
 from hyperbagel.train.distributed import join_world, leave_world
 from hyperbagel.train.loop import TrainResult, pick_device, train
 from hyperbagel.train.sharding import shard_stage
@@ -54,10 +55,24 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
         if settings.shard and world.size > 1:
             shard_stage(stage, world, settings.shard_above)
         with RunFolder(out, settings, seed=settings.seed, resume=resume, leads=world.leads) as run:
-            return train(stage, settings, run, resume=resume, world=world)
+            try:
+                return train(stage, settings, run, resume=resume, world=world)
+            except InputError:
+                # what was wrong showed only now (rows that cannot be used): the corrected command finds the folder free
+                if world.leads and not resume and not _has_done_anything(run):
+                    run.discard()
+                raise
     finally:
         stage.close()
         leave_world()
+
+
+def _has_done_anything(run: RunFolder) -> bool:
+    """Whether a run took a step or exported something."""
+    steps = [line["step"] for line in read_metrics(run.metrics_path)] + [
+        int(p.name.rpartition("-")[2]) for p in list_checkpoints(run.checkpoints)
+    ]
+    return max(steps, default=0) > 0 or (run.path / "export").exists()
 
 
 def resolve_models(settings: Config) -> None:

@@ -72,6 +72,8 @@ class PlannerStage(Stage):
         self.mark = fingerprint(self.base)
         self.tokenizer = Tokenizer.from_folder(recipe.model)
         self.spec = pack_spec(self.base.config, self.tokenizer)
+        if recipe.rank > (widest := self.base.config.llm.hidden_size):
+            raise InputError(f"rank: got {recipe.rank}, expected at most {widest}, the hidden size of {recipe.model}; lower it")
         self.planner = load_planner(recipe.init, self.base) if recipe.init else make_planner(self.base, recipe.rank)
         if self.planner.rank != recipe.rank:
             raise InputError(

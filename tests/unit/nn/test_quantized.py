@@ -77,6 +77,28 @@ def test_few_rows_do_not_depend_on_their_number() -> None:
     assert mine(x[:0]).shape == (0, 320)
 
 
+@pytest.mark.parametrize("inner", [1, 12, 24, 96, 100])
+@pytest.mark.parametrize("weight_by_columns", [True, False])
+@torch.inference_mode()
+def test_rows_that_are_no_multiple_of_a_vector(inner: int, weight_by_columns: bool) -> None:
+    """PyTorch's kernel would read beyond them."""
+    given = nn.Linear(inner, 40)
+    weight = given.weight.detach()
+    mine, x = quantize(given, weight.t().contiguous().t() if weight_by_columns else weight, "int8"), torch.randn(3, inner)
+    assert torch.equal(mine(x), mine.plain()(x))
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_autocast_decides_the_result_s_type(rows: int, tiles: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "_TILE", 256 * 100 if tiles else 2**20)
+    mine, _ = layer("int8", bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mine(torch.randn(rows, 256)).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_many_rows_on_a_cpu_take_the_matrix_in_tiles(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "_TILE", 256 * 100)  # 320 rows: 100, 100, 100 and 20

@@ -88,11 +88,12 @@ def test_whole_layers_begin_as_the_unpacked_ones_and_are_carried(base: Path, stu
     torch.testing.assert_close(carried.weight - layer.unpacked(), change, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("kind", ["hyper-bagel", "block", "eagle3"])
-def test_a_drafter_of_a_target_in_codes(kind: str, base: Path, tmp_path: Path) -> None:
+def test_a_drafter_of_a_target_in_codes(kind: str, codes: str, base: Path, tmp_path: Path) -> None:
     """Its layers begin as the target's, unpacked; at the end its gate holds the engine, over codes too, to the simulation."""
     keys: dict[str, Any] = {"target": str(base), "kind": kind, "data": QUESTIONS, "pool": 4, "contexts": 2, "max_tokens": 12}
-    keys |= {"held_out": {"asked": QUESTIONS}, "held_out_prompts": 4, "depth": 2, "steps": 2, "tree_nodes": 0, "quantize": "nf4"}
+    keys |= {"held_out": {"asked": QUESTIONS}, "held_out_prompts": 4, "depth": 2, "steps": 2, "tree_nodes": 0, "quantize": codes}
     stage = drafter.build(check_config(drafter.Recipe, keys, "test"), torch.device("cpu"))
     last = stage.target.language_model.model.layers[-1].mlp.up_proj
     assert isinstance(last, QuantizedLinear)
@@ -137,5 +138,7 @@ def test_bad_input(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized._library.cache_clear()
     with pytest.raises(InputError, match=r"pip install 'hyperbagel\[quantized\]'"):
         make(cfg, base, quantize="nf4")
+    with pytest.raises(InputError, match="rank: got 40, expected at most 32, the hidden size"):
+        make(planner, base, data=PLANS, rank=40)
     with pytest.raises(InputError, match="rank: got 64, expected at most 48, the widest layer"):  # its export could not be read
         make(cfg, base, kind="lora", rank=64)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_base import DATA, QUICK, SOURCES, make, only
+from tiny_base import DATA, HELD_OUT, QUICK, SOURCES, make, only
 
 from hyperbagel import cli
 from hyperbagel.core.errors import InputError
@@ -45,16 +45,45 @@ def captions(folder: Path, *texts: str) -> dict[str, Any]:
     return {"sources": {"t2i": {"kind": "t2i", "path": str(folder)}}, "mixture": [{"weights": {"t2i": 1}}]}
 
 
-def test_a_run_that_was_refused_does_not_stand_in_the_way(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_run_that_was_refused_does_not_stand_in_the_way(measured: bool, base: Path, tmp_path: Path) -> None:
     """Its data turned out to be unusable at the first step. A run that trained is not overwritten."""
     out, bad = tmp_path / "run", captions(tmp_path / "bad", "word " * 600)
+    held_out = {"held_out": HELD_OUT, "held_out_groups": 1} if measured else {}  # a checkpoint of step 0, then
     with pytest.raises(InputError, match="nothing but broken rows"):
-        run_training("cfg", recipe_of(tmp_path / "a.yaml", base, data=bad), [], out)
+        run_training("cfg", recipe_of(tmp_path / "a.yaml", base, data=bad, **held_out), [], out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="nothing but broken rows"):
+        run_training("cfg", recipe_of(tmp_path / "a.yaml", base, data=bad, **held_out), [], out)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
     good = recipe_of(tmp_path / "b.yaml", base)
     run_training("cfg", good, [], out)
     assert (out / "export" / "sampler.json").exists()
     with pytest.raises(InputError, match="holds a run"):
         run_training("cfg", good, [], out)
+
+
+def test_a_run_that_fails_later_is_kept(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(stage: Any, step: int, rng: Draws, make: Any = cfg.CfgStage.batch) -> Any:
+        if step == 2:
+            raise InputError("the disk is gone")
+        return make(stage, step, rng)
+
+    monkeypatch.setattr(cfg.CfgStage, "batch", broken)
+    with pytest.raises(InputError, match="the disk is gone"):
+        run_training("cfg", recipe_of(tmp_path / "a.yaml", base, max_steps=3), [], tmp_path / "run")
+    assert (tmp_path / "run" / "provenance.json").exists()
+    with pytest.raises(InputError, match="holds a run"):
+        run_training("cfg", recipe_of(tmp_path / "a.yaml", base, max_steps=3), [], tmp_path / "run")
+
+
+def test_noise_copies_take_no_room_in_the_context(base: Path) -> None:
+    """One prefilled context serves them all: 40 of 16 tokens each would not fit into 512."""
+    source = SOURCES["edit"] | {"noise_copies": 40, "samples": 1}
+    stage = make(cfg, base, data={"sources": {"edit": source}, "mixture": [{"weights": {"edit": 1}}]})
+    assert len(stage.batch(0, Draws.at(0)).conditions) == 40 and not stage.loader.broken
 
 
 def test_captions_beyond_the_context_are_broken_rows(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
