@@ -41,25 +41,29 @@ def install(
     from hyperbagel.pipeline import model_folder
 
     folder = model_folder(model)
+    before = {path for kind in ("students/*", "drafters/*", "planner") for path in folder.glob(kind)}
     if (trained / "drafter.json").is_file():
         from hyperbagel.speculative.drafters.folder import install_drafter
 
         if nfe is not None:
             raise InputError("got --nfe for a drafter, which draws nothing; leave it out")
         checks.check_folder(folder / "drafters")
-        print(install_drafter(trained, folder, name))
+        made = install_drafter(trained, folder, name)
     elif (trained / "planner.json").is_file():
         from hyperbagel.train.folder import install_planner
 
         if nfe is not None or name is not None:
             raise InputError("got --nfe or --name for a planner, which has neither; leave it out")
         checks.check_folder(folder / "planner")
-        print(install_planner(trained, folder))
+        made = install_planner(trained, folder)
     else:
         from hyperbagel.train.folder import install_student
 
         checks.check_folder(folder / "students")
-        print(install_student(trained, folder, name, nfe))
+        made = install_student(trained, folder, name, nfe)
+    if made in before:
+        note(f"{made}: replaced the one that was there")
+    print(made)
 
 
 def average(

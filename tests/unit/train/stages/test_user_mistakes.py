@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,13 @@ def test_a_question_that_names_no_prompt_is_told(base: Path, student: Path, capl
         assert not caplog.text
         make(refl, base, question="is the picture sharp?", **asked)
     assert "without {prompt}, so every picture is asked the same" in caplog.text
+
+
+def test_install_says_what_it_replaces(base: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    for told in ("", "replaced the one that was there"):
+        assert cli.main(["install", str(student), "--model", str(model)]) == 0
+        said = capsys.readouterr()
+        assert Path(said.out.strip()).parent == model / "students"
+        assert told in said.err and bool(said.err.strip()) == bool(told)
