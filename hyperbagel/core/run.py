@@ -26,6 +26,7 @@ from hyperbagel.core.config import Config, dump_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_text, make_folder, read_json, readable_errors, sole_writer
 
+_OWN = {"config.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints", ".lock"}  # what a run writes itself
 _PACKAGES = ("hyperbagel", "torch", "numpy", "pillow", "safetensors", "tokenizers", "pydantic")
 
 
@@ -179,10 +180,10 @@ class RunFolder:
     def discard(self) -> None:
         """Closes the run and removes what this launch wrote: for one that was refused before it had done anything."""
         self.close()
-        for name in set(os.listdir(self.path)) - (self._found or set()):
+        for name in _OWN - (self._found or set()):
             thing = self.path / name
-            shutil.rmtree(thing) if thing.is_dir() else thing.unlink()
-        if self._found is None:
+            shutil.rmtree(thing) if thing.is_dir() else thing.unlink(missing_ok=True)
+        if self._found is None and not os.listdir(self.path):
             self.path.rmdir()
 
     def close(self) -> None:

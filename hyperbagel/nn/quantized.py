@@ -1,4 +1,4 @@
-"""Linear layers whose matrices are stored in 4 or 8 bits, for GPUs that do not hold a model in bf16. The only file that imports
+"""Linear layers whose matrices are stored in 4 or 8 bits, for machines that do not hold a model in bf16. The only file that imports
 bitsandbytes.
 
 Shape legend: I / O input and output size of a linear layer.
@@ -98,9 +98,9 @@ class QuantizedLinear(nn.Linear, ABC):
             return _Product.apply(x, self)  # type: ignore[no-any-return]
         return self._product(x)
 
+    @abstractmethod
     def _product(self, x: Tensor) -> Tensor:
         """As `forward`, where no gradient is wanted."""
-        return self.product_unpacked(x)
 
     def product_unpacked(self, x: Tensor) -> Tensor:
         """As `forward`, by the unpacked matrix."""

@@ -102,8 +102,9 @@ def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready:
 def check_here(settings: Settings) -> None:
     """Raises InputError for a device, dtype or model folder that no replica on this machine could use. Reads no more than the weights'
     headers, and touches no GPU, which this process would hold for as long as the server runs."""
-    cpu = usable_device("cpu" if (settings.device or "cuda").startswith("cuda") else settings.device)
-    numbers(settings.dtype, cpu)
+    if settings.device and not settings.device.startswith("cuda"):
+        usable_device(settings.device)
+    numbers(settings.dtype, torch.device("cpu"))
     inspect_folder(model_folder(settings.model))
 
 

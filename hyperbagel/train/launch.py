@@ -38,11 +38,12 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "choose one of these"
         raise InputError(f"stage: got {name!r}, expected one of {', '.join(names)}; {hint}")
-    module = importlib.import_module(f"{stages.__name__}.{name.replace('-', '_')}")
+    file = name.replace("-", "_")
+    module = importlib.import_module(f"{stages.__name__}.{file}")
     if int(os.environ.get("RANK", 0)) == 0:  # the other ranks only read
         check_run_folder(out, resume=resume)
     if resume:
-        check_stage(out, module.__name__.rpartition(".")[2])
+        check_stage(out, file)
         recipe = recipe or out / "config.yaml"
     settings = load_config(module.Recipe, recipe, overrides)
     resolve_models(settings)
@@ -59,7 +60,7 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
                 return train(stage, settings, run, resume=resume, world=world)
             except InputError:
                 # what was wrong showed only now (rows that cannot be used): the corrected command finds the folder free
-                if world.leads and not resume and not _has_done_anything(run):
+                if world.leads and not resume and not _has_something(run):
                     run.discard()
                 raise
     finally:
@@ -67,8 +68,8 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
         leave_world()
 
 
-def _has_done_anything(run: RunFolder) -> bool:
-    """Whether a run took a step or exported something."""
+def _has_something(run: RunFolder) -> bool:
+    """Whether a run logged or stored a step beyond its start, or exported something."""
     steps = [line["step"] for line in read_metrics(run.metrics_path)] + [
         int(p.name.rpartition("-")[2]) for p in list_checkpoints(run.checkpoints)
     ]
