@@ -21,7 +21,7 @@ from hyperbagel.toybox.language import CATEGORIES, EXTRA_GROUPS, GROUPS, KINDS, 
 log = logging.getLogger(__name__)
 
 # Keys of SourceConfig that every kind reads, and those that the file kinds read; all others are the toybox's.
-_EVERY, _FILES = ("kind", "samples", "noise_copies"), ("path", "images")
+_EVERY, _FILES = ("kind", "samples", "noise_copies", "think_share"), ("path", "images")
 
 
 class SourceConfig(Config):
@@ -30,10 +30,10 @@ class SourceConfig(Config):
     kind: Literal["toybox", "t2i", "edit", "chat"] = "toybox"
     samples: int = Field(default=1, ge=1)  # consecutive samples per group
     noise_copies: int = Field(default=1, ge=1)  # noise draws of a target in one sequence
+    think_share: float = Field(default=0.0, ge=0, le=1)  # of samples in think mode; t2i and edit: with the plans of one more column
     # toybox
     task: Task | None = None
     resolution: int = Field(default=64, ge=16)
-    think_share: float = Field(default=0.0, ge=0, le=1)
     styles: dict[str, float] | None = None  # t2i: weights of terse, medium and full captions; None: toybox.captions's own
     categories: dict[str, float] | None = None  # t2i: weights of what captions are about; None: toybox.captions's own
     groups: dict[str, float] | None = None  # edit: weights of the kinds of edits; None: toybox.edits's own
@@ -55,13 +55,17 @@ class SourceConfig(Config):
         check_weights(self.kinds, KINDS, "kinds")
         if self.kind == "toybox" and (idle := changed(self, _FILES)):
             raise ValueError(f"{idle[0]} is of files, and this source is the toybox; set kind to t2i, edit or chat, or leave {idle[0]} out")
+        if self.kind == "chat" and self.think_share:
+            raise ValueError(
+                "think_share is of sources that draw, and this source is of kind chat, whose answers hold their thoughts; leave it out"
+            )
         if self.kind != "toybox" and (idle := changed(self, toybox_keys())):
             raise ValueError(f"{idle[0]} is of the toybox, and this source is of kind {self.kind}; leave {idle[0]} out")
         return self
 
 
 def toybox_keys() -> list[str]:
-    """Keys that say what a toybox source draws; ToyboxSource takes them by the same names."""
+    """Keys that only a toybox source reads; ToyboxSource takes them by the same names."""
     return [name for name in SourceConfig.model_fields if name not in (*_EVERY, *_FILES)]
 
 
@@ -117,14 +121,14 @@ def build_source(
     if config.kind == "toybox":
         if config.task is None:
             raise InputError(f"source {name!r}: got no task, expected t2i, edit or question, add task to the recipe")
-        own: dict[str, Any] = {key: getattr(config, key) for key in toybox_keys()}
-        return ToyboxSource(tokenizer=tokenizer, seed=seed, noise_copies=config.noise_copies, **own)
+        own: dict[str, Any] = {key: getattr(config, key) for key in ("noise_copies", "think_share", *toybox_keys())}
+        return ToyboxSource(tokenizer=tokenizer, seed=seed, **own)
     if config.path is None:
         raise InputError(f"source {name!r}: got no path, expected files of kind {config.kind!r}, add path to the recipe")
     reading = Reading(tokenizer, vae, vit, seed, config.noise_copies)
     if config.kind == "chat":
         return ChatSource(config.path, config.images or (config.path if config.path.is_dir() else config.path.parent), reading)
-    return (T2ISource if config.kind == "t2i" else EditSource)(config.path, reading)
+    return (T2ISource if config.kind == "t2i" else EditSource)(config.path, reading, config.think_share)
 
 
 def build_loader(

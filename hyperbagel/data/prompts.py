@@ -1,6 +1,10 @@
-"""Think mode: its system prompts, in BAGEL's wording (with a space before each newline), and how an answer is split."""
+"""Think mode: its system prompts, in BAGEL's wording (with a space before each newline), a training sample in it, and how an answer is
+split."""
 
 from __future__ import annotations
+
+from hyperbagel.data.plan import Sample, Text
+from hyperbagel.data.tokenizer import Tokenizer
 
 THINK_DRAW = (
     "You should first think about the planning process in the mind and then generate the image. \n"
@@ -10,6 +14,19 @@ THINK_ANSWER = (
     "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
     "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> answer here"
 )
+
+
+def planned(tokenizer: Tokenizer, prompt: str, plan: str | None) -> tuple[Sample, Sample]:
+    """(what comes first, the prompt) of a sample that draws; with a plan, a system prompt, and the prompt followed by the plan to learn.
+
+    plan: with its <think> tags or without.
+    """
+    asked = Text(tokenizer.encode(prompt), enable_cfg=True)
+    if not plan:
+        return [], [asked]
+    tagged = plan if "<think>" in plan else f"<think>{plan}</think>"
+    # the plan is dropped with the prompt: guidance's text-dropped branch knows neither
+    return [Text(tokenizer.encode(THINK_DRAW))], [asked, Text(tokenizer.encode(tagged), loss=True, tied=True)]
 
 
 def split_thinking(text: str, think: bool) -> tuple[str | None, str]:

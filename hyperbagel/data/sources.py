@@ -1,4 +1,4 @@
-"""BAGEL's file formats as sources: T2I parquet, edit parquet, and jsonl of conversations about pictures.
+"""BAGEL's file formats as sources: T2I parquet, edit parquet (both, ours, with plans), and jsonl of conversations about pictures.
 
 Rows come in a new random order in each pass. Parquet is shuffled by row group and then within it, so each row group is read once per pass.
 """
@@ -24,6 +24,7 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.data.images import open_image
 from hyperbagel.data.loader import BrokenRow
 from hyperbagel.data.plan import Sample, Text, VitImage, picture_items
+from hyperbagel.data.prompts import planned
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import ImageTransform, InTurn
 
@@ -41,8 +42,8 @@ class Reading:
     seed: int
     noise_copies: int = 1
 
-    def text(self, text: str, *, loss: bool = False, enable_cfg: bool = False) -> Text:
-        return Text(self.tokenizer.encode(text), loss=loss, enable_cfg=enable_cfg)
+    def text(self, text: str, *, loss: bool = False) -> Text:
+        return Text(self.tokenizer.encode(text), loss=loss)
 
     def picture(self, image: Image.Image, *, loss: bool, context: bool) -> Sample:
         vit = self.vit.pixels(image) if context else None
@@ -108,11 +109,16 @@ def _block_order(blocks: tuple[int, ...], seed: str) -> tuple[list[int], list[in
 
 
 class ParquetSource(FileSource):
-    """Base of the two parquet formats. path: a file, or a folder that is searched for *.parquet."""
+    """Base of the two parquet formats. path: a file, or a folder that is searched for *.parquet. think_share: the share of samples in think
+    mode, whose plans are in one more column."""
 
     columns: tuple[str, ...]
+    plans: str  # ours: the column of plans
 
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: Path, reading: Reading, think_share: float = 0.0) -> None:
+        self.think_share = think_share
+        if think_share:
+            self.columns = (*self.columns, self.plans)
         self.groups: list[tuple[Path, int]] = []
         blocks: list[int] = []
         for file in find_files(path, ".parquet"):
@@ -132,6 +138,10 @@ class ParquetSource(FileSource):
                     blocks.append(data.metadata.row_group(group).num_rows)
         super().__init__(reading, blocks, path)
 
+    def thinks(self, rng: random.Random) -> bool:
+        """Whether a sample is in think mode; draws nothing where none is."""
+        return self.think_share > 0 and rng.random() < self.think_share
+
     def row(self, block: int, row: int) -> dict[str, Any]:
         return _row_group(*self.groups[block], self.columns).slice(row, 1).to_pylist()[0]
 
@@ -150,53 +160,61 @@ def _row_group(file: Path, group: int, columns: tuple[str, ...]) -> pa.Table:
 
 
 class T2ISource(ParquetSource):
-    """{image: bytes, captions}: captions is a mapping or list of texts, as JSON (as BAGEL has it) or itself; one of them is drawn."""
+    """{image: bytes, captions}: captions is a mapping or list of texts, as JSON (as BAGEL has it) or itself; one of them is drawn. plans,
+    likewise, are by the same names or places."""
 
-    columns = ("image", "captions")
+    columns, plans = ("image", "captions"), "plans"
 
     def plan(self, row: dict[str, Any], rng: random.Random) -> Sample:
-        captions = row["captions"]
-        if isinstance(captions, str | bytes):
-            try:
-                captions = json.loads(captions)
-            except ValueError as error:
-                raise ValueError(f"captions are no JSON ({error}), expected an object or list of texts") from error
-        if not isinstance(captions, dict | list):
-            raise ValueError(f"captions are a {type(captions).__name__}, expected a JSON object or list of texts")
-        texts = [t for t in (captions.values() if isinstance(captions, dict) else captions) if isinstance(t, str) and t.strip()]
+        texts, plans = _texts(row["captions"], "captions"), dict[Any, str]()
         if not texts:
             raise ValueError("no caption")
-        image = open_image(_bytes(row["image"]))
-        return [self.reading.text(rng.choice(texts), enable_cfg=True), *self.reading.picture(image, loss=True, context=False)]
+        if self.thinks(rng):
+            plans = _texts(row["plans"], "plans")
+            texts = {name: text for name, text in texts.items() if name in plans}
+            if not texts:
+                raise ValueError("no plan by the name or place of a caption")
+        name = rng.choice(list(texts))
+        first, prompt = planned(self.reading.tokenizer, texts[name], plans.get(name))
+        return [*first, *prompt, *self.reading.picture(open_image(_bytes(row["image"])), loss=True, context=False)]
 
 
 class EditSource(ParquetSource):
     """{image_list: [bytes], instruction_list}: instruction i leads from picture i to i + 1; it is a text or a list of paraphrases.
+    plan_list: plan i is that of instruction i, or null.
 
     One or two successive edits are drawn from a longer chain. With two, either each picture is a target in turn, or both instructions
-    together lead to the last one.
+    together lead to the last one. In think mode it is one edit, of those with a plan.
     """
 
-    columns = ("image_list", "instruction_list")
+    columns, plans = ("image_list", "instruction_list"), "plan_list"
 
     def plan(self, row: dict[str, Any], rng: random.Random) -> Sample:
-        pictures, instructions = row["image_list"], row["instruction_list"]
-        for name, value in (("image_list", pictures), ("instruction_list", instructions)):
-            if not isinstance(value, list):  # a text would pass what follows: it has a length and elements
-                raise ValueError(f"{name} is a {type(value).__name__}, expected a list")
+        pictures, instructions = (_list(row, name) for name in self.columns[:2])
         if len(pictures) < 2 or len(instructions) < len(pictures) - 1:
             raise ValueError(f"{len(pictures)} pictures and {len(instructions)} instructions")
-        first = rng.randrange(len(pictures) - 1)
-        last = rng.randrange(first + 1, min(first + 3, len(pictures)))
+        plan = None
+        if self.thinks(rng):
+            plans = {i: text for i, text in _texts(_list(row, "plan_list"), "plan_list").items() if i < len(pictures) - 1}
+            if not plans:
+                raise ValueError("no plan")
+            first, plan = rng.choice(list(plans.items()))
+            last = first + 1
+        else:
+            first = rng.randrange(len(pictures) - 1)
+            last = rng.randrange(first + 1, min(first + 3, len(pictures)))
         texts = [rng.choice(t) if isinstance(t, list) else t for t in instructions[first:last]]
         if not all(isinstance(t, str) and t.strip() for t in texts):
             raise ValueError("an empty instruction")
         images = [open_image(_bytes(p)) for p in pictures[first : last + 1]]
-        sample = self.reading.picture(images[0], loss=False, context=True)
+        context = self.reading.picture(images[0], loss=False, context=True)
         if last - first > 1 and rng.random() < 0.5:
             texts, images = ["; ".join(t.strip().rstrip(".;") for t in texts)], [images[0], images[-1]]
-        for i, (text, image) in enumerate(zip(texts, images[1:], strict=True)):
-            sample.append(self.reading.text(text, enable_cfg=True))
+        system, prompt = planned(self.reading.tokenizer, texts[0], plan)
+        sample = [*system, *context, *prompt]
+        for i, image in enumerate(images[1:]):
+            if i:
+                sample += planned(self.reading.tokenizer, texts[i], None)[1]
             sample += self.reading.picture(image, loss=True, context=i < len(texts) - 1)
         return sample
 
@@ -262,6 +280,25 @@ def _line_offsets(path: Path) -> list[int]:
                 offsets.append(at)
             at += len(line)
     return offsets
+
+
+def _list(row: dict[str, Any], name: str) -> list[Any]:
+    if not isinstance(value := row[name], list):  # a text would pass for one: it has a length and elements
+        raise ValueError(f"{name} is a {type(value).__name__}, expected a list")
+    return value
+
+
+def _texts(value: Any, name: str) -> dict[Any, str]:
+    """A mapping or list, as JSON or itself -> its texts by name or place, without empty ones and what is no text."""
+    if isinstance(value, str | bytes):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name} are no JSON ({error}), expected an object or list of texts") from error
+    if not isinstance(value, dict | list):
+        raise ValueError(f"{name} are a {type(value).__name__}, expected a JSON object or list of texts")
+    named = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: text for key, text in named if isinstance(text, str) and text.strip()}
 
 
 def _bytes(value: Any) -> bytes:

@@ -160,9 +160,9 @@ def _write(backend: tokenizers.Tokenizer, folder: Path) -> None:
     }
     merges = [" ".join(m) if isinstance(m, list) else m for m in raw["model"]["merges"]]
     for name, text in (
-        ("tokenizer.json", json.dumps(raw, ensure_ascii=False, indent=1)),
+        ("tokenizer.json", json.dumps(raw, ensure_ascii=False, separators=(",", ":"))),
         ("tokenizer_config.json", json.dumps(config, indent=2)),
-        ("vocab.json", json.dumps(raw["model"]["vocab"], ensure_ascii=False)),
+        ("vocab.json", json.dumps(raw["model"]["vocab"], ensure_ascii=False, separators=(",", ":"))),
         ("merges.txt", "\n".join(["#version: 0.2", *merges])),
     ):
         atomic_write_text(folder / name, text + "\n")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.plan import Sample, Text, VaeImage, VitImage, picture_items
-from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
+from hyperbagel.data.prompts import THINK_ANSWER, planned
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.toybox.captions import without_background
 from hyperbagel.toybox.checks import Check, checks_of_caption, checks_of_edit
@@ -91,21 +91,13 @@ class ToyboxSource:
     def _picture(self, scene: Scene) -> NDArray[np.uint8]:
         return render(scene, self.resolution)
 
-    def _text(self, text: str, *, loss: bool = False, enable_cfg: bool = False, tied: bool = False) -> Text:
-        return Text(self.tokenizer.encode(text), loss=loss, enable_cfg=enable_cfg, tied=tied)
-
-    def _planned(self, instruction: str, think: str) -> tuple[Sample, Sample]:
-        """(first items, instruction) of a drawing task's sample; with thoughts, a system prompt, and the instruction with its plan."""
-        prompt = self._text(instruction, enable_cfg=True)
-        if not think:
-            return [], [prompt]
-        # the thoughts are dropped with the prompt: guidance's text-dropped branch knows neither
-        return [self._text(THINK_DRAW)], [prompt, self._text(f"<think>{think}</think>", loss=True, tied=True)]
+    def _text(self, text: str, *, loss: bool = False) -> Text:
+        return Text(self.tokenizer.encode(text), loss=loss)
 
     def _t2i(self, rng: random.Random, think: bool) -> Sample:
         drawn = sample_t2i(rng, split=self.split, style=self.styles, category=self.categories)
         thoughts = drawn.think if self.plan_background else without_background(drawn.think, drawn.scene)
-        system, prompt = self._planned(drawn.prompt, thoughts if think else "")
+        system, prompt = planned(self.tokenizer, drawn.prompt, thoughts if think else None)
         target = picture_items(self._picture(drawn.scene), None, loss=True, copies=self.noise_copies, context=False)
         if self.near_misses:
             target.append(VaeImage(self._picture(near_miss_of_caption(rng, drawn)), loss=True))
@@ -116,7 +108,7 @@ class ToyboxSource:
 
     def _edit(self, rng: random.Random, think: bool) -> Sample:
         drawn = sample_edit(rng, split=self.split, group=self.groups)
-        system, prompt = self._planned(drawn.instruction, drawn.think if think else "")
+        system, prompt = planned(self.tokenizer, drawn.instruction, drawn.think if think else None)
         source = self._picture(drawn.source)
         target: Sample = [VaeImage(self._picture(drawn.target), loss=True)] * self.noise_copies
         if self.near_misses:

@@ -154,8 +154,8 @@ def split_plan(sample: Sample) -> tuple[Sample, Text]:
                 return sample[:before], plan
             break
     raise InputError(
-        "planner: got a sample without a plan before its picture, expected toybox sources of task t2i or edit with think_share: 1, "
-        "leave the others out of data.sources"
+        "planner: got a sample without a plan before its picture, expected sources of captions or edits with think_share: 1, leave the "
+        "others out of data.sources"
     )
 
 

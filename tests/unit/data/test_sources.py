@@ -72,6 +72,85 @@ def test_caption_lists_and_the_datasets_form(captions: object, tmp_path: Path) -
     assert {shape(source.sample(i))[0] for i in range(20)} == {"one?", "two?"}
 
 
+SYSTEM = "You should first think about the planning process"
+
+
+def thinking(sample: Sample) -> list[str]:
+    """As `shape`, the system prompt as S, plans as P and what they say."""
+    texts = [re.sub(f"^{SYSTEM}.*", "S", text, flags=re.DOTALL) for text in shape(sample)]
+    plans = [item for item in sample if isinstance(item, Text) and item.loss]
+    assert all(item.tied and not item.enable_cfg for item in plans)
+    return [re.sub(r"^<think>(.*)</think>\*$", r"P \1", text) for text in texts]
+
+
+@pytest.mark.parametrize("form", [json.dumps, dict])
+def test_captions_with_plans(tmp_path: Path, form: Any) -> None:
+    captions, plans = {"a": "one", "b": "two", "c": "three"}, {"b": "<think>second</think>", "a": "first", "c": " "}
+    path = write(tmp_path / "a.parquet", [{"image": png(5), "captions": form(captions), "plans": form(plans)}])
+    always, plain = T2ISource(path, READING, think_share=1.0), T2ISource(path, READING)
+    with_plan = {("S", "one?", "P first", "n5"), ("S", "two?", "P second", "n5")}
+    without = {(f"{text}?", "n5") for text in captions.values()}
+    assert {tuple(thinking(always.sample(i))) for i in range(30)} == with_plan
+    assert {tuple(thinking(plain.sample(i))) for i in range(30)} == without
+    some = [tuple(thinking(T2ISource(path, READING, think_share=0.3).sample(i))) for i in range(200)]
+    assert set(some) == with_plan | without and 30 < sum(sample in with_plan for sample in some) < 90
+
+
+def test_edits_with_plans(tmp_path: Path) -> None:
+    row = {"image_list": [png(0), png(1), png(2)], "instruction_list": [["a"], ["b", "c"], ["d"]], "plan_list": [None, "so", "too many"]}
+    path = write(tmp_path / "a.parquet", [row])
+    found = {" ".join(thinking(EditSource(path, READING, think_share=1.0).sample(i))) for i in range(20)}
+    assert found == {f"S e1? v1? {text}? P so n2" for text in "bc"}
+    plain = {" ".join(thinking(EditSource(path, READING).sample(i))) for i in range(60)}
+    assert len(plain) == 7 and not any("P" in sample for sample in plain)
+
+
+@pytest.mark.parametrize("task", ["t2i", "edit"])
+def test_plans_of_files_are_read_as_the_toybox_has_them(task: Any, tmp_path: Path) -> None:
+    wanted = ToyboxSource(task, TOKENIZER, 2, think_share=1.0).sample(1)
+    pictures = [item.pixels for item in wanted if isinstance(item, VaeImage)]
+    prompt, plan = (TOKENIZER.decode(list(item.ids)) for item in wanted if isinstance(item, Text) and (item.enable_cfg or item.loss))
+    encoded = []
+    for pixels in pictures:
+        Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG")
+        encoded.append(buffer.getvalue())
+    rows = {"t2i": {"image": encoded[0], "captions": [prompt], "plans": [plan]}}
+    rows["edit"] = {"image_list": encoded, "instruction_list": [[prompt]], "plan_list": [plan]}
+    path = write(tmp_path / "a.parquet", [rows[task]])
+    found = build_source("x", SourceConfig(kind=task, path=path, think_share=1.0), TOKENIZER, READING.vae, READING.vae, 0).sample(0)
+    assert [type(item) for item in found] == [type(item) for item in wanted]
+    for mine, theirs in zip(found, wanted, strict=True):
+        mine, theirs = vars(mine), vars(theirs)
+        assert all(np.array_equal(mine.pop(name, ()), theirs.pop(name, ())) for name in ("pixels", "ids")) and mine == theirs
+
+
+@pytest.mark.parametrize(
+    ("plans", "told"),
+    [
+        (None, "plans are a NoneType, expected a JSON object or list of texts"),
+        ("[]", "no plan by the name or place of a caption"),
+        ('{"0": "by another name"}', "no plan by the name or place of a caption"),
+        ("no", "plans are no JSON"),
+    ],
+)
+def test_a_caption_without_a_plan_is_a_broken_row(tmp_path: Path, plans: object, told: str) -> None:
+    path = write(tmp_path / "a.parquet", [{"image": png(1), "captions": '["a"]', "plans": plans}])
+    with pytest.raises(BrokenRow, match=told):
+        T2ISource(path, READING, think_share=1.0).sample(0)
+    assert shape(T2ISource(path, READING).sample(0)) == ["a?", "n1"]
+
+
+def test_plans_that_are_not_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [{"image_list": [png(0), png(1)], "instruction_list": [["a"]], "plan_list": [None]}])
+    with pytest.raises(BrokenRow, match="no plan"):
+        EditSource(tmp_path, READING, think_share=1.0).sample(0)
+    write(tmp_path / "a.parquet", [{"image": png(1), "captions": '["a"]'}])
+    with pytest.raises(InputError, match="got columns image, captions, expected image, captions, plans"):
+        T2ISource(tmp_path, READING, think_share=0.1)
+    with pytest.raises(ValueError, match="think_share is of sources that draw"):
+        SourceConfig(kind="chat", path=tmp_path, think_share=0.5)
+
+
 def test_edit_chains(tmp_path: Path) -> None:
     rows = [{"image_list": [png(0), png(1), png(2)], "instruction_list": [["add a cat."], ["make it red", "paint it red"]]}]
     source = EditSource(write(tmp_path / "a.parquet", rows), READING)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tiny_base import make, run, write_base
 
 from hyperbagel.core.errors import InputError
@@ -117,6 +121,19 @@ def test_a_run_is_measured_gated_installed_and_gone_on_with(base: Path, tmp_path
     (mine / "planner" / "planner.json").unlink()
     with pytest.raises(InputError, match="something there that is no planner"):
         install_planner(out / "export", mine)
+
+
+def test_plans_may_come_from_files(base: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(picture := io.BytesIO(), "PNG")
+    rows = [{"image": picture.getvalue(), "captions": [text], "plans": [f"draw {text}"]} for text in ("a red car", "a key")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    own = {"kind": "t2i", "path": tmp_path / "rows.parquet", "think_share": 1.0, "samples": 2}
+    stage: Any = make(planner, base, data={"sources": {"own": own}, "mixture": [{"weights": {"own": 1}}]})
+    batch = stage.batch(0, Draws.at(0))
+    told = [stage.tokenizer.decode(wanted[seen].tolist()) for wanted, seen in zip(batch.wanted, batch.seen, strict=True)]
+    plans = [f"<think>{row['plans'][0]}</think>" for row in rows]
+    assert batch.source == "own" and sorted(text.removesuffix("<|im_end|>") for text in told) == sorted(plans)
+    assert 0 < stage.loss("planner", batch, 0)[0] < 20
 
 
 def test_a_sample_without_a_plan_is_refused(base: Path) -> None:
