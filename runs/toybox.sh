@@ -78,7 +78,7 @@ stage planner planner planner model="$base"                        # 30: the pla
 stage cfg cfg cfg model="$base"                                    # 40: guidance inside
 cfg=$out/cfg/export                                                # no gate: it is measured against the base without guidance
 hyperbagel gate "$out/cfg" --else "$cfg" > /dev/null
-stage reflow cfg cfg model="$base" init="$cfg" teacher="$cfg" target=reflow nfe=6 max_seconds=300   # 5: a baseline, and the real model of dmdo-reflowed
+stage reflow cfg cfg model="$base" init="$cfg" teacher="$cfg" target=reflow on_policy=0 scale_draws=1 nfe=6 max_seconds=300   # 5: a baseline, and the real model of dmdo-reflowed
 stage tscd tscd tscd model="$base" init="$cfg"                     # 8: structure
 six=$(passed "$cfg" tscd)
 stage refl-six refl refl-six model="$base" init="$six" teacher="$six"   # 35: what was asked for, by the base's own answers about the pictures

@@ -31,6 +31,11 @@ def number(name: str, value: Any) -> float:
         raise InputError(f"got {name} {value!r}, expected a number") from error
 
 
+def clip(value: float, low: float, high: float) -> float:
+    """`value`, or the nearest that is within `low` to `high`."""
+    return min(max(value, low), high)
+
+
 def seed_of(value: Any) -> int:
     """`value` as a seed, 0 to 2^63 - 1. Raises InputError for anything else."""
     seed = whole("seed", value)

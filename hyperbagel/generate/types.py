@@ -53,7 +53,7 @@ TEXT_TO_IMAGE = Denoising()
 EDIT = Denoising(image_scale=2.0, interval=(0.0, 1.0), renorm="text_channel")
 # The teacher as the paper counts it: 100 evaluations a picture, 132 = 50 + 2 * 41 an edit. Students are made from it and compared with it.
 PAPER_TEXT_TO_IMAGE = replace(TEXT_TO_IMAGE, interval=(0.0, 1.0))
-PAPER_EDIT = replace(EDIT, interval=(0.4, 1.0))
+PAPER_EDIT = replace(EDIT, image_scale=1.5, interval=(0.4, 1.0))
 
 
 _REQUEST_NAMES = {"num_steps": "steps"}  # fields of Denoising that ImageRequest calls otherwise

@@ -161,7 +161,7 @@ def save_student(
             save_tensors(temporary / "moe_gen.safetensors", tensors)
         save_tensors(temporary / "guidance.safetensors", embedders)
         mark = base if isinstance(base, str) else fingerprint(base)
-        about = {"format": _FORMAT, "kind": kind, "heads": _has_heads(student), "base": mark}
+        about = {"format": _FORMAT, "kind": kind, "heads": has_heads(student), "base": mark}
         about |= {"base_name": base_name, **asdict(student.sampler)}
         atomic_write_text(temporary / "sampler.json", json.dumps(about, indent=2) + "\n")
 
@@ -220,7 +220,7 @@ def as_whole(student: Student, base: Bagel) -> Student:
     """The same student with whole layers, all trainable, in place of low-rank changes."""
     if not student.adapter.low_rank:
         return student
-    given, adapter = student.adapter, make_adapter(base, "full", heads=_has_heads(student))
+    given, adapter = student.adapter, make_adapter(base, "full", heads=has_heads(student))
     for name in adapter.copies:
         own = adapter.get_submodule(name)  # the base's, in fp32
         if name in given.low_rank:
@@ -233,7 +233,7 @@ def as_whole(student: Student, base: Bagel) -> Student:
 @torch.no_grad()
 def factorised(student: Student, base: Bagel, rank: int) -> tuple[Student, float]:
     """A student of whole layers as a LoRA of that rank, and |error| / |change| over its matrices. Norms and biases stay the base's."""
-    adapter = make_adapter(base, "lora", rank=rank, heads=_has_heads(student))
+    adapter = make_adapter(base, "lora", rank=rank, heads=has_heads(student))
     missed = whole = 0.0
     for name in adapter.low_rank:
         own, layer = student.adapter.get_submodule(name).get_parameter("weight").float(), base.get_submodule(name)
@@ -247,7 +247,7 @@ def factorised(student: Student, base: Bagel, rank: int) -> tuple[Student, float
     return Student(adapter, student.guidance, student.sampler), (missed / whole) ** 0.5 if whole else 0.0
 
 
-def _has_heads(student: Student) -> bool:
+def has_heads(student: Student) -> bool:
     return bool(set(_HEADS) & set(student.adapter.copies))
 
 

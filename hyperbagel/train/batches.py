@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.types import PackedBatch
-from hyperbagel.data.loader import BrokenRow, Loader, Prepare
+from hyperbagel.data.loader import BrokenRow, Loader, Prepare, Source
 from hyperbagel.data.mixture import DataConfig, RowsConfig, build_loader
 from hyperbagel.data.packing import Encode, Layout, PackSpec, fill, lay_out, stream_lengths
 from hyperbagel.data.plan import Sample, apply_dropout
@@ -23,6 +24,8 @@ from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.train.contexts import split_sample
 from hyperbagel.train.distributed import World
 from hyperbagel.train.stage import HELD_OUT_SEED, Draws
+
+log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 1000
 
@@ -158,9 +161,19 @@ def held_out_groups(data: DataConfig, number: int, open_: Callable[[DataConfig, 
     mixture. open_: called with (data, seed)."""
     for source in data.single_sources():
         loader = open_(source, HELD_OUT_SEED)
+        warn_of_repeats(loader.sources, number * sum(loader.group.values()), "held_out_groups")
         for i in range(number):
             yield loader, Draws.at(HELD_OUT_SEED, i)
         loader.close()
+
+
+def warn_of_repeats(sources: Mapping[str, Source], wanted: int, key: str) -> None:
+    """Warns if so many held-out samples need rows twice. key: the recipe's, that says how many."""
+    rows = [len(source) for source in sources.values()]
+    if all(rows) and sum(rows) < wanted:  # 0: endless
+        log.warning(
+            "held_out: got %d rows in %s, expected %d; rows count twice, add some or lower %s", sum(rows), ", ".join(sources), wanted, key
+        )
 
 
 class Batches:

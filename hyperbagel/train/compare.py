@@ -15,8 +15,9 @@ from torch import Tensor
 def conditional_energy(student: Tensor, teacher: Tensor) -> float:
     """Energy distance between student and teacher given the condition, divided by the teacher's own spread. Features [2, B, D].
 
-    (2 E|s - t| - E|s - s'| - E|t - t'|) / E|t - t'|, s and t from different noises (from one noise they are alike by design). So its
-    expectation is 0 if both draw from one distribution, whatever noise each picture comes from; blur, collapse and wrong content raise it.
+    (2 E|s - t| - E|s - s'| - E|t - t'|) / E|t - t'|, s and t from different noises (from one noise they are alike by design). So the
+    numerator's expectation is 0 if both draw from one distribution, whatever noise each picture comes from; blur, collapse and wrong
+    content raise it. Divided by an estimate from the same pictures, the ratio lies a little above 0 then, the more the fewer conditions.
     """
 
     def apart(a: Tensor, b: Tensor) -> Tensor:

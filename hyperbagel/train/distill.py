@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hyperbagel.core.config import changed
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.values import clip
 from hyperbagel.data.loader import Loader
 from hyperbagel.data.mixture import DataConfig
 from hyperbagel.data.plan import Sample
@@ -32,6 +33,7 @@ from hyperbagel.model.student import (
     as_whole,
     carry_student,
     fingerprint,
+    has_heads,
     load_student,
     make_adapter,
     save_student,
@@ -69,7 +71,7 @@ class DistillRecipe(FrozenRecipe):
     recompute: bool = False  # keep one tensor per layer and rerun layers for their gradients: more time, far less memory
     heads: bool = True  # also train vae2llm, llm2vae and the timestep embedder
     nfe: int = Field(default=6, ge=1)  # steps that the student is sampled with
-    shift: float = Field(default=3.0, gt=0)  # of training times and the sampler; 3.2.1: at least 3.0 was necessary
+    shift: float = Field(default=3.0, gt=0)  # of the sampler and, but in adp and refl, of training times; 3.2.1: at least 3.0 was necessary
     text_range: tuple[float, float] = (1.0, 5.0)  # 3.2.1
     image_range: tuple[float, float] = (1.0, 2.5)  # 3.2.1; edits
     usual_share: float = Field(default=0.0, ge=0, le=1)  # ours: share of rows at the sampler's default scales, the ones used most
@@ -88,6 +90,10 @@ class DistillRecipe(FrozenRecipe):
                 raise ValueError(f"{name} is {low} to {high}, expected 1 <= low <= high")
         if self.text_range[1] <= 1:
             raise ValueError("text_range ends at 1, which asks for a teacher without guidance; end it above 1 (the paper: 5)")
+        if self.kind == "full" and self.init is None and (idle := changed(self, ("rank", "alpha"))):
+            raise ValueError(
+                f"{idle[0]} is of a LoRA, and a fresh student of kind full has whole layers; set kind=lora or leave {idle[0]} out"
+            )
         if self.measure == "answers" and self.held_out is None:
             raise ValueError("measure=answers asks about held-out pictures and there are none; set held_out, or leave measure at score")
         return self
@@ -151,11 +157,15 @@ class DistillStage(Stage):
             student = self.load(r.init)
         else:
             student = carry_student(r.init, load_folder(r.init_base, self.device, self.dtype)[0], self.base).to(self.device)
-        low = student.adapter.low_rank
-        if (low and changed(r, ("rank",)) and r.rank != student.adapter.rank) or (not low and changed(r, ("kind",))):
-            got = f"rank {r.rank}" if low else f"kind {r.kind!r}"
-            own = f"a LoRA of rank {student.adapter.rank}" if low else "whole layers"
-            raise InputError(f"init={r.init}: got {got} for a student of {own}, which cannot be changed; leave that key out, or init")
+        adapter = student.adapter
+        own: dict[str, Any] = (
+            {"rank": adapter.rank, "alpha": adapter.alpha} if adapter.low_rank else dict.fromkeys(("kind", "rank", "alpha"))
+        )
+        own["heads"] = has_heads(student)
+        if wrong := [key for key in changed(r, own) if getattr(r, key) != own[key]]:
+            what = f"a LoRA of rank {adapter.rank} and alpha {adapter.alpha:g}" if adapter.low_rank else "whole layers"
+            got = f"{wrong[0]} {getattr(r, wrong[0])} for a student of {what}{'' if own['heads'] else ' without heads'}"
+            raise InputError(f"init={r.init}: got {got}, which cannot be changed; leave {wrong[0]} out, or init")
         return as_whole(student, self.base) if r.whole else student
 
     def frozen(self, folder: Path) -> StudentNetwork:
@@ -173,11 +183,12 @@ class DistillStage(Stage):
         return Student.fresh(self.base, make_adapter(self.base, r.kind, rank=r.rank, alpha=r.alpha, heads=r.heads), Sampler())
 
     def _sampler(self) -> Sampler:
+        """Defaults are the paper's scales, or the nearest that the student sees in training."""
         r = self.recipe
         kinds = {
-            "text_scale": PAPER_TEXT_TO_IMAGE.text_scale,
-            "edit_text_scale": PAPER_EDIT.text_scale,
-            "edit_image_scale": PAPER_EDIT.image_scale,
+            "text_scale": clip(PAPER_TEXT_TO_IMAGE.text_scale, *r.text_range),
+            "edit_text_scale": clip(PAPER_EDIT.text_scale, *r.text_range),
+            "edit_image_scale": clip(PAPER_EDIT.image_scale, *r.image_range),
         }
         stage = type(self).__module__.rpartition(".")[2]
         return Sampler(nfe=r.nfe, shift=r.shift, text_range=r.text_range, image_range=r.image_range, stage=stage, **kinds)
@@ -324,8 +335,7 @@ class DistillStage(Stage):
         return figures | self._alarms(step, figures)
 
     def _alarms(self, step: int, figures: dict[str, float]) -> dict[str, float]:
-        """Logs a warning for each alarm, and returns it as a metric: alarm_NAME 1. None at step 0: the incoming student is not the stage's
-        doing."""
+        """Logs each alarm, and returns it as a metric: alarm_NAME 1. None at step 0: the incoming student is not the stage's doing."""
         if step == 0 or "score" not in figures:
             return {}
         self.scores.append(figures["score"])

@@ -65,7 +65,8 @@ class RewardHead(nn.Module):
         self.inner, self.out = nn.Linear(2 * size, size), nn.Linear(size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.silu(self.inner(self.norm(x.float())))).squeeze(-1)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would leave a reward two or three digits
+            return self.out(F.silu(self.inner(self.norm(x.float())))).squeeze(-1)
 
 
 def understand(base: Bagel, spec: PackSpec, pixels: Tensor, samples: Sequence[Sample]) -> Tensor:

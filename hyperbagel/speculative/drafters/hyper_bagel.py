@@ -1,7 +1,7 @@
 """Hyper-Bagel's drafter (arXiv 2509.18824, section 3.1): meta queries over all layers, one target-shaped layer, then the draft layers.
 
 The paper does not say, and we chose (ours:): fc1 comes before Dec; both skips are residuals, so that with zero-initialised projections the
-drafter starts as the target's own last layers over its high feature, and every part has a gradient from the first step.
+drafter starts as the target's own last layers over its high feature, and every part has a gradient within the first steps.
 """
 
 from __future__ import annotations

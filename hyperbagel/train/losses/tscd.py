@@ -27,7 +27,8 @@ def segment_times(u: Tensor, segments: int, step: float, shift: float, snap: flo
     """Times from uniform draws u [4, B] in [0, 1), which decide on the segment, t_n in it, s, and whether s is the segment's end b_j.
 
     step: length of the teacher's step in unshifted time, cut off at b_j. snap: share of draws with s = b_j.
-    ours: snap > 0. The sampler only ever jumps to b_j, so these are the jumps that count; the others teach the way there.
+    ours: snap > 0. A sampler with a step for each segment only ever jumps to b_j, one with several ends every segment with such a jump; the
+    other draws teach the way there.
     """
     bounds = segment_bounds(segments).to(u)
     j = (u[0] * segments).long().clamp(max=segments - 1)

@@ -26,6 +26,15 @@ from hyperbagel.train.losses.tscd import jump
 from hyperbagel.train.stage import Draws
 
 _TOGETHER = 11  # key of the generators that all ranks share
+_TARGETS_OF = {  # keys that not every target reads
+    "teacher": ("reflow",),
+    "reflow_steps": ("reflow",),
+    "substeps": ("segments",),
+    "time_shift": ("guided", "reflow"),  # segments learns the sampler's own times
+    "on_policy": ("guided", "segments"),
+    "on_policy_steps": ("guided",),
+    "scale_draws": ("guided",),
+}
 
 
 class Recipe(DistillRecipe):
@@ -43,11 +52,9 @@ class Recipe(DistillRecipe):
     @model_validator(mode="after")
     def _of_the_target(self) -> Recipe:
         """Refuse settings of another target, so that nobody believes a student teaches where the base does."""
-        for target, keys in (("reflow", ("teacher", "reflow_steps")), ("segments", ("substeps",))):
-            if self.target != target and (idle := changed(self, keys)):
-                raise ValueError(f"{idle[0]} is of target={target}, got target={self.target}; set it or leave {idle[0]} out")
-        if self.target == "segments" and changed(self, ("time_shift",)):
-            raise ValueError("time_shift is of the other targets, segments learns the sampler's own times; leave it out")
+        for key in changed(self, _TARGETS_OF):
+            if self.target not in (targets := _TARGETS_OF[key]):
+                raise ValueError(f"{key} is of target={' or '.join(targets)}, got target={self.target}; set it or leave {key} out")
         return self
 
 

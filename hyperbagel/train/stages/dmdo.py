@@ -78,7 +78,7 @@ class Recipe(DistillRecipe, RewardSettings):
         self.check_sources("rewarded", self.rewarded)
         self.check_sources("judged", self.judged)
         if self.judged and self.coupling != "independent":
-            raise ValueError(f"judged: got coupling={self.coupling}, expected independent (in one step as tdm); set it or leave judged out")
+            raise ValueError(f"judged: got coupling={self.coupling}, expected independent; set it or leave judged out")
         if not self.held and (idle := changed(self, ("hold_steps", "hold_weight"))):
             raise ValueError(f"{idle[0]} is of sources that are held, and held names none; set held or leave {idle[0]} out")
         if self.coupling != "tdm" and changed(self, ("tdm_span",)):
@@ -251,7 +251,8 @@ class DmdoStage(DistillStage):
         for what, lack, along, cap in pulls:
             weight = balanced_weight(matching, along, cap, by_row=True)
             gradient, value = gradient + weight * along, value + lack
-            metrics[f"{name}_{what}_weight"] = weight.mean()
+            pulled = along.flatten(1).any(1)  # not rows at the reward's ceiling, or whose pictures it has not seen
+            metrics[f"{name}_{what}_weight"] = weight[pulled].mean() if pulled.any() else weight.new_ones(())
         return with_gradient(x0_hat, gradient, value), metrics
 
     def look(self, t: Trajectory, x: Tensor, tau: Tensor) -> tuple[Tensor, list[Tensor]]:

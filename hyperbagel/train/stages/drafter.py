@@ -39,6 +39,7 @@ from hyperbagel.speculative.drafters.lesson import make_lesson
 from hyperbagel.speculative.drafters.regenerate import context_of
 from hyperbagel.speculative.simulate import simulate
 from hyperbagel.speculative.types import Drafter, Speculated, Stats
+from hyperbagel.train.batches import warn_of_repeats
 from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.frozen import FrozenRecipe, codes_of
 from hyperbagel.train.losses.drafter import block_loss, unrolled_loss
@@ -179,6 +180,7 @@ class DrafterStage(Stage):
         """Held-out contexts with the target's greedy answers."""
         rng = random.Random(HELD_OUT_SEED)
         sources = _sources(data, self.parts, HELD_OUT_SEED)
+        warn_of_repeats(sources, self.recipe.held_out_prompts, "held_out_prompts")
         return self._answer(self._contexts(data, sources, 0, self.recipe.held_out_prompts, rng), 0.0, rng)
 
     def batch(self, step: int, rng: Draws) -> DraftBatch:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hyperbagel.core.config import changed
 from hyperbagel.core.errors import InputError
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.flow.solvers import euler
@@ -38,6 +39,11 @@ class ReflStage(AdpStage):
         if recipe.teacher is None:
             raise InputError("teacher: got no folder, expected the 6-NFE student of stage dmdo, set teacher=RUN/export")
         recipe.check_sources("rewarded", recipe.rewarded or ())
+        if not (recipe.latent_weight or recipe.pixel_weight) and changed(recipe, ("reward_cap",)):
+            raise InputError(
+                "reward_cap: got one without judges, expected some whose gradient it is relative to; set latent_weight or pixel_weight, or "
+                "leave reward_cap out"
+            )
         super().__init__(recipe, device)
         self.reward = open_reward(recipe, self.base, self.spec, self.tokenizer)
         held_out = [] if recipe.held_out is None else list(recipe.held_out.sources)

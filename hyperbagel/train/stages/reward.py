@@ -8,6 +8,7 @@ say, so the reward cannot be tuned to the score that is reported.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,12 @@ class RewardStage(Stage):
         return loss, {f"{batch.source}_accuracy": (better > worse).float().mean()}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Share of held-out pairs in the right order, and the mean reward of better (a ceiling for stage refl) and of worse pictures."""
+        """Share of held-out pairs that the averaged head puts in the right order, and its mean reward of better (a ceiling for stage refl)
+        and of worse pictures."""
+        with self.players["reward"].averaged():
+            return self._figures()
+
+    def _figures(self) -> dict[str, float]:
         if not self.measured:
             return {}
         better = torch.cat([self.head(pairs.better) for pairs in self.measured])
@@ -132,7 +138,8 @@ class RewardStage(Stage):
         """export/: the head of the best checkpoint or, without held-out pairs, of the last step; for stage refl."""
         if best := best_checkpoint(out / "checkpoints"):
             self.head.load_state_dict(averaged_tensors(best, "reward"))
-        save_reward(out / "export", self.head, self.base, self.evaluate(0))
+        with nullcontext() if best else self.players["reward"].averaged():
+            save_reward(out / "export", self.head, self.base, self._figures())
 
     def close(self) -> None:
         self.loader.close()

@@ -209,6 +209,14 @@ def test_pictures_are_read_as_a_session_reads_them(tmp_path: Path) -> None:
     assert served.shape != parts.vit_transform.pixels(picture, 2).shape
 
 
+def test_held_out_rows_that_count_twice_are_told(target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "rows.jsonl").write_text(2 * (json.dumps({"conversations": turns}) + "\n"))
+    chat = json.dumps({"kind": "chat", "path": str(tmp_path)})
+    stage(target, "block", f"held_out={{own: {{sources: {{chat: {chat}}}}}}}")
+    assert "held_out: got 2 rows in chat, expected 3; rows count twice, add some or lower held_out_prompts" in caplog.text
+
+
 def test_clean_latents_and_pictures_to_draw(target: Path) -> None:
     """A clean latent block is context, a picture to draw is not."""
     s = stage(target, "eagle3")

@@ -106,7 +106,13 @@ def test_what_does_not_belong_is_one_line(base: Path, tmp_path: Path, capsys: py
         ([f"init={base}"], "sampler.json: missing"),
         ([f"init={tmp_path / 'run' / 'export'}", "rank=3"], "got rank 3 for a student of a LoRA of rank 2"),
         ([f"teacher={tmp_path / 'run' / 'export'}"], "teacher is of target=reflow, got target=guided"),
-        (["target=segments", "time_shift=2"], "time_shift is of the other targets"),
+        ([f"init={tmp_path / 'run' / 'export'}", "alpha=3"], "got alpha 3.0 for a student of a LoRA of rank 2 and alpha 2"),
+        ([f"init={tmp_path / 'run' / 'export'}", "heads=false"], "got heads False for a student of a LoRA"),
+        (["kind=full"], "rank is of a LoRA, and a fresh student of kind full has whole layers"),
+        (["target=segments", "time_shift=2"], "time_shift is of target=guided or reflow, got target=segments"),
+        (["target=segments", "scale_draws=2"], "scale_draws is of target=guided"),
+        (["target=reflow", "on_policy=0.5"], "on_policy is of target=guided or segments"),
+        (["target=reflow", "on_policy_steps=3"], "on_policy_steps is of target=guided"),
         (["substeps=2"], "substeps is of target=segments"),
     ):
         capsys.readouterr()
@@ -114,6 +120,15 @@ def test_what_does_not_belong_is_one_line(base: Path, tmp_path: Path, capsys: py
         err = capsys.readouterr().err
         assert told in err and err.startswith("error: ") and err.count("\n") == 1
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "own"), [((1, 5), (1, 2.5), (4, 4, 1.5)), ((1, 3), (1, 1.2), (3, 3, 1.2)), ((4.5, 5), (2, 2), (4.5, 4.5, 2))]
+)
+def test_a_student_s_own_scales_are_such_as_it_sees(text: Any, image: Any, own: Any, base: Path) -> None:
+    """The paper's, or the nearest in the ranges: a request that names none must not be one that training never saw."""
+    sampler = make(cfg, base, text_range=text, image_range=image).student.sampler
+    assert (sampler.text_scale, sampler.edit_text_scale, sampler.edit_image_scale) == own
 
 
 @pytest.mark.parametrize("module", [cfg, reward])

@@ -131,7 +131,7 @@ def test_the_student_turn_reuses_the_fake_turns_trajectories(base: Path, student
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_one_batch_of_guidance_is_learnt(kind: str, base: Path) -> None:
-    stage: Any = make(cfg, base, kind=kind, rank=8, data=only("edit"))
+    stage: Any = make(cfg, base, kind=kind, data=only("edit"), **{"rank": 8} if kind == "lora" else {})
     batch = stage.batch(0, Draws.at(0))
     optimizer = torch.optim.AdamW(stage.student.parameters(), lr=5e-3)
     losses = []

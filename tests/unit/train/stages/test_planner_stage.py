@@ -123,12 +123,14 @@ def test_a_run_is_measured_gated_installed_and_gone_on_with(base: Path, tmp_path
         install_planner(out / "export", mine)
 
 
-def test_plans_may_come_from_files(base: Path, tmp_path: Path) -> None:
+def test_plans_may_come_from_files(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Image.new("RGB", (32, 32)).save(picture := io.BytesIO(), "PNG")
     rows = [{"image": picture.getvalue(), "captions": [text], "plans": [f"draw {text}"]} for text in ("a red car", "a key")]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     own = {"kind": "t2i", "path": tmp_path / "rows.parquet", "think_share": 1.0, "samples": 2}
-    stage: Any = make(planner, base, data={"sources": {"own": own}, "mixture": [{"weights": {"own": 1}}]})
+    data = {"sources": {"own": own}, "mixture": [{"weights": {"own": 1}}]}
+    stage: Any = make(planner, base, data=data, held_out=data, held_out_groups=2)
+    assert "held_out: got 2 rows in own, expected 4; rows count twice" in caplog.text
     batch = stage.batch(0, Draws.at(0))
     told = [stage.tokenizer.decode(wanted[seen].tolist()) for wanted, seen in zip(batch.wanted, batch.seen, strict=True)]
     plans = [f"<think>{row['plans'][0]}</think>" for row in rows]

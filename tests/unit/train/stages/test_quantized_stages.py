@@ -60,7 +60,8 @@ def test_a_stage_equals_one_over_the_unpacked_matrices(
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_run_its_resume_and_its_student(kind: str, base: Path, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"quantize": "nf4", "kind": kind, "rank": 8, "log_every": 1, "sample_every": 100, "teacher_steps": 2}
+    student: dict[str, Any] = {"kind": "lora", "rank": 8} if kind == "lora" else {"kind": "full"}
+    keys: dict[str, Any] = {"quantize": "nf4", **student, "log_every": 1, "sample_every": 100, "teacher_steps": 2}
     run(cfg, base, tmp_path / "whole", max_steps=4, **keys)
     run(cfg, base, tmp_path / "parts", max_steps=2, **keys)
     run(cfg, base, tmp_path / "parts", max_steps=4, resume=True, **keys)
@@ -70,7 +71,7 @@ def test_a_run_its_resume_and_its_student(kind: str, base: Path, tmp_path: Path)
     for other in others:
         for (name, a), b in zip(whole.state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
-    fresh = make(cfg, base, kind=kind, rank=8).student.state_dict()
+    fresh = make(cfg, base, **student).student.state_dict()
     assert any(not torch.equal(a, fresh[name]) for name, a in whole.state_dict().items())
 
 

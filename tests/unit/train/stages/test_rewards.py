@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,28 @@ def test_pairs_are_learnt(base: Path) -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1 and next(iter(metrics.values())) == 1
+
+
+def test_a_head_is_measured_and_exported_as_its_average(base: Path, tmp_path: Path) -> None:
+    stage: Any = make(reward, base, held_out=only("edit"), held_out_groups=1, optim={"ema_decay": 0.9})
+    before, weights = stage.evaluate(0), {name: value.clone() for name, value in stage.head.state_dict().items()}
+    with torch.no_grad():
+        for parameter in stage.head.parameters():
+            parameter.add_(1.0)  # the average stays
+    assert stage.evaluate(0) == before != stage._figures()
+    stage.finish(tmp_path)
+    kept = load_reward(tmp_path / "export", stage.base, stage.spec)
+    assert before.items() <= json.loads((tmp_path / "export" / "reward.json").read_text()).items()
+    assert all(torch.equal(value, weights[name]) for name, value in kept.head.state_dict().items())
+
+
+def test_a_head_s_reward_is_in_full_precision(base: Path) -> None:
+    """bf16 has two or three digits, which would tie rewards."""
+    stage: Any = make(reward, base)
+    x = torch.randn(64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = stage.head(x)
+    assert found.dtype == torch.float32 and torch.equal(found, stage.head(x))
 
 
 @pytest.mark.parametrize("source", ["t2i", "edit"])
@@ -177,6 +200,11 @@ def test_some_sources_only_hold_the_student(base: Path, student: Path, head: Pat
         stage_of("refl", base, student, head, rewarded=["edits"])
 
 
+def test_a_cap_without_judges_is_refused(base: Path, student: Path, head: Path) -> None:
+    with pytest.raises(InputError, match="reward_cap: got one without judges"):
+        stage_of("refl", base, student, head, latent_weight=0, pixel_weight=0, reward_cap=0.5)
+
+
 def test_what_is_held_out_must_be_rewarded_in_part(base: Path, student: Path, head: Path) -> None:
     """Else no checkpoint is the best, and the gate has nothing to go by."""
     with pytest.raises(InputError, match="held_out: got the sources edit, none of them rewarded"):
@@ -270,6 +298,12 @@ def test_a_reward_beside_distribution_matching(cap: float, base: Path, student: 
     torch.testing.assert_close(gradient(loss), gradient(alone) + pulled, rtol=1e-3, atol=1e-5 * float(pulled.norm()))
     torch.testing.assert_close(loss.detach(), (alone + lack.mean()).detach())
     assert (weights < 1).any() == (cap < 1)
+    stage.reward, stage.recipe.reward_samples = reward, 1  # one row is rewarded, and the weight that is told is that row's
+    _, metrics = stage.loss("student", batch, 0)
+    along = torch.autograd.grad(lack[0], x0, retain_graph=True)[0].norm()
+    assert metrics["t2i_reward_weight"] == pytest.approx((cap * matching[0] / along).clamp(max=1.0).item(), rel=1e-3)
+    stage.recipe.ceiling = -1e6  # beyond which no row pulls
+    assert stage.loss("student", batch, 0)[1]["t2i_reward_weight"] == 1
 
 
 def velocities(stage: Any, batch: Any, x_tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from hyperbagel import cli
 from hyperbagel.core.errors import InputError
 from hyperbagel.model.student import load_student, read_sampler
 from hyperbagel.model.weights import load_folder
+from hyperbagel.train.batches import warn_of_repeats
 from hyperbagel.train.launch import run_training
 from hyperbagel.train.stage import Draws
 from hyperbagel.train.stages import cfg, refl
@@ -136,6 +137,15 @@ def test_a_source_without_a_weight_is_named(base: Path, caplog: pytest.LogCaptur
     caplog.clear()
     make(cfg, base)
     assert not caplog.text
+
+
+def test_held_out_rows_that_count_twice_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    held = {"five": range(5), "seven": range(7)}
+    for sources, wanted in ((held, 12), ({**held, "endless": range(0)}, 99)):
+        warn_of_repeats(sources, wanted, "held_out_groups")  # type: ignore[arg-type]
+    assert not caplog.text
+    warn_of_repeats(held, 13, "held_out_groups")  # type: ignore[arg-type]
+    assert "got 12 rows in five, seven, expected 13; rows count twice, add some or lower held_out_groups" in caplog.text
 
 
 def test_a_question_that_names_no_prompt_is_told(base: Path, student: Path, caplog: pytest.LogCaptureFixture) -> None:
