@@ -235,6 +235,7 @@ def test_models_health_version_metrics_and_schema(client: openai.OpenAI, app: An
     assert http.get("/health").json() == {"status": "ok"} and TestClient(app).get("/health").status_code == 200
     assert [http.head(path).status_code for path in ("/", "/health")] == [200, 200] and not http.head("/health").content
     assert http.get("/version").json()["version"]
+    client.images.generate(prompt="a red car", extra_body={"steps": 1})
     text = http.get("/metrics").text
     assert 'hyperbagel_results_total{kind="image",outcome="done"}' in text and "hyperbagel_waiting 0" in text
     schema = http.get("/openapi.json").json()

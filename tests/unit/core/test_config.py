@@ -94,3 +94,12 @@ def test_weights_that_nothing_can_be_drawn_by(weights: dict[str, float], words: 
     check_weights({"a": 0.0, "b": 2.0}, "ab", "kind")
     with pytest.raises(ValueError, match=words):
         check_weights(weights, "ab", "kind")
+
+
+def test_null_takes_a_path_away(tmp_path: Path) -> None:
+    class Recipe(Config):
+        init: Path | None = Path("a")
+        name: str | None = "a"
+
+    found = load_config(Recipe, None, ["init=null", "name=~"])
+    assert found.init is None and found.name is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from hyperbagel.core.config import Config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.progress import ProgressReport, format_seconds
-from hyperbagel.core.run import RunFolder, read_metrics
+from hyperbagel.core.run import RunFolder, git_sha, read_metrics
 
 
 class Settings(Config):
@@ -93,3 +94,15 @@ def test_the_time_left_of_a_resumed_job_is_read_off_what_this_launch_did() -> No
             report.update(share)
     first, second = stream.getvalue().splitlines()
     assert "time left unknown" in first and "0:10 passed, 0:40 left" in second
+
+
+def test_a_changed_work_tree_is_told(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "a").write_text("1")
+    for words in (("init",), ("add", "a"), ("commit", "-m", "x")):
+        git(*words)
+    clean = git_sha(tmp_path)
+    (tmp_path / "a").write_text("2")
+    assert clean is not None and "+" not in clean and git_sha(tmp_path) == f"{clean}+changes"

@@ -85,3 +85,16 @@ def test_nothing_to_average_is_an_error() -> None:
     for call in (lambda: bootstrap_mean([]), lambda: bootstrap_groups({}), lambda: wilson(0, 0), lambda: wilson(3, 2)):
         with pytest.raises(InputError):
             call()
+
+
+def test_groups_are_resampled_independently() -> None:
+    x = np.random.default_rng(0).random(100)
+    estimate = bootstrap_groups({"a": x.tolist(), "b": (1 - x).tolist()})  # one resampling for both would always give 0.5
+    assert 0.06 < estimate.high - estimate.low < 0.1
+
+
+def test_the_level_of_a_paired_difference_of_groups() -> None:
+    x = np.random.default_rng(0).random(100)
+    ours, theirs = {f"{i:03d}": float(v) for i, v in enumerate(x)}, {f"{i:03d}": 0.0 for i in range(100)}
+    wide, narrow = (paired_difference(ours, theirs, groups={k: k[-1] for k in ours}, level=level) for level in (0.95, 0.5))
+    assert narrow.high - narrow.low < 0.5 * (wide.high - wide.low)

@@ -19,8 +19,10 @@ from rich.console import Console
 
 from hyperbagel import cli
 from hyperbagel.core.errors import InputError
+from hyperbagel.evaluate.distillation import _mean_nfe
 from hyperbagel.evaluate.records import item_seed, open_records, read_records, run_items
 from hyperbagel.evaluate.report import compare_evaluations, print_report
+from hyperbagel.evaluate.summary import summarise_questions
 from hyperbagel.evaluate.toybox import Settings, as_square, load_detector, run_toybox_eval
 from hyperbagel.generate.types import AskRequest, Denoising, ImageRequest, ImageResult, TextResult
 from hyperbagel.model.student import fingerprint
@@ -270,3 +272,22 @@ def test_the_command_draws_with_a_student_and_plans(monkeypatch: pytest.MonkeyPa
     assert cli.main(["eval", "toybox", "-o", str(tmp_path / "b"), "--student", "1", "--think", "--split", "heldout"]) == 0
     by = {"student": "1"}
     assert asked == [Settings(), Settings("heldout", think=True, image=by, edit=by)]
+
+
+def test_edits_are_compared_as_shares_and_every_group_alike(tmp_path: Path) -> None:
+    header = {"n": 3, "settings": {"split": "train", "seed": 0, "side": 64}}
+    for name, marks in (("ours", (4, 4, 5)), ("theirs", (5, 5, 9))):
+        rows = [{"id": str(i), "group": group, "o": o} for i, (group, o) in enumerate(zip("aab", marks))]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (header, *rows)))
+    found = compare_evaluations(tmp_path / "ours", tmp_path / "theirs")["edits"]
+    assert found["mean"] == pytest.approx(-0.25) and not found["lossless"]  # -0.1 in group a, -0.4 in group b
+
+
+def test_evaluations_are_a_mean() -> None:
+    assert _mean_nfe([{"nfe": 6}, {"nfe": 12}]) == 9
+
+
+def test_stated_facts_are_a_share_of_what_was_stated() -> None:
+    record = {"id": "a", "kind": "describe", "pair": "", "score": 0.25, "right": 1, "stated": 2, "expected": 4}
+    assert summarise_questions([record])["stated facts right"]["overall"]["mean"] == 0.5

@@ -31,6 +31,7 @@ from hyperbagel.speculative.drafters.folder import load_module, make_drafter, ma
 from hyperbagel.speculative.drafters.regenerate import context_of
 from hyperbagel.train.distributed import World
 from hyperbagel.train.launch import run_training
+from hyperbagel.train.losses.drafter import block_loss
 from hyperbagel.train.stage import Draws
 from hyperbagel.train.stages.drafter import DrafterStage, GateFailed, PromptConfig, Recipe, _sources, build
 
@@ -293,3 +294,45 @@ def test_a_bf16_target_teaches_an_fp32_drafter(kind: str, target: Path, tmp_path
     [told] = [json.loads(path.read_text()) for path in tmp_path.glob("gate*.json")]
     assert all(split["engine_tau"] >= 1 for split in told.values())
     assert load_module(tmp_path / "export", at_work.target).config == trained.config
+
+
+def test_a_drafter_s_average_is_measured_and_exported(target: Path, tmp_path: Path) -> None:
+    s = stage(target, "block", "max_tokens=4", "held_out_prompts=2")
+    shadow = s.players["drafter"].ema.shadow
+    for value in shadow.values():
+        value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
+    with s.served():
+        assert all(torch.equal(s.players["drafter"].parameters[name], value) for name, value in shadow.items())
+    s.finish(tmp_path)
+    found = dict(load_module(tmp_path / "export", s.target).named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in shadow.items() if name in found) and set(shadow) <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("block", ("ce_weight=0.1", "ce_weight=0.9")),
+        ("hyper_bagel", ("decay=0.8", "decay=0.1")),
+        ("hyper_bagel", ("ce_weight=0", "ce_weight=5")),
+    ],
+)
+def test_the_recipe_s_numbers_reach_the_losses(kind: str, keys: tuple[str, str], target: Path) -> None:
+    made = [stage(target, kind, key) for key in keys]
+    a, b = (s.loss("drafter", s.batch(0, Draws.at(0)), 0)[0].item() for s in made)
+    assert a != pytest.approx(b, rel=1e-4)
+
+
+def test_block_weights_are_dsparks(target: Path) -> None:
+    s = stage(target, "block", "ce_weight=0.2")
+    batch = s.batch(0, Draws.at(0))
+    loss, _ = s.loss("drafter", batch, 0)
+    logits, confidence = s.module.rollout(batch.lesson, s.target.embed_text, batch.anchors)
+    want, _ = block_loss(logits, confidence, batch.anchors, batch.lesson, ce_weight=0.2, tv_weight=0.8)
+    assert loss.item() == pytest.approx(want.item())
+
+
+def test_a_token_that_cannot_be_drafted_costs_no_cross_entropy(target: Path) -> None:
+    """Its logit is minus infinity."""
+    s = stage(target, "eagle3", "shape.draft_vocab=2", "ce_weight=0.5")
+    losses = [s.loss("drafter", s.batch(i, Draws.at(0, i)), i)[0] for i in range(2)]
+    assert all(loss.isfinite() for loss in losses)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hyperbagel
+from hyperbagel.core.config import Config
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.session import Parts
 from hyperbagel.generate.students import Students
@@ -20,7 +21,9 @@ from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.student import Sampler, Student, load_student, make_adapter, save_student
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, save_folder
-from hyperbagel.train.folder import average_folders, install_student
+from hyperbagel.pipeline import model_folder
+from hyperbagel.train.folder import average_folders, install_student, save_model
+from hyperbagel.train.launch import resolve_models
 
 CONFIG = BagelConfig(
     llm=LLMConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=50),
@@ -114,3 +117,30 @@ def test_what_a_killed_install_left_has_no_name(folder: Path, student: Path) -> 
     for left in (".6.tmp-1a2b3c4d", ".6.old-1a2b3c4d"):
         shutil.copytree(folder / "students" / "6", folder / "students" / left)
     assert Students(load_folder(folder)[0], folder / "students").names() == ["6"]
+
+
+def test_every_key_knows_the_shipped_model() -> None:
+    class Recipe(Config):
+        init: Path | None = Path("toybox")
+        init_base: Path | None = Path("toybox")
+
+    settings = Recipe()
+    resolve_models(settings)
+    assert settings.init == settings.init_base == model_folder("toybox")
+
+
+@pytest.mark.parametrize("rank", [0, 41])
+def test_a_mean_has_a_rank_that_the_layers_have(rank: int, folder: Path, student: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"got rank {rank}, expected 1 to 40"):
+        average_folders([student, student], folder, tmp_path / "mean", rank=rank)
+
+
+def test_all_files_of_a_tokenizer_go_along(tmp_path: Path) -> None:
+    names = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
+    (tmp_path / "t").mkdir()
+    for name in names:
+        (tmp_path / "t" / name).write_text(name)
+    save_model(
+        tmp_path / "m", fresh_bagel(CONFIG, torch.Generator().manual_seed(0)), AutoEncoder(CONFIG.vae), tmp_path / "t", torch.float32
+    )
+    assert all((tmp_path / "m" / name).read_text() == name for name in names)

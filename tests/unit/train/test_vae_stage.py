@@ -126,3 +126,18 @@ def test_recipe_file_is_valid_and_mistakes_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="did you mean 'vae'"):
         run_training("vea", None, [], tmp_path / "run")
+
+
+def test_the_average_is_measured_and_exported(tmp_path: Path) -> None:
+    stage = build(load_config(Recipe, None, [*SMALL, "optim.ema_decay=0.9"]), torch.device("cpu"))
+    player = stage.players["vae"]
+    with torch.no_grad():
+        for value in player.ema.shadow.values():
+            value.add_(0.02 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
+        found = stage.evaluate(0)
+        stage.finish(tmp_path)
+        for name, value in player.ema.shadow.items():
+            player.parameters[name].copy_(value)
+        assert found == pytest.approx(stage.evaluate(0))
+    export = load_tensors(tmp_path / "export" / "ae.safetensors")
+    assert all(torch.equal(export[name], value) for name, value in player.ema.shadow.items())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_base import CONFIG, DATA, HELD_OUT, write_base
+from tiny_base import CONFIG, DATA, HELD_OUT, only, write_base
 
 from hyperbagel.core.config import check_config
 from hyperbagel.core.errors import InputError
@@ -88,3 +88,13 @@ def test_a_run_learns_to_align_resumes_and_exports_the_model_alone(folders: tupl
 def test_a_layer_that_is_not_there_is_refused(folders: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match=r"align\.layer: got 3, expected 1 to 2"):
         make(*folders, layer=3)
+
+
+def test_the_weight_of_alignment(tmp_path: Path) -> None:
+    sets = [f"vit={CONFIG.vit.model_dump_json()}", "resolution=32", "per_side=4", "batch_size=2", "held_out=2", "max_steps=1"]
+    run_training("vit", None, ["device=cpu", *sets], tmp_path / "vit")
+    values: dict[str, Any] = {"init": str(write_base(tmp_path / "base")), "data": only("t2i"), "device": "cpu", "precision": "fp32"}
+    values["align"] = {"vit": str(tmp_path / "vit" / "export"), "layer": 1, "weight": 7.0}
+    s = base_module.build(check_config(base_module.Recipe, values, "test"), torch.device("cpu"))
+    loss, metrics = s.loss("model", s.batch(0, Draws.at(0)), 0)
+    assert loss.item() == pytest.approx((metrics["t2i_mse"] + 7 * metrics["t2i_align"]).item())

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ import torch
 from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.images import open_image
+from hyperbagel.flow.schedule import shift_time
 from hyperbagel.model.config import VaeConfig
 from hyperbagel.model.student import generates
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, load_tensors, save_tensors
+from hyperbagel.train.checkpoint import averaged_tensors, list_checkpoints
 from hyperbagel.train.gate import judge
 from hyperbagel.train.launch import run_training
+from hyperbagel.train.losses.flow import mixed_objective
 from hyperbagel.train.stage import Draws
 from hyperbagel.train.stages.base import BaseStage, Recipe, build
 
@@ -241,3 +245,53 @@ def test_the_second_rounds_recipe_is_valid() -> None:
 def test_the_7b_recipe_is_valid() -> None:
     settings = load_config(Recipe, RECIPES / "7b" / "base.yaml")
     assert settings.init is not None and settings.data.rows == "packed" and settings.shift == 4.0
+
+
+@pytest.mark.parametrize(("source", "kind", "weight"), [("t2i", "mse", 3.0), ("question", "ce", 0.25)])
+def test_the_recipe_weighs_both_losses(source: str, kind: str, weight: float, vae: Path) -> None:
+    s = stage(vae, f"data.mixture=[{{weights: {{{source}: 1}}}}]", "mse_weight=3", "ce_weight=0.25")
+    loss, metrics = s.loss("model", s.batch(0, Draws.at(0)), 0)
+    assert loss.item() == pytest.approx(weight * metrics[f"{source}_{kind}"].item())
+
+
+def far(player: Any) -> None:
+    """An average that is not what is trained."""
+    g = torch.Generator().manual_seed(0)
+    for value in player.ema.shadow.values():
+        value.add_(0.1 * torch.randn(value.shape, generator=g))
+
+
+def test_held_out_figures_are_the_averages_and_the_score_their_weighted_mean(vae: Path) -> None:
+    sources = "{t2i: {task: t2i, samples: 4}, edit: {task: edit, samples: 2}, question: {task: question, samples: 4}}"
+    held_out = f"held_out={{sources: {sources}, mixture: [{{weights: {{t2i: 1}}}}]}}"
+    s = stage(vae, held_out, "held_out_batches=1", "mse_weight=3", "ce_weight=0.25")
+    far(s.players["model"])
+    with torch.no_grad():
+        found = s.evaluate(0)
+        with s.players["model"].averaged():
+            want = {}
+            for batch in s.measured:
+                out = s.model.forward_train(batch.packed)
+                want |= {f"{batch.source}_{k}": v.item() for k, v in mixed_objective(out.mse, out.ce, batch.packed.ce_weights)[1].items()}
+    assert {k: found[k] for k in want} == pytest.approx(want)
+    assert found["score"] == pytest.approx(-3 * (want["t2i_mse"] + want["edit_mse"]) / 2 - 0.25 * want["question_ce"])
+
+
+def test_what_is_held_out_does_not_depend_on_the_recipe_s_seed(vae: Path) -> None:
+    held_out = "held_out={sources: {question: {task: question, samples: 4}}, mixture: [{weights: {question: 1}}]}"
+    a, b = (stage(vae, held_out, "held_out_batches=1", f"seed={seed}").measured[0].packed for seed in (1, 2))
+    assert torch.equal(a.text_ids, b.text_ids)
+
+
+def test_training_times_have_the_recipe_s_shift(vae: Path) -> None:
+    a, b = (stage(vae, "data.mixture=[{weights: {t2i: 1}}]", f"shift={shift}").batch(0, Draws.at(0)).packed for shift in (1, 4))
+    noisy = a.timesteps > 0
+    assert noisy.any() and torch.allclose(b.timesteps[noisy], shift_time(a.timesteps[noisy], 4.0))
+
+
+def test_without_a_measure_the_averages_of_the_last_step_are_exported(vae: Path, tmp_path: Path) -> None:
+    on = ["max_steps=3", "optim.ema_decay=0.5", "optim.warmup_steps=0", "export_dtype=float32"]
+    run_training("base", RECIPES / "toybox" / "base.yaml", [*SMALL, f"vae={vae}", *on], tmp_path / "a")
+    averages = averaged_tensors(list_checkpoints(tmp_path / "a" / "checkpoints")[-1], "model")
+    export = load_tensors(tmp_path / "a" / "export" / "ema.safetensors")
+    assert averages and all(torch.equal(export[name], value) for name, value in averages.items())
