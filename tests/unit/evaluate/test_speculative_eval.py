@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from small_world import small_parts
 from hyperbagel.core.errors import InputError
 from hyperbagel.evaluate import speculative
 from hyperbagel.evaluate.speculative import QUICK, SPLITS, Cell, alpha, run_speculative_eval
+from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.session import Session
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.choose import NODES
@@ -26,6 +28,7 @@ from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.folder import make_module, save_drafter
 from hyperbagel.speculative.drafters.lookup import Lookup
 from hyperbagel.speculative.drafters.static import StaticTree
+from hyperbagel.speculative.types import Speculated
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,61 @@ def test_each_repeat_meets_prompts_that_its_budget_has_not_seen(model: HyperBage
     (asked, known), (first, learnt), (again, restored) = ([list(x) for x in zip(*calls[i : i + 3], strict=True)] for i in (0, 3, 6))
     assert len(calls) == 9 and first == again and not any(text in first for text in asked)
     assert restored[0] == learnt[0] not in known and learnt[2] != learnt[0]
+
+
+def test_speed_by_turns(model: HyperBagel, drafter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each arm goes first in turn, and an answer's first token, which came with its question, is no token of decoding."""
+    asked: list[Any] = []
+    arms: list[speculative._Arm] = []
+    own, row = speculative.decode, speculative._row
+    monkeypatch.setattr(speculative, "decode", lambda sessions, **how: asked.append(how["drafter"]) or own(sessions, **how))
+    monkeypatch.setattr(speculative, "_row", lambda arm, plain: arms.append(arm) or row(arm, plain))
+    work = speculative._Bench(model, {"block": str(drafter)}, replace(QUICK, prompts=4, repeats=1, batches=(1,)))
+    with torch.inference_mode():
+        work._speed(Cell("in_template", 0.0, 1))
+        answers = own(work._sessions(work.of_split("in_template"), (), True), max_tokens=QUICK.max_tokens)
+    repeat = asked[16:]  # after the warm-up: four prompts, four arms
+    order = [arm.drafter for arm in arms]
+    assert [repeat[4 * turn : 4 * turn + 4] for turn in range(4)] == [order[turn:] + order[:turn] for turn in range(4)]
+    ends = [out.finish_reason == "stop" for out in answers]
+    assert all(arm.tokens == [sum(len(out.ids) - 1 for out in answers) + sum(ends)] for arm in arms)
+
+
+def test_acceptance_is_that_of_whole_drafts_and_entropy_has_the_token_that_ends(
+    model: HyperBagel, drafter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thresholds: list[float] = []
+    work = speculative._Bench(model, {"block": str(drafter)}, replace(QUICK, prompts=1))
+    flat, sure = torch.zeros(4), torch.tensor([0.0, -1e9, -1e9, -1e9])
+    monkeypatch.setattr(speculative, "plain_decode", lambda *_, **how: [Decoded([1, 2], logits=[flat, flat, sure, flat])])
+
+    def decoded(sessions: Any, *, drafter: Any, **how: Any) -> Any:
+        thresholds.append(drafter.threshold)
+        out = Speculated([1, 2])
+        out.stats.rounds, out.stats.tokens = 1, 2
+        return [out]
+
+    monkeypatch.setattr(speculative, "decode", decoded)
+    for name in ("lookup", str(drafter)):
+        for one in {work.drafters.get(name), work.drafters.served(name)} if name != "lookup" else {work.drafters.get(name)}:
+            one.threshold = 0.7
+    record = work._acceptance(Cell("in_template", 1.0, 1))
+    assert thresholds == [0.0] * 3 and record["entropy"] == pytest.approx(2 / 3 * math.log(4)) and record["tokens"] == 2
+
+
+def test_answers_with_draws_of_their_own_are_not_compared(model: HyperBagel, drafter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = speculative._Bench(model, {"block": str(drafter)}, replace(QUICK, prompts=2, repeats=1, batches=(1,)))
+    own = work.drafters.budgeted
+
+    def drawing(name: str) -> Any:
+        budget = own(name)
+        budget.draws = True
+        return budget
+
+    monkeypatch.setattr(work.drafters, "budgeted", drawing)
+    with torch.inference_mode():
+        greedy, drawn = (work._speed(Cell("in_template", t, 1))["rows"] for t in (0.0, 1.0))
+    assert all("identical" in row for row in greedy.values()) and [name for name, row in drawn.items() if "identical" in row] == ["plain"]
 
 
 def test_with_graphs_every_way_to_decode_has_fixed_shapes(drafter: Path, tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ def test_workers_draw_ahead_for_their_own_rank(monkeypatch: pytest.MonkeyPatch) 
         stage.close()
 
 
+def test_noise_on_latents_is_in_units_of_their_own_deviation() -> None:
+    stage = build(load_config(Recipe, None, [*SMALL, "latent_noise=0.5"]), torch.device("cpu"))
+    pictures, (eps, extra) = stage.batch(0, Draws.at(0))
+    mean, logvar = stage.model.moments(pictures)
+    z = mean + (0.5 * logvar).exp() * eps
+    with torch.no_grad():
+        wanted = (stage.model.decode_raw(z + 0.5 * z.std() * extra) - pictures).abs().mean()
+        assert stage.loss("vae", (pictures, (eps, extra)), 0)[1]["l1"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert z.std() < 0.9 or z.std() > 1.1
+
+
 def test_a_sleeping_block_computes_what_it_did_at_the_start() -> None:
     stage = build(load_config(Recipe, None, SMALL), torch.device("cpu"))
     awake = stage.model.moments(stage.held_out)[0]
