@@ -70,6 +70,14 @@ def test_a_merged_folder_without_guidance_draws_what_base_and_student_draw(name:
     assert stock.settings.__self__ is stock and stock.sampler is None and merged.sampler is not None
 
 
+def test_unless_told_the_scales_of_a_caption_s_picture_are_folded_in(made: Any, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "students" / "lora", tmp_path / "own")
+    told = json.loads((tmp_path / "own" / "sampler.json").read_text()) | {"text_scale": 3.0, "edit_text_scale": 3.5, "image_scale": 1.0}
+    (tmp_path / "own" / "sampler.json").write_text(json.dumps(told | {"edit_image_scale": 2.0}))
+    exported = export_lora(tmp_path / "own", tmp_path / "out", model=str(folder))
+    assert (exported.text_scale, exported.image_scale) == (3.0, 1.0)
+
+
 def test_the_sampler_is_bound_to_merged_weights(made: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "merged"
     assert cli.main(["export", "student", "full", "-o", str(out), "--model", str(folder), "--text-scale", "2", "--verify"]) == 0
