@@ -173,3 +173,14 @@ def test_broken_rows_are_counted_over_all_launches() -> None:
     assert second.broken == first.broken == Counter(a=3)  # row 1's place asks for row 2 as well
     take(first, 2), take(second, 2)
     assert second.broken == first.broken == Counter(a=4)
+
+
+def test_behind_broken_rows_ranks_still_read_rows_of_their_own() -> None:
+    found = [read_group(Numbers(0, frozenset({2, 3})), "a", 0, 2, rank, 2) for rank in range(2)]
+    assert [[sample[0].ids[0] for sample in group.samples] for group in found] == [[0, 4], [1, 5]]  # type: ignore[union-attr]
+
+
+def test_broken_rows_are_counted_where_groups_are_prepared(caplog: pytest.LogCaptureFixture) -> None:
+    loader = Loader({"a": Numbers(0, frozenset({1}))}, [Phase(None, {"a": 1})], {"a": 4}, seed=0, prepare=tell)
+    loader.next_group()
+    assert loader.broken == {"a": 1} and "row 1" in caplog.text

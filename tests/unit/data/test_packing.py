@@ -176,3 +176,9 @@ def test_positions_of_a_model_that_spreads_small_pictures_over_its_table() -> No
 def test_a_tied_text_goes_with_the_one_before_it() -> None:
     plan: Sample = [Text([0]), Text([1], enable_cfg=True), Text([2], tied=True), Text([3], tied=True)]
     assert [item.dropped for item in apply_dropout(plan, Dropout(text=1.0), random.Random(0))] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("shape", [(8, 72), (72, 8)])
+def test_a_picture_with_too_many_patches_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match="up to 64 a side"):
+        packed([[VitImage(np.zeros((*shape, 3), np.uint8)), Text([1], loss=True)]])

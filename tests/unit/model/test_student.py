@@ -15,6 +15,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.merge import folded_sampler
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import (
     Kind,
@@ -304,3 +305,41 @@ def test_a_mean_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "rank 4 leaves out" in capsys.readouterr().err and load_student(tmp_path / "mean", base).adapter.rank == 4
     assert cli.main([*given, "-o", str(tmp_path / "other"), "--rank", "0"]) == 2
     assert "got rank 0, expected 1 to" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_the_mean_of_loras_minds_their_alphas(tmp_path: Path) -> None:
+    base = tiny()
+    folders = [tmp_path / str(i) for i in range(2)]
+    for i, alpha in enumerate((2, 8)):
+        student = Student(make_adapter(base, "lora", rank=2, alpha=alpha), GuidanceEmbedders(24), Sampler())
+        shake(student, seed=i)
+        save_student(folders[i], student, base)
+    name = "language_model.model.layers.1.self_attn.q_proj_moe_gen"
+    students = (average_students(folders, base), *(load_student(folder, base) for folder in folders))
+    mean, *views = (student.network(base, merged=True).model.get_submodule(name).weight for student in students)
+    torch.testing.assert_close(mean, sum(views) / 2)
+
+
+@pytest.mark.parametrize("part", ["adapter.", "guidance."])
+def test_weights_that_are_no_numbers_are_refused(part: str, tmp_path: Path) -> None:
+    base = tiny()
+    student = Student(make_adapter(base, "full"), GuidanceEmbedders(24), Sampler())
+    next(p for name, p in student.named_parameters() if name.startswith(part)).data.view(-1)[0] = float("nan")
+    save_student(tmp_path / "s", student, base)
+    with pytest.raises(InputError, match="not finite"):
+        load_student(tmp_path / "s", base)
+
+
+def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    base = tiny()
+    save_student(tmp_path / "s", Student(make_adapter(base, "lora", rank=2), GuidanceEmbedders(24), Sampler()), base)
+    path = tmp_path / "s" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": float("inf")}))
+    with pytest.raises(InputError, match="restore the file"):
+        load_student(tmp_path / "s", base)
+
+
+def test_a_merged_model_has_no_guidance_left() -> None:
+    made = folded_sampler(Sampler(nfe=3, shift=2.5, stage="test"), 3.0, 1.5)
+    neutral = dict.fromkeys(("text_scale", "image_scale", "edit_text_scale", "edit_image_scale"), 1.0)
+    assert made == Sampler(3, 2.5, **neutral, text_range=(1.0, 1.0), image_range=(1.0, 1.0), stage="test, guidance 3 / 1.5 folded in")
