@@ -14,12 +14,12 @@ from small_world import small_parts
 
 from hyperbagel.core.errors import Notice
 from hyperbagel.generate.session import Session
-from hyperbagel.speculative.adaptive import Adaptive
-from hyperbagel.speculative.budget import SHORTEST_PAUSE, Costs, DraftCost, Record, after_round
+from hyperbagel.speculative.adaptive import DARING, TRIAL_DEPTH, Adaptive
+from hyperbagel.speculative.budget import SHORTEST_PAUSE, Costs, DraftCost, Record, after_round, least_chance
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters.expand import best_nodes, grow
 from hyperbagel.speculative.drafters.lookup import Lookup
-from hyperbagel.speculative.types import Seen, Speculated
+from hyperbagel.speculative.types import Draft, Seen, Speculated
 
 
 def test_an_answer_is_drafted_as_long_as_a_whole_draft_fits_behind_it() -> None:
@@ -75,3 +75,64 @@ def test_a_draft_is_as_long_as_its_surest_row_needs() -> None:
     sure, unsure = torch.tensor([[20.0, 0, 0, 0]]), torch.zeros(1, 4)
     for rows in (torch.stack([sure, unsure]), torch.stack([unsure, sure])):
         assert best_nodes([grow(None, rows, 4)], 4, threshold=0.5).tokens.shape[1] == 1
+
+
+class Told:
+    """Drafts what it is told to, and keeps how it was asked."""
+
+    taps, width, depth, draws, threshold = (), 8, 8, False, 0.0
+
+    def __init__(self, *rows: list[int]) -> None:
+        self.rows, self.asked = torch.tensor(rows), list[tuple[int, float]]()
+
+    def begin(self, *given: object) -> None: ...
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        self.asked.append((limit, self.threshold))
+        return Draft(self.rows)
+
+    def end(self, counts: object) -> None: ...
+
+
+COSTS = Costs(((1, 1.0), (16, 4.0)), {"told": DraftCost(0.5, 0.1, start=0.25)})
+
+
+def budget(told: Told, prior: float = 0.9) -> tuple[Adaptive, list[Session]]:
+    parts = small_parts()
+    adaptive, sessions = Adaptive({"told": told}, {"told": (prior,)}, costs=COSTS), [Session.new(parts) for _ in told.rows]
+    for session in sessions:
+        session.add_text("a car")
+    adaptive.begin(sessions, 0.0, [])
+    return adaptive, sessions
+
+
+def seen(sessions: list[Session], start: int = 0, counts: int | None = None) -> Seen:
+    n, b = sessions[0].cache.lengths[0] if counts is None else counts, len(sessions)
+    return Seen(sessions[0].cache, [start] * b, [n] * b, [[5]] * b, torch.full((b,), 6), torch.full((b,), start + n))
+
+
+def test_a_trial_is_no_shorter_than_two_and_no_longer_than_what_is_left() -> None:
+    for left, asked in ((8, TRIAL_DEPTH), (1, 1)):
+        told = Told([7])
+        adaptive, sessions = budget(told, prior=0.01)  # hopeless: best not drafted at all
+        adaptive.propose(seen(sessions), left)
+        [(depth, threshold)] = told.asked
+        assert depth == asked and threshold == DARING * least_chance(COSTS, "told", 1 / COSTS.plain, told.width)
+
+
+def test_columns_that_no_row_fills_are_not_read() -> None:
+    adaptive, sessions = budget(Told([7, -1, -1], [7, 8, -1]))
+    assert adaptive.propose(seen(sessions), 8).tokens.tolist() == [[7, -1], [7, 8]]
+
+
+def test_what_is_learnt_goes_by_how_far_an_answer_has_come() -> None:
+    adaptive, sessions = budget(Told([7, 8]))
+    context, found = sessions[0].cache.lengths[0], []
+    for answered in (0, 1, 2, 3, 4, 50):
+        adaptive.propose(seen(sessions) if not answered else seen(sessions, context + answered - 1, 1), 8)
+        assert adaptive.last is not None
+        found.append(([key[2] for key, phase in adaptive.phases.items() if phase is adaptive.last.phase], adaptive.last.first))
+    assert found == [([0], 6), ([1], None), ([2], None), ([2], None), ([3], None), ([3], None)]
+    first, later = (adaptive._phase(far).records["told"] for far in (0, 1))
+    fresh, second = (budget(Told([7]))[0]._phase(far).records["told"].seconds for far in (0, 1))
+    assert fresh == pytest.approx(second + 0.25) and first is not later  # a request's first draft reads its context
