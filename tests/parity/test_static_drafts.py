@@ -138,6 +138,11 @@ def test_drafts_in_fixed_shapes_are_the_eager_ones(kind: Kind, temperature: floa
     same_drafts(kind, temperature, parts)
 
 
+def test_a_temperature_near_none_draws_the_likeliest_in_fixed_shapes_too(parts: Parts) -> None:
+    """fp32 holds no such number: divided by it, logits would be no numbers."""
+    same_drafts(KINDS[0], 1e-50, parts)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_trees_in_fixed_shapes_are_the_eager_ones(temperature: float, parts: Parts) -> None:
     """The search by tensors, in rounds of a fixed shape, against the search one by one."""

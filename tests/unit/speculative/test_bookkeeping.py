@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from hyperbagel.core.errors import Notice
 from hyperbagel.generate.session import Session
 from hyperbagel.speculative.adaptive import DARING, TRIAL_DEPTH, Adaptive
 from hyperbagel.speculative.budget import SHORTEST_PAUSE, Costs, DraftCost, Record, after_round, least_chance
-from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.costs import READ, measure_costs
+from hyperbagel.speculative.decode import Rounds, decode
 from hyperbagel.speculative.drafters.expand import best_nodes, grow
 from hyperbagel.speculative.drafters.lookup import Lookup
 from hyperbagel.speculative.types import Draft, Seen, Speculated
@@ -136,3 +138,36 @@ def test_what_is_learnt_goes_by_how_far_an_answer_has_come() -> None:
     first, later = (adaptive._phase(far).records["told"] for far in (0, 1))
     fresh, second = (budget(Told([7]))[0]._phase(far).records["told"].seconds for far in (0, 1))
     assert fresh == pytest.approx(second + 0.25) and first is not later  # a request's first draft reads its context
+
+
+def test_costs_are_the_fastest_of_each_and_a_first_draft_s_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: reading n tokens takes n seconds or, every other time, twice as long."""
+    passed, met = [0.0], Counter[int]()
+
+    class Slow(Told):
+        taps, fresh = (0,), True
+
+        def begin(self, *given: object) -> None:
+            self.fresh = True
+
+        def propose(self, seen: Seen, limit: int) -> Draft:
+            passed[0] += 0.5 + 0.1 * (limit - 1) + 4.0 * self.fresh
+            self.fresh = False
+            return Draft(self.rows)
+
+    own = Rounds.round
+
+    def timed(work: Rounds) -> None:
+        read = work.drafter.read  # type: ignore[attr-defined]
+        met[read] += 1
+        passed[0] += read * (1 + met[read] % 2)
+        own(work)
+
+    monkeypatch.setattr(Rounds, "round", timed)
+    monkeypatch.setattr("hyperbagel.speculative.costs._clock", lambda device: lambda: passed[0])
+    session = Session.new(small_parts(), (0,))
+    session.add_text("a car")
+    costs = measure_costs(session, {"slow": Slow([7])}, 1)
+    assert dict(costs.verify) == pytest.approx({n: float(n) for n in READ})
+    draft = costs.draft["slow"]
+    assert (draft.first, draft.more, draft.start) == pytest.approx((0.5, 0.1, 4.0))
