@@ -20,7 +20,7 @@ from hyperbagel.toybox.language import CATEGORIES, EXTRA_GROUPS, GROUPS, KINDS, 
 
 log = logging.getLogger(__name__)
 
-# Keys of SourceConfig that every kind reads, and those that the file kinds read; all others are the toybox's.
+# Keys of SourceConfig that the toybox and file kinds share, and those that the file kinds read alone; all others are the toybox's.
 _EVERY, _FILES = ("kind", "samples", "noise_copies", "think_share"), ("path", "images")
 
 

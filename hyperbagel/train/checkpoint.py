@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,17 @@ def averaged_tensors(path: Path, player: str) -> dict[str, Tensor]:
         return load_file(ema if ema.exists() else path / f"{player}.weights.safetensors")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: got a damaged checkpoint ({error}), expected a whole one, remove it and resume from an older") from error
+
+
+@contextmanager
+def as_exported(stage: Stage, player: str, out: Path) -> Iterator[None]:
+    """Inside, a player of the run in `out` has the weights to export: the averages of the best checkpoint or, if nothing was measured, of
+    the last step."""
+    given, best = stage.players[player], best_checkpoint(out / "checkpoints")
+    with given.averaged(), torch.no_grad():
+        for name, value in averaged_tensors(best, player).items() if best else ():
+            given.parameters[name].copy_(value)
+        yield
 
 
 def save_checkpoint(

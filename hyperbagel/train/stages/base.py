@@ -26,7 +26,7 @@ from hyperbagel.model.student import generates
 from hyperbagel.model.weights import stored_dtype
 from hyperbagel.train.alignment import Aligner, Alignment
 from hyperbagel.train.batches import Batches, NamedBatch
-from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
+from hyperbagel.train.checkpoint import as_exported
 from hyperbagel.train.compiled import compile_layers, uncompiled
 from hyperbagel.train.distributed import World, join_world
 from hyperbagel.train.folder import load_model, load_vae, load_vit, save_model
@@ -211,10 +211,7 @@ class BaseStage(Stage):
     def finish(self, out: Path) -> None:
         """export/: a whole model folder in BAGEL's layout, with the averaged weights of the best checkpoint or, if nothing was measured, of
         the last step."""
-        player, best = self.players["model"], best_checkpoint(out / "checkpoints")
-        with player.averaged(), torch.no_grad():
-            for name, value in averaged_tensors(best, "model").items() if best else ():
-                player.parameters[name].copy_(value)
+        with as_exported(self, "model", out):
             dtype = getattr(torch, self.recipe.export_dtype)
             save_model(out / "export", self.model, self.vae, self.tokenizer_folder, dtype, self.vae_dtype)
 

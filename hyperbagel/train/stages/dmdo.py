@@ -252,7 +252,8 @@ class DmdoStage(DistillStage):
             weight = balanced_weight(matching, along, cap, by_row=True)
             gradient, value = gradient + weight * along, value + lack
             pulled = along.flatten(1).any(1)  # not rows at the reward's ceiling, or whose pictures it has not seen
-            metrics[f"{name}_{what}_weight"] = weight[pulled].mean() if pulled.any() else weight.new_ones(())
+            mean = (weight.flatten() * pulled).sum() / pulled.sum().clamp(min=1)
+            metrics[f"{name}_{what}_weight"] = torch.where(pulled.any(), mean, 1.0)  # no wait for the device
         return with_gradient(x0_hat, gradient, value), metrics
 
     def look(self, t: Trajectory, x: Tensor, tau: Tensor) -> tuple[Tensor, list[Tensor]]:

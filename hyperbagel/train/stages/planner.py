@@ -8,7 +8,6 @@ Shape legend: B samples, n tokens of the longest plan, V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from hyperbagel.model.planner import load_planner, make_planner, save_planner
 from hyperbagel.model.student import fingerprint
 from hyperbagel.nn.lora import attach
 from hyperbagel.train.batches import held_out_groups, open_loader, pack_spec, posterior_encoder
-from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
+from hyperbagel.train.checkpoint import as_exported
 from hyperbagel.train.contexts import Context, behind, prefill
 from hyperbagel.train.distill import seeded
 from hyperbagel.train.distributed import World, join_world
@@ -135,9 +134,7 @@ class PlannerStage(Stage):
 
     def finish(self, out: Path) -> None:
         """export/: the planner of the best checkpoint or, without held-out plans, of the last step."""
-        if best := best_checkpoint(out / "checkpoints"):
-            self.planner.load_state_dict(averaged_tensors(best, "planner"))
-        with nullcontext() if best else self.players["planner"].averaged():
+        with as_exported(self, "planner", out):
             save_planner(out / "export", self.planner, self.mark)
 
     def close(self) -> None:

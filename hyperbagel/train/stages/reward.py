@@ -8,7 +8,6 @@ say, so the reward cannot be tuned to the score that is reported.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.train.batches import held_out_groups, open_loader, pack_spec, posterior_encoder
-from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
+from hyperbagel.train.checkpoint import as_exported
 from hyperbagel.train.contexts import split_sample
 from hyperbagel.train.distill import seeded
 from hyperbagel.train.distributed import World, join_world
@@ -136,9 +135,7 @@ class RewardStage(Stage):
 
     def finish(self, out: Path) -> None:
         """export/: the head of the best checkpoint or, without held-out pairs, of the last step; for stage refl."""
-        if best := best_checkpoint(out / "checkpoints"):
-            self.head.load_state_dict(averaged_tensors(best, "reward"))
-        with nullcontext() if best else self.players["reward"].averaged():
+        with as_exported(self, "reward", out):
             save_reward(out / "export", self.head, self.base, self._figures())
 
     def close(self) -> None:

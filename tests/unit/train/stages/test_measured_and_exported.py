@@ -76,6 +76,12 @@ def test_without_a_measure_the_averaged_student_is_exported(base: Path, tmp_path
     assert averages and all(torch.equal(found[name], value) for name, value in averages.items())
 
 
+def test_whole_layers_stay_whole(base: Path, student: Path) -> None:
+    for key, value in (("kind", "lora"), ("rank", 3), ("alpha", 3.0)):
+        with pytest.raises(InputError, match=f"got {key} {value} for a student of whole layers"):
+            make(cfg, base, init=student, **{key: value})
+
+
 @pytest.mark.parametrize(("target", "metric"), [("guided", "learned"), ("reflow", "match"), ("segments", "match")])
 def test_each_target_has_its_measure(target: str, metric: str, base: Path) -> None:
     assert make(cfg, base, target=target).best_metric == metric
