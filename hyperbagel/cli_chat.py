@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hyperbagel import cli_checks as checks
-from hyperbagel.cli_options import Device, Dtype, Graphs, MaxTokens, Model, Student, Temperature, given
+from hyperbagel.cli_options import Device, Dtype, Graphs, MaxTokens, Model, Planner, Student, Temperature, given
 from hyperbagel.core.errors import InputError
 
 
@@ -24,6 +24,7 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
     graphs: Graphs = False,
+    planner: Planner = None,
 ) -> None:
     """Talk about pictures: ask, draw, edit. /help lists the commands. Lines may also come from a pipe."""
     checks.check_at_least("--max-tokens", max_tokens, 1)
@@ -34,7 +35,7 @@ def chat(
     from hyperbagel.chat import Chat, run
     from hyperbagel.pipeline import HyperBagel
 
-    loaded = HyperBagel.from_pretrained(**given(model=model, device=device, dtype=dtype, graphs=graphs or None))
+    loaded = HyperBagel.from_pretrained(**given(model=model, device=device, dtype=dtype, graphs=graphs or None, planner=planner))
     options = given(max_tokens=max_tokens, temperature=temperature, drafter=drafter, student=student)
     talk = Chat(loaded, seed=checks.draw_seed() if seed is None else checks.check_seed(seed), think=think, **options)
     run(talk, [f"/image {path}" for path in images or ()])

@@ -39,7 +39,7 @@ def check_at_least(option: str, value: float | None, low: float) -> None:
 
 def check_plan(settings: Mapping[str, Any]) -> None:
     """Refuses settings of a plan where no plan is asked for."""
-    for name in ("max_think_tokens", "think_temperature", "drafter"):
+    for name in ("max_think_tokens", "think_temperature", "drafter", "planner"):
         if settings.get(name) is not None and not settings.get("think"):
             raise InputError(
                 f"got --{name.replace('_', '-')} without --think, expected a plan that it is about, add --think or leave it out"

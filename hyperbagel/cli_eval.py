@@ -16,6 +16,7 @@ from hyperbagel.cli_options import (
     Interval,
     Model,
     Plan,
+    Planner,
     PlanTemperature,
     PlanTokens,
     Size,
@@ -49,10 +50,10 @@ def _counts(**counts: int | None) -> None:
         checks.check_at_least(f"--{name.replace('_', '-')}", count, 0)
 
 
-def _load(model: str | None, device: str | None, dtype: str | None) -> Any:
+def _load(model: str | None, device: str | None, dtype: str | None, planner: str | None = None) -> Any:
     from hyperbagel.pipeline import HyperBagel
 
-    return HyperBagel.from_pretrained(**given(model=model, device=device, dtype=dtype))
+    return HyperBagel.from_pretrained(**given(model=model, device=device, dtype=dtype, planner=planner))
 
 
 @app.command()
@@ -65,6 +66,7 @@ def toybox(
     student: Student = None,
     think: Plan = False,
     think_temperature: PlanTemperature = None,
+    planner: Planner = None,
     split: Split = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -75,10 +77,10 @@ def toybox(
     from hyperbagel.evaluate.toybox import Settings, run_toybox_eval
 
     drawn_by = given(student=student, think_temperature=think_temperature)
-    checks.check_plan(drawn_by | {"think": think})
+    checks.check_plan(drawn_by | {"think": think, "planner": planner})
     asked = Settings(**given(split=split), think=think, image=drawn_by, edit=drawn_by)
     counts = given(n_t2i=n_t2i, n_edits=n_edits, n_questions=n_questions)
-    run_toybox_eval(_load(model, device, dtype), out=out, settings=asked, **counts)
+    run_toybox_eval(_load(model, device, dtype, planner), out=out, settings=asked, **counts)
 
 
 @app.command()
@@ -100,6 +102,7 @@ def distillation(
     seed: Annotated[int, typer.Option(help="Seed of the items and of their noise.")] = 0,
     think: Plan = False,
     think_temperature: PlanTemperature = None,
+    planner: Planner = None,
     split: Split = None,
     batch: Annotated[int | None, typer.Option(help="Items drawn together.")] = None,
     device: Device = None,
@@ -114,11 +117,11 @@ def distillation(
     from hyperbagel.evaluate.rows import choose, parse_students
 
     plan: dict[str, Any] = {"think": think, "think_temperature": think_temperature}
-    checks.check_plan(plan)
+    checks.check_plan(plan | {"planner": planner})
     wanted = None if rows is None else [name.strip() for name in rows.split(",") if name.strip()]
     choose(wanted)
     folders = parse_students(student or ())
-    pipeline = _load(model, device, dtype)
+    pipeline = _load(model, device, dtype, planner)
     shipped = {name: pipeline.students.folder / name for name in ("6", "1") if name in pipeline.students.names()}
     counts = given(n_t2i=n_t2i, n_edits=n_edits, n_diversity=n_diversity, n_clock=n_clock, n_steer=n_steer, split=split, batch=batch)
     run_distillation_eval(pipeline, shipped | folders, out=out, rows=wanted, seed=seed, **plan, **counts)
@@ -138,6 +141,7 @@ def speculative(
     threads: Annotated[int, typer.Option(help="Threads of a CPU.")] = 1,
     device: Device = None,
     dtype: Dtype = None,
+    planner: Planner = None,
 ) -> None:
     """Drafters: acceptance and tokens a second beside plain decoding, on training wordings, held-out ones and free-form captions."""
     checks.check_at_least("--prompts", prompts, 1)
@@ -153,7 +157,7 @@ def speculative(
 
     torch.set_num_threads(threads)
     plan = replace(QUICK if quick else Plan(), **given(prompts=prompts, repeats=repeats), speed=not acceptance)
-    run_speculative_eval(_load(model, device, dtype), folders, out=out, plan=plan)
+    run_speculative_eval(_load(model, device, dtype, planner), folders, out=out, plan=plan)
 
 
 Prompts = Annotated[Path, typer.Option(help="The suite's file of prompts, in JSON lines.")]
@@ -161,27 +165,25 @@ Batch = Annotated[int, typer.Option(help="Pictures made together.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 
 
-def _pictures(
-    prompts: Path, out: Path, batch: int, seed: int, model: str | None, device: str | None, dtype: str | None, **settings: Any
-) -> tuple[Any, dict[str, Any]]:
+def _pictures(prompts: Path, out: Path, batch: int, seed: int, where: dict[str, str | None], **settings: Any) -> tuple[Any, dict[str, Any]]:
     """Checks all it can, then loads the model on this rank's device -> (the model, the given settings of a request)."""
     checks.check_file("--prompts", prompts)
     checks.check_folder(out)
     checks.check_at_least("--batch", batch, 1)
     checks.check_seed(seed)
-    checks.check_plan(settings)
+    checks.check_plan(settings | {"planner": where["planner"]})
     if settings.get("size") is not None:
         from hyperbagel.pipeline import check_size
 
         settings["size"] = checks.parse_size(settings["size"])
-        check_size(model or "toybox", settings["size"])
+        check_size(where["model"] or "toybox", settings["size"])
     from hyperbagel.evaluate.pictures import place
 
-    if device is None and (mine := place()[2]):
+    if where["device"] is None and (mine := place()[2]):
         import torch
 
-        device = mine if torch.cuda.is_available() else None
-    return _load(model, device, dtype), given(**settings)
+        where |= {"device": mine if torch.cuda.is_available() else None}
+    return _load(**where), given(**settings)
 
 
 @app.command()
@@ -199,6 +201,7 @@ def geneval(
     think: Plan = False,
     max_think_tokens: PlanTokens = None,
     think_temperature: PlanTemperature = None,
+    planner: Planner = None,
     batch: Batch = 4,
     device: Device = None,
     dtype: Dtype = None,
@@ -209,7 +212,8 @@ def geneval(
 
     asked = {"student": student, "steps": steps, "text_scale": text_scale, "interval": interval, "size": size}
     plan = {"think": think or None, "max_think_tokens": max_think_tokens, "think_temperature": think_temperature}
-    pipeline, settings = _pictures(prompts, out, batch, seed, model, device, dtype, **plan, **asked)
+    where = {"model": model, "device": device, "dtype": dtype, "planner": planner}
+    pipeline, settings = _pictures(prompts, out, batch, seed, where, **plan, **asked)
     run_geneval(pipeline, prompts, out, n=n, seed=seed, batch=batch, settings=settings)
 
 
@@ -228,6 +232,7 @@ def gedit(
     think: Plan = False,
     max_think_tokens: PlanTokens = None,
     think_temperature: PlanTemperature = None,
+    planner: Planner = None,
     batch: Batch = 4,
     device: Device = None,
     dtype: Dtype = None,
@@ -237,5 +242,6 @@ def gedit(
 
     asked = {"student": student, "steps": steps, "text_scale": text_scale, "image_scale": image_scale, "interval": interval}
     plan = {"think": think or None, "max_think_tokens": max_think_tokens, "think_temperature": think_temperature}
-    pipeline, settings = _pictures(prompts, out, batch, seed, model, device, dtype, **plan, **asked)
+    where = {"model": model, "device": device, "dtype": dtype, "planner": planner}
+    pipeline, settings = _pictures(prompts, out, batch, seed, where, **plan, **asked)
     run_gedit(pipeline, prompts, out, seed=seed, batch=batch, language=language, settings=settings)

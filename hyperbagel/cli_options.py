@@ -25,6 +25,7 @@ Drafter = Annotated[
     str | None,
     typer.Option(help="Who drafts ahead: auto, lookup, a name, a folder, none. Chains also change sampled answers."),
 ]
+Planner = Annotated[str | None, typer.Option(help="Who writes plans: a planner's folder, or none.", show_default="MODEL/planner, if any")]
 PlanDrafter = Annotated[str | None, typer.Option("--drafter", help="Who drafts a plan ahead: auto, lookup, a name, a folder, none.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

@@ -23,6 +23,7 @@ from hyperbagel.cli_options import (
     Model,
     Plan,
     PlanDrafter,
+    Planner,
     PlanTemperature,
     PlanTokens,
     Renorm,
@@ -56,12 +57,12 @@ def _seed(seed: int | None) -> Callable[[], int]:
     return tell
 
 
-def _load(since: float, model: str | None, device: str | None, dtype: str | None, graphs: bool = False) -> tuple[Any, dict[str, float]]:
+def _load(since: float, graphs: bool, **where: str | None) -> tuple[Any, dict[str, float]]:
     """The model, and the seconds waited so far: `start` since the command began (mostly importing torch), `load` for the model."""
     from hyperbagel.pipeline import HyperBagel
 
     began = time.perf_counter() - since
-    pipeline = HyperBagel.from_pretrained(**given(model=model, device=device, dtype=dtype, graphs=graphs or None))
+    pipeline = HyperBagel.from_pretrained(**given(**where, graphs=graphs or None))
     return pipeline, {"start": began, "load": pipeline.load_seconds}
 
 
@@ -75,7 +76,7 @@ def _draw(
     from hyperbagel.generate.types import ImageRequest
     from hyperbagel.pipeline import check_size
 
-    checks.check_plan(settings)
+    checks.check_plan(settings | {"planner": where["planner"]})
     settings = given(**settings | {"size": checks.parse_size(settings["size"])})
     images = checks.read_pictures(pictures)
     if "mask" in settings:
@@ -128,6 +129,7 @@ def generate(
     max_think_tokens: PlanTokens = None,
     think_temperature: PlanTemperature = None,
     drafter: PlanDrafter = None,
+    planner: Planner = None,
     student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -137,7 +139,7 @@ def generate(
     """Draw a picture from a text."""
     paths = checks.check_outputs(output, n)
     checks.check_text(prompt, "prompt")
-    where = {"model": model, "device": device, "dtype": dtype, "graphs": graphs}
+    where = {"model": model, "device": device, "dtype": dtype, "graphs": graphs, "planner": planner}
     guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
     plan = {"think": think, "max_think_tokens": max_think_tokens, "think_temperature": think_temperature, "drafter": drafter}
     _draw(prompt, [], paths, seed, where, json, steps=steps, size=size, student=student, **plan, **guidance)
@@ -162,6 +164,7 @@ def edit(
     max_think_tokens: PlanTokens = None,
     think_temperature: PlanTemperature = None,
     drafter: PlanDrafter = None,
+    planner: Planner = None,
     student: Student = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -171,7 +174,7 @@ def edit(
     """Change a picture as an instruction says."""
     paths = checks.check_outputs(output, n)
     pictures, instruction = checks.split_inputs(inputs, "instruction", needs_picture=True)
-    where = {"model": model, "device": device, "dtype": dtype, "graphs": graphs}
+    where = {"model": model, "device": device, "dtype": dtype, "graphs": graphs, "planner": planner}
     guidance = {"text_scale": text_scale, "interval": interval, "renorm": renorm, "renorm_min": renorm_min, "shift": shift}
     plan = {"think": think, "max_think_tokens": max_think_tokens, "think_temperature": think_temperature, "drafter": drafter}
     own = {"steps": steps, "size": size, "student": student, "image_scale": image_scale, "mask": mask}
@@ -202,7 +205,7 @@ def ask(
     from hyperbagel.generate.types import AskRequest
 
     AskRequest(question, **settings)  # refuses wrong settings before the model is loaded
-    pipeline, spent = _load(since, model, device, dtype, graphs)
+    pipeline, spent = _load(since, graphs, model=model, device=device, dtype=dtype)
     pipeline.drafters.keep_costs()  # one answer is over before what drafting costs could be measured
     result = pipeline.ask(question, images, seed=first(), think=think, **settings)
     spent |= result.timings

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hyperbagel import cli_checks as checks
-from hyperbagel.cli_options import Dtype, Graphs, Model, given, note
+from hyperbagel.cli_options import Dtype, Graphs, Model, Planner, given, note
 from hyperbagel.core.errors import InputError
 
 KEY_VARIABLE = "HYPERBAGEL_API_KEY"
@@ -31,6 +31,7 @@ def serve(
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda, cuda:1 ...; repeat it for several devices.")] = None,
     dtype: Dtype = None,
     graphs: Graphs = False,
+    planner: Planner = None,
     replicas: Annotated[
         int | None, typer.Option(help="Servers behind this one address, on Ray Serve (extra 'scale').", show_default="one, without Ray")
     ] = None,
@@ -55,7 +56,7 @@ def serve(
 
     # DNS rebinding: any site can make its name point at this machine. A keyless server for this machine alone accepts no such name.
     hosts = allow_host or ([] if private and api_key is None else None)
-    loaded = given(model=model, dtype=dtype, graphs=graphs or None)
+    loaded = given(model=model, dtype=dtype, graphs=graphs or None, planner=planner)
     limits = Limits() if queue is None else Limits(waiting=queue)
     if replicas is not None:
         from hyperbagel.serve.replicas import Settings, run_replicas

@@ -19,13 +19,13 @@ from PIL.Image import Image
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.hardware import clock, usable_device
 from hyperbagel.core.values import seed_of, whole
-from hyperbagel.data.images import as_mask, as_picture
+from hyperbagel.data.images import as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking
 from hyperbagel.generate.contexts import Contexts
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.mask import check_mask, first_picture, kept_of, masked
-from hyperbagel.generate.planner import Planner
+from hyperbagel.generate.planner import Planner, planner_folder
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.students import Students
 from hyperbagel.generate.types import (
@@ -38,6 +38,7 @@ from hyperbagel.generate.types import (
     TextResult,
     asked_for,
     of_rows,
+    with_pictures,
     with_sampler,
 )
 from hyperbagel.model.config import BagelConfig
@@ -83,6 +84,7 @@ class HyperBagel:
         dtype: Literal["float32", "bfloat16", "int8", "nf4"] | torch.dtype | None = None,
         attention: Literal["sdpa", "reference", "flash"] = "sdpa",
         graphs: bool = False,
+        planner: str | Path | None = None,
     ) -> HyperBagel:
         """Loads "toybox" (ships with the package) or a folder in BAGEL's layout.
 
@@ -93,18 +95,22 @@ class HyperBagel:
             attention: "sdpa" runs everywhere; "flash" uses flash-attn, if installed, where there is no mask; "reference" is slow and plain.
             graphs: text is decoded, and the drafts of a named drafter are made and verified, in steps of fixed shapes, on a GPU replayed
                 as CUDA graphs: launching the kernels of one token takes longer there than running them. Slower on a CPU.
+            planner: who writes plans: a planner's folder, or "none" for the model itself; default: MODEL/planner if there is one.
         Raises:
-            InputError: the folder, device or dtype cannot be used.
+            InputError: the folder, device, dtype or planner cannot be used.
         """
         start = time.perf_counter()
         folder = model_folder(model)
         where = usable_device(device)
         kind, codes = numbers(dtype, where)
         check_backend(attention, where, kind)
+        plans = planner_folder(planner, folder)  # before the weights: a wrong name is told at once
         parts = Parts.load(folder, where, kind, attention, codes)
-        sampler = read_merged_sampler(folder)
-        spent = time.perf_counter() - start
-        return cls(parts, str(model), spent, folder / "students", folder / "drafters", sampler, graphs, folder / "planner")
+        spent, sampler = time.perf_counter() - start, read_merged_sampler(folder)
+        loaded = cls(parts, str(model), spent, folder / "students", folder / "drafters", sampler, graphs, plans)
+        if planner is not None:
+            loaded.planner.ask_for(str(planner))
+        return loaded
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -174,7 +180,7 @@ class HyperBagel:
         Raises:
             InputError: a request that cannot be met; found before any work starts, where that is possible.
         """
-        requests = [_with_pictures(request) for request in requests]
+        requests = [with_pictures(request) for request in requests]
         for request in requests:
             self._check(request)
         groups: dict[Any, list[int]] = defaultdict(list)
@@ -203,7 +209,7 @@ class HyperBagel:
             for i, request, image, ready in zip(members, chosen, images, prepared, strict=True):
                 used = {"model": self.name, "prompt": request.prompt, "seed": request.seed, "think": request.think, **asdict(settings)}
                 used |= {"size": [image.width, image.height], "nfe": nfe, "dtype": self.parts.model.precision}
-                used |= asked_for(request)
+                used |= asked_for(request) | (self.planner.asked if request.think else {})
                 results[i] = ImageResult(image, request.seed, nfe, timings, ready.thinking, used, ready.reused, **ready.drafted)
         return [results[i] for i in range(len(requests))]
 
@@ -388,12 +394,3 @@ class _Ready:
 def _tuple(images: Picture | Sequence[Picture]) -> tuple[Any, ...]:
     """One picture or several as a tuple; a string is one path, not many letters. What is no picture is refused later."""
     return tuple(images) if isinstance(images, Iterable) and not isinstance(images, (Image, str, Path)) else (images,)
-
-
-def _with_pictures(request: ImageRequest) -> ImageRequest:
-    """The request with its pictures opened, as RGB. In the interleaved form a string is a text, not a path."""
-    inputs = request.inputs and tuple(item if isinstance(item, str) else as_picture(item) for item in request.inputs)
-    given: dict[str, Any] = {"images": tuple(map(as_picture, request.images)), "inputs": inputs}
-    given["mask"] = None if request.mask is None else as_mask(request.mask)
-    given |= {name: None if (value := getattr(request, name)) is None else str(value) for name in ("student", "drafter")}
-    return replace(request, **given)

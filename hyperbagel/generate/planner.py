@@ -9,9 +9,22 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.students import merges
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.model.planner import load_planner
+from hyperbagel.model.planner import load_planner, read_planner
 from hyperbagel.nn.lora import attach
 from hyperbagel.nn.projections import store_by_columns
+
+NONE = "none"
+
+
+def planner_folder(asked: str | Path | None, model: Path) -> Path | None:
+    """Where the planner is: in the folder asked for or, by default, MODEL/planner, which need not be there. None for "none": the model
+    itself writes its plans. Raises InputError for a folder asked for that holds no planner."""
+    if asked is None or str(asked) == NONE:
+        return model / "planner" if asked is None else None
+    if not str(asked).strip():
+        raise InputError("got an empty name of a planner, expected a folder or none; is a variable not set?")
+    read_planner(Path(asked))
+    return Path(asked)
 
 
 class Planner:
@@ -21,6 +34,7 @@ class Planner:
         """folder: need not be there. graphs: the runner of the model itself, if it decodes in fixed shapes."""
         self.base, self.folder, self.graphs = base, folder, graphs
         self.ready: tuple[Bagel, GraphRunner | None] | None = None
+        self.asked: dict[str, str] = {}  # for the settings in a picture's metadata: what was asked for, if anything
 
     def get(self) -> tuple[Bagel, GraphRunner | None]:
         """The network that writes plans, which shares the model's tensors, and its runner. Warns (Notice) of a planner that cannot be used
@@ -34,6 +48,12 @@ class Planner:
                     warnings.warn(f"{error}; planning without it", Notice, stacklevel=4)
             self.ready = ready  # not before: without memory for it, the next request tries again
         return self.ready
+
+    def ask_for(self, name: str) -> None:
+        """Reads the planner now, since it was asked for by `name`. Raises InputError if it cannot be used."""
+        if self.folder is not None:
+            self.ready = self._with(self.folder)
+        self.asked = {"planner": name}
 
     @property
     def runner(self) -> GraphRunner | None:

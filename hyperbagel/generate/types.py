@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.values import interval_of, number, seed_of, size_of, whole
+from hyperbagel.data.images import as_mask, as_picture
 from hyperbagel.flow.guidance import RENORMS, Renorm
 from hyperbagel.model.config import BagelOptions
 from hyperbagel.model.student import Sampler
@@ -260,3 +261,12 @@ OnToken = Callable[[int, int], None]
 def of_rows(on_token: OnToken | None, members: Sequence[int]) -> OnToken | None:
     """An `on_token` that hears of row r as members[r]."""
     return on_token and (lambda row, token: on_token(members[row], token))
+
+
+def with_pictures(request: ImageRequest) -> ImageRequest:
+    """The request with its pictures opened, as RGB. In the interleaved form a string is a text, not a path."""
+    inputs = request.inputs and tuple(item if isinstance(item, str) else as_picture(item) for item in request.inputs)
+    given: dict[str, Any] = {"images": tuple(map(as_picture, request.images)), "inputs": inputs}
+    given["mask"] = None if request.mask is None else as_mask(request.mask)
+    given |= {name: None if (value := getattr(request, name)) is None else str(value) for name in ("student", "drafter")}
+    return replace(request, **given)

@@ -34,6 +34,7 @@ class Settings:
     device: str | None = None
     dtype: str | None = None
     graphs: bool = False
+    planner: str | None = None
     api_key: str | None = None
     name: str | None = None
     limits: Limits = field(default_factory=Limits)
@@ -47,7 +48,8 @@ class Replica:
         self.settings = settings
         # Ray shows each replica only its own GPU, as number 0, whatever its number on the machine.
         device = "cuda" if (settings.device or "").startswith("cuda") else settings.device
-        self.model = HyperBagel.from_pretrained(settings.model, device=device, dtype=settings.dtype, graphs=settings.graphs)  # type: ignore[arg-type]
+        how: dict[str, Any] = {"dtype": settings.dtype, "graphs": settings.graphs, "planner": settings.planner}
+        self.model = HyperBagel.from_pretrained(settings.model, device=device, **how)
         warm_up(self.model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

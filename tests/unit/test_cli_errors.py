@@ -129,6 +129,8 @@ WRONG = {
     "edit with an empty instruction": (["edit", "in.png", "", "-o", "a.png"], "got an empty instruction"),
     "edit with a wrong image scale": (["edit", "in.png", "x", "-o", "a.png", "--image-scale", "inf"], "got image_scale inf"),
     "drafting no plan": ([*GENERATE, "--drafter", "lookup"], "got --drafter without --think"),
+    "a planner of no plan": ([*GENERATE, "--planner", "none"], "got --planner without --think"),
+    "an evaluation's planner of no plan": (["eval", "toybox", "-o", "run", "--planner", "none"], "got --planner without --think"),
     "a temperature of no plan": ([*GENERATE, "--think-temperature", "1"], "got --think-temperature without --think"),
     "a plan that is too hot": ([*GENERATE, "--think", "--think-temperature", "101"], "got think_temperature 101"),
     "an evaluation's temperature of no plan": (
@@ -267,11 +269,11 @@ def test_every_option_reaches_the_pipeline(model: FakeModel, picture: str) -> No
         "--seed 7 --steps 6 --text-scale 3 --image-scale 1.5 --interval 0.2 0.9 --renorm channel --renorm-min 0.1 --shift 2 -n 2 --think "
         "--max-think-tokens 9 --think-temperature 0.5 --drafter lookup"
     )
-    where = "--model folder --device cuda --dtype bfloat16"
+    where = "--model folder --device cuda --dtype bfloat16 --planner none"
     assert cli.main(["edit", picture, picture, "swap them", "-o", "b.png", *options.split(), *where.split()]) == 0
     (_, _, loaded), (kept, _, _), (name, (images, instruction), given) = model.calls
     assert kept == "keep_costs"
-    assert loaded == {"model": "folder", "device": "cuda", "dtype": "bfloat16"}
+    assert loaded == {"model": "folder", "device": "cuda", "dtype": "bfloat16", "planner": "none"}
     assert (name, instruction, [image.size for image in images]) == ("edit", "swap them", [(64, 64)] * 2)
     assert given == {
         **{"seed": 7, "steps": 6, "text_scale": 3.0, "image_scale": 1.5, "interval": (0.2, 0.9), "renorm": "channel"},

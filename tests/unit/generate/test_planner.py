@@ -7,6 +7,7 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from small_world import small_parts
 
+from hyperbagel import cli
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.prompts import THINK_DRAW
 from hyperbagel.evaluate.pictures import NAMED, depends_on
@@ -24,7 +26,7 @@ from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import AskRequest, ImageRequest
 from hyperbagel.model.planner import make_planner, save_planner
 from hyperbagel.model.student import fingerprint
-from hyperbagel.pipeline import HyperBagel
+from hyperbagel.pipeline import HyperBagel, model_folder
 from hyperbagel.speculative.thinking import write_plans
 
 pytestmark = pytest.mark.filterwarnings("ignore:the plan was cut")
@@ -183,3 +185,40 @@ def test_settings_of_a_drafter_s_folder_can_be_stored(folder: Path, tmp_path: Pa
     with pytest.warns(Notice, match="going on without a drafter"):
         [result] = with_planner(folder).generate_batch([asked(drafter=tmp_path)])
     assert json.loads(json.dumps(result.settings))["drafter"] == str(tmp_path)
+
+
+def test_a_planner_is_chosen_when_the_model_is_loaded(plain: HyperBagel, folder: Path, tmp_path: Path) -> None:
+    """Another folder's, or none; and a picture's settings say so, if it has a plan. One that was asked for must be usable."""
+    home = model_folder("toybox")
+    shutil.copytree(home / "planner", tmp_path / "copy")
+    default, none, copy = (HyperBagel.from_pretrained(planner=who) for who in (None, "none", tmp_path / "copy"))
+    request = ImageRequest("four small red circles", seed=1, student="1", think=True)
+    plans = [model.generate_batch([request])[0] for model in (default, none, copy)]
+    own = HyperBagel(default.parts, "own", students=home / "students").generate_batch([request])[0]  # a model without a planner
+    assert plans[2].thinking == plans[0].thinking != plans[1].thinking == own.thinking
+    assert [plan.settings.get("planner") for plan in plans] == [None, "none", str(tmp_path / "copy")]
+    assert "planner" not in none.generate_batch([replace(request, think=False)])[0].settings
+    assert planner_of(none) == {} and planner_of(copy) == planner_of(default)
+    for wrong, told in ((tmp_path / "no", "planner.json"), (folder, "planner of another model"), ("", "empty name of a planner")):
+        with pytest.raises(InputError, match=told):
+            HyperBagel.from_pretrained(planner=wrong)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("chat", "serve --port 0", "eval speculative -o run", "eval toybox -o run --think", "eval distillation -o run --think"),
+        *("eval geneval -o run --prompts prompts.jsonl --think", "eval gedit -o run --prompts prompts.jsonl --think"),
+    ],
+)
+def test_a_planner_reaches_the_model(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(**options: Any) -> None:
+        raise InputError(f"asked for {options['planner']}")
+
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"prompt": "a", "tag": "colors"}\n')
+    monkeypatch.setattr(HyperBagel, "from_pretrained", load)
+    assert cli.main([*command.split(), "--planner", "somewhere"]) == 2
+    assert "asked for somewhere" in capsys.readouterr().err
