@@ -45,6 +45,10 @@ export function setUpLive(panel, card, { editThis }) {
     Object.assign(field("text_scale"), { min: student.text_range[0], max: student.text_range[1], value: student.text_scale });
     Object.assign(field("image_scale"), { min: student.image_range[0], max: student.image_range[1], value: student.edit_image_scale });
   }
+  for (const scale of [field("text_scale"), field("image_scale")]) {
+    if (!student) scale.value = scale.defaultValue;  // Firefox keeps a moved one over a reload
+    scale.dataset.usual = scale.value;
+  }
   showRanges(panel);
 
   for (const name of ["prompt", "text_scale", "image_scale"]) field(name).addEventListener("input", (event) => ask("preview", event.timeStamp));
@@ -65,13 +69,19 @@ export function setUpLive(panel, card, { editThis }) {
     line.send({ type: "stop" });
   }
 
+  /** A scale for a request. One that stands where it stood is left out: who draws then takes its own, which differ from tier to tier. */
+  function moved(name) {
+    const scale = field(name);
+    return scale.value === scale.dataset.usual ? {} : { [name]: Number(scale.value) };
+  }
+
   /** Requests a picture from what the form holds. since: when the input came, in ms on the page's clock. */
   function ask(tier, since = performance.now()) {
     clearTimeout(state.pause);
     const prompt = field("prompt").value.trim();
     if (!prompt || !line.ready) return;
-    const message = { type: "draw", id: ++state.id, tier, prompt, seed: tier !== "preview" && seed.valid ? seed.input.value : seed.take(), text_scale: Number(field("text_scale").value) };
-    if (pictures.list.length) message.image_scale = Number(field("image_scale").value);
+    const message = { type: "draw", id: ++state.id, tier, prompt, seed: tier !== "preview" && seed.valid ? seed.input.value : seed.take(), ...moved("text_scale") };
+    if (pictures.list.length) Object.assign(message, moved("image_scale"));
     state.asked.set(message.id, since);
     state.source.then(() => line.send(message));
     panel.setAttribute("aria-busy", "true");
@@ -94,7 +104,7 @@ export function setUpLive(panel, card, { editThis }) {
     if (message.type === "ready") {
       state.same = JSON.stringify(message.tiers.preview) === JSON.stringify(message.tiers.better);
       const who = ({ student, steps }) => (student === "none" ? (steps ? `the model in ${steps} steps` : "the model") : `student ${student}`);
-      part("tiers").textContent = `While you type: ${who(message.tiers.preview)}. On a pause: ${who(message.tiers.better)}. Full quality: ${who(message.tiers.full)}.`;
+      part("tiers").textContent = `While you type: ${who(message.tiers.preview)}. On a pause: ${who(message.tiers.better)}. Full quality: ${who(message.tiers.full)}. Each has scales of its own until you move one.`;
     } else if (message.type === "cancelled") {
       state.asked.delete(message.id);
       panel.dataset.cancelled = Number(panel.dataset.cancelled ?? 0) + 1;

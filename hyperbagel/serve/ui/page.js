@@ -41,9 +41,10 @@ export function make(tag, properties = {}, ...children) {
 export const ms = (seconds) => (seconds < 10 ? `${Math.round(seconds * 1000)}\u00a0ms` : `${seconds.toFixed(1)}\u00a0s`);
 export const clone = (id) => document.getElementById(id).content.cloneNode(true);
 
-/** Shows each range's value next to it, and keeps it up to date. */
+/** Shows each range's value next to it, and keeps it up to date. At data-usual, if it has that, it stands for no value. */
 export function showRanges(root) {
-  const update = (input) => { input.closest("label").querySelector("output").textContent = input.value; };
+  const told = (input) => (input.value === input.dataset.usual ? "as usual" : input.value);
+  const update = (input) => { input.closest("label").querySelector("output").textContent = told(input); };
   for (const input of root.querySelectorAll("label.range input")) update(input);
   root.addEventListener("input", (event) => { if (event.target.closest("label.range")) update(event.target); });
 }

@@ -84,6 +84,8 @@ def test_new_input_overtakes_what_is_at_work(visit: Visit, app: Any, model: Hype
 
 def test_a_source_s_context_is_reused(visit: Visit, model: HyperBagel, photo: Path) -> None:
     page = opened(visit)
+    page.evaluate("""window.sent = []; const send = WebSocket.prototype.send;
+        WebSocket.prototype.send = function (text) { sent.push(JSON.parse(text)); send.call(this, text); }; null""")
     page.fill("#live [name=prompt]", "make it")
     live_settled(page, "better")
     page.set_input_files("#live [data-drop] input", photo)
@@ -91,9 +93,17 @@ def test_a_source_s_context_is_reused(visit: Visit, model: HyperBagel, photo: Pa
     page.wait_for_function("() => Number(document.querySelector('#live').dataset.reused) > 0")
     live_settled(page, "better")
     source = Image.open(photo).convert("RGB")
-    expected = model.edit(source, "make it", seed=5, steps=20, text_scale=4.0, image_scale=2.0)[0].image
-    assert np.array_equal(shown(page), np.asarray(expected))
+    assert np.array_equal(shown(page), np.asarray(model.edit(source, "make it", seed=5, steps=20)[0].image))
     assert "tokens of the picture reused" in page.inner_text("#live [data-timings]")
+    assert not any(key in message for message in page.evaluate("sent") for key in ("text_scale", "image_scale")), "each tier has its own"
+    assert page.locator("#live label.range output").all_inner_texts() == ["as usual"] * 2
+    before = len(page.evaluate("hyperbagelLive.samples"))
+    page.press("#live [name=image_scale]", "ArrowRight")
+    page.wait_for_function(f"() => hyperbagelLive.samples.length > {before}")
+    live_settled(page, "better")
+    expected = model.edit(source, "make it", seed=5, steps=20, image_scale=2.1)[0].image
+    assert np.array_equal(shown(page), np.asarray(expected)) and "text_scale" not in page.evaluate("sent.at(-1)")
+    assert page.locator("#live label.range output").all_inner_texts() == ["as usual", "2.1"]
     page.click("#live [data-use]")
     assert page.locator("#edit").is_visible() and page.locator("#edit .thumb").count() == 1
 
