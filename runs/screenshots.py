@@ -1,7 +1,8 @@
 """Pictures of the web page for the documentation: python -m runs.screenshots MODEL FOLDER
 
 Starts a server and a headless Chromium, and uses the page as a person would. The source picture is rendered by the toybox's own code; what
-the model makes of it is shown unpicked. Writes FOLDER/ui-draw.png, ui-edit.png, ui-ask.png and ui-live.png (a phone in dark mode).
+the model makes of it is shown unpicked. Writes FOLDER/ui-draw.webp, ui-edit.webp, ui-ask.webp and ui-live.webp (a phone in dark
+mode).
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from hyperbagel.core.files import atomic_write_bytes
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene, Thing
 
-LARGEST = 120_000  # the most bytes that a file may have
+LARGEST = 60_000  # the most bytes that a file may have
 PROMPT = "a red circle to the left of a blue square"
 CIRCLE = Thing("circle", "red", "large", 4)
 SOURCE = Scene("cream", (CIRCLE, Thing("car", "blue", "large", 8), Thing("star", "yellow", "small", 0)))
 
 
 def save(page: Any, path: Path) -> None:
-    """Save what the window shows as a PNG of 256 colours."""
+    """Save what the window shows in 256 colours."""
     page.evaluate("document.activeElement.blur(), scrollTo(0, 0)")
     shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     buffer = io.BytesIO()
-    shot.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    shot.quantize(256, dither=Image.Dither.NONE).convert("RGB").save(buffer, "WEBP", lossless=True, quality=100, method=6)
     if len(buffer.getvalue()) > LARGEST:
         raise SystemExit(f"{path}: got {len(buffer.getvalue())} bytes, expected at most {LARGEST}; make the window smaller")
     atomic_write_bytes(path, buffer.getvalue())
@@ -101,7 +102,7 @@ def main(model: str, folder: Path) -> None:
             page = open_tab(context, address, name, width=size[0], height=size[1])
             page.emulate_media(color_scheme=scheme)
             act(page)
-            save(page, folder / f"ui-{name}.png")
+            save(page, folder / f"ui-{name}.webp")
             page.close()
 
 
