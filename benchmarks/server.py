@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from shutil import copyfileobj
+from threading import Thread
 from typing import Any
 
 import httpx2
@@ -61,6 +63,7 @@ def serving(model: str) -> Iterator[tuple[str, int]]:
         found = re.search(r"http://\S+/v1", line)
         if found is None:
             raise SystemExit(f"the server did not start: {line}{process.stderr.read()}")
+        Thread(target=copyfileobj, args=(process.stderr, sys.stderr), daemon=True).start()  # a full pipe would stop the server
         yield found[0], process.pid
     finally:
         process.terminate()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import run as benchmark
 from benchmarks import server as server_benchmark
-from benchmarks import subjects
+from benchmarks import soak, subjects
 from benchmarks.attention import folded
 from benchmarks.operations import Workload, operations
 from benchmarks.subjects import load, shapes_only
@@ -72,6 +74,36 @@ def test_the_server_beside_the_library(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["first streamed text"]["median"] > 0 and "overhead" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_short_soak_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert soak.main(["--minutes", "0.1", "--clients", "2", "--out", str(tmp_path / "a.json")]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert set(found["done"]) >= {"draw", "edit", "ask", "left", "refused", "live"} and found["idle_after"]["left"] == 0
+    assert "0 things were wrong" in capsys.readouterr().out and found["looks"]
+
+
+def test_what_a_soak_calls_wrong() -> None:
+    seen = soak.Seen()
+    grey, light, white = (picture(level) for level in (100, 102, 255))
+    for key, result in (("a", grey), ("a", light), ("b", white), ("c", "yes"), ("c", "yes")):
+        seen.add("draw", key, result)
+    assert not seen.wrong and seen.apart == 2 and seen.done["draw"] == 5
+    for key, result in (("a", white), ("a", picture(100, 32)), ("a", "yes"), ("c", "no")):
+        seen.add("draw", key, result)
+    assert [line.split(":")[0] for line in seen.wrong] == ["draw a"] * 3 + ["draw c"]
+    quiet = {"mb": 1.0, "threads": 4, "files": 8, "left": 0}
+    busy = [{"threads": 9}] * 2 + [{"threads": 12}] * 8
+    for change, wrong in (({}, False), ({"threads": 9}, False), ({"threads": 10}, True), ({"files": 9}, True), ({"left": 1}, True)):
+        told = {"n_wrong": 0, "idle_before": quiet, "idle_after": quiet | change, "looks": busy}
+        assert soak.failed(told) is wrong and soak.failed(told | {"n_wrong": 1})
+
+
+def picture(level: int, side: int = 16) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), level).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_what_does_not_fit_the_budget_is_named() -> None:
     out = found("--budget", "0", "--only", "vae")
     assert out["figures"] == [] and out["left_out"] == ["vae encode", "vae decode"]
@@ -90,12 +122,15 @@ def test_wrong_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert told.count("error: got ") == 4 and told.count("error: ") == 5
 
 
-def test_wrong_input_of_the_server_s_benchmark_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_of_the_server_s_benchmarks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert server_benchmark.main(["--model", str(tmp_path / "none")]) == 2
     assert "error: " in capsys.readouterr().err
     for wrong in ("--runs", "--steps"):
         with pytest.raises(SystemExit):
             server_benchmark.main([wrong, "0"])
+    for wrong in ("--minutes", "--clients"):
+        with pytest.raises(SystemExit):
+            soak.main([wrong, "0"])
 
 
 def test_closed_forms_equal_what_the_model_computes() -> None:
