@@ -274,7 +274,7 @@ def table(found: dict[str, Any]) -> str:
 
 def failed(found: dict[str, Any]) -> bool:
     before, after, looks = found["idle_before"], found["idle_after"], found["looks"]
-    threads = max(look["threads"] for look in looks[: len(looks) // 5 + 1])  # they come with the first requests at a time
+    threads = max(look["threads"] for look in looks[: max(1, len(looks) // 5)])  # they come with the first requests at a time
     return bool(found["n_wrong"] or after["left"] or after["files"] > before["files"] or after["threads"] > threads)
 
 
