@@ -273,6 +273,8 @@ class HyperBagel:
         self.drafters.check(request.drafter)
         if request.think:
             self.planner.get()
+            if request.is_edit and not self.parts.model.config.options.planned_edits:
+                warnings.warn("got an edit with a plan, which this model was not trained for; leave think out", Notice, stacklevel=3)
         request.denoising()
         if request.mask is not None:
             check_mask(request.mask, first_picture(request))

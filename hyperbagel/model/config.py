@@ -150,6 +150,7 @@ class BagelOptions(_Own):
     default_size: tuple[Count, Count] = (1024, 1024)  # (height, width) of a picture when none is asked for
     text_to_image: GuidanceDefaults = GuidanceDefaults()
     edit: GuidanceDefaults = GuidanceDefaults()
+    planned_edits: bool = True  # edits were trained behind plans; where they were not, think mode says so
 
     @model_validator(mode="before")
     @classmethod

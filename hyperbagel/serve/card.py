@@ -28,6 +28,7 @@ def model_card(model: HyperBagel, name: str, created: int, limits: Limits) -> di
         "drafters": model.drafters.names(),
         "samplers": samplers,
         "usual": {"draw": _usual(model), "edit": _usual(model, Image.new("RGB", (1, 1)))},
+        "plans": {"draw": True, "edit": options.planned_edits},
         "size": {"usual": [*reversed(model.default_size)], "stride": stride, "largest": options.max_latent_size * stride},
         "limits": {"n": limits.n, "steps": limits.steps, "images": limits.images, "max_tokens": tokens, "body_bytes": limits.body_bytes},
     }

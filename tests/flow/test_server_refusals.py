@@ -144,7 +144,7 @@ def test_a_damaged_student_does_not_take_the_others_away(http: TestClient, model
             card = http.get("/v1/models").json()["data"][0]
     finally:
         shutil.rmtree(bad)
-    assert card["students"] == ["6"] and card["samplers"]["6"]["nfe"] == 6
+    assert card["students"] == ["6"] and card["samplers"]["6"]["nfe"] == 6 and card["plans"] == {"draw": True, "edit": True}
 
 
 def test_a_name_with_a_slash(model: HyperBagel) -> None:

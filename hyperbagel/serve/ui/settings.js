@@ -68,6 +68,7 @@ export class Settings {
     this.field("n").max = card.limits.n;
     this.field("steps").max = card.limits.steps;
     who.addEventListener("change", () => this.follow());
+    place.addEventListener("change", () => this.warn());
     this.follow();
     showRanges(place);
   }
@@ -86,6 +87,9 @@ export class Settings {
     this.range("text_scale", own?.text_range ?? [1, 8], own ? (edit ? own.edit_text_scale : own.text_scale) : this.usual.text_scale);
     this.range("image_scale", own?.image_range ?? [1, 4], own ? own.edit_image_scale : this.usual.image_scale);
   }
+
+  /** Says if the model is asked for plans that it was not trained for. */
+  warn() { this.place.querySelector("[data-unplanned]").hidden = this.card.plans[this.kind] || !this.field("think").checked; }
 
   /** Sets a range's bounds and value. */
   range(name, [low, high], value) {
@@ -148,6 +152,7 @@ export class Settings {
     select.value = usual ? "" : size;
     this.field("n").value = 1;
     this.field("think").checked = Boolean(settings.think);
+    this.warn();
     own("think_temperature", settings.think_temperature ?? 0);
     this.seed.set(settings.seed);
     return remarks;

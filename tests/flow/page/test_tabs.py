@@ -154,6 +154,21 @@ def test_a_plan_s_temperature_is_restored_and_asked_for(visit: Visit, model: Hyp
         page.wait_for_selector("#draw .slot[data-state=done]", timeout=60_000)
 
 
+def test_a_model_that_was_not_trained_for_planned_edits(visit: Visit, model: HyperBagel, monkeypatch: Any) -> None:
+    """The page says so where a plan is asked for an edit."""
+    config = model.parts.model.config
+    options = config.options.model_copy(update={"planned_edits": False})
+    monkeypatch.setattr(model.parts.model, "config", config.model_copy(update={"options": options}))
+    for tab in ("draw", "edit"):
+        page = visit(tab)
+        told = page.locator(f"#{tab} [data-unplanned]")
+        assert not told.is_visible()
+        page.check(f"#{tab} [name=think]")
+        assert told.is_visible() is (tab == "edit")
+        page.uncheck(f"#{tab} [name=think]")
+        assert not told.is_visible()
+
+
 def test_a_png_without_settings_is_explained(visit: Visit, photo: Path, tmp_path: Path) -> None:
     page = visit("draw")
     drop(page, photo, "body")

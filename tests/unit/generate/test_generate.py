@@ -96,6 +96,21 @@ def test_a_model_may_have_guidance_of_its_own(model: HyperBagel) -> None:
     assert [m.edit(photo(16, 16), "x", seed=0, steps=8)[0].nfe for m in (model, own)] == [24, 16]
 
 
+def test_a_model_that_was_not_trained_for_planned_edits_says_so(model: HyperBagel) -> None:
+    parts = small_parts()
+    options = parts.model.config.options.model_copy(update={"planned_edits": False})
+    parts.model.config = parts.model.config.model_copy(update={"options": options})
+    own, asked = HyperBagel(parts, "own"), {"seed": 0, "steps": 1, "max_think_tokens": 2}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", Notice)
+        own.edit(photo(16, 16), "x", **asked, think=True)
+        assert sum("got an edit with a plan" in str(one.message) for one in told) == 1
+        told.clear()
+        for mine, images, think in ((own, [photo(16, 16)], False), (own, [], True), (model, [photo(16, 16)], True)):
+            mine.generate_batch([ImageRequest("x", tuple(images), **asked, think=think)])
+        assert not any("got an edit" in str(one.message) for one in told)
+
+
 def test_an_evaluation_count_is_a_pictures_own(model: HyperBagel) -> None:
     """Also beside a request of equal settings with more branches."""
     asked = {"seed": 0, "steps": 4, "interval": (0.0, 1.0), "image_scale": 2.0, "renorm": "global"}
