@@ -24,6 +24,8 @@ try:
 except ImportError:  # Windows has no fcntl: `sole_writer` then locks nothing
     fcntl = None  # type: ignore[assignment]
 
+_WINDOWS = os.name == "nt"
+
 # errno of a failed write -> (got, what to do)
 _REASONS = {
     errno.EACCES: ("no permission to write", "choose a folder you may write to"),
@@ -110,8 +112,10 @@ def _beside(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Flushes one file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flushes one file or folder to the disk. Windows flushes only files, and those only through a handle that may write."""
+    if _WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

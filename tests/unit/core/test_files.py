@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 from collections.abc import Callable
@@ -123,6 +124,33 @@ def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_afterwards(tmp_p
         temporary.mkdir()
         (temporary / "a").write_text("x")
     assert told == [temporary / "a", temporary, "rename", tmp_path]
+
+
+def test_on_windows_files_are_flushed_through_handles_that_may_write_and_folders_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its os.open refuses folders, its os.fsync handles that only read."""
+    usual_open, usual_fsync, flushed = os.open, os.fsync, []
+
+    def open_(path: Path, flags: int, *mode: int, **more: int) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual_open(path, flags, *mode, **more)
+
+    def fsync(handle: int) -> None:
+        if not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flushed.append(os.readlink(f"/proc/self/fd/{handle}"))
+        usual_fsync(handle)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(files, "_WINDOWS", True)
+    with atomic_path(tmp_path / "made") as folder:
+        folder.mkdir()
+        (folder / "a").write_bytes(b"1")
+    atomic_write_text(tmp_path / "b", "2")
+    assert (tmp_path / "made" / "a").read_bytes() == b"1" and (tmp_path / "b").read_bytes() == b"2" and len(flushed) == 2
 
 
 def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
