@@ -253,17 +253,25 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             looks.append({"seconds": time.monotonic() - begin, **look(pid)})
         for client in clients:
             client.http.close()
-        found |= {"idle_before": before, "idle_after": settled(http, pid), "looks": looks}
+        found |= {"idle_before": before, "idle_after": settled(http, pid), "tenths": tenths(looks)}
     return found | {"done": dict(seen.done), "wrong": seen.wrong[:50], "n_wrong": len(seen.wrong), "apart": seen.apart}
 
 
+def tenths(looks: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The looks of each tenth of the time, if it has any: its end in minutes, and means; of threads the most."""
+    parts = [looks[len(looks) * i // 10 : len(looks) * (i + 1) // 10] for i in range(10)]
+    return [
+        {"minutes": part[-1]["seconds"] / 60, "threads": max(one["threads"] for one in part)}
+        | {name: statistics.mean(one[name] for one in part) for name in ("mb", "files")}
+        for part in parts
+        if part
+    ]
+
+
 def table(found: dict[str, Any]) -> str:
-    looks, lines = found["looks"], [f"{'minutes':>12}{'MB':>8}{'threads':>10}{'files':>8}"]
-    for i in range(10):
-        part = looks[len(looks) * i // 10 : len(looks) * (i + 1) // 10]
-        if part:
-            mean = {name: statistics.mean(one[name] for one in part) for name in ("mb", "threads", "files")}
-            lines.append(f"{part[-1]['seconds'] / 60:>12.1f}{mean['mb']:>8.0f}{mean['threads']:>10.1f}{mean['files']:>8.1f}")
+    lines = [f"{'minutes':>12}{'MB':>8}{'threads':>10}{'files':>8}"]
+    for at in found["tenths"]:
+        lines.append(f"{at['minutes']:>12.1f}{at['mb']:>8.0f}{at['threads']:>10}{at['files']:>8.1f}")
     for name in ("idle_before", "idle_after"):
         at = found[name]
         lines.append(f"{name.replace('_', ' '):>12}{at['mb']:>8.0f}{at['threads']:>10}{at['files']:>8}   {at['left']:g} left in the engine")
@@ -273,8 +281,8 @@ def table(found: dict[str, Any]) -> str:
 
 
 def failed(found: dict[str, Any]) -> bool:
-    before, after, looks = found["idle_before"], found["idle_after"], found["looks"]
-    threads = max(look["threads"] for look in looks[: max(1, len(looks) // 5)])  # they come with the first requests at a time
+    before, after = found["idle_before"], found["idle_after"]
+    threads = max(at["threads"] for at in found["tenths"][:2])  # they come with the first requests at a time
     return bool(found["n_wrong"] or after["left"] or after["files"] > before["files"] or after["threads"] > threads)
 
 

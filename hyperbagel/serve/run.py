@@ -82,12 +82,18 @@ def make_server(app: FastAPI) -> uvicorn.Server:
         ws_per_message_deflate=False,  # PNGs do not shrink
     )
     logging.getLogger("uvicorn.error").addFilter(_is_news)
+    logging.getLogger("asyncio").addFilter(_is_no_leaver)
     return _Server(config)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     """False for the tracebacks of requests that were given up after DRAIN_SECONDS: uvicorn has already said so in one line."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
+def _is_no_leaver(record: logging.LogRecord) -> bool:
+    """False for asyncio's remark that a client left while an answer was on its way to it, which is no fault of the server's."""
+    return record.getMessage() != "socket.send() raised exception."
 
 
 def run(app: FastAPI, listener: socket.socket, host: str, ready: Callable[[str], None]) -> None:

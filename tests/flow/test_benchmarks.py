@@ -79,7 +79,7 @@ def test_a_short_soak_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert soak.main(["--minutes", "0.1", "--clients", "2", "--out", str(tmp_path / "a.json")]) == 0
     found = json.loads((tmp_path / "a.json").read_text())
     assert set(found["done"]) >= {"draw", "edit", "ask", "left", "refused", "live"} and found["idle_after"]["left"] == 0
-    assert "0 things were wrong" in capsys.readouterr().out and found["looks"]
+    assert "0 things were wrong" in capsys.readouterr().out and found["tenths"][-1]["mb"] > 100
 
 
 def test_what_a_soak_calls_wrong() -> None:
@@ -92,10 +92,17 @@ def test_what_a_soak_calls_wrong() -> None:
         seen.add("draw", key, result)
     assert [line.split(":")[0] for line in seen.wrong] == ["draw a"] * 3 + ["draw c"]
     quiet = {"mb": 1.0, "threads": 4, "files": 8, "left": 0}
-    busy = [{"threads": 9}] * 2 + [{"threads": 12}] * 8
+    busy = [{"threads": n} for n in (8, 9, *[12] * 8)]
     for change, wrong in (({}, False), ({"threads": 9}, False), ({"threads": 10}, True), ({"files": 9}, True), ({"left": 1}, True)):
-        told = {"n_wrong": 0, "idle_before": quiet, "idle_after": quiet | change, "looks": busy}
+        told = {"n_wrong": 0, "idle_before": quiet, "idle_after": quiet | change, "tenths": busy}
         assert soak.failed(told) is wrong and soak.failed(told | {"n_wrong": 1})
+
+
+def test_the_tenths_of_a_soak() -> None:
+    looks = [{"seconds": 6.0 * i, "mb": float(i), "threads": i % 3, "files": 7} for i in range(1, 21)]
+    found = soak.tenths(looks)
+    assert [at["minutes"] for at in found] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert found[0] == {"minutes": pytest.approx(0.2), "threads": 2, "mb": 1.5, "files": 7} and len(soak.tenths(looks[:3])) == 3
 
 
 def picture(level: int, side: int = 16) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import signal
 import socket
@@ -19,6 +20,7 @@ from fastapi import FastAPI
 
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve import run
+from hyperbagel.serve.app import create_app
 from hyperbagel.serve.run import bind, make_server
 
 
@@ -81,3 +83,11 @@ def test_what_does_not_end_in_time_is_told_in_a_line(monkeypatch: pytest.MonkeyP
         for thread in threads:
             thread.join(20)
     assert capsys.readouterr().err.splitlines() == ["ERROR:    Cancel 1 running task(s), timeout graceful shutdown exceeded"]
+
+
+def test_of_clients_that_left_nothing_is_logged(model: HyperBagel) -> None:
+    """asyncio remarks on it once more has been written to them; all else of it is shown."""
+    make_server(create_app(model))
+    for message, shown in (("socket.send() raised exception.", False), ("Executing took 3 seconds", True)):
+        record = logging.LogRecord("asyncio", logging.WARNING, "", 0, message, None, None)
+        assert bool(logging.getLogger("asyncio").filter(record)) is shown

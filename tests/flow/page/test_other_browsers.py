@@ -213,6 +213,8 @@ def walk(browser: Browser, address: str) -> None:
     assert all(kept[32 * 4 * 20 :]) and not all(kept), "what was painted has changed, and nothing below it"
     browser.open(f"{address}#ask")
     browser.do("await until(() => document.body.dataset.ready); put('#ask [name=max_tokens]', 3); await run('ask', 'what?', '.turn')")
+    browser.do("""location.hash = 'compare'; put('#compare [name=prompt]', 'a red car'); $('#compare [type=submit]').click();
+        await until(() => $('#compare .speed') && !$('#compare').ariaBusy)""")
     browser.do("""location.hash = 'live'; await until(() => $('#live [data-link]').textContent === 'connected');
         put('#live [name=prompt]', 'a red car'); await until(() => $('#live[data-tier=better]:not([aria-busy])'))""")
     browser.do("$('#live [data-use]').click(); await until(() => $('#edit .thumb') && !$('#edit').hidden)")
