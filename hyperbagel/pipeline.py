@@ -25,7 +25,7 @@ from hyperbagel.generate.contexts import Contexts
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.mask import check_mask, first_picture, kept_of, masked
-from hyperbagel.generate.planner import Planner, planner_folder
+from hyperbagel.generate.planner import Planner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.students import Students
 from hyperbagel.generate.types import (
@@ -42,6 +42,7 @@ from hyperbagel.generate.types import (
     with_sampler,
 )
 from hyperbagel.model.config import BagelConfig
+from hyperbagel.model.planner import planner_folder
 from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
 from hyperbagel.nn.quantized import numbers

@@ -9,22 +9,9 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.students import merges
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.model.planner import load_planner, read_planner
+from hyperbagel.model.planner import load_planner
 from hyperbagel.nn.lora import attach
 from hyperbagel.nn.projections import store_by_columns
-
-NONE = "none"
-
-
-def planner_folder(asked: str | Path | None, model: Path) -> Path | None:
-    """Where the planner is: in the folder asked for or, by default, MODEL/planner, which need not be there. None for "none": the model
-    itself writes its plans. Raises InputError for a folder asked for that holds no planner."""
-    if asked is None or str(asked) == NONE:
-        return model / "planner" if asked is None else None
-    if not str(asked).strip():
-        raise InputError("got an empty name of a planner, expected a folder or none; is a variable not set?")
-    read_planner(Path(asked))
-    return Path(asked)
 
 
 class Planner:

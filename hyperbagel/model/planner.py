@@ -69,3 +69,16 @@ def read_planner(folder: Path) -> dict[str, Any]:
     if about.get("format") != _FORMAT:
         raise InputError(f"{folder}/planner.json: got format {about.get('format')!r}, expected {_FORMAT}; train the planner again")
     return about
+
+
+def planner_folder(asked: str | Path | None, model: Path) -> Path | None:
+    """Where the planner is: in the folder asked for or, by default, MODEL/planner, which need not be there. None for "none": the model
+    itself writes its plans. Raises InputError for a folder asked for that holds no planner."""
+    if asked is None:
+        return model / "planner"
+    if str(asked) == "none":
+        return None
+    if not str(asked).strip():
+        raise InputError("got an empty name of a planner, expected a folder or none; is a variable not set?")
+    read_planner(Path(asked))
+    return Path(asked)

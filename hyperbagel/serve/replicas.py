@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.hardware import usable_device
+from hyperbagel.model.planner import planner_folder
 from hyperbagel.model.weights import inspect_folder
 from hyperbagel.nn.quantized import numbers
 from hyperbagel.pipeline import HyperBagel, model_folder
@@ -102,12 +103,13 @@ def run_replicas(settings: Settings, replicas: int, host: str, port: int, ready:
 
 
 def check_here(settings: Settings) -> None:
-    """Raises InputError for a device, dtype or model folder that no replica on this machine could use. Reads no more than the weights'
+    """Raises InputError for a device, dtype, model or planner that no replica on this machine could use. Reads no more than the weights'
     headers, and touches no GPU, which this process would hold for as long as the server runs."""
     if settings.device and not settings.device.startswith("cuda"):
         usable_device(settings.device)
     numbers(settings.dtype, torch.device("cpu"))
     inspect_folder(model_folder(settings.model))
+    planner_folder(settings.planner, model_folder(settings.model))
 
 
 def _needs(device: str | None) -> dict[str, Any]:

@@ -101,7 +101,12 @@ def test_without_ray_it_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "one of the two" in capsys.readouterr().err
 
 
-WRONG = [(["--dtype", "int4"], "expected one of float32"), (["--model", "nowhere"], "got no folder"), (["--device", "tpu"], "tpu")]
+WRONG = [
+    (["--dtype", "int4"], "expected one of float32"),
+    (["--model", "nowhere"], "got no folder"),
+    (["--device", "tpu"], "tpu"),
+    (["--planner", "nowhere"], "planner.json"),
+]
 
 
 @pytest.mark.parametrize(("wrong", "told"), WRONG)
