@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,11 +21,12 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from server_world import KEY, wait_for
 
-from hyperbagel.core.errors import Notice
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.images import SETTINGS_KEY
-from hyperbagel.pipeline import HyperBagel, ImageResult
+from hyperbagel.pipeline import HyperBagel, ImageRequest, ImageResult
 from hyperbagel.serve import realtime
 from hyperbagel.serve.app import create_app
+from hyperbagel.serve.jobs import Job
 from hyperbagel.serve.schemas import Limits
 
 
@@ -228,8 +230,9 @@ def test_strangers_are_turned_away(http: TestClient, first: dict[str, Any], head
         socket.send_json(first)
         header = socket.receive_json()
         assert header["type"] == "error" and header["error"]["code"] == code
-        with pytest.raises(WebSocketDisconnect):
+        with pytest.raises(WebSocketDisconnect) as closed:
             socket.receive_json()
+        assert closed.value.code == 1008
 
 
 def test_only_so_many_lines(http: TestClient) -> None:
@@ -291,3 +294,65 @@ def test_only_previews_say_how_long_a_preview_takes(monkeypatch: pytest.MonkeyPa
         assert 9 <= connection.last_preview < 20 and len(said) == 2
 
     asyncio.run(main())
+
+
+def test_what_is_refused_later_is_answered_by_its_id_too(line: Any, model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **more: Any) -> Any:
+        raise InputError("got a bad prompt")
+
+    monkeypatch.setattr(model, "generate_batch", fail)
+    source = {"type": "source", "id": 3, "image": "data:image/png;base64,AAAA"}
+    for message, told in ((source, "no picture"), (draw(4, size="50x50"), "48x48"), (draw(5), "bad prompt")):
+        line.send_json(message)
+        header = receive(line)[0]
+        assert (header["type"], header["id"]) == ("error", message["id"]) and told in header["error"]["message"]
+
+
+def test_a_source_s_size_is_its_width_and_height(line: Any) -> None:
+    line.send_json({"type": "source", "id": 1, "image": png(Image.new("RGB", (64, 32)))})
+    assert receive(line)[0]["size"] == [32, 16], "as the model reads it"
+
+
+def test_a_key_with_blanks_around_it(http: TestClient) -> None:
+    with http.websocket_connect("/v1/live") as socket:
+        socket.send_json({"type": "hello", "key": f" {KEY}\n"})
+        assert socket.receive_json()["type"] == "ready"
+
+
+def test_what_is_overtaken_while_it_is_read_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        connection, _ = alone(monkeypatch)
+        loop, reading, go, told, jobs = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), asyncio.Queue[Any](), list[Job]()
+
+        def drawing(*given: Any) -> list[ImageRequest]:
+            loop.call_soon_threadsafe(reading.set)
+            go.wait(10)
+            return [ImageRequest("x")]
+
+        connection.live.incoming.drawing, connection.live.engine.submit = drawing, jobs.append  # type: ignore[method-assign]
+        monkeypatch.setattr(connection, "_say", told.put)
+        worker = asyncio.create_task(connection._work())
+        await connection._take(realtime.Draw(type="draw", id=1, prompt="x", seed=0))
+        await asyncio.wait_for(reading.wait(), 10)
+        await connection._take(realtime.Stop(type="stop"))
+        go.set()
+        assert await asyncio.wait_for(told.get(), 5) == {"type": "cancelled", "id": 1}
+        assert [job.over for job in jobs] == [True]
+        worker.cancel()
+
+    asyncio.run(main())
+
+
+def test_who_leaves_leaves_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def gone() -> str:
+        raise WebSocketDisconnect
+
+    async def main() -> int:
+        connection, _ = alone(monkeypatch)
+        connection.socket.receive_text = gone  # type: ignore[method-assign]
+        with pytest.raises(WebSocketDisconnect):
+            await connection.run()
+        _, waiting = await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=1)  # type: ignore[type-var]
+        return len(waiting)
+
+    assert asyncio.run(main()) == 0

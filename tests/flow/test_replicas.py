@@ -12,6 +12,7 @@ import time
 import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ import pytest
 from server_world import wait_for
 
 from hyperbagel import cli
+from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.serve import replicas
+from hyperbagel.serve.app import DRAIN_SECONDS
+from hyperbagel.serve.replicas import Replica, Settings, run_replicas
+from hyperbagel.serve.run import bind
+from hyperbagel.serve.schemas import Limits
 
 RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not RAY, reason="ray is not installed (pip install 'ray[serve]'): replicas are not tested here")
@@ -120,3 +127,59 @@ def test_what_no_replica_could_load_is_said_before_ray_starts(
     assert cli.main(["serve", "--replicas", "2", *wrong]) == 2
     said = capsys.readouterr().err.strip()
     assert told in said and len(said.splitlines()) == 1
+
+
+def test_a_replica_is_made_of_all_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray shows each its own GPU alone, as the first."""
+    settings = Settings("toybox", "cuda:1", "bfloat16", True, "none", "key", "name", Limits(n=1), ["a.example"])
+    model, warmed = object(), list[Any]()
+    monkeypatch.setattr(HyperBagel, "from_pretrained", lambda *given, **more: warmed.append((given, more)) or model)
+    monkeypatch.setattr(replicas, "warm_up", warmed.append)
+    monkeypatch.setattr(replicas, "create_app", lambda *given, **more: (given, more))
+    app: Any = Replica(settings).__serve_build_asgi_app__()
+    assert warmed == [(("toybox",), {"device": "cuda", "dtype": "bfloat16", "graphs": True, "planner": "none"}), model]
+    assert app == ((model,), {"api_key": "key", "name": "name", "limits": Limits(n=1), "hosts": ["a.example"]})
+
+
+@pytest.mark.parametrize(("device", "gpus"), [(None, 1), ("cpu", 0), ("cuda:1", 1)])
+def test_a_replica_has_a_gpu_where_there_is_one_unless_it_was_told_otherwise(
+    device: str | None, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert replicas._needs(device) == {"num_cpus": 1, "num_gpus": gpus}
+
+
+class Ray(types.ModuleType):
+    """What of Ray is used, on a machine of two cores. Keeps how the replicas were started."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.serve, self.asked, self.ended = self, dict[str, Any](), list[str]()
+        self.init = self.run = lambda *given, **more: None
+        self.ingress = lambda: lambda kind: kind
+        self.cluster_resources = lambda: {"CPU": 2.0}
+
+    def start(self, http_options: dict[str, Any], **more: Any) -> None:
+        bind(http_options["host"], http_options["port"]).close()  # nothing of ours stands in its place
+        self.asked |= http_options
+
+    def deployment(self, kind: type, **options: Any) -> Any:
+        self.asked |= options
+        return types.SimpleNamespace(bind=lambda settings: None)
+
+    def shutdown(self) -> None:
+        self.ended.append("shutdown")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_as_many_replicas_as_there_are_cores(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, told = Ray(), list[str]()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(replicas, "_wait", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="--replicas 3 with 2 CPUs") if count == 3 else nullcontext():
+        run_replicas(Settings(device="cpu"), count, "127.0.0.1", 0, told.append)
+    if count == 2:
+        assert ray.asked["num_replicas"] == 2 and ray.asked["graceful_shutdown_timeout_s"] == DRAIN_SECONDS
+        assert told == [f"http://127.0.0.1:{ray.asked['port']}"]
+    assert ray.ended == ["shutdown"] * (4 - count), "serve's, and in any case Ray's"

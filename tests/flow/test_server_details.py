@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from fastapi import WebSocketDisconnect
 from fastapi.testclient import TestClient
-from server_world import KEY
+from PIL import Image
+from server_world import KEY, png
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.export import export_lora
@@ -155,3 +157,38 @@ def test_a_lora_replaces_nothing(model: HyperBagel, tmp_path: Any) -> None:
     with pytest.raises(InputError, match="which exists"):
         export_lora("6", tmp_path / "mine", model=model.name)
     assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+def test_the_loop_goes_on_while_the_server_drains(model: HyperBagel) -> None:
+    """What is being finished has to be sent."""
+    app = create_app(model)
+
+    async def main() -> str:
+        loop, said = asyncio.get_running_loop(), list[str]()
+
+        def close(seconds: float) -> None:
+            said.append(asyncio.run_coroutine_threadsafe(asyncio.sleep(0, "sent"), loop).result(5))
+
+        app.state.engine.close = close
+        async with app.router.lifespan_context(app):
+            pass
+        return said[0]
+
+    assert asyncio.run(main()) == "sent"
+
+
+def test_the_server_draws_its_own_seed_where_none_is_sent(model: HyperBagel) -> None:
+    incoming = Incoming(model, ("tiny",), Limits())
+    assert len({incoming.drawing(GenerationBody(prompt="x"))[0].seed for _ in range(4)}) > 1
+
+
+def test_an_automatic_size_is_the_model_s(model: HyperBagel) -> None:
+    assert Incoming(model, ("tiny",), Limits()).drawing(GenerationBody(prompt="x", size="auto"))[0].size is None
+
+
+def test_a_mask_is_of_the_first_picture_and_only_that_one_is_kept_whole(model: HyperBagel) -> None:
+    mask = io.BytesIO()
+    Image.new("L", (150, 150), 255).save(mask, "PNG")
+    files = [png("red", 150), png("blue", 140)]
+    [request] = Incoming(model, ("tiny",), Limits()).pictures(GenerationBody(prompt="x"), files, mask.getvalue())
+    assert [image.size for image in request.images] == [(150, 150), (32, 32)]

@@ -16,7 +16,7 @@ from hyperbagel.core.errors import Notice
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve import incoming
 from hyperbagel.serve.app import create_app
-from hyperbagel.serve.schemas import Limits
+from hyperbagel.serve.schemas import ChatBody, GenerationBody, Limits
 
 
 @pytest.fixture
@@ -193,3 +193,47 @@ def test_bodies_of_very_many_small_values(http: TestClient, model: HyperBagel) -
     picture = {"image": b"," * 200}
     told = few.post("/v1/images/edits", data={"prompt": "x"}, files=picture).json()["error"]["message"]
     assert "no picture" in told, "a form's files are no values"
+
+
+def test_a_limit_is_the_most_that_is_taken(model: HyperBagel) -> None:
+    limits = Limits(n=2, steps=3, images=1, max_tokens=4, image_pixels=32 * 32)
+    reader = incoming.Incoming(model, ("tiny",), limits)
+    body = GenerationBody(prompt="x", n=2, steps=3, max_think_tokens=4)
+    assert len(reader.pictures(body, [png("red")])) == 2
+    url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
+    shown: Any = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "b"}]
+    [asked] = reader.questions(ChatBody.model_validate({"messages": [{"role": "user", "content": shown}], "max_tokens": 4}))
+    assert (asked.question, len(asked.images), asked.max_tokens) == ("a\nb", 1, 4)
+
+
+MESSAGES: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "an answer last": ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "expected the user's last"),
+    "a part without its picture": ([{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "x"}]}], "image_url part"),
+    "a text that is no base64": (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png,AAAA"}}]}],
+        "expected a URL of the form",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_conversation_that_cannot_be_answered(name: str, http: TestClient) -> None:
+    messages, told = MESSAGES[name]
+    answer = http.post("/v1/chat/completions", json={"messages": messages})
+    assert answer.status_code == 400 and told in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize(("field", "value"), [("top_p", True), ("presence_penalty", False), ("logprobs", 0), ("n", 0)])
+def test_true_is_no_number_and_none_is_no_answer(field: str, value: Any, http: TestClient) -> None:
+    answer = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}], field: value})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+
+
+def test_a_mask_alone_edits_nothing(http: TestClient) -> None:
+    answer = http.post("/v1/images/edits", data={"prompt": "x"}, files={"mask": png("white")})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "image"
+
+
+def test_what_is_ignored_may_be_sent_twice(http: TestClient) -> None:
+    form = {"prompt": "x", "steps": "1", "quality": ["high", "low"]}
+    assert http.post("/v1/images/edits", data=form, files={"image": png("red")}).status_code == 200

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from server_world import KEY, png
 
 from hyperbagel import cli
+from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.app import create_app
 from hyperbagel.serve.schemas import Limits
@@ -96,3 +97,8 @@ def test_who_has_no_key_takes_no_place_on_the_live_line(model: HyperBagel) -> No
         socket = stack.enter_context(http.websocket_connect("/v1/live"))
         socket.send_json({"type": "hello", "key": KEY})
         assert socket.receive_json()["type"] == "ready"
+
+
+def test_a_key_of_blanks_is_none(model: HyperBagel) -> None:
+    with pytest.raises(InputError, match="empty API key"):
+        create_app(model, api_key=" \n")

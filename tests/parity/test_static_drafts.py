@@ -316,3 +316,16 @@ def test_tokens_drawn_on_the_device_are_distributed_as_they_say() -> None:
     assert freedom > 20 and ((seen - expected) ** 2 / expected)[likely].sum() < freedom + 4.5 * (2 * freedom) ** 0.5
     logits[3] = float("nan")
     assert torch.equal(choose_by(logits[None], torch.tensor(1.0), uniforms[:1])[1], torch.full((1, 50), 1 / 50))
+
+
+@torch.inference_mode()
+def test_what_is_released_holds_no_buffer(parts: Parts) -> None:
+    """Nor what sampled tokens were drawn from."""
+    drafter, session, read = at_work("block", parts)
+    news = first_draft(drafter, session, read)
+    drafter.temperature, drafter.generators = 1.0, [torch.Generator().manual_seed(0)]
+    drafter.propose(news, DEPTH)
+    static = read.drafts[drafter]
+    assert isinstance(static, StaticDraft) and static.runs and static.q
+    read.release()
+    assert not static.runs and not static.q

@@ -16,6 +16,9 @@ from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import AskRequest, ImageRequest, ImageResult
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative import thinking
+from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.budget import Costs, DraftCost, best_depth
+from hyperbagel.speculative.choose import LOOKUP_PRIOR
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.folder import make_module, save_drafter, write_acceptance
 
@@ -164,3 +167,27 @@ def test_an_unknown_drafter_of_a_plan_is_refused_and_a_damaged_one_told(model: H
         model.generate_batch([planned("a car", 1), ImageRequest("a car", drafter="nobody")], on_step=lambda *_: pytest.fail("drawn"))
     with pytest.warns(Notice, match="going on without a drafter"):
         assert model.generate_batch([planned("a car", 1, drafter=str(tmp_path))])[0].tau is None
+
+
+# -- what a budget is made of ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_drafts_unasked_where_graphs_were_asked_for(with_drafters: HyperBagel) -> None:
+    """One that is named drafts with them."""
+    fixed = HyperBagel(with_drafters.parts, "small", drafters=with_drafters.drafters.folder, graphs=True)
+    assert (fixed.drafters.default(), with_drafters.drafters.default()) == ("none", "auto")
+    assert fixed.runner is not None and fixed.drafters.budgeted("lookup").graphs is fixed.runner
+
+
+def test_look_up_is_believed_to_be_right_the_further_the_more(with_drafters: HyperBagel) -> None:
+    assert tuple(with_drafters.drafters.budgeted("lookup").expected_rates("lookup")[:4]) == (*LOOKUP_PRIOR, LOOKUP_PRIOR[-1])
+
+
+def test_the_fastest_of_several_drafts_and_not_the_deepest(model: HyperBagel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = Costs(((1, 1.0), (16, 1.1)), {"deep": DraftCost(0.9), "fast": DraftCost(0.0, more=9.0), "lookup": DraftCost(0.1)})
+    for name in ("deep", "fast"):
+        drafter_folder(tmp_path / name, model, "eagle3")
+        write_acceptance(tmp_path / name, {"in_template": [0.6]})
+    assert best_depth(costs, "deep", [0.6] * 4)[0] > best_depth(costs, "fast", [0.6] * 4)[0] == 1
+    monkeypatch.setattr(Adaptive, "prepare", lambda *given, **more: costs)
+    assert set(HyperBagel(model.parts, "small", drafters=tmp_path).drafters.budgeted("auto").drafters) == {"fast", "lookup"}

@@ -22,6 +22,7 @@ from hyperbagel.generate.types import Denoising, ImageRequest, after_first, with
 from hyperbagel.model.student import Sampler
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.pipeline import HyperBagel
+from hyperbagel.speculative.thinking import write_plans
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +125,30 @@ def test_guidance_of_a_batch_in_which_not_all_have_pictures(model: HyperBagel) -
         both = GuidedVelocity([session(photo()), session()], [(2, 2)] * 2, settings)(x, 0.7)
         alone = [GuidedVelocity([s], [(2, 2)], settings)(x[i : i + 1], 0.7)[0] for i, s in enumerate((session(photo()), session()))]
     torch.testing.assert_close(both, torch.stack(alone), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:the plan was cut")
+def test_tokens_of_plans_with_other_limits_are_told_by_their_own_request(model: HyperBagel) -> None:
+    told: list[list[int]] = [[], []]
+    asked = [ImageRequest(text, steps=1, think=True, max_think_tokens=n) for text, n in (("a car", 3), ("a dog", 2))]
+    model.generate_batch(asked, on_token=lambda row, token: told[row].append(token))
+    assert [len(ids) for ids in told] == [3, 2]
+
+
+@pytest.mark.filterwarnings("ignore:the plan was cut")
+def test_a_plan_is_read_back_with_what_follows_where_it_may_wait(model: HyperBagel) -> None:
+    for later in (False, True):
+        session = Session.new(model.parts)
+        session.add_text("a car")
+        write_plans([session], [3], later=later)
+        assert bool(session.waiting) is later
+
+
+def test_no_plan_is_begun_where_none_could_be_read_back(model: HyperBagel) -> None:
+    session, encode = Session.new(model.parts), model.parts.tokenizer.encode
+    while session.room() > 40:
+        session.add_text("a " * 8)
+    session.add_text(next(text for n in range(1, 40) if len(encode(text := "a " * n)) == session.room() - 4))
+    assert session.room() == 2, "no more than the marks around it"
+    with pytest.raises(InputError, match="expected at most"):
+        write_plans([session], [None])

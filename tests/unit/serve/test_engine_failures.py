@@ -127,3 +127,35 @@ def test_a_device_that_no_longer_computes_is_told(model: Model, works: bool, mon
         engine.close()
 
     run(main)
+
+
+def test_a_device_that_failed_for_good_stays_so_whatever_the_others_do(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = iter([False, True])
+    monkeypatch.setattr(worker, "device_works", lambda device: next(works))
+
+    async def main() -> None:
+        engine = engine_of(model, batch=1)
+        [first, *broken] = jobs("first", "broken", "broken")
+        await keep_busy(engine, model, first)
+        for job in broken:
+            engine.submit(job)
+        model.hold.set()
+        for job in broken:
+            assert isinstance((await ends(job))[0], Failed)
+        assert engine.broken
+        engine.close()
+
+    run(main)
+
+
+def test_frames_go_from_all_that_an_error_came_from() -> None:
+    found: Exception | None = None
+    try:
+        try:
+            _ = {}["x"]  # type: ignore[var-annotated]
+        except KeyError:
+            [].pop()
+    except IndexError as error:
+        found = worker.without_frames(error)
+    assert found is not None and found.__traceback__ is None and found.__cause__ is None
+    assert found.__context__ is not None and found.__context__.__traceback__ is None

@@ -205,3 +205,23 @@ def test_allowed_hosts_are_names() -> None:
     for wrong in ("https://a.example", "a.example/", "", "[::1"):
         with pytest.raises(InputError, match="expected a name"):
             host_names([wrong])
+
+
+def test_a_length_that_is_no_number_is_measured_as_it_comes() -> None:
+    headers = [(b"authorization", b"Bearer key"), (b"content-length", b"-1e9")]
+    for size, status in ((10, 200), (11, 413)):
+        sent, _ = through_guard(reads_all, [{"type": "http.request", "body": b"x" * size}], headers=headers)
+        assert sent[0]["status"] == status
+
+
+def test_one_body_alone_may_be_as_large_as_a_body_may_be() -> None:
+    """Also where less was allowed for all of them together."""
+    guard = Guard(reads_all, api_key="key", limits=Limits(body_bytes=10, bodies_bytes=5), metrics=Metrics(), paths=set())
+    [sent] = asyncio.run(at_once(guard, [[b"x" * 10, b""]]))
+    assert sent[0]["status"] == 200
+
+
+def test_a_refusal_leaves_its_connection_open_and_is_timed() -> None:
+    sent, metrics = through_guard(reads_all, [{"type": "http.request"}], path="/v1/models")
+    assert sent[0]["status"] == 401 and b"connection" not in dict(sent[0]["headers"])
+    assert metrics.get("hyperbagel_request_seconds_count", path="other") == 1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import warnings
+from types import SimpleNamespace
 
 import pytest
 
 from hyperbagel import cli
-from hyperbagel.core.errors import InputError
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.pipeline import HyperBagel
-from hyperbagel.serve.run import bind
+from hyperbagel.serve import run
+from hyperbagel.serve.run import bind, url_of
 
 
 def test_connections_wait_before_the_server_runs() -> None:
@@ -42,3 +46,52 @@ def test_a_taken_port_costs_no_model(monkeypatch: pytest.MonkeyPatch, capsys: py
     with bind("127.0.0.1", 0) as taken:
         assert cli.main(["serve", "--port", str(taken.getsockname()[1])]) == 2
     assert "expected a free port; try --port 0" in capsys.readouterr().err
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as trial:
+            trial.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6")
+def test_an_ipv6_address_is_listened_on() -> None:
+    with bind("::1", 0) as listener, socket.create_connection(listener.getsockname()[:2], timeout=5):
+        pass
+
+
+def test_the_address_of_an_ipv6_host_has_brackets() -> None:
+    assert [url_of(host, 80) for host in ("::1", "box")] == ["http://[::1]:80", "http://box:80"]
+
+
+def test_a_place_can_be_taken_again_at_once_and_says_that_it_is_tcp() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        assert bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)) == (os.name == "posix")
+        assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_a_first_answer_that_fails_is_told_and_ends_nothing() -> None:
+    def fails(*given: object, **more: object) -> None:
+        raise RuntimeError("no kernel")
+
+    with pytest.warns(Notice, match="the first answer failed .*no kernel"):
+        run.warm_up(SimpleNamespace(ask=fails))  # type: ignore[arg-type]
+
+
+def test_every_request_s_notice_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python by itself shows one and the same place's only once."""
+
+    def serve(sockets: object) -> None:
+        for _ in range(2):
+            warnings.warn("the plan was cut", Notice, stacklevel=1)
+
+    monkeypatch.setattr(run, "make_server", lambda app: SimpleNamespace(run=serve))
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as told, bind("127.0.0.1", 0) as listener:
+        warnings.simplefilter("default")
+        run.run(None, listener, "127.0.0.1", said.append)  # type: ignore[arg-type]
+        assert said == [url_of("127.0.0.1", listener.getsockname()[1])]
+    assert len(told) == 2

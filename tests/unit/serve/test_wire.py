@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.flow.schedule import time_grid
 from hyperbagel.model.student import Sampler
 from hyperbagel.pipeline import ImageRequest, TextResult
@@ -33,7 +34,7 @@ from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.outgoing import ThinkSplitter, chat_message, file_of, sse
 from hyperbagel.serve.previews import Previews, due_after
 from hyperbagel.serve.realtime import tiers
-from hyperbagel.serve.schemas import ApiError, ChatBody, EditFields, GenerationBody, Limits
+from hyperbagel.serve.schemas import PROMPT_CHARACTERS, ApiError, ChatBody, EditFields, GenerationBody, Limits
 from hyperbagel.serve.streams import as_api_error, collect, follow, usage_of
 
 TEXTS = {
@@ -227,16 +228,17 @@ def test_results_come_in_the_order_of_the_request() -> None:
     assert asyncio.run(main()) == [0, 1]
 
 
-def test_previews_are_cut_to_their_own_picture_at_the_requests_own_shift(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wanted", [[1, 1], [0, 1]])
+def test_previews_are_cut_to_their_own_picture_at_the_requests_own_shift(wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(previews, "decode_latents", lambda parts, latents, grid: (latents, grid))
     grids = {"wide": (1, 3), "high": (2, 2)}
     model: Any = SimpleNamespace(grid=lambda r: grids[r.prompt], settings=lambda r, warn: SimpleNamespace(shift=3.0), parts=None)
-    watch = Previews(model, [ImageRequest("wide"), ImageRequest("high")], [1, 1])
+    watch = Previews(model, [ImageRequest("wide"), ImageRequest("high")], wanted)
     x0, eps = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
     shown: list[Any] = []
     for done, t in enumerate(time_grid(4, 3.0)[1:], start=1):
         shown += watch.at(done, 4, (1 - t) * x0 + t * eps)
-    assert [(row, number, grid) for row, number, (_, grid) in shown] == [(0, 0, (1, 3)), (1, 0, (2, 2))]
+    assert [(row, number, grid) for row, number, (_, grid) in shown] == [(0, 0, (1, 3)), (1, 0, (2, 2))][-sum(wanted) :]
     for row, _, (latents, (h, w)) in shown:
         torch.testing.assert_close(latents, x0[row, : h * w], atol=1e-4, rtol=0)
 
@@ -271,4 +273,51 @@ def test_a_form_may_hold_as_many_pictures_as_the_limit_says_and_a_mask() -> None
     client, picture = TestClient(app), ("image[]", ("a.png", b"x"))
     assert client.post("/", data={"prompt": "x"}, files=[picture, picture, ("mask", ("m.png", b"x"))]).json() == 2
     with pytest.raises(ApiError, match="got 3 pictures, expected at most 2"):
-        client.post("/", data={"prompt": "x"}, files=[picture] * 3)
+        client.post("/", data={"prompt": "x"}, files=[*[picture] * 3, ("mask", ("m.png", b"x"))])
+
+
+def test_without_students_a_merged_one_draws_in_its_usual_steps() -> None:
+    model = SimpleNamespace(students=SimpleNamespace(names=lambda: []), sampler=Sampler(nfe=6))
+    assert [tier["steps"] for tier in tiers(model).values()] == [None] * 3  # type: ignore[arg-type]
+
+
+def test_counters_are_told_to_the_last_digit() -> None:
+    metrics = Metrics()
+    metrics.add("hyperbagel_tokens_total", 123_456_789)
+    assert "hyperbagel_tokens_total 123456789" in metrics.text().splitlines()
+
+
+def test_a_picture_that_would_be_shrunk_twice_is_left_alone() -> None:
+    rule = ImageTransform(1024, 512, 16, 2**18)
+    incoming = Incoming(SimpleNamespace(parts=SimpleNamespace(vae_transform=rule)), ("m",), Limits())  # type: ignore[arg-type]
+    for size, kept in (((556, 525), (556, 525)), ((512, 1024), rule.size(512, 1024))):
+        buffer = io.BytesIO()
+        Image.new("RGB", size).save(buffer, "PNG")
+        assert incoming.picture(buffer.getvalue(), "image 1").size == kept
+
+
+def test_a_form_may_hold_as_long_a_prompt_as_a_body() -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    async def read(request: Request) -> int:
+        return len((await read_edit(request, Limits()))[0].prompt)
+
+    answer = TestClient(app).post("/", data={"prompt": "\u732b" * PROMPT_CHARACTERS}, files={"image": ("a.png", b"x")})
+    assert answer.json() == PROMPT_CHARACTERS
+
+
+def test_a_job_that_is_done_is_watched_no_more() -> None:
+    async def main() -> set[Any]:
+        job = Job([ImageRequest("x")])
+        job.tell(Done(0, 0))  # type: ignore[arg-type]
+        await collect(job, SimpleNamespace(receive=asyncio.Event().wait))  # type: ignore[arg-type]
+        _, waiting = await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=1)  # type: ignore[type-var]
+        return waiting
+
+    assert asyncio.run(main()) == set()
+
+
+def test_an_error_can_be_sent_whatever_it_quotes() -> None:
+    error = ApiError(400, "got \ud800", param="\ud800").body()["error"]
+    assert (error["message"], error["param"]) == ("got ?", "?")

@@ -90,3 +90,12 @@ def test_in_bf16_the_same_nodes_as_well() -> None:
         logits, link = (torch.from_numpy(x + 20).bfloat16() for x in world(seed))
         tokens, parents = search_beam(logits[None], link.__getitem__, torch.tensor([ROOT]), 9, branch=V)
         assert sorted(paths(tokens[0], parents[0])) == sorted(one_by_one(logits.float().numpy(), link.float().numpy(), 9))
+
+
+def test_of_equal_paths_one_comes_first() -> None:
+    even = torch.zeros(1, K, V)
+    _, parents = search_beam(even, lambda u: torch.zeros(*u.shape, V), torch.tensor([ROOT]), 14, branch=2)
+    best, above = [0], parents[0].tolist()
+    while children := [i for i in range(1, len(above)) if above[i] == best[-1]]:
+        best.append(children[0])
+    assert best == list(range(len(best))) and len(best) > 1

@@ -13,8 +13,18 @@ from hyperbagel.model.config import BagelConfig, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, save_folder
-from hyperbagel.speculative.drafters.config import DrafterConfig
-from hyperbagel.speculative.drafters.folder import Module, install_drafter, load_module, make_module, save_drafter, write_acceptance
+from hyperbagel.speculative.drafters.choice import confidence
+from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
+from hyperbagel.speculative.drafters.folder import (
+    Module,
+    install_drafter,
+    load_module,
+    make_drafter,
+    make_module,
+    read_acceptance,
+    save_drafter,
+    write_acceptance,
+)
 
 CONFIG = BagelConfig(
     llm=LLMConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=50),
@@ -72,3 +82,38 @@ def test_what_does_not_fit_is_not_installed(model: Path, drafter: Path, tmp_path
     assert cli.main(["install", str(drafter), "--model", str(model), "--name", "mine", "--nfe", "6"]) == 2
     assert "--nfe" in capsys.readouterr().err
     assert [path.name for path in model.glob("drafters/**/*")] == ["block", "notes.txt"]
+
+
+def test_what_was_measured_is_believed_within_bounds(drafter: Path) -> None:
+    """A rate of 1 would make every depth worth drafting, for ever."""
+    write_acceptance(drafter, {"in_template": [1.0, 0.0, 0.5], "other": [0.7]})
+    assert read_acceptance(drafter) == [0.99, 0.01, 0.5]
+    for damaged in ("{}", "[]", '{"in_template": [null]}', "{"):
+        (drafter / "acceptance.json").write_text(damaged)
+        assert read_acceptance(drafter) == []
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "hyper-bagel", "block"])
+def test_a_tree_is_as_wide_as_it_was_asked_for(kind: Kind) -> None:
+    module, target = make_module(DrafterConfig.for_target(kind, CONFIG.llm)), fresh_bagel(CONFIG, torch.Generator().manual_seed(0))
+    made = make_drafter(module, target, nodes=9, branch=3)
+    assert (made.nodes, made.branch, made.width) == (9, 3, 9)
+    assert make_drafter(module, target, depth=2).width == 2
+
+
+@pytest.mark.parametrize("other", [{"num_attention_heads": 1}, {"num_key_value_heads": 3}])
+def test_a_target_with_other_heads_is_another_one(other: dict[str, int]) -> None:
+    """Its weights may have the same shapes."""
+    with pytest.raises(InputError, match=r"heads \(3, 1\)"):
+        DrafterConfig.for_target("block", CONFIG.llm).check_target(CONFIG.llm.model_copy(update=other))
+
+
+def test_depths_of_fixed_shapes_are_few_and_deep_enough() -> None:
+    module, target = make_module(DrafterConfig.for_target("eagle3", CONFIG.llm)), fresh_bagel(CONFIG, torch.Generator().manual_seed(0))
+    made = make_drafter(module, target, depth=10)
+    depths = [made.static_depth(depth) for depth in range(1, 11)]
+    assert all(wanted <= depth <= 10 for wanted, depth in enumerate(depths, 1)) and len(set(depths)) <= 5
+
+
+def test_confidence_is_told_in_fp32() -> None:
+    torch.testing.assert_close(confidence(torch.tensor([3.0, 0.0, 1.0]).bfloat16()), torch.tensor(2.0).sigmoid())

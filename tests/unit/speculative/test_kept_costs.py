@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.pipeline import HyperBagel
@@ -214,3 +215,15 @@ def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     model = HyperBagel.from_pretrained("toybox")
     model.drafters.keep_costs()
     assert model.drafters.kept is None
+
+
+def test_costs_with_graphs_are_not_those_without(
+    model: HyperBagel, drafters: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "cache_folder", lambda: tmp_path)
+    eager, fixed = (choose.Drafters(model.parts, graphs=graphs) for graphs in (None, GraphRunner(model.parts.model)))
+    for shelf in (eager, fixed):
+        shelf.keep_costs()
+    assert eager.kept is not None and fixed.kept is not None
+    eager.kept.save(drafters, 1, False, COSTS)
+    assert eager.kept.load(drafters, 1, False) == COSTS and fixed.kept.load(drafters, 1, False) is None

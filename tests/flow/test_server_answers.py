@@ -1,0 +1,199 @@
+"""What answers, streams and the model's card state, field by field."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from hyperbagel.data.images import SETTINGS_KEY
+from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, TextResult
+from hyperbagel.serve.app import create_app
+from hyperbagel.serve.incoming import Incoming
+from hyperbagel.serve.jobs import Done, Job, Text
+from hyperbagel.serve.schemas import ApiError, ChatBody, Limits
+from hyperbagel.serve.streams import chat_events
+
+ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+
+
+@pytest.fixture
+def http(model: HyperBagel) -> Any:
+    with TestClient(create_app(model)) as client:
+        yield client
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The JSON of a stream's events."""
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+
+
+def test_the_card_states_sizes_limits_and_usual_settings(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HyperBagel, "default_size", (32, 48))  # (height, width)
+    limits = {"n": 2, "steps": 3, "images": 4, "max_tokens": 5, "body_bytes": 6000}
+    card = TestClient(create_app(model, limits=Limits(**limits))).get("/v1/models/tiny").json()  # type: ignore[arg-type]
+    assert card["size"] == {"usual": [48, 32], "stride": 16, "largest": model.parts.model.config.options.max_latent_size * 16}
+    assert card["limits"] == limits
+    for kind, request in {"draw": ImageRequest("x"), "edit": ImageRequest("x", (Image.new("RGB", (1, 1)),))}.items():
+        usual = asdict(model.settings(request))
+        usual |= {"steps": usual.pop("num_steps"), "interval": list(usual["interval"])}
+        del usual["student"]
+        assert card["usual"][kind] == usual
+    assert card["usual"]["draw"] != card["usual"]["edit"]
+
+
+def test_the_counters_say_what_form_they_have(http: TestClient) -> None:
+    assert http.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_what_the_browser_is_told_of_the_page_s_files(http: TestClient) -> None:
+    headers = http.get("/ui/app.js").headers
+    assert headers["cache-control"] == "no-cache" and headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'self'" in headers["content-security-policy"]
+
+
+def test_a_wrong_method_is_told_which_one_is_right(http: TestClient) -> None:
+    assert http.get("/v1/chat/completions").headers["allow"] == "POST"
+
+
+def test_a_model_that_is_not_here_has_openai_s_code(http: TestClient) -> None:
+    error = http.get("/v1/models/gpt").json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    for modalities in (["text"], ["image"]):
+        answer = http.post("/v1/chat/completions", json=ASKED | {"model": "gpt", "modalities": modalities})
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/images/generations", {"prompt": "x"}), ("/v1/chat/completions", ASKED)])
+def test_who_left_is_counted_as_such(path: str, body: dict[str, Any], model: HyperBagel) -> None:
+    app, sent = create_app(model), list[Any]()
+    left = iter([{"type": "http.request", "body": json.dumps(body).encode()}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(left)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    app.state.engine.close()
+    assert app.state.metrics.get("hyperbagel_requests_total", path=path, status="499") == 1
+
+
+@pytest.mark.parametrize(("stream", "told"), [(False, (0, False)), (True, (3, True))])
+def test_only_a_stream_is_told_of_what_comes_before_its_end(stream: bool, told: tuple[int, bool], model: HyperBagel) -> None:
+    app, jobs = create_app(model), list[Job]()
+
+    def submit(job: Job) -> None:
+        jobs.append(job)
+        raise ApiError(418, "seen")
+
+    app.state.engine.submit = submit
+    body = {"prompt": "x", "stream": stream, "partial_images": 3, "progress": True}
+    assert TestClient(app).post("/v1/images/generations", json=body).status_code == 418
+    assert [(job.previews, job.progress) for job in jobs] == [told]
+
+
+def test_a_tag_that_was_not_asked_for_is_text(http: TestClient, model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "ask_batch", lambda requests, **_: [TextResult("<think> a", 3, 1, {"decode": 0.1})])
+    answer = http.post("/v1/chat/completions", json=ASKED).json()
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "<think> a"}
+    assert answer["choices"][0]["tokens"] == 3 and answer["model"] == "tiny", "also where the request names no model"
+
+
+@pytest.mark.filterwarnings("ignore:the plan was cut")
+def test_a_drawn_answer_tells_its_plan_and_holds_its_settings(http: TestClient, model: HyperBagel) -> None:
+    messages = [{"role": "system", "content": "in crayon"}, {"role": "user", "content": "a red car"}]
+    knobs = {"modalities": ["image"], "seed": 3, "steps": 1, "think": True, "max_think_tokens": 6}
+    [drawn] = model.generate_batch(
+        [ImageRequest("a red car", (), 3, think=True, max_think_tokens=6, steps=1, inputs=("in crayon", "a red car"))]
+    )
+    whole = http.post("/v1/chat/completions", json={"messages": messages} | knobs).json()["choices"][0]["message"]
+    streamed: dict[str, Any] = {}
+    for event in events_of(http.post("/v1/chat/completions", json={"messages": messages, "stream": True} | knobs).text):
+        streamed |= event["choices"][0]["delta"]
+    for message in (whole, streamed):
+        assert message["reasoning_content"] == drawn.thinking
+        [part] = message["images"]
+        picture = Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))
+        settings = json.loads(picture.info[SETTINGS_KEY])
+        assert (settings["prompt"], settings["seed"], part["seed"]) == ("a red car", 3, 3), "the prompt is the user's alone"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_picture_has_the_form_that_was_asked_for(stream: bool, http: TestClient) -> None:
+    sizes = []
+    for quality in (0, 100):
+        form = {"output_format": "jpeg", "output_compression": quality, "stream": stream, "partial_images": 1}
+        answer = http.post("/v1/images/generations", json={"prompt": "x", "seed": 0, "steps": 2} | form)
+        pictures = [item["b64_json"] for item in (events_of(answer.text) if stream else answer.json()["data"])]
+        assert len(pictures) == 1 + stream and all(picture.startswith("/9j/") for picture in pictures)
+        sizes.append([len(picture) for picture in pictures])
+    assert all(small < large for small, large in zip(*sizes, strict=True))
+
+
+def test_events_say_which_of_several_pictures_they_are_of(http: TestClient) -> None:
+    body = {"prompt": "x", "seed": 5, "steps": 2, "n": 2, "stream": True, "partial_images": 1, "progress": True}
+    answer = http.post("/v1/images/generations", json=body)
+    assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no"), "no proxy holds it back"
+    found = defaultdict(list)
+    for event in events_of(answer.text):
+        found[event["type"].partition(".")[2]].append(
+            (event["index"], event.get("seed", event.get("step", event.get("partial_image_index"))))
+        )
+    assert {kind: sorted(told) for kind, told in found.items()} == {
+        "progress": [(0, 1), (0, 2), (1, 1), (1, 2)],
+        "partial_image": [(0, 0), (1, 0)],
+        "completed": [(0, 5), (1, 6)],
+    }
+
+
+async def chunks(body: dict[str, Any], *events: Any) -> list[dict[str, Any]]:
+    """What a streamed chat of two answers sends for these events of its job."""
+
+    async def told() -> AsyncIterator[Any]:
+        for event in events:
+            yield event
+
+    job = Job([AskRequest("x"), AskRequest("x")], stream=True)
+    stream = chat_events(job, None, ChatBody.model_validate(ASKED | body), "tiny")  # type: ignore[arg-type]
+    return events_of("".join([text async for text in stream(told())]))
+
+
+ENDS = Done(1, TextResult("b", 2, 7, {})), Done(0, TextResult("c", 3, 7, {}))
+
+
+def test_answers_of_one_stream_are_split_apart() -> None:
+    said: dict[tuple[int, str], str] = defaultdict(str)
+    pieces = Text(0, "<think> a"), Text(1, "b"), Text(0, " </think> c")
+    for chunk in asyncio.run(chunks({"think": True}, *pieces, *ENDS)):
+        for name, text in chunk["choices"][0]["delta"].items():
+            said[chunk["choices"][0]["index"], name] += text
+    assert {key: text for key, text in said.items() if key[1] != "role"} == {
+        (0, "reasoning_content"): "a",
+        (0, "content"): "c",
+        (1, "content"): "b",
+    }
+
+
+def test_usage_is_null_until_the_last_chunk_where_it_is_asked_for() -> None:
+    *before, last = asyncio.run(chunks({"stream_options": {"include_usage": True}}, *ENDS))
+    assert last["usage"]["completion_tokens"] == 5 and all(chunk["usage"] is None for chunk in before)
+    assert not any("usage" in chunk for chunk in asyncio.run(chunks({}, *ENDS)))
+
+
+def test_a_part_without_text_is_none(model: HyperBagel) -> None:
+    parts = [{"type": "text"}, {"type": "text", "text": ""}, {"type": "text", "text": "a car"}]
+    body = ChatBody.model_validate({"messages": [{"role": "user", "content": parts}]})
+    assert Incoming(model, ("tiny",), Limits()).chat_pictures(body)[0].items() == ("a car",)
