@@ -206,3 +206,20 @@ def test_a_key_may_be_pasted_with_spaces(visit: Visit, locked: str) -> None:
     page.fill("#key input", " sesame ")
     page.press("#key input", "Enter")
     page.wait_for_selector("body[data-ready]")
+    assert page.evaluate("sessionStorage.getItem('hyperbagel-key')") == "sesame"
+
+
+def test_live_asks_for_a_key_that_is_no_longer_right(visit: Visit, locked: str) -> None:
+    """And then goes on, with what was typed meanwhile."""
+    page = visit("draw", at=locked, ready=False)
+    page.fill("#key input", "sesame")
+    page.press("#key input", "Enter")
+    page.wait_for_selector("body[data-ready]")
+    page.evaluate("sessionStorage.setItem('hyperbagel-key', 'stale')")
+    page.click("#tab-live")
+    page.wait_for_selector("#key[open]")
+    page.evaluate("document.querySelector('#live [name=prompt]').value = 'a red car'")
+    page.fill("#key input", "sesame")
+    page.press("#key input", "Enter")
+    page.wait_for_selector("#live[data-shown]")
+    assert page.inner_text("#live [data-link]") == "connected"
