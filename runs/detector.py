@@ -2,8 +2,9 @@
 
     python runs/detector.py FILE.safetensors [STEPS] [FROM.safetensors]
 
-Three rounds made the one that ships (docs/log-to-2026-11-26.md, the last in docs/log.md): 1,500 steps of 48 drawings, then 2,000 and 2,500 of 32, some 25 minutes on one core. The
-measure is made separately from what it measures, so runs/toybox.sh does not touch it; `hyperbagel eval toybox` prints how well it reads.
+Three rounds made the one that ships (docs/log-to-2026-11-26.md, the last in docs/log.md): 1,500 steps of 48 drawings, then 2,000 and
+2,500 of 32, some 25 minutes on one core. The measure is made separately from what it measures, so runs/toybox.sh does not touch it;
+`hyperbagel eval toybox` prints how well it reads.
 """
 
 import os
