@@ -70,6 +70,11 @@ class Seen:
     apart: int = 0  # the largest difference between two pictures of one request
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def count(self, kind: str) -> None:
+        """Counts what has no result to compare."""
+        with self.lock:
+            self.done[kind] += 1
+
     def add(self, kind: str, key: str, result: str | bytes) -> None:
         """Counts a result, a text or a picture's file, and compares it with the first one of this request."""
         value: Any = result if isinstance(result, str) else np.asarray(Image.open(io.BytesIO(result)).convert("RGB")).astype(int)
@@ -170,14 +175,14 @@ class Client:
         else:
             body = {"prompt": self.rng.choice(DRAWN), "student": "none", "stream": True, "partial_images": 3, "steps": 50}
             self.events("/images/generations", body, most=1)
-        self.seen.done["left"] += 1
+        self.seen.count("left")
 
     def refused(self) -> None:
         path, body = self.rng.choice((("/images/generations", {"prompt": ""}), ("/chat/completions", {"messages": []}), ("/nowhere", {})))
         status = self.http.post(path, json=body).status_code
         if status not in (400, 404):
             raise ValueError(f"{path} with {body}: got status {status}, expected a refusal")
-        self.seen.done["refused"] += 1
+        self.seen.count("refused")
 
     def live(self) -> None:
         """Types a text and waits for its last picture; with a picture to edit, the socket is then dropped in the middle of the next."""

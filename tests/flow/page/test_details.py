@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from page_world import begin, completed, end, never
 from PIL import Image
 
 from hyperbagel.data.images import save_png
@@ -68,8 +67,7 @@ def test_files_over_a_field_are_not_for_the_page(visit: Visit) -> None:
 def test_edit_this_leads_to_the_instruction(visit: Visit) -> None:
     page = visit("draw")
     page.fill("#draw [name=steps]", "1")
-    page.fill("#draw [name=prompt]", "a red car")
-    page.click("#draw [type=submit]")
+    begin(page, "draw", "a red car")
     page.get_by_role("button", name="Edit this").click()
     page.wait_for_selector("#edit .thumb")
     assert page.evaluate("document.activeElement === document.querySelector('#edit [name=prompt]')")
@@ -94,25 +92,22 @@ def test_an_answer_s_rate_is_of_what_was_decoded(length: str, visit: Visit, mode
 def test_what_is_typed_meanwhile_stays_when_an_answer_is_stopped(visit: Visit) -> None:
     """Else the question comes back."""
     page = visit("ask")
-    page.route("**/v1/chat/completions", lambda route: None)  # never answers
+    page.route("**/v1/chat/completions", never)
     for typed in ("and this?", ""):
         page.fill("#ask [name=prompt]", "what is it?")
         page.press("#ask [name=prompt]", "Enter")
         page.wait_for_selector("#ask[aria-busy]")
         page.fill("#ask [name=prompt]", typed)
-        page.click("#ask [data-cancel]")
-        page.wait_for_selector("#ask:not([aria-busy])")
+        end(page, "ask")
         assert page.input_value("#ask [name=prompt]") == (typed or "what is it?")
 
 
 def test_a_new_conversation_ends_the_old_one_s_answer(visit: Visit) -> None:
     page = visit("ask")
-    page.route("**/v1/chat/completions", lambda route: None)
+    page.route("**/v1/chat/completions", never)
     page.fill("#ask [name=prompt]", "what is it?")
     page.press("#ask [name=prompt]", "Enter")
-    page.wait_for_selector("#ask[aria-busy]")
-    page.click("#ask [data-new]")
-    page.wait_for_selector("#ask:not([aria-busy])")
+    end(page, "ask", "[data-new]")
     assert page.locator("#ask .turn").count() == 0 and page.locator("#ask .hint").is_visible()
 
 
@@ -135,30 +130,20 @@ def test_compare_says_how_much_faster_a_student_is(visit: Visit, photo: Path) ->
     page = visit("compare")
 
     def answer(route: Any) -> None:
-        timings = {"prefill": 0.5, "denoise": 0.1} if route.request.post_data_json["student"] == "6" else {"prefill": 1.0, "denoise": 2.0}
-        event = {
-            "type": "image_generation.completed",
-            "nfe": 1,
-            "timings": timings,
-            "b64_json": base64.b64encode(photo.read_bytes()).decode(),
-        }
-        route.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(event)}\n\n")
+        student = route.request.post_data_json["student"] == "6"
+        completed(route, photo, timings={"prefill": 0.5, "denoise": 0.1} if student else {"prefill": 1.0, "denoise": 2.0})
 
     page.route("**/v1/images/generations", answer)
-    page.fill("#compare [name=prompt]", "a red car")
-    page.click("#compare [type=submit]")
+    begin(page, "compare", "a red car")
     page.wait_for_selector("#compare [data-who='6'][data-state=done] .speed")
     assert "read and denoised 5.0 times as fast as the teacher" in page.inner_text("#compare [data-who='6']")
 
 
 def test_who_has_not_begun_when_a_comparison_is_cancelled_is_cancelled_too(visit: Visit) -> None:
     page = visit("compare")
-    page.route("**/v1/images/generations", lambda route: None)  # never answers
-    page.fill("#compare [name=prompt]", "a red car")
-    page.click("#compare [type=submit]")
-    page.wait_for_selector("#compare[aria-busy]")
-    page.click("#compare [data-cancel]")
-    page.wait_for_selector("#compare:not([aria-busy])")
+    page.route("**/v1/images/generations", never)
+    begin(page, "compare", "a red car")
+    end(page, "compare")
     states = {who: page.get_attribute(f"#compare [data-who='{who}']", "data-state") for who in ("none", "6", "1")}
     assert states == {"none": "cancelled", "6": "cancelled", "1": "unavailable"}
 

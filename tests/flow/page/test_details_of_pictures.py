@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from page_world import begin, completed, drop, never
 from PIL import Image
 
 from hyperbagel.data.images import save_png
 from hyperbagel.pipeline import HyperBagel
 
 Visit = Callable[..., Any]
-TRANSFER = """([data, name]) => { const transfer = new DataTransfer();
-  transfer.items.add(new File([new Uint8Array(data)], name, { type: "image/png" })); return transfer; }"""
 PAINTED = "document.querySelector('#edit canvas').getContext('2d').getImageData(0, 0, 32, 32).data.some(Boolean)"
 
 
@@ -134,8 +131,7 @@ def test_painted_masks_are_not_asked_for_again(visit: Visit, model: HyperBagel, 
 
 def test_a_picture_dropped_on_a_field_restores_nothing(visit: Visit, photos: list[Path]) -> None:
     page = visit("edit")
-    transfer = page.evaluate_handle(TRANSFER, [list(photos[0].read_bytes()), "a.png"])
-    page.dispatch_event("#edit [data-drop]", "drop", {"dataTransfer": transfer})
+    drop(page, photos[0], "#edit [data-drop]")
     page.wait_for_selector("#edit .thumb")
     page.wait_for_timeout(100)  # for what should not come
     assert not page.locator("#alert").is_visible()
@@ -143,15 +139,10 @@ def test_a_picture_dropped_on_a_field_restores_nothing(visit: Visit, photos: lis
 
 def test_of_several_pictures_those_that_are_there_stay(visit: Visit, photos: list[Path]) -> None:
     """When the stream breaks off behind the first of two."""
-    page, event = visit("draw"), {"type": "image_generation.completed", "index": 0, "nfe": 1, "timings": {}, "seed": 1}
-    event["b64_json"] = base64.b64encode(photos[0].read_bytes()).decode()
-    page.route(
-        "**/v1/images/generations",
-        lambda route: route.fulfill(content_type="text/event-stream", body=f"event: x\ndata: {json.dumps(event)}\n\n"),
-    )
+    page = visit("draw")
+    page.route("**/v1/images/generations", lambda route: completed(route, photos[0], index=0))
     page.fill("#draw [name=n]", "2")
-    page.fill("#draw [name=prompt]", "x")
-    page.click("#draw [type=submit]")
+    begin(page, "draw", "x")
     page.wait_for_selector("#alert:not([hidden])")
     assert [slot.get_attribute("data-state") for slot in page.locator("#draw .slot").all()] == ["done", "failed"]
     assert "broke off" in page.inner_text("#alert")
@@ -159,9 +150,8 @@ def test_of_several_pictures_those_that_are_there_stay(visit: Visit, photos: lis
 
 def test_escape_is_for_the_tab_that_is_shown(visit: Visit) -> None:
     page = visit("draw")
-    page.route("**/v1/images/generations", lambda route: None)  # never answers
-    page.fill("#draw [name=prompt]", "x")
-    page.click("#draw [type=submit]")
+    page.route("**/v1/images/generations", never)
+    begin(page, "draw", "x")
     page.wait_for_selector("#draw[aria-busy]")
     page.click("#tab-ask")
     page.keyboard.press("Escape")
@@ -175,7 +165,7 @@ def test_escape_is_for_the_tab_that_is_shown(visit: Visit) -> None:
 
 def test_enter_sends_a_question_but_for_a_new_line_or_a_word_in_composition(visit: Visit) -> None:
     page = visit("ask")
-    page.route("**/v1/chat/completions", lambda route: None)
+    page.route("**/v1/chat/completions", never)
     page.fill("#ask [name=prompt]", "what")
     page.press("#ask [name=prompt]", "Shift+Enter")
     assert page.input_value("#ask [name=prompt]") == "what\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from page_world import begin, drop
 from PIL import Image
 from server_world import wait_for
 
@@ -15,17 +16,11 @@ from hyperbagel.data.images import read_settings, save_png
 from hyperbagel.pipeline import HyperBagel
 
 Visit = Callable[..., Any]
-TRANSFER = """([data, name]) => {
-  const transfer = new DataTransfer();
-  transfer.items.add(new File([new Uint8Array(data)], name, {type: "image/png"}));
-  return transfer;
-}"""
 
 
 def run(page: Any, tab: str, prompt: str, state: str = "done") -> Any:
     """Submits a tab's form and waits for its (first) picture."""
-    page.fill(f"#{tab} [name=prompt]", prompt)
-    page.click(f"#{tab} [type=submit]")
+    begin(page, tab, prompt)
     slot = page.locator(f"#{tab} .slot").first
     page.wait_for_selector(f"#{tab} .slot[data-state={state}]")
     page.wait_for_selector(f"#{tab}:not([aria-busy])")
@@ -108,14 +103,6 @@ def test_cancel_ends_the_work_on_the_server(visit: Visit, app: Any) -> None:
         wait_for(lambda: app.state.metrics.get("hyperbagel_running") == 0)
         assert app.state.metrics.get("hyperbagel_results_total", kind="image", outcome="cancelled") == before + 1
     assert not page.locator("#alert").is_visible(), "a cancel is no error"
-
-
-def drop(page: Any, path: Path, target: str) -> None:
-    """Drops a file, as a person would from the desktop."""
-    data = list(path.read_bytes())
-    transfer = page.evaluate_handle(TRANSFER, [data, path.name])
-    for kind in ("dragover", "drop"):
-        page.dispatch_event(target, kind, {"dataTransfer": transfer})
 
 
 def test_a_dropped_png_brings_its_settings_back(visit: Visit, model: HyperBagel, tmp_path: Path) -> None:
