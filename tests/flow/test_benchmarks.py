@@ -92,9 +92,8 @@ def test_what_a_soak_calls_wrong() -> None:
         seen.add("draw", key, result)
     assert [line.split(":")[0] for line in seen.wrong] == ["draw a"] * 3 + ["draw c"]
     quiet = {"mb": 1.0, "threads": 4, "files": 8, "left": 0}
-    busy = [{"threads": n} for n in (8, 9, *[12] * 8)]
-    for change, wrong in (({}, False), ({"threads": 9}, False), ({"threads": 10}, True), ({"files": 9}, True), ({"left": 1}, True)):
-        told = {"n_wrong": 0, "idle_before": quiet, "idle_after": quiet | change, "tenths": busy}
+    for change, wrong in (({}, False), ({"threads": 8}, False), ({"threads": 9}, True), ({"files": 9}, True), ({"left": 1}, True)):
+        told = {"n_wrong": 0, "idle_before": quiet, "idle_after": quiet | change, "clients": 2}
         assert soak.failed(told) is wrong and soak.failed(told | {"n_wrong": 1})
 
 
