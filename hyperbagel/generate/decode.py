@@ -5,9 +5,9 @@ Shape legend: B sessions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from hyperbagel.generate.types import OnToken
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -37,6 +39,9 @@ class Runner(Protocol):
 
     def __call__(self, token: Tensor) -> Tensor:
         """Appends token [B, 1] to the rows -> logits [B, V] of the next one."""
+
+    def narrow(self, rows: Sequence[int]) -> bool:
+        """Goes on with these rows alone, in this order. False: it cannot, and all go on."""
 
     def end(self) -> None:
         """Leaves the caches given to `begin` as they were, unless they were spent."""
@@ -63,8 +68,25 @@ class EagerRunner:
         self.position = self.position + 1
         return model.logits(hidden[:, -1])
 
+    def narrow(self, rows: Sequence[int]) -> bool:
+        self.cache.select(rows)
+        self.before, self.position = taken(self.before, rows), self.position[list(rows)]
+        return True
+
     def end(self) -> None:
         self.cache.truncate(self.before)
+
+
+def leaving(rows: int, alive: Iterable[int]) -> list[int] | None:
+    """The rows of a batch that go on alone once at least half of its rows are finished; else None. A finished row costs as much as any
+    other; the others' keys and values are copied when it leaves, at each halving and no more often."""
+    kept = sorted(alive)
+    return kept if kept and 2 * len(kept) <= rows else None
+
+
+def taken(values: Sequence[T], rows: Sequence[int]) -> list[T]:
+    """What `values` holds of these rows."""
+    return [values[row] for row in rows]
 
 
 def first_logits(sessions: Sequence[Session]) -> Tensor | None:
@@ -113,28 +135,34 @@ def decode(
     step_once.begin([s.cache for s in sessions], [s.position for s in sessions], max_tokens + 1, spent)
     token = torch.full((len(sessions), 1), tokenizer.im_start, device=model.device)
     results = [Decoded() for _ in sessions]
-    alive = set(range(len(sessions)))
+    of_row = list(range(len(sessions)))  # the session of each row of the batch; finished ones leave it (`leaving`)
+    alive = set(of_row)  # rows
     try:
         for step in range(max_tokens + 1):
             logits = step_once(token) if step or first is None else first
             if keep_logits:
-                for i in alive:
-                    results[i].logits.append(logits[i].float())
+                for row in alive:
+                    results[of_row[row]].logits.append(logits[row].float())
             if step == max_tokens:
                 break
             token = pick(logits, temperature, generators)[:, None]
-            for i, id_ in enumerate(token[:, 0].tolist()):
-                if i not in alive:
+            for row, id_ in enumerate(token[:, 0].tolist()):
+                if row not in alive:
                     continue
+                i = of_row[row]
                 if id_ == tokenizer.im_end:
                     results[i].finish_reason = "stop"
-                    alive.discard(i)
+                    alive.discard(row)
                     continue
                 results[i].ids.append(id_)
                 if on_token is not None:
                     on_token(i, id_)
             if not alive or (step == max_tokens - 1 and not keep_logits):
                 break
+            kept = leaving(len(of_row), alive)
+            if kept is not None and step_once.narrow(kept):
+                token, generators = token[kept], taken(generators, kept) if generators else ()
+                of_row, alive = taken(of_row, kept), set(range(len(kept)))
     finally:
         step_once.end()
     return results

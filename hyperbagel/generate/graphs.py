@@ -255,6 +255,9 @@ class GraphRunner:
         assert self.step is not None, "begin comes first"
         return self.step(token)
 
+    def narrow(self, rows: Sequence[int]) -> bool:
+        return False  # a graph has its number of rows
+
     def end(self) -> None:
         self.step = None
 

@@ -158,6 +158,14 @@ class KVCache:
         view.lengths = self.lengths[:rows]
         return view
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Goes on with these rows alone, in this order. They are copied, and what is freed is freed layer by layer."""
+        at = torch.tensor(list(rows), device=self.k[0].device)
+        for store in self._stores():
+            for i, x in enumerate(store):
+                store[i] = x.index_select(0, at)
+        self.lengths = [self.lengths[row] for row in rows]
+
     def untap(self) -> None:
         """Keeps no hidden states and positions any more, and frees those that it kept."""
         self.taps, self.tapped, self.positions = (), [], []

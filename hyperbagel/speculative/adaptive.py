@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import Decoded, taken
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Session
 from hyperbagel.speculative.budget import Acceptance, Costs, Record, after_round, best_depth, choose, expected_tokens, least_chance
@@ -102,19 +102,23 @@ class Adaptive:
     def prepare(self, session: Session, rows: int, temperature: float = 0.0) -> Costs:
         """Costs at a batch size (rounded up to a power of two), measured at first use, unless they are kept. Of `session` only the model
         is used."""
+        key = _size(rows), temperature > 0 and self.draws  # a choice costs nearly the same at any temperature
+        costs = self._known(*key)
+        if costs is None:
+            context = Session.new(session.parts, self.taps)
+            context.add_text(_TEXT)
+            costs = self.measured[key] = measure_costs(context, self.drafters, *key, graphs=self.graphs)
+            if self.kept is not None:
+                self.kept.save(self.drafters, *key, costs)
+        return costs
+
+    def _known(self, size: int, sampled: bool) -> Costs | None:
+        """The costs of a batch size, if they were measured or kept."""
         if self.given is not None:
             return self.given
-        key = _size(rows), temperature > 0 and self.draws  # a choice costs nearly the same at any temperature
-        if key not in self.measured:
-            costs = None if self.kept is None else self.kept.load(self.drafters, *key)
-            if costs is None:
-                context = Session.new(session.parts, self.taps)
-                context.add_text(_TEXT)
-                costs = measure_costs(context, self.drafters, *key, graphs=self.graphs)
-                if self.kept is not None:
-                    self.kept.save(self.drafters, *key, costs)
-            self.measured[key] = costs
-        return self.measured[key]
+        if (size, sampled) not in self.measured and self.kept is not None and (costs := self.kept.load(self.drafters, size, sampled)):
+            self.measured[size, sampled] = costs
+        return self.measured.get((size, sampled))
 
     def expected_rates(self, name: str) -> list[float]:
         """Acceptance by depth that drafter `name` is believed to have before it has drafted."""
@@ -124,7 +128,7 @@ class Adaptive:
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
         self.costs = self.prepare(sessions[0], len(sessions), temperature)
-        self.sampled, self.rows = temperature > 0, len(sessions)
+        self.sampled, self.rows, self.size = temperature > 0, len(sessions), _size(len(sessions))
         self.contexts = [session.cache.lengths[0] for session in sessions]
         self.news, self.last = dict.fromkeys(self.drafters), None
         self.rounds_drafted = dict.fromkeys(self.drafters, 0)
@@ -155,6 +159,17 @@ class Adaptive:
             del open_to[name]  # finding nothing cost nothing; another one may know more
         after_round(records, None, plain)
         return Draft(seen.root.new_empty(len(seen.root), 0))
+
+    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        self._learn(counts)
+        # Costs of the smaller batch are taken if they are known: measuring them now would cost more than they save.
+        self.rows = len(rows)
+        if (costs := self._known(_size(self.rows), self.sampled and self.draws)) is not None:
+            self.size, self.costs = _size(self.rows), costs
+        self.contexts = taken(self.contexts, rows)
+        self.news = {name: None if news is None else news.of_rows(rows) for name, news in self.news.items()}
+        for drafter in self.drafters.values():
+            drafter.narrow(rows, counts)
 
     def end(self, counts: Sequence[int]) -> None:
         self._learn(counts)
@@ -204,7 +219,7 @@ class Adaptive:
 
     def _phase(self, far: int) -> _Phase:
         """The records of phase `far` (see LATE) at this batch size; those of a new one start from the priors."""
-        key = _size(self.rows), self.sampled, far
+        key = self.size, self.sampled, far
         if key not in self.phases:
             acceptance, records = {}, {}
             for name, drafter in self.drafters.items():

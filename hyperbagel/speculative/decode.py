@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError, Notice
-from hyperbagel.generate.decode import Decoded, Runner, first_logits
+from hyperbagel.generate.decode import Decoded, Runner, first_logits, leaving, taken
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.sampling import pick
@@ -119,7 +119,10 @@ def check_taps(session: Session, drafter: Drafter) -> None:
 
 
 class Rounds:
-    """The state of one call of `decode`: the stacked cache, each row's root and result."""
+    """The state of one call of `decode`: the stacked cache, each row's root and result.
+
+    Rows are those of the batch. Where nothing has a fixed shape, finished ones leave it (`leaving`); `of_row`: which session each one is.
+    """
 
     def __init__(
         self,
@@ -157,7 +160,8 @@ class Rounds:
         device = self.model.device
         self.root = torch.full((len(sessions),), parts.tokenizer.im_start, device=device)
         self.position = torch.tensor([s.position for s in sessions], device=device)
-        self.alive = set(range(len(sessions)))
+        self.of_row = list(range(len(sessions)))
+        self.alive = set(self.of_row)
         self.start, self.counts = [0] * len(sessions), list(self.before)  # as in Seen
         self.ids: list[list[int]] = [[] for _ in sessions]
 
@@ -173,6 +177,7 @@ class Rounds:
     def round(self) -> None:
         """Draft, verify, accept, commit, report."""
         clock = [time.perf_counter()]
+        self._leave()
         draft = self._propose()
         clock.append(time.perf_counter())
         n = 1 + draft.tokens.shape[1]
@@ -200,9 +205,23 @@ class Rounds:
         t = self.times
         t.draft, t.verify, t.commit, t.host = (x + y for x, y in zip((t.draft, t.verify, t.commit, t.host), spent))
 
+    def _leave(self) -> None:
+        """Goes on without the rows that are finished, if they are many."""
+        kept = leaving(len(self.of_row), self.alive) if self.reader is None else None
+        if kept is None:
+            return
+        self.drafter.narrow(kept, self.counts)
+        self.cache.select(kept)
+        at = torch.tensor(kept, device=self.root.device)
+        self.root, self.position = self.root[at], self.position[at]
+        self.of_row, self.before, self.ids = taken(self.of_row, kept), taken(self.before, kept), taken(self.ids, kept)
+        self.start, self.counts = taken(self.start, kept), taken(self.counts, kept)
+        self.generators = taken(self.generators, kept) if self.generators else ()
+        self.alive = set(range(len(kept)))
+
     def _propose(self) -> Draft:
         """The drafter's proposal, without nodes where it has none or none is needed."""
-        left = max(self.max_tokens - len(self.results[b].ids) for b in self.alive)
+        left = max(self.max_tokens - len(self.results[self.of_row[b]].ids) for b in self.alive)
         limit = left - 1 + self.keep_logits  # the target itself adds one token more
         if limit > 0:
             seen = Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position, self.reader)
@@ -211,11 +230,12 @@ class Rounds:
                 return draft
         else:  # one token is left, which needs no draft: the drafter learns now how its last one fared
             self.drafter.end(self.counts)
-        return Draft(self.root.new_empty(len(self.results), 0))
+        return Draft(self.root.new_empty(len(self.root), 0))
 
     def _report(self, b: int, path: list[int], new: list[int], logits: Tensor, deepest: int) -> None:
         """Adds row b's new tokens, the accepted ones and the target's own, to its result, as far as plain decoding would have gone."""
-        result, stats = self.results[b], self.results[b].stats
+        result = self.results[self.of_row[b]]
+        stats = result.stats
         stats.rounds += 1
         for i, (node, id_) in enumerate(zip(path, new, strict=True)):
             if self.keep_logits:
@@ -233,7 +253,7 @@ class Rounds:
                 return
             result.ids.append(id_)
             if self.on_token is not None:
-                self.on_token(b, id_)
+                self.on_token(self.of_row[b], id_)
             if len(result.ids) == self.max_tokens and not self.keep_logits:
                 self.alive.discard(b)
                 return

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import Decoded, taken
 from hyperbagel.generate.graphs import StaticRead
 from hyperbagel.generate.session import Session
 from hyperbagel.nn.kv_cache import KVCache
@@ -42,6 +42,12 @@ class Seen:
         counts = [a + b for a, b in zip(earlier.counts, self.counts, strict=True)]
         ids = [[*a, *b] for a, b in zip(earlier.ids, self.ids, strict=True)]
         return replace(self, start=earlier.start, counts=counts, ids=ids)
+
+    def of_rows(self, rows: Sequence[int]) -> Seen:
+        """The news of some rows, from before the others left: the cache has these rows alone."""
+        at = torch.tensor(list(rows), device=self.root.device)
+        start, counts, ids = taken(self.start, rows), taken(self.counts, rows), taken(self.ids, rows)
+        return replace(self, start=start, counts=counts, ids=ids, root=self.root[at], position=self.position[at])
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,9 @@ class Drafter(Protocol):
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         """Nodes below seen.root, at most `limit` >= 1 deep; none if it has nothing to propose."""
+
+    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        """Between two rounds, the batch goes on with these rows alone, in this order. `counts`: of all rows so far, as in Seen."""
 
     def end(self, counts: Sequence[int]) -> None:
         """No `propose` follows: the request is over, or only its last token is left (then `end` is called again). `counts`: as in Seen, all

@@ -116,16 +116,19 @@ class Stub:
         self.vocabulary = vocabulary
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
-        self.at = [0] * len(sessions)
+        self.at, self.known = [0] * len(sessions), list(self.told)
         self.rng = random.Random(0)
 
     def ahead(self, seen: Seen, limit: int) -> list[list[int]]:
         """What each row's target will say next."""
         self.at = [at + len(ids) for at, ids in zip(self.at, seen.ids, strict=True)]
-        return [told[at : at + min(limit, self.width)] for told, at in zip(self.told, self.at, strict=True)]
+        return [told[at : at + min(limit, self.width)] for told, at in zip(self.known, self.at, strict=True)]
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         raise NotImplementedError
+
+    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        self.at, self.known = [self.at[row] for row in rows], [self.known[row] for row in rows]
 
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing."""

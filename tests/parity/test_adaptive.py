@@ -174,6 +174,10 @@ def test_a_pause_is_caught_up(kind: Kind, parts: Parts) -> None:
                 self.compared += 1
             return Draft(echo.propose(seen, limit).tokens[:, :1])  # one accepted token a round: news of two slots
 
+        def narrow(self, rows: list[int], counts: list[int]) -> None:
+            for drafter in (often, adaptive, echo):
+                drafter.narrow(rows, counts)  # type: ignore[attr-defined]
+
         def end(self, counts: list[int]) -> None: ...
 
     both = Both()
@@ -259,6 +263,9 @@ class Watcher:
         assert [len(ids) for ids in seen.ids] == [n if start else 0 for start, n in zip(seen.start, seen.counts, strict=True)]
         self.shown.append((list(seen.start), list(seen.counts), limit))
         return Draft(torch.zeros(len(seen.root), 0, dtype=torch.long))
+
+    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        self.ended.append(list(counts))
 
     def end(self, counts: Sequence[int]) -> None:
         self.ended.append(list(counts))

@@ -96,14 +96,15 @@ def test_cache_after_every_round_equals_a_fresh_prefill(name: str, parts: Parts)
     committed: list[list[int]] = [[] for _ in sessions]
     while work.alive:
         work.round()
-        for b, session in enumerate(sessions):
-            committed[b] += work.ids[b]
+        for b, i in enumerate(work.of_row):  # finished rows leave
+            session = sessions[i]
+            committed[i] += work.ids[b]
             fresh = session.cache.fork()
-            n, length = len(committed[b]), session.cache.lengths[0]
+            n, length = len(committed[i]), session.cache.lengths[0]
             assert work.cache.lengths[b] == length + n
             if n:
                 where = torch.arange(session.position, session.position + n)[None]
-                u = model.embed_text(torch.tensor([committed[b]]))
+                u = model.embed_text(torch.tensor([committed[i]]))
                 model.backbone(Streams(u, None), where, cache=fresh, plan=fresh.plan([n], causal=True))
             for mine, theirs in zip(work.cache._stores(), fresh._stores(), strict=True):
                 for x, y in zip(mine, theirs, strict=True):

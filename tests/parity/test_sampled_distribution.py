@@ -57,6 +57,9 @@ class ToyStub:
     def propose(self, seen: Seen, limit: int) -> Draft:
         raise NotImplementedError
 
+    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        self.said, self.generators = [self.said[row] for row in rows], [self.generators[row] for row in rows]
+
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from hyperbagel.generate.decode import taken
 from hyperbagel.generate.session import Session
 from hyperbagel.speculative.types import Draft, Seen
 
@@ -32,6 +33,9 @@ class Lookup:
         longest = max(len(row) for row in found)
         padded = [row + [-1] * (longest - len(row)) for row in found]
         return Draft(torch.tensor(padded, dtype=torch.long, device=seen.root.device).view(len(padded), longest))
+
+    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        self.known = taken(self.known, rows)
 
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hyperbagel.generate.decode import taken
 from hyperbagel.generate.graphs import SIZES, StaticRead, padded
 from hyperbagel.generate.session import Session
 from hyperbagel.model.bagel import Bagel
@@ -134,6 +135,11 @@ class Proposer(ABC):
     @abstractmethod
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
         """See StaticDrafter."""
+
+    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        self.generators = taken(self.generators, rows) if self.generators else ()
+        if "cache" in self.__dict__:
+            self.cache.select(rows)
 
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing; its cache is freed."""

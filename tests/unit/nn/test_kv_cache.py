@@ -116,6 +116,26 @@ def test_truncate_then_append_equals_never_having_been_longer() -> None:
         long.truncate([99])
 
 
+def test_selected_rows_go_on_as_if_the_others_had_never_been() -> None:
+    """Rows of 2, 5 and 3 tokens, with taps and positions; the last and the first stay, in this order, and read on."""
+    counts, (q, k, v) = [2, 5, 3], tokens(3, 5)
+    whole = KVCache(1, H, D, rows=3, device="cpu", dtype=torch.float64, taps=(0,), width=1)
+    plan, marks = whole.plan(counts, True), torch.arange(15.0, dtype=torch.float64).view(3, 5, 1)
+    whole.append(0, plan, k, v)
+    whole.tap(0, plan, [marks])
+    whole.tap_positions(plan, torch.arange(15).view(3, 5))
+    whole.advance(counts)
+    whole.select([2, 0])
+    assert whole.lengths == [3, 2] and whole.k[0].shape[0] == 2
+    assert whole.tapped[0][0, 0, :3, 0].tolist() == [10, 11, 12] and whole.positions[0][1, 0, :2, 0].tolist() == [0, 1]
+    more = tokens(2, 2, seed=4)
+    together = push(whole, *more, [2, 2])
+    for at, row in enumerate((2, 0)):
+        alone = fresh(1)
+        push(alone, *(x[row : row + 1, :, : counts[row]] for x in (q, k, v)), [counts[row]])
+        torch.testing.assert_close(together[at : at + 1], push(alone, *(x[at : at + 1] for x in more), [2]))
+
+
 def test_keep_gathers_the_accepted_path() -> None:
     cache = fresh(1)
     _, k, _ = tokens(1, 7)

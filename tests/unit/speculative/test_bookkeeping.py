@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,9 @@ class Told:
         self.asked.append((limit, self.threshold))
         return Draft(self.rows)
 
+    def narrow(self, rows: list[int], counts: object) -> None:
+        self.rows = self.rows[rows]
+
     def end(self, counts: object) -> None: ...
 
 
@@ -171,3 +175,54 @@ def test_costs_are_the_fastest_of_each_and_a_first_draft_s_are_told_apart(monkey
     assert dict(costs.verify) == pytest.approx({n: float(n) for n in READ})
     draft = costs.draft["slow"]
     assert (draft.first, draft.more, draft.start) == pytest.approx((0.5, 0.1, 4.0))
+
+
+def test_rows_that_leave_have_taught_what_they_could() -> None:
+    """The last draft is counted for all rows, those that are over too; then the rows that stay are shown what they had not seen."""
+    told = Told([7, 8], [7, 8], [7, 8])
+    adaptive, sessions = budget(told)
+    context = sessions[0].cache.lengths[0]
+    adaptive.propose(seen(sessions), 8)
+    phase = adaptive.last.phase if adaptive.last else None
+    assert phase is not None
+    before = list(phase.acceptance["told"].tried)
+    adaptive.news["told"] = replace(seen(sessions), counts=[context, context + 1, context + 2], ids=[[1], [2], [3]])
+    adaptive.narrow([2], [3, 1, 3])
+    tried = phase.acceptance["told"].tried
+    assert tried[0] - before[0] == pytest.approx(3, abs=0.5) and adaptive.last is None  # by three rows, with what is forgotten
+    news = adaptive.news["told"]
+    assert news is not None and (news.counts, news.ids, news.root.shape) == ([context + 2], [[3]], (1,))
+    assert adaptive.contexts == [context] and len(told.rows) == 1
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_smaller_batch_goes_by_its_own_costs_if_they_are_known(known: bool) -> None:
+    """Else by those of the batch that it was, and learns nothing for smaller ones, where other costs will hold."""
+    told = Told(*[[7, 8]] * 4)
+    adaptive, sessions = budget(told)
+    small = Costs(((1, 0.5), (16, 2.0)), COSTS.draft)
+    adaptive.given, adaptive.measured = None, {(4, False): COSTS} | ({(1, False): small} if known else {})
+    adaptive.begin(sessions, 0.0, [])
+    adaptive.propose(seen(sessions), 8)
+    adaptive.narrow([1], [1] * 4)
+    assert adaptive.costs is (small if known else COSTS)
+    adaptive.propose(seen(sessions[:1], 20, 1), 8)
+    assert {key[0] for key in adaptive.phases} == ({4, 1} if known else {4})
+
+
+def test_a_smaller_batch_s_costs_may_come_from_disk() -> None:
+    asked = []
+
+    class Kept:
+        def load(self, drafters: object, size: int, sampled: bool) -> Costs | None:
+            asked.append((size, sampled))
+            return COSTS if size == 1 else None
+
+    adaptive, sessions = budget(Told(*[[7, 8]] * 4))
+    adaptive.given, adaptive.kept = None, Kept()  # type: ignore[assignment]
+    adaptive.measured = {(4, False): replace(COSTS)}
+    adaptive.begin(sessions, 0.0, [])
+    adaptive.narrow([0, 3], [1] * 4)
+    assert asked == [(2, False)] and adaptive.size == 4
+    adaptive.narrow([0], [1] * 2)
+    assert asked[1:] == [(1, False)] and adaptive.size == 1 and adaptive.costs is COSTS

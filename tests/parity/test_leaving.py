@@ -1,0 +1,238 @@
+"""Finished rows leave their batch: what is left costs as many rows, and says, drafts and learns what it would have alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from parity_world import STUBS, Echo, drafter_of, large_weights, make_parts, padded, text_sessions
+from torch import Tensor
+
+from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.graphs import GraphRunner
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.model.bagel import Bagel
+from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.budget import Costs, DraftCost
+from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
+from hyperbagel.speculative.drafters.folder import make_drafter, make_module
+from hyperbagel.speculative.drafters.lookup import Lookup
+from hyperbagel.speculative.types import Draft, Drafter, Seen
+
+TAPS = (0, 1, 2, 3, 4, 5)
+ROWS, LENGTH = 9, 24
+KINDS: list[Kind] = ["eagle3", "hyper-bagel", "block"]
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return make_parts()
+
+
+@pytest.fixture(scope="module")
+def sessions(parts: Parts) -> list[Session]:
+    """Those of many whose answers end at other places each, the last ones long after half of them; in no order."""
+    many = text_sessions(parts, 80, seed=11, taps=TAPS)
+    by_length = {len(out.ids): i for i, out in enumerate(plain_decode(many, max_tokens=LENGTH))}
+    lengths = sorted(by_length)
+    return [many[i] for i in sorted(by_length[n] for n in [*lengths[: ROWS - 2], *lengths[-2:]])]
+
+
+@pytest.fixture(scope="module")
+def alone(sessions: list[Session]) -> list[Decoded]:
+    return [plain_decode([session], max_tokens=LENGTH)[0] for session in sessions]
+
+
+def said(outs: Sequence[Decoded]) -> list[tuple[list[int], str]]:
+    return [(out.ids, out.finish_reason) for out in outs]
+
+
+def one_by_one(rows: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(row) for row in range(rows)]
+
+
+@contextmanager
+def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Collects the rows of every forward of the model."""
+    found: list[int] = []
+    own = Bagel.backbone
+
+    def watched(self: Bagel, streams: Any, positions: Tensor, **how: Any) -> Any:
+        found.append(positions.shape[0])
+        return own(self, streams, positions, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bagel, "backbone", watched)
+        yield found
+
+
+def expected_batches(steps: Sequence[int]) -> list[int]:
+    """The rows of each step of plain decoding, from how many steps each answer takes: halved as soon as half of them are done."""
+    found, rows = [], list(steps)
+    for step in range(1, max(steps) + 1):
+        found.append(len(rows))
+        left = [n for n in rows if n > step]
+        rows = left if 2 * len(left) <= len(rows) else rows
+    return found
+
+
+def test_the_fixture_has_answers_of_many_lengths(alone: list[Decoded]) -> None:
+    lengths = sorted(len(out.ids) for out in alone)
+    assert len(set(lengths)) >= 5 and lengths[-1] > 2 * lengths[ROWS // 2], lengths
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_plain_decoding_halves_its_batch(
+    opened: bool, sessions: list[Session], alone: list[Decoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From im_start, and from first tokens that reading has given: an answer may then be over before the first step."""
+    steps = [len(out.ids) + (out.finish_reason == "stop") for out in alone]
+    given = [session.fork() for session in sessions]
+    if opened:
+        with torch.inference_mode():
+            for session in given:
+                session.open_answer()
+    with batches(monkeypatch) as found:
+        outs = plain_decode(given, max_tokens=LENGTH)
+    assert said(outs) == said(alone)
+    assert found == expected_batches(steps)[opened:] and min(found) <= ROWS // 4
+
+
+def test_logits_of_each_row_are_its_own(sessions: list[Session], parts: Parts) -> None:
+    together = plain_decode(sessions, max_tokens=LENGTH, keep_logits=True)
+    again = decode(sessions, max_tokens=LENGTH, keep_logits=True, drafter=drafter_of("random tree", together, parts))
+    for session, out, drafted in zip(sessions, together, again, strict=True):
+        [one] = plain_decode([session], max_tokens=LENGTH, keep_logits=True)
+        for logits in (out.logits, drafted.logits):
+            torch.testing.assert_close(torch.stack(logits), torch.stack(one.logits), atol=2e-5, rtol=2e-5)
+
+
+def test_tokens_are_told_of_the_right_row(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    for drafter in (None, drafter_of("echo", alone, parts)):
+        told: list[list[int]] = [[] for _ in sessions]
+        decode(sessions, max_tokens=LENGTH, on_token=lambda row, id_, told=told: told[row].append(id_), drafter=drafter)  # type: ignore[misc]
+        assert told == [out.ids for out in alone]
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_each_row_goes_on_drawing_from_its_own_generator(drafted: bool, sessions: list[Session]) -> None:
+    drafter = Lookup() if drafted else None
+    how: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 0.7, "drafter": drafter}
+    together = decode(sessions, generators=one_by_one(ROWS), **how)
+    assert len({len(out.ids) for out in together}) > 2
+    for row, session in enumerate(sessions):
+        assert said(decode([session], generators=one_by_one(ROWS)[row : row + 1], **how)) == said([together[row]])
+
+
+@pytest.mark.parametrize("name", [*STUBS, "lookup"])
+def test_rounds_halve_their_batch(
+    name: str, sessions: list[Session], alone: list[Decoded], parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with batches(monkeypatch) as found:
+        outs = decode(sessions, max_tokens=LENGTH, drafter=drafter_of(name, alone, parts))
+    assert said(outs) == said(alone)
+    assert found[0] == ROWS and found == sorted(found, reverse=True) and found[-1] <= ROWS // 2
+
+
+class Shadow(Echo):
+    """Asks another drafter every round and keeps what it drafts, by session; drafts none, one or two of the target's own tokens."""
+
+    def __init__(self, inner: Drafter, plain: Sequence[Decoded], parts: Parts) -> None:
+        super().__init__(plain, parts.tokenizer.im_end, parts.model.config.llm.vocab_size)
+        self.inner, self.taps, self.width, self.im_end = inner, inner.taps, max(6, inner.width), parts.tokenizer.im_end
+
+    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        super().begin(sessions, temperature, generators)
+        self.inner.begin(sessions, temperature, generators)
+        self.turn, self.of_row, self.drafted = 0, list(range(len(sessions))), [list[Any]() for _ in sessions]
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        asked = self.inner.propose(seen, self.inner.depth)
+        parents = [None] * len(seen.root) if asked.tree is None else asked.tree.parents.tolist()
+        for row, (i, tokens) in enumerate(zip(self.of_row, asked.tokens.tolist(), strict=True)):
+            if parents[row] is None and self.im_end in tokens:  # a lone row's chain ends there
+                tokens = tokens[: tokens.index(self.im_end) + 1]
+            self.drafted[i].append([token for token in tokens if token >= 0] + [parents[row]])
+        self.turn += 1
+        n = min(self.turn % 3, limit)
+        return Draft(padded([ids[:n] for ids in self.ahead(seen, limit)])[:, :n])
+
+    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        super().narrow(rows, counts)
+        self.inner.narrow(rows, counts)
+        self.of_row = [self.of_row[row] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["lookup", *KINDS, "eagle3, tree", "block, tree"])
+def test_a_drafter_drafts_as_if_the_other_rows_had_never_been(
+    name: str, sessions: list[Session], alone: list[Decoded], parts: Parts
+) -> None:
+    """Its keys, n-grams and news of the rows that stay are their own."""
+    inner = served(name, parts)
+    shadow = Shadow(inner, alone, parts)
+    assert said(decode(sessions, max_tokens=LENGTH, drafter=shadow)) == said(alone)
+    together = shadow.drafted
+    for session, answer, drafted in zip(sessions, alone, together, strict=True):
+        one = Shadow(inner, [answer], parts)
+        decode([session], max_tokens=LENGTH, drafter=one)
+        assert drafted[: len(one.drafted[0])] == one.drafted[0]  # near the limit a lone row is asked once less
+    assert max(map(len, together)) > 2 * sorted(map(len, together))[ROWS // 2]
+    assert len({str(draft) for drafted in together for draft in drafted}) > ROWS
+
+
+def served(name: str, parts: Parts) -> Drafter:
+    """Lookup, or a trained kind with large random weights."""
+    if name == "lookup":
+        return Lookup()
+    kind, _, tree = name.partition(", ")
+    config = DrafterConfig.for_target(kind, parts.model.config.llm, **({"block": 4, "rank": 8} if kind == "block" else {}))  # type: ignore[arg-type]
+    return make_drafter(large_weights(make_module(config), 0.3), parts.model, depth=4, nodes=9 if tree else 0)  # type: ignore[arg-type]
+
+
+def test_a_budget_holds_back_the_news_of_the_rows_that_stay(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    """Of two drafters one is asked every third round: it drafts what a twin does that is asked every round, also after rows have left."""
+    often, seldom = served("block", parts), served("block", parts)
+    budget = Adaptive({"seldom": seldom}, costs=Costs(((1, 1.0), (8, 1.3)), {"seldom": DraftCost(0.2, 0.05)}))
+
+    class Both:
+        taps, width, depth, draws, threshold, turn = TAPS, 6, 6, False, 0.0, 0
+
+        def __init__(self) -> None:
+            self.compared: list[int] = []  # rows
+
+        def begin(self, *given: Any) -> None:
+            often.begin(*given)
+            budget.begin(*given)
+
+        def propose(self, seen: Seen, limit: int) -> Draft:
+            self.turn += 1
+            for phase in budget.phases.values():  # no trials of its own
+                phase.records["seldom"].wait, phase.records["seldom"].tokens = (0 if self.turn % 3 == 0 else 9), 0.1
+            theirs, mine = budget.propose(seen, limit), often.propose(seen, limit)
+            if theirs.tokens.shape[1]:
+                n = min(mine.tokens.shape[1], theirs.tokens.shape[1])
+                alive = torch.tensor([count > 0 for count in seen.counts])
+                assert torch.equal(mine.tokens[alive, :n], theirs.tokens[alive, :n])
+                self.compared.append(len(seen.root))
+            return Draft(seen.root.new_empty(len(seen.root), 0))
+
+        def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+            often.narrow(rows, counts)
+            budget.narrow(rows, counts)
+
+        def end(self, counts: Sequence[int]) -> None: ...
+
+    both = Both()
+    assert said(decode(sessions, max_tokens=LENGTH, drafter=both)) == said(alone)
+    assert len(set(both.compared)) >= 3, both.compared  # before and after rows had left, twice
+
+
+def test_steps_of_fixed_shapes_keep_their_rows(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    runner = GraphRunner(parts.model)
+    assert said(plain_decode(sessions, max_tokens=LENGTH, runner=runner)) == said(alone)
+    assert said(decode(sessions, max_tokens=LENGTH, runner=runner, drafter=served("block", parts))) == said(alone)
