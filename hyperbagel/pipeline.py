@@ -20,7 +20,7 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.hardware import clock, usable_device
 from hyperbagel.core.values import seed_of, whole
 from hyperbagel.data.images import as_picture
-from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW, split_thinking
+from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.generate.contexts import Contexts
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
@@ -47,8 +47,8 @@ from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
 from hyperbagel.nn.quantized import numbers
 from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.answers import OnAnswer, write_answers
 from hyperbagel.speculative.choose import NONE, Drafters
-from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.thinking import write_plans, written_together
 
 Picture = Image | str | Path  # a PIL image of any mode, or the path of one
@@ -215,9 +215,11 @@ class HyperBagel:
         return [results[i] for i in range(len(requests))]
 
     @torch.inference_mode()
-    def ask_batch(self, requests: Sequence[AskRequest], *, on_token: OnToken | None = None) -> list[TextResult]:
+    def ask_batch(
+        self, requests: Sequence[AskRequest], *, on_token: OnToken | None = None, on_answer: OnAnswer | None = None
+    ) -> list[TextResult]:
         """Answers many at once; requests with equal max_tokens, temperature and drafter are decoded together. on_token: called with (index
-        of the request, token id).
+        of the request, token id); on_answer: with (index, answer) as soon as that is whole, while others go on.
 
         A drafter changes only the speed; one that draws (a chain) keeps the distribution of sampled answers, but no seed repeats them. If
         one cannot be used, a warning says so and the answer comes without it. Raises InputError for a request that cannot be met.
@@ -231,20 +233,14 @@ class HyperBagel:
         for i, request in enumerate(requests):
             groups[request.max_tokens, request.temperature, self._drafter_name(request)].append(i)
         results, where = dict[int, TextResult](), self.parts.model.device
-        for (max_tokens, temperature, name), members in groups.items():
-            start = clock(where)
-            drafter = self._drafter(name)
+        for (_, temperature, name), members in groups.items():
+            start, drafter = clock(where), self._drafter(name)
             sessions = [self._context(requests[i], drafter) for i in members]
-            generators = [torch.Generator().manual_seed(requests[i].seed) for i in members]
             timings = {"prefill": clock(where) - start} | self._measure(drafter, sessions[0], [len(sessions)], temperature)
-            middle = clock(where)
-            how: dict[str, Any] = {"temperature": temperature, "generators": generators, "on_token": of_rows(on_token, members)}
-            decoded = decode(sessions, max_tokens=max_tokens, **how, drafter=drafter, runner=self.runner, spent=True)
-            timings["decode"] = clock(where) - middle
-            for i, session, out in zip(members, sessions, decoded, strict=True):
-                thinking, answer = split_thinking(self.parts.tokenizer.decode(out.ids), requests[i].think)
-                drafted = {} if drafter is None else drafter.told(out)
-                results[i] = TextResult(answer, len(out.ids), session.tokens, timings, thinking, out.finish_reason, **drafted)
+            told: dict[str, Any] = {"on_token": of_rows(on_token, members), "on_answer": of_rows(on_answer, members)}
+            asked = [requests[i] for i in members]
+            answers = write_answers(asked, sessions, timings, drafter=drafter, runner=self.runner, **told)
+            results |= zip(members, answers, strict=True)
         return [results[i] for i in range(len(requests))]
 
     # -- contexts --------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Shape legend: B sessions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -29,6 +29,9 @@ class Decoded:
     ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     logits: list[Tensor] = field(default_factory=list)  # [V] per step, only if asked for
+
+
+OnDone = Callable[[int, Decoded], None]
 
 
 class Runner(Protocol):
@@ -107,6 +110,7 @@ def decode(
     temperature: float = 0.0,
     generators: Sequence[torch.Generator] = (),
     on_token: OnToken | None = None,
+    on_done: OnDone | None = None,
     keep_logits: bool = False,
     runner: Runner | None = None,
     spent: bool = False,
@@ -119,6 +123,7 @@ def decode(
     Args:
         temperature: 0 is greedy; above it each row draws from its own one of `generators`.
         on_token: called with (row, token id); may raise to stop the work.
+        on_done: called with (row, its answer) as soon as that is whole, whatever the others still say; may raise, too.
         keep_logits: keep the logits of every step, and of one more behind the last token.
         runner: makes the steps; None: EagerRunner.
         spent: the sessions are not needed any more; where rows are copied into one cache, their own are freed (up to ten gigabytes for
@@ -153,6 +158,8 @@ def decode(
                 if id_ == tokenizer.im_end:
                     results[i].finish_reason = "stop"
                     alive.discard(row)
+                    if on_done is not None:
+                        on_done(i, results[i])
                     continue
                 results[i].ids.append(id_)
                 if on_token is not None:
@@ -163,6 +170,9 @@ def decode(
             if kept is not None and step_once.narrow(kept):
                 token, generators = token[kept], taken(generators, kept) if generators else ()
                 of_row, alive = taken(of_row, kept), set(range(len(kept)))
+        if on_done is not None:
+            for row in sorted(alive):  # those that max_tokens cut
+                on_done(of_row[row], results[of_row[row]])
     finally:
         step_once.end()
     return results

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from PIL.Image import Image
 
@@ -256,11 +256,12 @@ def after_first(tokens: int, finish_reason: str) -> int:
 OnStep = Callable[[int, int, Any], None]
 # Called with (row, token id) for each generated token; may raise to stop the work.
 OnToken = Callable[[int, int], None]
+T = TypeVar("T")
 
 
-def of_rows(on_token: OnToken | None, members: Sequence[int]) -> OnToken | None:
-    """An `on_token` that hears of row r as members[r]."""
-    return on_token and (lambda row, token: on_token(members[row], token))
+def of_rows(call: Callable[[int, T], None] | None, members: Sequence[int]) -> Callable[[int, T], None] | None:
+    """A callback (row, what is told of it) that hears of row r as members[r]."""
+    return call and (lambda row, told: call(members[row], told))
 
 
 def with_pictures(request: ImageRequest) -> ImageRequest:

@@ -172,11 +172,12 @@ class Engine:
             return
         # Outside the `except` block of `_try`: inside it, the error's frames still hold the batch's caches and latents, and after an
         # out-of-memory error the next attempt needs that room.
-        if len(units) > 1 and not any(unit.job.told for unit in units):
-            for unit in units:
+        left = [unit for unit in units if not unit.done]
+        if len(units) > 1 and not any(unit.job.told for unit in left):
+            for unit in left:
                 self._run(model, [unit], contexts)
             return
-        for unit in units:
+        for unit in left:
             self._count(unit, "failed")
             unit.job.fail(failed)
 
@@ -186,7 +187,8 @@ class Engine:
             results = self._results(model, units, contexts)
         except Stop:
             for unit in units:
-                self._count(unit, "cancelled")
+                if not unit.done:
+                    self._count(unit, "cancelled")
             return None
         except Exception as error:
             if not isinstance(error, InputError):
@@ -196,21 +198,25 @@ class Engine:
             if isinstance(error, torch.OutOfMemoryError):
                 model.forget_graphs()  # makes room for the next attempt
             return without_frames(error)
-        self._report(units, results)
-        return None
-
-    def _report(self, units: list[Unit], results: Sequence[ImageResult | TextResult]) -> None:
-        """Counts a finished batch and tells its jobs."""
         self.metrics.observe("hyperbagel_batch_size", len(units))
-        for stage, seconds in results[0].timings.items():
+        longest = max(results, key=lambda result: sum(result.timings.values()))  # an answer's decoding ends with it
+        for stage, seconds in longest.timings.items():
             self.metrics.observe("hyperbagel_stage_seconds", seconds, stage=stage)
         for unit, result in zip(units, results, strict=True):
-            self._count(unit, "cancelled" if unit.job.over else "done")
-            if isinstance(result, TextResult):
-                self.metrics.add("hyperbagel_tokens_total", result.tokens)
-            else:
-                self.metrics.add("hyperbagel_evaluations_total", result.nfe)
-            unit.job.tell(Done(unit.index, result))
+            self._finish(unit, result)
+        return None
+
+    def _finish(self, unit: Unit, result: ImageResult | TextResult) -> None:
+        """Counts a finished unit and tells its job, once."""
+        if unit.done:
+            return
+        unit.done = True
+        self._count(unit, "cancelled" if unit.job.over else "done")
+        if isinstance(result, TextResult):
+            self.metrics.add("hyperbagel_tokens_total", result.tokens)
+        else:
+            self.metrics.add("hyperbagel_evaluations_total", result.nfe)
+        unit.job.tell(Done(unit.index, result))
 
     def _results(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Sequence[ImageResult | TextResult]:
         return self._ask(model, units) if isinstance(units[0].request, AskRequest) else self._draw(model, units, contexts)
@@ -242,7 +248,7 @@ class Engine:
         return model.generate_batch(requests, on_step=on_step, on_token=on_token, contexts=kept)
 
     def _ask(self, model: HyperBagel, units: list[Unit]) -> Sequence[TextResult]:
-        """Answers a batch, and sends streaming jobs the text as it comes."""
+        """Answers a batch, and sends streaming jobs the text as it comes. An answer that is whole does not wait for the others."""
         requests = [unit.request for unit in units if isinstance(unit.request, AskRequest)]
         streams = [model.parts.tokenizer.stream() for _ in units]
 
@@ -254,10 +260,11 @@ class Engine:
             _stop_if_alone(units)
             say(row, streams[row].push(token))
 
-        results = model.ask_batch(requests, on_token=on_token)
-        for row, stream in enumerate(streams):
-            say(row, stream.finish())
-        return results
+        def on_answer(row: int, result: TextResult) -> None:
+            say(row, streams[row].finish())
+            self._finish(units[row], result)
+
+        return model.ask_batch(requests, on_token=on_token, on_answer=on_answer)
 
     # -- counting --------------------------------------------------------------------------------------------------------------
 
@@ -290,7 +297,7 @@ def device_works(device: torch.device) -> bool:
 
 def _stop_if_alone(units: Sequence[Unit]) -> None:
     """Raises Stop if nobody waits for any row of the batch."""
-    if all(unit.job.over for unit in units):
+    if all(unit.done or unit.job.over for unit in units):
         raise Stop
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError, Notice
-from hyperbagel.generate.decode import Decoded, Runner, first_logits, leaving, taken
+from hyperbagel.generate.decode import Decoded, OnDone, Runner, first_logits, leaving, taken
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.sampling import pick
@@ -40,6 +40,7 @@ def decode(
     temperature: float = 0.0,
     generators: Sequence[torch.Generator] = (),
     on_token: OnToken | None = None,
+    on_done: OnDone | None = None,
     keep_logits: bool = False,
     runner: Runner | None = None,
     drafter: Drafter | None = None,
@@ -64,6 +65,7 @@ def decode(
             temperature=temperature,
             generators=generators,
             on_token=on_token,
+            on_done=on_done,
             keep_logits=keep_logits,
             runner=runner,
             spent=spent,
@@ -76,7 +78,9 @@ def decode(
     graphs = runner if isinstance(runner, GraphRunner) else None
     first, work = first_logits(sessions), None
     try:
-        work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, graphs=graphs, spent=spent)
+        work = Rounds(
+            sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, graphs=graphs, spent=spent, on_done=on_done
+        )
         if first is not None:
             work.open(first)
         while work.alive:
@@ -136,13 +140,14 @@ class Rounds:
         im_end: int | None = None,
         graphs: GraphRunner | None = None,
         spent: bool = False,
+        on_done: OnDone | None = None,
     ) -> None:
         """im_end: the token that ends an answer; None: the tokenizer's. graphs: verifies drafts in fixed shapes. The rest: see
         `generate.decode.decode`."""
         parts = sessions[0].parts
         self.model, self.im_end = parts.model, parts.tokenizer.im_end if im_end is None else im_end
         self.max_tokens, self.temperature, self.generators = max_tokens, temperature, generators
-        self.on_token, self.keep_logits, self.drafter = on_token, keep_logits, drafter
+        self.on_token, self.on_done, self.keep_logits, self.drafter = on_token, on_done, keep_logits, drafter
         self.results = [Speculated() for _ in sessions]
         self.times = self.results[0].times
         for result in self.results:
@@ -173,6 +178,7 @@ class Rounds:
         for b, id_ in enumerate(self.root.tolist()):
             self._report(b, [0], [id_], first[:, None], 0)
             self.results[b].stats = Stats()
+        self._tell_done(self.of_row)
 
     def round(self) -> None:
         """Draft, verify, accept, commit, report."""
@@ -193,9 +199,9 @@ class Rounds:
         if n > 1 or len(self.alive) < len(paths):
             commit(self.cache, begun, paths)
         clock.append(time.perf_counter())
-        self.start, self.counts = begun, [len(path) for path in paths]
+        self.start, self.counts, before = begun, [len(path) for path in paths], sorted(self.alive)
         self.ids = [[verdict.tokens[b][i] for i in path] for b, path in enumerate(paths)]
-        for b in sorted(self.alive):
+        for b in before:
             self._report(b, paths[b], [*self.ids[b][1:], verdict.own[b]], logits, verdict.deepest[b])
         self.root = verdict.root
         same = self.counts[0] if len(set(self.counts)) == 1 else None
@@ -204,6 +210,13 @@ class Rounds:
         spent = [b - a for a, b in pairwise(clock)]
         t = self.times
         t.draft, t.verify, t.commit, t.host = (x + y for x, y in zip((t.draft, t.verify, t.commit, t.host), spent))
+        self._tell_done(before)
+
+    def _tell_done(self, rows: Sequence[int]) -> None:
+        """Hands over the answers of those of these rows that are whole by now."""
+        if self.on_done is not None:
+            for b in (b for b in rows if b not in self.alive):
+                self.on_done(self.of_row[b], self.results[self.of_row[b]])
 
     def _leave(self) -> None:
         """Goes on without the rows that are finished, if they are many."""

@@ -119,6 +119,38 @@ def test_tokens_are_told_of_the_right_row(sessions: list[Session], alone: list[D
         assert told == [out.ids for out in alone]
 
 
+@pytest.mark.parametrize("name", ["none", "echo", "lookup", "fixed shapes", "fixed shapes, block"])
+@pytest.mark.parametrize("opened", [False, True])
+def test_an_answer_is_handed_over_when_it_is_whole(
+    opened: bool, name: str, sessions: list[Session], alone: list[Decoded], parts: Parts
+) -> None:
+    """Once, by the session's number, and as soon as its last token is there: with one a step, at the step of that token."""
+    given = [session.fork() for session in sessions]
+    if opened:
+        with torch.inference_mode():
+            for session in given:
+                session.open_answer()
+    told: list[tuple[int, list[int], str]] = []
+    longest_then: list[int] = []
+    said = [0] * ROWS
+
+    def on_token(row: int, id_: int) -> None:
+        said[row] += 1
+
+    def on_done(row: int, out: Decoded) -> None:
+        told.append((row, list(out.ids), out.finish_reason))
+        longest_then.append(max(said))
+
+    drafter = None if name in ("none", "fixed shapes") else served("block", parts) if "block" in name else drafter_of(name, alone, parts)
+    runner = GraphRunner(parts.model) if "fixed" in name else None
+    outs = decode(given, max_tokens=LENGTH, on_token=on_token, on_done=on_done, drafter=drafter, runner=runner)
+    assert said == [len(out.ids) for out in outs]
+    assert sorted(told) == [(row, out.ids, out.finish_reason) for row, out in enumerate(alone)]
+    if drafter is None:
+        assert all(longest - len(ids) in (0, 1) for longest, (_, ids, _) in zip(longest_then, told, strict=True))
+    assert longest_then[0] < max(said) / 2
+
+
 @pytest.mark.parametrize("drafted", [False, True])
 def test_each_row_goes_on_drawing_from_its_own_generator(drafted: bool, sessions: list[Session]) -> None:
     drafter = Lookup() if drafted else None

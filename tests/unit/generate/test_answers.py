@@ -61,6 +61,21 @@ def test_answers_of_a_batch_equal_each_alone(model: HyperBagel) -> None:
     assert all(r.tokens <= 6 for r in together)
 
 
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_an_answer_is_told_when_it_is_whole(model: HyperBagel, drafter: str) -> None:
+    """Of two groups that are decoded one after the other, by the index of the request; the seconds of each are its own."""
+    asked = [AskRequest("what is it", max_tokens=n, drafter=drafter, temperature=t) for n, t in ((3, 0.0), (9, 0.0), (3, 1.0), (9, 0.0))]
+    told: list[tuple[int, str, int]] = []
+    said = [0] * len(asked)
+
+    def on_token(i: int, token: int) -> None:
+        said[i] += 1
+
+    results = model.ask_batch(asked, on_token=on_token, on_answer=lambda i, answer: told.append((i, answer.text, said[i])))
+    assert sorted(told) == [(i, result.text, result.tokens) for i, result in enumerate(results)]
+    assert [i for i, *_ in told][:2] in ([0, 1], [0, 3], [0, 2])
+
+
 def test_a_drafter_changes_nothing_but_the_count_of_forwards(model: HyperBagel) -> None:
     images = (photo(20, 10),)
     plain = model.ask("what is this", images, max_tokens=24)

@@ -338,7 +338,8 @@ def test_tokens_of_a_batch_are_told_with_the_number_of_their_request(model: Hype
 def test_each_second_is_told_of_its_own_stage(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
     def ticks(*times: float) -> None:
         left = iter(times)
-        monkeypatch.setattr("hyperbagel.pipeline.clock", lambda device: next(left))
+        for place in ("pipeline", "speculative.answers"):
+            monkeypatch.setattr(f"hyperbagel.{place}.clock", lambda device: next(left))
 
     ticks(0, 1, 10, 12, 16)
     assert model.generate("a car", seed=0, steps=1)[0].timings == {"prefill": 1, "denoise": 2, "decode": 4}

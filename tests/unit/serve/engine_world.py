@@ -29,6 +29,7 @@ class Model:
         self.steps = 0
         tokenizer = SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: ""))
         same = SimpleNamespace(size=lambda width, height: (width, height))
+        self.between: Callable[[int], None] | None = None  # called behind each token of answers
         self.parts = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cpu")), vae_transform=same)
         self.forget_graphs: Any = lambda: None
         self.default_size = (64, 64)
@@ -49,15 +50,27 @@ class Model:
             on_step(step + 1, 1000, None)
         return [ImageResult(Image.new("RGB", (1, 1)), r.seed, 1, {"denoise": 0.1}, r.prompt) for r in requests]
 
-    def ask_batch(self, requests: Sequence[AskRequest], on_token: Callable[[int, int], None]) -> list[TextResult]:
+    def ask_batch(
+        self, requests: Sequence[AskRequest], on_token: Callable[[int, int], None], on_answer: Callable[[int, TextResult], None]
+    ) -> list[TextResult]:
+        """Answers with the question's first three letters, a shorter question sooner. "!" in one is where it breaks."""
         self.batches.append([request.question for request in requests])
+        said = [request.question[:3] for request in requests]
+        results = [TextResult(text, len(text), 1, {"decode": 0.1 * len(text)}) for text in said]
         for i in range(3):
             self.inside.set()
             self.hold.wait(10)
             self.steps = i + 1
-            for row, request in enumerate(requests):
-                on_token(row, ord(request.question[i]))
-        return [TextResult(request.question[:3], 3, 1, {"decode": 0.1}) for request in requests]
+            for row, text in enumerate(said):
+                if text[i : i + 1] == "!":
+                    raise RuntimeError("secret inside")
+                if i < len(text):
+                    on_token(row, ord(text[i]))
+                if i + 1 == len(text):
+                    on_answer(row, results[row])
+            if self.between is not None:
+                self.between(i)
+        return results
 
 
 def engine_of(*models: Model, waiting: int = 10, batch: int = 4) -> Engine:
