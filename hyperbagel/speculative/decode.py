@@ -87,7 +87,7 @@ def decode(
             work.round()
         drafter.end(work.counts)
     except BaseException:
-        drafter.end([0] * len(sessions))  # nothing to learn, but it must let go of this request's caches
+        drafter.end([0] * len(sessions if work is None else work.of_row))  # nothing to learn, but it must let go of these caches
         raise
     finally:
         if work is not None:

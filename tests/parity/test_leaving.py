@@ -264,6 +264,25 @@ def test_a_budget_holds_back_the_news_of_the_rows_that_stay(sessions: list[Sessi
     assert len(set(both.compared)) >= 3, both.compared  # before and after rows had left, twice
 
 
+def test_work_that_is_stopped_after_rows_have_left(sessions: list[Session], parts: Parts) -> None:
+    """It ends with the reason why, and no drafter holds anything."""
+
+    class Left(Exception): ...
+
+    block = served("block", parts)
+    drafter = Adaptive({"block": block}, costs=Costs(((1, 1.0), (8, 1.01)), {"block": DraftCost(0.01)}))
+    said = [0] * ROWS
+
+    def on_token(row: int, id_: int) -> None:
+        said[row] += 1
+        if drafter.rows < ROWS // 2 and drafter.last is not None:
+            raise Left
+
+    with pytest.raises(Left):
+        decode(sessions, max_tokens=LENGTH, on_token=on_token, drafter=drafter)
+    assert drafter.last is None and not any(drafter.news.values()) and "cache" not in block.__dict__
+
+
 def test_steps_of_fixed_shapes_keep_their_rows(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
     runner = GraphRunner(parts.model)
     assert said(plain_decode(sessions, max_tokens=LENGTH, runner=runner)) == said(alone)
