@@ -7,7 +7,8 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
@@ -47,9 +48,9 @@ from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
 from hyperbagel.nn.quantized import numbers
 from hyperbagel.speculative.adaptive import Adaptive
-from hyperbagel.speculative.answers import OnAnswer, write_answers
+from hyperbagel.speculative.answers import Newcomers, OnAnswer, write_answers
 from hyperbagel.speculative.choose import NONE, Drafters
-from hyperbagel.speculative.thinking import write_plans, written_together
+from hyperbagel.speculative.thinking import Ready, write_plans, written_together
 
 Picture = Image | str | Path  # a PIL image of any mode, or the path of one
 
@@ -216,31 +217,35 @@ class HyperBagel:
 
     @torch.inference_mode()
     def ask_batch(
-        self, requests: Sequence[AskRequest], *, on_token: OnToken | None = None, on_answer: OnAnswer | None = None
+        self,
+        requests: Sequence[AskRequest],
+        *,
+        on_token: OnToken | None = None,
+        on_answer: OnAnswer | None = None,
+        newcomers: Newcomers | None = None,
     ) -> list[TextResult]:
         """Answers many at once; requests with equal max_tokens, temperature and drafter are decoded together. on_token: called with (index
-        of the request, token id); on_answer: with (index, answer) as soon as that is whole, while others go on.
+        of the request, token id); on_answer: with (index, answer) as soon as that is whole. newcomers: join requests that are all decoded
+        together, and take the next indices.
 
         A drafter changes only the speed; one that draws (a chain) keeps the distribution of sampled answers, but no seed repeats them. If
         one cannot be used, a warning says so and the answer comes without it. Raises InputError for a request that cannot be met.
         """
-        requests = [replace(request, images=tuple(map(as_picture, request.images))) for request in requests]
-        for request in requests:
-            if not request.question.strip():
-                raise InputError("got an empty question, expected some text")
-            self.drafters.check(request.drafter)
+        requests = [self._asked(request) for request in requests]
         groups: dict[tuple[int, float, str], list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[request.max_tokens, request.temperature, self._drafter_name(request)].append(i)
-        results, where = dict[int, TextResult](), self.parts.model.device
+        results, where, alone = dict[int, TextResult](), self.parts.model.device, len(groups) == 1
+        assert alone or newcomers is None, "got newcomers beside requests of several kinds, expected one kind"
         for (_, temperature, name), members in groups.items():
             start, drafter = clock(where), self._drafter(name)
             sessions = [self._context(requests[i], drafter) for i in members]
             timings = {"prefill": clock(where) - start} | self._measure(drafter, sessions[0], [len(sessions)], temperature)
-            told: dict[str, Any] = {"on_token": of_rows(on_token, members), "on_answer": of_rows(on_answer, members)}
-            asked = [requests[i] for i in members]
-            answers = write_answers(asked, sessions, timings, drafter=drafter, runner=self.runner, **told)
-            results |= zip(members, answers, strict=True)
+            how: dict[str, Any] = {"drafter": drafter, "runner": self.runner, "prepare": partial(self._context, drafter=drafter)}
+            if alone:  # rows are requests, and newcomers come behind them
+                return write_answers(requests, sessions, timings, on_token=on_token, on_answer=on_answer, newcomers=newcomers, **how)
+            how |= {"on_token": of_rows(on_token, members), "on_answer": of_rows(on_answer, members)}
+            results |= zip(members, write_answers([requests[i] for i in members], sessions, timings, **how), strict=True)
         return [results[i] for i in range(len(requests))]
 
     # -- contexts --------------------------------------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ class HyperBagel:
 
     def _prepare(
         self, request: ImageRequest, contexts: Contexts | None = None, later: bool = False, drafter: Adaptive | None = None
-    ) -> _Ready:
+    ) -> Ready:
         """Prefills everything that a picture is drawn from, but its plan. later: see Session.add_text. drafter: of the plan."""
         generator = torch.Generator().manual_seed(request.seed)
         session, items, reused = Session.new(self.parts, () if drafter is None else drafter.taps), request.items(), 0
@@ -306,10 +311,10 @@ class HyperBagel:
                 session.add_text(item, later=later or request.think)
             else:
                 session.add_image(item, latents=True, generator=generator)
-        return _Ready(session, generator, reused, drafter)
+        return Ready(session, generator, reused, drafter)
 
     def _think(
-        self, requests: Sequence[ImageRequest], prepared: Sequence[_Ready], later: bool = False, on_token: OnToken | None = None
+        self, requests: Sequence[ImageRequest], prepared: Sequence[Ready], later: bool = False, on_token: OnToken | None = None
     ) -> dict[str, float]:
         """Writes the pictures' plans, at one temperature, behind their contexts; returns the seconds that took. later: as in `_prepare`."""
         sessions, drafter = [ready.session for ready in prepared], prepared[0].drafter
@@ -350,9 +355,16 @@ class HyperBagel:
             warnings.warn(f"{error}; going on without a drafter", Notice, stacklevel=3)
             return None
 
+    def _asked(self, request: AskRequest) -> AskRequest:
+        """The request with its pictures opened. Raises InputError for what can be refused before work starts."""
+        if not request.question.strip():
+            raise InputError("got an empty question, expected some text")
+        self.drafters.check(request.drafter)
+        return replace(request, images=tuple(map(as_picture, request.images)))
+
     def _context(self, request: AskRequest, drafter: Adaptive | None = None) -> Session:
         """Prefills everything that a question is answered from, and opens the answer."""
-        session = Session.new(self.parts, () if drafter is None else drafter.taps)
+        session, request = Session.new(self.parts, () if drafter is None else drafter.taps), self._asked(request)
         if request.think:
             session.add_text(THINK_ANSWER)
         for image in request.images:
@@ -375,19 +387,6 @@ def model_folder(model: str | Path) -> Path:
 def check_size(model: str | Path, size: tuple[int, int]) -> None:
     """Checks (height, width) against a model's config, before its weights are loaded. Raises InputError for a size it cannot draw."""
     latent_grid(BagelConfig.from_folder(model_folder(model)), size)
-
-
-@dataclass
-class _Ready:
-    """The context of a picture, its random stream (the posterior's noise was drawn from it, the initial noise comes next), how many tokens
-    of the context came from an earlier request, who drafts its plan, the plan, and how it was drafted."""
-
-    session: Session
-    generator: torch.Generator
-    reused: int
-    drafter: Adaptive | None
-    thinking: str | None = None
-    drafted: dict[str, Any] = field(default_factory=dict)  # Adaptive.told
 
 
 def _tuple(images: Picture | Sequence[Picture]) -> tuple[Any, ...]:

@@ -175,7 +175,9 @@ class Engine:
         left = [unit for unit in units if not unit.done]
         if len(units) > 1 and not any(unit.job.told for unit in left):
             for unit in left:
-                self._run(model, [unit], contexts)
+                alone = [unit]
+                self._run(model, alone, contexts)
+                units += alone[1:]  # those that joined it
             return
         for unit in left:
             self._count(unit, "failed")
@@ -205,6 +207,25 @@ class Engine:
         for unit, result in zip(units, results, strict=True):
             self._finish(unit, result)
         return None
+
+    def next_like(self, fit: Hashable) -> Unit | None:
+        """Takes the oldest waiting unit, if it is of this kind: what joins a batch does not overtake others."""
+        with self._change:
+            self._waiting = deque(unit for unit in self._waiting if not self._dropped(unit))
+            if not self._waiting or self._waiting[0].fit != fit:
+                return None
+            self._running += 1
+            unit = self._waiting.popleft()
+            self._gauges()
+            return unit
+
+    def refuse(self, unit: Unit, error: InputError) -> None:
+        """Fails a unit that was taken with `next_like`."""
+        with self._change:
+            self._running -= 1
+            self._gauges()
+        self._count(unit, "failed")
+        unit.job.fail(without_frames(error))
 
     def _finish(self, unit: Unit, result: ImageResult | TextResult) -> None:
         """Counts a finished unit and tells its job, once."""
@@ -248,7 +269,8 @@ class Engine:
         return model.generate_batch(requests, on_step=on_step, on_token=on_token, contexts=kept)
 
     def _ask(self, model: HyperBagel, units: list[Unit]) -> Sequence[TextResult]:
-        """Answers a batch, and sends streaming jobs the text as it comes. An answer that is whole does not wait for the others."""
+        """Answers a batch, and sends streaming jobs the text as it comes. An answer that is whole does not wait for the others, and
+        questions that come meanwhile join: they are added to `units`."""
         requests = [unit.request for unit in units if isinstance(unit.request, AskRequest)]
         streams = [model.parts.tokenizer.stream() for _ in units]
 
@@ -264,7 +286,7 @@ class Engine:
             say(row, streams[row].finish())
             self._finish(units[row], result)
 
-        return model.ask_batch(requests, on_token=on_token, on_answer=on_answer)
+        return model.ask_batch(requests, on_token=on_token, on_answer=on_answer, newcomers=_Door(self, model, units, streams))
 
     # -- counting --------------------------------------------------------------------------------------------------------------
 
@@ -275,6 +297,26 @@ class Engine:
     def _gauges(self) -> None:
         self.metrics.set("hyperbagel_waiting", len(self._waiting))
         self.metrics.set("hyperbagel_running", self._running)
+
+
+class _Door:
+    """Where questions join a batch that is being answered (speculative.answers.Newcomers): its units and its streams."""
+
+    def __init__(self, engine: Engine, model: HyperBagel, units: list[Unit], streams: list[Any]) -> None:
+        self.engine, self.model, self.units, self.streams = engine, model, units, streams
+
+    def next(self, rows: int) -> AskRequest | None:
+        unit = self.engine.next_like(self.units[0].fit) if rows < self.engine.batch else None
+        if unit is None:
+            return None
+        assert isinstance(unit.request, AskRequest)
+        self.units.append(unit)
+        self.streams.append(self.model.parts.tokenizer.stream())
+        return unit.request
+
+    def refuse(self, error: InputError) -> None:
+        self.streams.pop()
+        self.engine.refuse(self.units.pop(), error)
 
 
 def shutting_down() -> ApiError:

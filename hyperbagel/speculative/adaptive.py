@@ -161,15 +161,26 @@ class Adaptive:
         return Draft(seen.root.new_empty(len(seen.root), 0))
 
     def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        self._learn(counts)
-        # Costs of the smaller batch are taken if they are known: measuring them now would cost more than they save.
-        self.rows = len(rows)
-        if (costs := self._known(_size(self.rows), self.sampled and self.draws)) is not None:
-            self.size, self.costs = _size(self.rows), costs
+        self._resize(len(rows), counts)
         self.contexts = taken(self.contexts, rows)
         self.news = {name: None if news is None else news.of_rows(rows) for name, news in self.news.items()}
         for drafter in self.drafters.values():
             drafter.narrow(rows, counts)
+
+    def widen(self, sessions: Sequence[Session], generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
+        self._resize(self.rows + len(sessions), counts)
+        self.contexts = [*self.contexts, *(session.cache.lengths[0] for session in sessions)]
+        self.news = {name: None if news is None else news.with_rows(len(sessions)) for name, news in self.news.items()}
+        for drafter in self.drafters.values():
+            drafter.widen(sessions, generators, counts)
+
+    def _resize(self, rows: int, counts: Sequence[int]) -> None:
+        """Learns what the batch has to teach so far, and goes on with another number of rows. Their costs are taken if they are known:
+        measuring them now would cost more than they save."""
+        self._learn(counts)
+        self.rows = rows
+        if (costs := self._known(_size(rows), self.sampled and self.draws)) is not None:
+            self.size, self.costs = _size(rows), costs
 
     def end(self, counts: Sequence[int]) -> None:
         self._learn(counts)

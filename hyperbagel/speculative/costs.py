@@ -55,6 +55,9 @@ class _Probe:
     def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Its rows never end."""
 
+    def widen(self, sessions: Sequence[Session], generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
+        """Nor does any join."""
+
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing."""
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from hyperbagel.speculative.accept import accept
 from hyperbagel.speculative.tree import Tree, commit, tree_plan
 from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated, Stats
 
+Join = Callable[[int], Sequence[tuple[Session, torch.Generator]]]
+
 
 @torch.inference_mode()
 def decode(
@@ -44,6 +47,7 @@ def decode(
     keep_logits: bool = False,
     runner: Runner | None = None,
     drafter: Drafter | None = None,
+    join: Join | None = None,
     spent: bool = False,
 ) -> list[Decoded]:
     """As `generate.decode.decode`; with a drafter the results are `Speculated`. `runner` makes the steps of plain decoding; a GraphRunner
@@ -55,6 +59,9 @@ def decode(
 
     Where a draft might not fit behind the answer, it warns (Notice) and decodes plainly.
 
+    join: called between rounds with the number of rows at work; the sessions that it returns join them, as the next rows, and their answers
+        are returned too. They have read im_start, and each brings its generator (of no use at T = 0). Nobody is asked to join plain
+        decoding or fixed shapes: `drafters.nobody` decodes plainly, too. Not with `keep_logits`.
     Raises:
         InputError: no room in the context, or contexts without the hidden states that the drafter reads.
     """
@@ -78,9 +85,8 @@ def decode(
     graphs = runner if isinstance(runner, GraphRunner) else None
     first, work = first_logits(sessions), None
     try:
-        work = Rounds(
-            sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, graphs=graphs, spent=spent, on_done=on_done
-        )
+        how: dict[str, Any] = {"graphs": graphs, "spent": spent, "on_done": on_done, "join": join}
+        work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, **how)
         if first is not None:
             work.open(first)
         while work.alive:
@@ -141,6 +147,7 @@ class Rounds:
         graphs: GraphRunner | None = None,
         spent: bool = False,
         on_done: OnDone | None = None,
+        join: Join | None = None,
     ) -> None:
         """im_end: the token that ends an answer; None: the tokenizer's. graphs: verifies drafts in fixed shapes. The rest: see
         `generate.decode.decode`."""
@@ -152,7 +159,9 @@ class Rounds:
         self.times = self.results[0].times
         for result in self.results:
             result.times = self.times
-        room = max_tokens + 1 + drafter.width
+        assert join is None or not keep_logits, "got sessions that may join and logits to keep, expected one of the two"
+        self.join, self.spent, self.room = join, spent, max_tokens + 1 + drafter.width
+        room = self.room
         drafter.begin(sessions, temperature, generators)  # before `reader`: a budget may measure its costs with the same graphs
         caches = [s.cache for s in sessions]
         self.reader = None if graphs is None else graphs.reader(caches, room, spent)
@@ -163,7 +172,8 @@ class Rounds:
         self.before = list(self.cache.lengths)
         self.cache.reserve(max(self.before) + room)
         device = self.model.device
-        self.root = torch.full((len(sessions),), parts.tokenizer.im_start, device=device)
+        self.im_start = parts.tokenizer.im_start
+        self.root = torch.full((len(sessions),), self.im_start, device=device)
         self.position = torch.tensor([s.position for s in sessions], device=device)
         self.of_row = list(range(len(sessions)))
         self.alive = set(self.of_row)
@@ -173,17 +183,24 @@ class Rounds:
     def open(self, first: Tensor) -> None:
         """Takes the answers' first tokens from logits [B, V] after im_start, which the caches end with. They cost no round and count in
         no statistics."""
-        self.ids = [[id_] for id_ in self.root.tolist()]  # im_start
-        self.root = pick(first, self.temperature, self.generators)
-        for b, id_ in enumerate(self.root.tolist()):
+        self._begin_answers(range(len(self.root)), first, self.generators)
+
+    def _begin_answers(self, rows: range, first: Tensor, generators: Sequence[torch.Generator]) -> None:
+        """Rows `rows`, the last ones, get their first tokens from logits [len(rows), V]."""
+        said = pick(first, self.temperature, generators)
+        self.root = torch.cat([self.root[: rows.start], said])
+        self.ids = [*self.ids[: rows.start], *([self.im_start] for _ in rows)]
+        for b, id_ in zip(rows, said.tolist(), strict=True):
             self._report(b, [0], [id_], first[:, None], 0)
-            self.results[b].stats = Stats()
-        self._tell_done(self.of_row)
+            self.results[self.of_row[b]].stats = Stats()
+        self._tell_done(rows)
 
     def round(self) -> None:
         """Draft, verify, accept, commit, report."""
+        if self.reader is None:
+            self._leave(leaving(len(self.of_row), self.alive))
+            self._welcome()
         clock = [time.perf_counter()]
-        self._leave()
         draft = self._propose()
         clock.append(time.perf_counter())
         n = 1 + draft.tokens.shape[1]
@@ -218,10 +235,9 @@ class Rounds:
             for b in (b for b in rows if b not in self.alive):
                 self.on_done(self.of_row[b], self.results[self.of_row[b]])
 
-    def _leave(self) -> None:
-        """Goes on without the rows that are finished, if they are many."""
-        kept = leaving(len(self.of_row), self.alive) if self.reader is None else None
-        if kept is None:
+    def _leave(self, kept: list[int] | None) -> None:
+        """Goes on with these rows alone; None: with all."""
+        if kept is None or len(kept) == len(self.of_row):
             return
         self.drafter.narrow(kept, self.counts)
         self.cache.select(kept)
@@ -231,6 +247,30 @@ class Rounds:
         self.start, self.counts = taken(self.start, kept), taken(self.counts, kept)
         self.generators = taken(self.generators, kept) if self.generators else ()
         self.alive = set(range(len(kept)))
+
+    def _welcome(self) -> None:
+        """Takes in the sessions that join. All keys and values are copied then, so all finished rows leave."""
+        new = self.join(len(self.alive)) if self.join is not None else ()
+        if not new:
+            return
+        self._leave(sorted(self.alive))
+        sessions, generators = [session for session, _ in new], [generator for _, generator in new]
+        first = first_logits(sessions)
+        assert first is not None, "got a session that joins and has not read im_start"
+        self.drafter.widen(sessions, generators, self.counts)
+        caches, alone = [session.cache for session in sessions], self.cache
+        self.cache = KVCache.stack([self.cache, *caches], self.room, self.cache.taps, self.spent)
+        if not self.spent:
+            alone.truncate(self.before)  # a lone session was decoded in its own cache
+        rows = range(len(self.root), len(self.root) + len(new))
+        lengths = [session.cache.lengths[0] for session in sessions]
+        self.of_row = [*self.of_row, *range(len(self.results), len(self.results) + len(new))]
+        self.results += [Speculated(times=self.times) for _ in new]
+        self.alive |= set(rows)
+        self.before, self.start, self.counts = [*self.before, *lengths], [*self.start, *[0] * len(new)], [*self.counts, *lengths]
+        self.position = torch.cat([self.position, torch.tensor([session.position for session in sessions], device=self.position.device)])
+        self.generators = [*self.generators, *generators] if self.temperature > 0 else ()
+        self._begin_answers(rows, first, generators)
 
     def _propose(self) -> Draft:
         """The drafter's proposal, without nodes where it has none or none is needed."""

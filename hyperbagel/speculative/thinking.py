@@ -30,6 +30,19 @@ class Plan:
     drafted: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Ready:
+    """The context of a picture, its random stream (the posterior's noise was drawn from it, the initial noise comes next), how many tokens
+    of the context came from an earlier request, who drafts its plan, the plan, and how it was drafted."""
+
+    session: Session
+    generator: torch.Generator
+    reused: int
+    drafter: Adaptive | None
+    thinking: str | None = None
+    drafted: dict[str, Any] = field(default_factory=dict)  # Adaptive.told
+
+
 def written_together(
     sessions: Sequence[Session], most: Sequence[int | None], drafter: Adaptive | None = None
 ) -> list[tuple[int, list[int]]]:

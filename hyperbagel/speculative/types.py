@@ -49,6 +49,12 @@ class Seen:
         start, counts, ids = taken(self.start, rows), taken(self.counts, rows), taken(self.ids, rows)
         return replace(self, start=start, counts=counts, ids=ids, root=self.root[at], position=self.position[at])
 
+    def with_rows(self, more: int) -> Seen:
+        """The news from before so many rows joined behind the others: of them, nothing was new."""
+        root, position = (torch.cat([x, x.new_zeros(more)]) for x in (self.root, self.position))
+        start, counts, ids = [*self.start, *[0] * more], [*self.counts, *[0] * more], [*self.ids, *([] for _ in range(more))]
+        return replace(self, start=start, counts=counts, ids=ids, root=root, position=position)
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -86,6 +92,9 @@ class Drafter(Protocol):
 
     def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         """Between two rounds, the batch goes on with these rows alone, in this order. `counts`: of all rows so far, as in Seen."""
+
+    def widen(self, sessions: Sequence[Session], generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
+        """Between two rounds, rows join the batch behind the others; their contexts, as in `begin`, are news. `counts`: as in `narrow`."""
 
     def end(self, counts: Sequence[int]) -> None:
         """No `propose` follows: the request is over, or only its last token is left (then `end` is called again). `counts`: as in Seen, all

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ import hyperbagel
 from hyperbagel.data.prompts import THINK_ANSWER
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import ImageTransform
-from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import Decoded, decode
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
+from hyperbagel.speculative.drafters.folder import make_drafter, make_module
 from hyperbagel.speculative.drafters.lookup import Lookup
 from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft, Drafter, Seen
@@ -72,6 +75,14 @@ def text_sessions(parts: Parts, n: int, seed: int = 0, taps: Sequence[int] = ())
     return sessions
 
 
+def unlike_sessions(parts: Parts, rows: int, length: int, taps: Sequence[int] = ()) -> list[Session]:
+    """Contexts whose answers, of at most `length` tokens, end at other places each, the last two long after half of them; in no order."""
+    many = text_sessions(parts, 80, seed=11, taps=taps)
+    by_length = {len(out.ids): i for i, out in enumerate(decode(many, max_tokens=length))}
+    lengths = sorted(by_length)
+    return [many[i] for i in sorted(by_length[n] for n in [*lengths[: rows - 2], *lengths[-2:]])]
+
+
 @torch.inference_mode()
 def mixed_sessions(parts: Parts, taps: Sequence[int] = ()) -> list[Session]:
     """After a picture, clean latents, a think prompt, thoughts, several turns, two pictures; a fork."""
@@ -116,7 +127,7 @@ class Stub:
         self.vocabulary = vocabulary
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
-        self.at, self.known = [0] * len(sessions), list(self.told)
+        self.at, self.known, self.met = [0] * len(sessions), self.told[: len(sessions)], len(sessions)
         self.rng = random.Random(0)
 
     def ahead(self, seen: Seen, limit: int) -> list[list[int]]:
@@ -129,6 +140,10 @@ class Stub:
 
     def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         self.at, self.known = [self.at[row] for row in rows], [self.known[row] for row in rows]
+
+    def widen(self, sessions: Sequence[Session], generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
+        new = self.told[self.met : self.met + len(sessions)]  # told in the order in which they come
+        self.at, self.known, self.met = [*self.at, *[0] * len(new)], [*self.known, *new], self.met + len(new)
 
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing."""
@@ -186,3 +201,51 @@ STUBS = {"echo": Echo, "wrong": Wrong, "random tree": RandomTree, "repeat": Repe
 def drafter_of(name: str, plain: Sequence[Decoded], parts: Parts) -> Drafter:
     """A stub, or lookup, for the requests that decode to `plain`."""
     return Lookup(width=5) if name == "lookup" else STUBS[name](plain, parts.tokenizer.im_end, parts.model.config.llm.vocab_size)
+
+
+class Shadow(Echo):
+    """Asks another drafter every round and keeps what it drafts, by session; drafts none, one or two of the target's own tokens."""
+
+    def __init__(self, inner: Drafter, plain: Sequence[Decoded], parts: Parts) -> None:
+        super().__init__(plain, parts.tokenizer.im_end, parts.model.config.llm.vocab_size)
+        self.inner, self.taps, self.width, self.im_end = inner, inner.taps, max(6, inner.width), parts.tokenizer.im_end
+
+    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
+        super().begin(sessions, temperature, generators)
+        self.inner.begin(sessions, temperature, generators)
+        self.of_row, self.drafted = list(range(len(sessions))), [list[Any]() for _ in sessions]
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        asked = self.inner.propose(seen, self.inner.depth)
+        parents = [None] * len(seen.root) if asked.tree is None else asked.tree.parents.tolist()
+        for row, (i, tokens) in enumerate(zip(self.of_row, asked.tokens.tolist(), strict=True)):
+            if parents[row] is None and self.im_end in tokens:  # a lone row's chain ends there
+                tokens = tokens[: tokens.index(self.im_end) + 1]
+            self.drafted[i].append([token for token in tokens if token >= 0] + [parents[row]])
+        most = [len(self.drafted[i]) % 3 for i in self.of_row]  # by each row's own rounds
+        ahead = [ids[:n] for ids, n in zip(self.ahead(seen, limit), most, strict=True)]
+        return Draft(padded(ahead))
+
+    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        super().narrow(rows, counts)
+        self.inner.narrow(rows, counts)
+        self.of_row = [self.of_row[row] for row in rows]
+
+    def widen(self, sessions: Sequence[Session], generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
+        super().widen(sessions, generators, counts)
+        self.inner.widen(sessions, generators, counts)
+        self.of_row = [*self.of_row, *range(len(self.drafted), len(self.drafted) + len(sessions))]
+        self.drafted += [[] for _ in sessions]
+
+
+KINDS: list[Kind] = ["eagle3", "hyper-bagel", "block"]
+SERVED = ["lookup", *KINDS, "eagle3, tree", "block, tree"]
+
+
+def served(name: str, parts: Parts) -> Drafter:
+    """Lookup, or a trained kind with large random weights."""
+    if name == "lookup":
+        return Lookup()
+    kind, _, tree = name.partition(", ")
+    config = DrafterConfig.for_target(kind, parts.model.config.llm, **({"block": 4, "rank": 8} if kind == "block" else {}))  # type: ignore[arg-type]
+    return make_drafter(large_weights(make_module(config), 0.3), parts.model, depth=4, nodes=9 if tree else 0)  # type: ignore[arg-type]

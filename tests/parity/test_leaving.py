@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import STUBS, Echo, drafter_of, large_weights, make_parts, padded, text_sessions
+from parity_world import SERVED, STUBS, Shadow, drafter_of, make_parts, served, unlike_sessions
 from torch import Tensor
 
 from hyperbagel.generate.decode import Decoded
@@ -19,14 +19,11 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.decode import decode
-from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
-from hyperbagel.speculative.drafters.folder import make_drafter, make_module
 from hyperbagel.speculative.drafters.lookup import Lookup
-from hyperbagel.speculative.types import Draft, Drafter, Seen
+from hyperbagel.speculative.types import Draft, Seen
 
 TAPS = (0, 1, 2, 3, 4, 5)
 ROWS, LENGTH = 9, 24
-KINDS: list[Kind] = ["eagle3", "hyper-bagel", "block"]
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +33,7 @@ def parts() -> Parts:
 
 @pytest.fixture(scope="module")
 def sessions(parts: Parts) -> list[Session]:
-    """Those of many whose answers end at other places each, the last ones long after half of them; in no order."""
-    many = text_sessions(parts, 80, seed=11, taps=TAPS)
-    by_length = {len(out.ids): i for i, out in enumerate(plain_decode(many, max_tokens=LENGTH))}
-    lengths = sorted(by_length)
-    return [many[i] for i in sorted(by_length[n] for n in [*lengths[: ROWS - 2], *lengths[-2:]])]
+    return unlike_sessions(parts, ROWS, LENGTH, TAPS)
 
 
 @pytest.fixture(scope="module")
@@ -171,36 +164,7 @@ def test_rounds_halve_their_batch(
     assert found[0] == ROWS and found == sorted(found, reverse=True) and found[-1] <= ROWS // 2
 
 
-class Shadow(Echo):
-    """Asks another drafter every round and keeps what it drafts, by session; drafts none, one or two of the target's own tokens."""
-
-    def __init__(self, inner: Drafter, plain: Sequence[Decoded], parts: Parts) -> None:
-        super().__init__(plain, parts.tokenizer.im_end, parts.model.config.llm.vocab_size)
-        self.inner, self.taps, self.width, self.im_end = inner, inner.taps, max(6, inner.width), parts.tokenizer.im_end
-
-    def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
-        super().begin(sessions, temperature, generators)
-        self.inner.begin(sessions, temperature, generators)
-        self.turn, self.of_row, self.drafted = 0, list(range(len(sessions))), [list[Any]() for _ in sessions]
-
-    def propose(self, seen: Seen, limit: int) -> Draft:
-        asked = self.inner.propose(seen, self.inner.depth)
-        parents = [None] * len(seen.root) if asked.tree is None else asked.tree.parents.tolist()
-        for row, (i, tokens) in enumerate(zip(self.of_row, asked.tokens.tolist(), strict=True)):
-            if parents[row] is None and self.im_end in tokens:  # a lone row's chain ends there
-                tokens = tokens[: tokens.index(self.im_end) + 1]
-            self.drafted[i].append([token for token in tokens if token >= 0] + [parents[row]])
-        self.turn += 1
-        n = min(self.turn % 3, limit)
-        return Draft(padded([ids[:n] for ids in self.ahead(seen, limit)])[:, :n])
-
-    def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-        super().narrow(rows, counts)
-        self.inner.narrow(rows, counts)
-        self.of_row = [self.of_row[row] for row in rows]
-
-
-@pytest.mark.parametrize("name", ["lookup", *KINDS, "eagle3, tree", "block, tree"])
+@pytest.mark.parametrize("name", SERVED)
 def test_a_drafter_drafts_as_if_the_other_rows_had_never_been(
     name: str, sessions: list[Session], alone: list[Decoded], parts: Parts
 ) -> None:
@@ -215,15 +179,6 @@ def test_a_drafter_drafts_as_if_the_other_rows_had_never_been(
         assert drafted[: len(one.drafted[0])] == one.drafted[0]  # near the limit a lone row is asked once less
     assert max(map(len, together)) > 2 * sorted(map(len, together))[ROWS // 2]
     assert len({str(draft) for drafted in together for draft in drafted}) > ROWS
-
-
-def served(name: str, parts: Parts) -> Drafter:
-    """Lookup, or a trained kind with large random weights."""
-    if name == "lookup":
-        return Lookup()
-    kind, _, tree = name.partition(", ")
-    config = DrafterConfig.for_target(kind, parts.model.config.llm, **({"block": 4, "rank": 8} if kind == "block" else {}))  # type: ignore[arg-type]
-    return make_drafter(large_weights(make_module(config), 0.3), parts.model, depth=4, nodes=9 if tree else 0)  # type: ignore[arg-type]
 
 
 def test_a_budget_holds_back_the_news_of_the_rows_that_stay(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:

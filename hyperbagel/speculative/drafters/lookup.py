@@ -22,8 +22,10 @@ class Lookup:
         self.width, self.depth, self.longest, self.shortest = width, width, longest, shortest
 
     def begin(self, sessions: Sequence[Session], temperature: float, generators: Sequence[torch.Generator]) -> None:
-        texts = [[id_ for text in session.texts for id_ in text] for session in sessions]
-        self.known = [NGrams(text, self.longest, self.shortest) for text in texts]
+        self.known = self._texts(sessions)
+
+    def _texts(self, sessions: Sequence[Session]) -> list[NGrams]:
+        return [NGrams((id_ for text in session.texts for id_ in text), self.longest, self.shortest) for session in sessions]
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         found = []
@@ -36,6 +38,9 @@ class Lookup:
 
     def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
         self.known = taken(self.known, rows)
+
+    def widen(self, sessions: Sequence[Session], generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
+        self.known += self._texts(sessions)
 
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing."""

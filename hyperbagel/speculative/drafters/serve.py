@@ -141,6 +141,11 @@ class Proposer(ABC):
         if "cache" in self.__dict__:
             self.cache.select(rows)
 
+    def widen(self, sessions: Sequence[Session], generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
+        self.generators = [*self.generators, *generators] if self.temperature > 0 else ()
+        if "cache" in self.__dict__:
+            self.cache = KVCache.stack([self.cache, self.new_cache(len(sessions), 0)], 64)
+
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing; its cache is freed."""
         self.__dict__.pop("cache", None)

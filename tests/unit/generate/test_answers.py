@@ -76,6 +76,47 @@ def test_an_answer_is_told_when_it_is_whole(model: HyperBagel, drafter: str) -> 
     assert [i for i, *_ in told][:2] in ([0, 1], [0, 3], [0, 2])
 
 
+class Coming:
+    """Requests that join one by one, at the calls of these numbers."""
+
+    def __init__(self, asked: list[AskRequest], calls: tuple[int, ...]) -> None:
+        self.asked, self.calls, self.call, self.rows, self.refused = list(asked), calls, -1, list[int](), list[str]()
+
+    def next(self, rows: int) -> AskRequest | None:
+        self.call += 1
+        self.rows.append(rows)
+        return self.asked.pop(0) if self.asked and self.call in self.calls else None
+
+    def refuse(self, error: InputError) -> None:
+        self.refused.append(str(error))
+
+
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_questions_that_join_are_answered_as_alone(model: HyperBagel, drafter: str) -> None:
+    """Those that cannot be met, an empty one and one that is too long, are refused and take no index."""
+    how = {"max_tokens": 9, "drafter": drafter}
+    first = [AskRequest("what is it", **how), AskRequest("where", **how)]
+    joining = [
+        AskRequest("and what is this", (photo(20, 10),), **how),
+        AskRequest(" ", **how),
+        AskRequest("how many cars are there in the picture", **how),
+        AskRequest("word " * 2000, **how),
+        AskRequest("random", turns=(("is it red", "yes"),), **how),
+    ]
+    coming, said, order = Coming(joining, (0, 1, 2, 4, 6)), [0] * 5, list[int]()
+
+    def on_token(i: int, token: int) -> None:
+        said[i] += 1
+
+    results = model.ask_batch(first, on_token=on_token, on_answer=lambda i, answer: order.append(i), newcomers=coming)
+    met = [*first, joining[0], joining[2], joining[4]]
+    assert [(r.text, r.prompt_tokens) for r in results] == [(r.text, r.prompt_tokens) for r in (model.ask_batch([a])[0] for a in met)]
+    assert said == [result.tokens for result in results] and sorted(order) == list(range(5))
+    assert ["empty question" in told or "context" in told for told in coming.refused] == [True, True] and not coming.asked
+    assert coming.rows[:3] == [2, 3, 3]  # refused ones do not count
+    assert all(set(result.timings) >= {"prefill", "decode"} for result in results)
+
+
 def test_a_drafter_changes_nothing_but_the_count_of_forwards(model: HyperBagel) -> None:
     images = (photo(20, 10),)
     plain = model.ask("what is this", images, max_tokens=24)

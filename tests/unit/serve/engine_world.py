@@ -30,6 +30,7 @@ class Model:
         tokenizer = SimpleNamespace(stream=lambda: SimpleNamespace(push=chr, finish=lambda: ""))
         same = SimpleNamespace(size=lambda width, height: (width, height))
         self.between: Callable[[int], None] | None = None  # called behind each token of answers
+        self.at_work: list[int] = []  # answers, by token
         self.parts = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(device=torch.device("cpu")), vae_transform=same)
         self.forget_graphs: Any = lambda: None
         self.default_size = (64, 64)
@@ -51,25 +52,48 @@ class Model:
         return [ImageResult(Image.new("RGB", (1, 1)), r.seed, 1, {"denoise": 0.1}, r.prompt) for r in requests]
 
     def ask_batch(
-        self, requests: Sequence[AskRequest], on_token: Callable[[int, int], None], on_answer: Callable[[int, TextResult], None]
+        self,
+        requests: Sequence[AskRequest],
+        on_token: Callable[[int, int], None],
+        on_answer: Callable[[int, TextResult], None],
+        newcomers: Any,
     ) -> list[TextResult]:
-        """Answers with the question's first three letters, a shorter question sooner. "!" in one is where it breaks."""
+        """Answers with the question's first three letters, a letter a step. "!" is where it breaks; a "?" is refused when it joins."""
+        said: list[tuple[str, int]] = []  # and the step at which each begins
+        results: list[TextResult] = []
+
+        def begin(request: AskRequest, step: int) -> None:
+            text = request.question[:3]
+            said.append((text, step))
+            results.append(TextResult(text, len(text), 1, {"decode": 0.1 * len(text)}))
+
+        for request in requests:
+            begin(request, 0)
         self.batches.append([request.question for request in requests])
-        said = [request.question[:3] for request in requests]
-        results = [TextResult(text, len(text), 1, {"decode": 0.1 * len(text)}) for text in said]
-        for i in range(3):
+        step = 0
+        while step < max(first + 3 for _, first in said):
             self.inside.set()
             self.hold.wait(10)
-            self.steps = i + 1
-            for row, text in enumerate(said):
-                if text[i : i + 1] == "!":
+            alive = sum(first + len(text) > step for text, first in said)
+            while step and alive and (request := newcomers.next(alive)) is not None:
+                if request.question == "?":
+                    newcomers.refuse(InputError("got a question that is too long"))
+                    continue
+                self.batches[-1].append(request.question)
+                begin(request, step)
+                alive += 1
+            self.steps = step + 1
+            self.at_work.append(sum(0 <= step - first < len(text) for text, first in said))
+            for row, (text, first) in enumerate(said):
+                if text[step - first : step - first + 1] == "!" and step >= first:
                     raise RuntimeError("secret inside")
-                if i < len(text):
-                    on_token(row, ord(text[i]))
-                if i + 1 == len(text):
+                if 0 <= step - first < len(text):
+                    on_token(row, ord(text[step - first]))
+                if step - first + 1 == len(text):
                     on_answer(row, results[row])
             if self.between is not None:
-                self.between(i)
+                self.between(step)
+            step += 1
         return results
 
 

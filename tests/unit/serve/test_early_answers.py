@@ -24,7 +24,7 @@ def questions(*texts: str, **settings: Any) -> list[Job]:
 
 async def begun(model: Model, *jobs: Job) -> Any:
     """An engine that has all these jobs in one batch, held before its first token."""
-    engine, [first] = engine_of(model), questions("abc")
+    engine, first = engine_of(model), Job([AskRequest("abc", max_tokens=9)])
     model.hold.clear()
     engine.submit(first)
     await asyncio.to_thread(model.inside.wait, 10)

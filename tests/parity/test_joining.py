@@ -1,0 +1,202 @@
+"""Questions that join a batch which is being answered: each says, drafts and learns what it would alone, and changes nothing for others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from parity_world import SERVED, STUBS, Shadow, drafter_of, make_parts, served, unlike_sessions
+
+from hyperbagel.generate.decode import Decoded
+from hyperbagel.generate.decode import decode as plain_decode
+from hyperbagel.generate.graphs import GraphRunner
+from hyperbagel.generate.session import Parts, Session
+from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.budget import Costs, DraftCost
+from hyperbagel.speculative.decode import Join, decode
+from hyperbagel.speculative.drafters.nobody import Nobody
+from hyperbagel.speculative.types import Draft, Drafter, Seen
+
+TAPS = (0, 1, 2, 3, 4, 5)
+ROWS, LENGTH = 9, 24
+COMING = {0: 1, 2: 2, 3: 1, 5: 2, 6: 1, 40: 9}  # call -> how many join, behind the two that begin
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return make_parts()
+
+
+@pytest.fixture(scope="module")
+def sessions(parts: Parts) -> list[Session]:
+    """They have read im_start. The two longest begin, so that there is somebody to join."""
+    made = unlike_sessions(parts, ROWS, LENGTH, TAPS)
+    made.sort(key=lambda session: -len(plain_decode([session], max_tokens=LENGTH)[0].ids))
+    with torch.inference_mode():
+        for session in made:
+            session.open_answer()
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(sessions: list[Session]) -> list[Decoded]:
+    return [plain_decode([session], max_tokens=LENGTH)[0] for session in sessions]
+
+
+def said(outs: Sequence[Decoded]) -> list[tuple[list[int], str]]:
+    return [(out.ids, out.finish_reason) for out in outs]
+
+
+def coming(sessions: Sequence[Session], generators: Sequence[torch.Generator], rows: list[int] | None = None) -> Join:
+    """Those behind the first two join as COMING says. rows: collects how many were at work at each call."""
+    left = list(zip(sessions, generators, strict=True))[2:]
+    calls = 0
+
+    def join(at_work: int) -> list[tuple[Session, torch.Generator]]:
+        nonlocal calls
+        n = COMING.get(calls, 0)
+        calls += 1
+        if rows is not None:
+            rows.append(at_work)
+        new = left[:n]
+        del left[:n]
+        return new
+
+    return join
+
+
+def generators(n: int = ROWS) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(row) for row in range(n)]
+
+
+def drafter(name: str, alone: Sequence[Decoded], parts: Parts) -> Drafter:
+    if name == "nobody":
+        return Nobody()
+    return served(name, parts) if name in SERVED and name != "lookup" else drafter_of(name, alone, parts)
+
+
+@pytest.mark.parametrize("name", ["nobody", *STUBS, *SERVED])
+def test_answers_are_those_of_each_alone(name: str, sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    rows: list[int] = []
+    told: list[list[int]] = [[] for _ in sessions]
+    done: dict[int, tuple[list[int], str]] = {}
+    outs = decode(
+        sessions[:2],
+        max_tokens=LENGTH,
+        drafter=drafter(name, alone, parts),
+        join=coming(sessions, generators(), rows),
+        on_token=lambda row, id_: told[row].append(id_),
+        on_done=lambda row, out: done.setdefault(row, (list(out.ids), out.finish_reason)) and None,
+    )
+    met = len(outs)
+    assert met > 4 and said(outs) == said(alone[:met])  # with drafts that are right, the first two are done before all have come
+    assert told[:met] == [out.ids for out in outs] and done == dict(enumerate(said(outs)))
+    if name in ("nobody", "wrong"):
+        assert met == ROWS and max(rows) >= 4 and rows[0] == 2
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_drafter_drafts_for_each_as_if_it_were_alone(name: str, sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    inner = served(name, parts)
+    shadow = Shadow(inner, alone, parts)
+    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=shadow, join=coming(sessions, generators()))
+    assert said(outs) == said(alone[: len(outs)]) and len(outs) > 4
+    together = shadow.drafted
+    for session, answer, drafted in zip(sessions, alone, together, strict=False):
+        one = Shadow(inner, [answer], parts)
+        decode([session], max_tokens=LENGTH, drafter=one)
+        assert drafted[: len(one.drafted[0])] == one.drafted[0]
+    assert len({str(draft) for drafted in together for draft in drafted}) > 4
+
+
+@pytest.mark.parametrize("name", ["nobody", "lookup"])
+def test_each_draws_from_its_own_generator(name: str, sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    how: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 0.7}
+    together = decode(
+        sessions[:2], generators=generators(2), drafter=drafter(name, alone, parts), join=coming(sessions, generators()), **how
+    )
+    assert len(together) > 4 and len({len(out.ids) for out in together}) > 2
+    for row, out in enumerate(together):
+        assert said(plain_decode([sessions[row]], generators=generators()[row : row + 1], **how)) == said([out])
+
+
+def test_a_drafter_that_draws_goes_on_drawing(sessions: list[Session], parts: Parts) -> None:
+    """Its distributions have as many rows as there are, and each answer is as long as one may be."""
+    how: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 0.7, "generators": generators(2)}
+    outs = decode(sessions[:2], drafter=served("eagle3", parts), join=coming(sessions, generators()), **how)
+    assert len(outs) > 4 and all(out.finish_reason == "stop" or len(out.ids) == LENGTH for out in outs)
+
+
+@pytest.mark.parametrize("spent", [False, True])
+def test_who_was_joined_is_as_before(spent: bool, sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    """A lone session, decoded in its own cache, which is left when others join."""
+    given = [session.fork() for session in sessions]
+    lengths = [session.tokens for session in given]
+    before = [k.clone() for k in given[0].cache.k]
+    outs = decode(given[:1], max_tokens=LENGTH, drafter=Nobody(), join=coming([given[0], *given], generators(ROWS + 1)), spent=spent)
+    assert said(outs)[0] == said(alone)[0] and said(outs)[1:3] == said(alone)[1:3]
+    assert [session.tokens for session in given] == lengths
+    if spent:
+        assert not given[0].cache.k and not given[1].cache.k
+    else:
+        n = given[0].cache.lengths[0]
+        assert all(torch.equal(a[:, :, :n], b[:, :, :n]) for a, b in zip(before, given[0].cache.k, strict=True))
+        assert said(plain_decode(given, max_tokens=LENGTH)) == said(alone)
+
+
+def test_a_budget_goes_on_with_the_news_of_all(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    """A drafter asked every third round drafts what a twin does that is asked every round, for rows that joined in between as well."""
+    often, seldom = served("block", parts), served("block", parts)
+    budget = Adaptive({"seldom": seldom}, costs=Costs(((1, 1.0), (8, 1.3)), {"seldom": DraftCost(0.2, 0.05)}))
+
+    class Both(Nobody):
+        taps, width, depth, turn = TAPS, 6, 6, 0  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            self.compared: list[int] = []  # rows
+
+        def begin(self, *given: Any) -> None:
+            often.begin(*given)
+            budget.begin(*given)
+
+        def propose(self, seen: Seen, limit: int) -> Draft:
+            self.turn += 1
+            for phase in budget.phases.values():  # no trials of its own
+                phase.records["seldom"].wait, phase.records["seldom"].tokens = (0 if self.turn % 3 == 0 else 9), 0.1
+            theirs, mine = budget.propose(seen, limit), often.propose(seen, limit)
+            if theirs.tokens.shape[1]:
+                n = min(mine.tokens.shape[1], theirs.tokens.shape[1])
+                alive = torch.tensor([count > 0 for count in seen.counts])
+                assert torch.equal(mine.tokens[alive, :n], theirs.tokens[alive, :n])
+                self.compared.append(len(seen.root))
+            return super().propose(seen, limit)
+
+        def narrow(self, *given: Any) -> None:
+            often.narrow(*given)
+            budget.narrow(*given)
+
+        def widen(self, *given: Any) -> None:
+            often.widen(*given)
+            budget.widen(*given)
+
+    both = Both()
+    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=both, join=coming(sessions, generators()))
+    assert said(outs) == said(alone) and len(set(both.compared)) >= 3, both.compared
+
+
+def test_nobody_is_asked_where_shapes_are_fixed(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    asked: list[int] = []
+    join = coming(sessions, generators(), asked)
+    runner = GraphRunner(parts.model)
+    for one in (None, served("block", parts)):
+        assert said(decode(sessions[:2], max_tokens=LENGTH, runner=runner, drafter=one, join=join)) == said(alone[:2])
+    assert not asked
+
+
+def test_who_has_not_read_im_start_cannot_join(sessions: list[Session], parts: Parts) -> None:
+    fresh = Session.new(parts, TAPS)
+    fresh.add_text("a car")
+    with pytest.raises(AssertionError, match="im_start"):
+        decode(sessions[:1], max_tokens=LENGTH, drafter=Nobody(), join=lambda rows: [(fresh, torch.Generator())])
