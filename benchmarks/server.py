@@ -52,10 +52,11 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def serving(model: str) -> Iterator[tuple[str, int]]:
-    """A running server: the address of its API and the id of its process."""
+def serving(model: str, checkout: Path | None = None) -> Iterator[tuple[str, int]]:
+    """A running server: the address of its API and the id of its process. checkout: of the version that serves; None: this one."""
     command = [sys.executable, "-m", "hyperbagel.cli", "serve", "--model", model, "--port", "0", "--device", "cpu"]
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # as in the library's arm; PyTorch would take every core
+    threads |= {"PYTHONPATH": str((checkout or Path(__file__).parents[1]).resolve())}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
     try:
         assert process.stderr is not None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks import load as load_benchmark
 from benchmarks import run as benchmark
 from benchmarks import server as server_benchmark
 from benchmarks import soak, subjects
@@ -72,6 +74,42 @@ def test_the_server_beside_the_library(tmp_path: Path, capsys: pytest.CaptureFix
     assert set(found) == {"picture", "edit", "answer", "first streamed text"} and found["picture"]["server"]["runs"] == 2
     assert all(found[name][arm]["median"] > 0 for name in ("picture", "edit", "answer") for arm in ("server", "library"))
     assert found["first streamed text"]["median"] > 0 and "overhead" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_many_questions_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two servers of this version: their answers are the same."""
+    here = Path(__file__).parents[2]
+    given = ["--clients", "3", "--seconds", "1.5", "--blocks", "1", "--against", str(here), "--out", str(tmp_path / "a.json")]
+    assert load_benchmark.main(given) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert set(found["arms"]) == {load_benchmark.HERE, load_benchmark.THERE} and str(here) not in (tmp_path / "a.json").read_text()
+    assert all(arm["tokens_per_second"] > 0 and arm["short"]["answers"] > 0 for arm in found["arms"].values())
+    assert "0 things were wrong" in capsys.readouterr().out
+
+
+def test_answers_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From block to block, and within one; so is a refusal."""
+    told = iter(["yes", "no", "yes", "maybe"])
+
+    class Http:
+        def __init__(self, **how: Any) -> None: ...
+
+        def __enter__(self) -> Http:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def post(self, path: str, json: Any) -> Any:
+            text = next(told, None)
+            body = {"choices": [{"message": {"content": text}}], "usage": {"completion_tokens": 2}}
+            return SimpleNamespace(status_code=429 if text is None else 200, json=lambda: body)
+
+    monkeypatch.setattr(load_benchmark.httpx2, "Client", Http)
+    block = load_benchmark.Block("", [(False, {}), (True, {})], clients=1, seconds=5, pause=0)
+    assert [line.split(":")[0] for line in block.failed] == ["question 1", "question 0"] and "429" in block.failed[1]
+    assert block.answers == {0: "yes", 1: "no"} and block.tokens == 8
+    assert load_benchmark.summary([block])["short"]["answers"] == 2
 
 
 @pytest.mark.slow
