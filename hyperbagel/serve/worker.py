@@ -23,6 +23,7 @@ from hyperbagel.serve.previews import Previews
 from hyperbagel.serve.schemas import ApiError
 
 logger = logging.getLogger("hyperbagel.serve")
+TURNS = 8  # times a batch's places are taken before it ends: it holds the requests of all who joined, and is counted at its end
 
 
 class Stop(Exception):
@@ -306,7 +307,8 @@ class _Door:
         self.engine, self.model, self.units, self.streams = engine, model, units, streams
 
     def next(self, rows: int) -> AskRequest | None:
-        unit = self.engine.next_like(self.units[0].fit) if rows < self.engine.batch else None
+        room = rows < self.engine.batch and len(self.units) < TURNS * self.engine.batch
+        unit = self.engine.next_like(self.units[0].fit) if room else None
         if unit is None:
             return None
         assert isinstance(unit.request, AskRequest)

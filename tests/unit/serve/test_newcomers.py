@@ -11,7 +11,7 @@ from engine_world import Model, engine_of, jobs, run
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import AskRequest
 from hyperbagel.serve.jobs import Cancelled, Done, Failed, Job, Text
-from hyperbagel.serve.worker import Engine
+from hyperbagel.serve.worker import TURNS, Engine
 
 
 @pytest.fixture
@@ -75,6 +75,16 @@ def test_a_full_batch_takes_nobody_until_there_is_room(model: Model) -> None:
         # "x" joins at the second letter of "abc" and is done with it; "uvw" takes its place; then "abc" is over, and "rst" comes
         assert model.batches == [["abc", "x", "uvw", "rst"]]
         assert max(model.at_work) == 2
+
+    run(main)
+
+
+def test_a_batch_ends_however_many_wait(model: Model) -> None:
+    async def main() -> None:
+        engine = engine_of(model, batch=2, waiting=100)
+        await while_first(engine, model, *(question(f"{i:03}") for i in range(TURNS * 2 + 3)))
+        assert [len(batch) for batch in model.batches] == [TURNS * 2, 2, 2]  # the last two pairs begin and end together
+        assert engine.metrics.get("hyperbagel_tokens_total") == 3 * (TURNS * 2 + 4)
 
     run(main)
 
