@@ -48,7 +48,7 @@ from hyperbagel.model.student import Sampler, read_merged_sampler
 from hyperbagel.nn.attention import check_backend
 from hyperbagel.nn.quantized import numbers
 from hyperbagel.speculative.adaptive import Adaptive
-from hyperbagel.speculative.answers import Newcomers, OnAnswer, write_answers
+from hyperbagel.speculative.answers import OnAnswer, Visitors, write_answers
 from hyperbagel.speculative.choose import NONE, Drafters
 from hyperbagel.speculative.thinking import Ready, write_plans, written_together
 
@@ -222,11 +222,11 @@ class HyperBagel:
         *,
         on_token: OnToken | None = None,
         on_answer: OnAnswer | None = None,
-        newcomers: Newcomers | None = None,
+        visitors: Visitors | None = None,
     ) -> list[TextResult]:
         """Answers many at once; requests with equal max_tokens, temperature and drafter are decoded together. on_token: called with (index
-        of the request, token id); on_answer: with (index, answer) as soon as that is whole. newcomers: join requests that are all decoded
-        together, and take the next indices.
+        of the request, token id); on_answer: with (index, answer) as soon as that is whole. visitors: join requests that are all decoded
+        together, and take the next indices; answers that nobody waited for are left out.
 
         A drafter changes only the speed; one that draws (a chain) keeps the distribution of sampled answers, but no seed repeats them. If
         one cannot be used, a warning says so and the answer comes without it. Raises InputError for a request that cannot be met.
@@ -236,14 +236,14 @@ class HyperBagel:
         for i, request in enumerate(requests):
             groups[request.max_tokens, request.temperature, self._drafter_name(request)].append(i)
         results, where, alone = dict[int, TextResult](), self.parts.model.device, len(groups) == 1
-        assert alone or newcomers is None, "got newcomers beside requests of several kinds, expected one kind"
+        assert alone or visitors is None, "got visitors beside requests of several kinds, expected one kind"
         for (_, temperature, name), members in groups.items():
             start, drafter = clock(where), self._drafter(name)
             sessions = [self._context(requests[i], drafter) for i in members]
             timings = {"prefill": clock(where) - start} | self._measure(drafter, sessions[0], [len(sessions)], temperature)
             how: dict[str, Any] = {"drafter": drafter, "runner": self.runner, "prepare": partial(self._context, drafter=drafter)}
-            if alone:  # rows are requests, and newcomers come behind them
-                return write_answers(requests, sessions, timings, on_token=on_token, on_answer=on_answer, newcomers=newcomers, **how)
+            if alone:  # rows are requests, and visitors come behind them
+                return write_answers(requests, sessions, timings, on_token=on_token, on_answer=on_answer, visitors=visitors, **how)
             how |= {"on_token": of_rows(on_token, members), "on_answer": of_rows(on_answer, members)}
             results |= zip(members, write_answers([requests[i] for i in members], sessions, timings, **how), strict=True)
         return [results[i] for i in range(len(requests))]

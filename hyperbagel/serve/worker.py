@@ -9,13 +9,14 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.files import one_line
 from hyperbagel.pipeline import AskRequest, Contexts, HyperBagel, ImageRequest, ImageResult, TextResult
 from hyperbagel.serve.jobs import Done, Job, Preview, Progress, Started, Text, Unit
 from hyperbagel.serve.metrics import Metrics
@@ -23,7 +24,7 @@ from hyperbagel.serve.previews import Previews
 from hyperbagel.serve.schemas import ApiError
 
 logger = logging.getLogger("hyperbagel.serve")
-TURNS = 8  # times a batch's places are taken before it ends: it holds the requests of all who joined, and is counted at its end
+TURNS = 8  # times a batch's places are taken before it ends: it holds the jobs of all who joined, and is counted at its end
 
 
 class Stop(Exception):
@@ -72,7 +73,7 @@ class Engine:
         self._change = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._closed, self._broken = False, False
-        self._running = 0  # units
+        self._running, self._idle = 0, 0  # units at work; threads that wait for some
         self._unit_seconds = 1.0  # moving average of the time per unit, for Retry-After
 
     @property
@@ -137,7 +138,7 @@ class Engine:
                 self._run(model, units, contexts)
             finally:
                 with self._change:
-                    self._running -= len(units)
+                    self._running -= sum(not unit.done for unit in units)
                     self._unit_seconds += 0.2 * ((time.perf_counter() - began) / len(units) - self._unit_seconds)
                     self._gauges()
 
@@ -151,7 +152,9 @@ class Engine:
                 self._gauges()
                 if self._closed:
                     return []
+                self._idle += 1
                 self._change.wait()
+                self._idle -= 1
             fit = self._waiting[0].fit
             units = [unit for unit in self._waiting if unit.fit == fit][: self.batch]
             taken = {id(unit) for unit in units}
@@ -167,22 +170,21 @@ class Engine:
         return unit.job.over
 
     def _run(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> None:
-        """Runs a batch. If it fails, runs each unit alone, so that one bad request does not take its neighbours down."""
+        """Runs a batch. If it fails, runs each unit alone of which nothing was sent, so that one bad request takes no neighbour down."""
         failed = self._try(model, units, contexts)
         if failed is None:
             return
         # Outside the `except` block of `_try`: inside it, the error's frames still hold the batch's caches and latents, and after an
         # out-of-memory error the next attempt needs that room.
-        left = [unit for unit in units if not unit.done]
-        if len(units) > 1 and not any(unit.job.told for unit in left):
-            for unit in left:
-                alone = [unit]
-                self._run(model, alone, contexts)
-                units += alone[1:]  # those that joined it
-            return
-        for unit in left:
-            self._count(unit, "failed")
-            unit.job.fail(failed)
+        for unit in units:
+            if unit.done:
+                continue
+            if len(units) > 1 and not unit.job.told:
+                unit.alone = True
+                self._run(model, [unit], contexts)
+            else:
+                self._count(unit, "failed")
+                unit.job.fail(failed)
 
     def _try(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Exception | None:
         """Runs a batch and reports its results. Returns the error, without its frames, if it failed."""
@@ -202,37 +204,49 @@ class Engine:
                 model.forget_graphs()  # makes room for the next attempt
             return without_frames(error)
         self.metrics.observe("hyperbagel_batch_size", len(units))
-        longest = max(results, key=lambda result: sum(result.timings.values()))  # an answer's decoding ends with it
-        for stage, seconds in longest.timings.items():
+        longest = max((result.timings for result in results), key=lambda timings: sum(timings.values()), default={})
+        for stage, seconds in longest.items():
             self.metrics.observe("hyperbagel_stage_seconds", seconds, stage=stage)
-        for unit, result in zip(units, results, strict=True):
-            self._finish(unit, result)
+        for unit in units:
+            if not unit.done:  # its client left, and the others' answers did not wait for it
+                self._count(unit, "cancelled")
         return None
 
     def next_like(self, fit: Hashable) -> Unit | None:
         """Takes the oldest waiting unit, if it is of this kind: what joins a batch does not overtake others."""
         with self._change:
             self._waiting = deque(unit for unit in self._waiting if not self._dropped(unit))
-            if not self._waiting or self._waiting[0].fit != fit:
-                return None
-            self._running += 1
-            unit = self._waiting.popleft()
+            unit = None
+            if self._waiting and self._waiting[0].fit == fit and not self._idle:  # an idle device would begin at once
+                unit = self._waiting.popleft()
+                self._running += 1
             self._gauges()
             return unit
 
-    def refuse(self, unit: Unit, error: InputError) -> None:
-        """Fails a unit that was taken with `next_like`."""
+    def refuse(self, unit: Unit, error: Exception) -> None:
+        """Gives back a unit that was taken with `next_like`. It fails if it cannot be met; else it is taken next, and runs alone."""
         with self._change:
             self._running -= 1
+            if not isinstance(error, InputError):
+                logger.error("an answer could not join others, and comes after them: %s", one_line(error))
+                unit.alone, unit.fit = True, object()
+                self._waiting.appendleft(unit)
+                self._change.notify_all()
             self._gauges()
-        self._count(unit, "failed")
-        unit.job.fail(without_frames(error))
+        if isinstance(error, InputError):
+            self._count(unit, "failed")
+            unit.job.fail(without_frames(error))
 
     def _finish(self, unit: Unit, result: ImageResult | TextResult) -> None:
         """Counts a finished unit and tells its job, once."""
         if unit.done:
             return
-        unit.done = True
+        with self._change:
+            unit.done = True
+            if isinstance(unit.request, AskRequest):
+                unit.request = replace(unit.request, images=())  # a batch may go on for long, and pictures take room
+            self._running -= 1
+            self._gauges()
         self._count(unit, "cancelled" if unit.job.over else "done")
         if isinstance(result, TextResult):
             self.metrics.add("hyperbagel_tokens_total", result.tokens)
@@ -267,7 +281,10 @@ class Engine:
                 units[row].job.tell(Preview(units[row].index, number, image))
 
         kept = contexts if any(unit.job.keep for unit in units) else None
-        return model.generate_batch(requests, on_step=on_step, on_token=on_token, contexts=kept)
+        results = model.generate_batch(requests, on_step=on_step, on_token=on_token, contexts=kept)
+        for unit, result in zip(units, results, strict=True):
+            self._finish(unit, result)
+        return results
 
     def _ask(self, model: HyperBagel, units: list[Unit]) -> Sequence[TextResult]:
         """Answers a batch, and sends streaming jobs the text as it comes. An answer that is whole does not wait for the others, and
@@ -287,7 +304,8 @@ class Engine:
             say(row, streams[row].finish())
             self._finish(units[row], result)
 
-        return model.ask_batch(requests, on_token=on_token, on_answer=on_answer, newcomers=_Door(self, model, units, streams))
+        visitors = None if units[0].alone else _Visitors(self, model, units, streams)
+        return model.ask_batch(requests, on_token=on_token, on_answer=on_answer, visitors=visitors)
 
     # -- counting --------------------------------------------------------------------------------------------------------------
 
@@ -300,8 +318,8 @@ class Engine:
         self.metrics.set("hyperbagel_running", self._running)
 
 
-class _Door:
-    """Where questions join a batch that is being answered (speculative.answers.Newcomers): its units and its streams."""
+class _Visitors:
+    """Who comes to a batch that is being answered, and who leaves it (speculative.answers.Visitors): its units and its streams."""
 
     def __init__(self, engine: Engine, model: HyperBagel, units: list[Unit], streams: list[Any]) -> None:
         self.engine, self.model, self.units, self.streams = engine, model, units, streams
@@ -316,9 +334,12 @@ class _Door:
         self.streams.append(self.model.parts.tokenizer.stream())
         return unit.request
 
-    def refuse(self, error: InputError) -> None:
+    def refuse(self, error: Exception) -> None:
         self.streams.pop()
         self.engine.refuse(self.units.pop(), error)
+
+    def gone(self, index: int) -> bool:
+        return self.units[index].job.over
 
 
 def shutting_down() -> ApiError:

@@ -20,14 +20,17 @@ from hyperbagel.speculative.drafters.nobody import Nobody
 OnAnswer = Callable[[int, TextResult], None]
 
 
-class Newcomers(Protocol):
-    """Requests that come while answers are written. They join these, so their max_tokens, temperature and drafter must be the same."""
+class Visitors(Protocol):
+    """Who asks while answers are written. Their max_tokens, temperature and drafter are those of the others, which they join."""
 
     def next(self, rows: int) -> AskRequest | None:
         """The next request, if there is one for a batch with so many answers at work. Unless it is refused, it gets the next index."""
 
-    def refuse(self, error: InputError) -> None:
-        """The last request cannot be met."""
+    def refuse(self, error: Exception) -> None:
+        """The last request, and the one before it with the next call, cannot join: it cannot be met (InputError), or not now."""
+
+    def gone(self, index: int) -> bool:
+        """Whether nobody waits for this answer any more."""
 
 
 def write_answers(
@@ -39,66 +42,89 @@ def write_answers(
     runner: Runner | None = None,
     on_token: OnToken | None = None,
     on_answer: OnAnswer | None = None,
-    newcomers: Newcomers | None = None,
+    visitors: Visitors | None = None,
     prepare: Callable[[AskRequest], Session] | None = None,
 ) -> list[TextResult]:
-    """Decodes an answer to each request, behind its session, which is not needed afterwards.
+    """Decodes an answer to each request, behind its session, which is not needed afterwards. Returns those that are whole.
 
     Args:
         requests: with equal max_tokens and temperature.
         timings: seconds so far; each answer adds its own `decode`, up to its last token.
         drafter, runner: as in `speculative.decode.decode`.
         on_token, on_answer: called with (index of the request, token id), and with (index, answer) as soon as it is whole.
-        newcomers: asked between rounds; a runner's batch stays as it is. prepare: from a newcomer to its session, opened, with the
-            drafter's taps; may raise InputError, which refuses it.
+        visitors: asked between rounds; a runner's batch stays as it is. prepare: from a request to its session, opened, with the drafter's
+            taps; may raise InputError.
     """
-    where, tokenizer = sessions[0].parts.model.device, sessions[0].parts.tokenizer
-    asked, spent, results = list(requests), [timings for _ in requests], dict[int, TextResult]()
-    contexts = [session.tokens for session in sessions]  # now: a lone session is decoded in place
-    began = [clock(where)] * len(asked)
+    work = _Writing(sessions[0], drafter, on_answer, visitors, prepare)
+    generators = [work.begin(request, session, timings) for request, session in zip(requests, sessions, strict=True)]
+    how: dict[str, Any] = {"drafter": drafter}
+    if visitors is not None and runner is None:
+        how = {"drafter": drafter or Nobody(), "traffic": work}
+    most, temperature = requests[0].max_tokens, requests[0].temperature
+    told: dict[str, Any] = {"on_token": on_token, "on_done": work.done}
+    decode(sessions, max_tokens=most, temperature=temperature, generators=generators, **told, runner=runner, spent=True, **how)
+    return [work.results[row] for row in sorted(work.results)]
 
-    def done(row: int, out: Decoded) -> None:
-        seconds = {**spent[row], "decode": clock(where) - began[row]}
-        thinking, answer = split_thinking(tokenizer.decode(out.ids), asked[row].think)
-        drafted = {} if drafter is None else drafter.told(out)
-        results[row] = TextResult(answer, len(out.ids), contexts[row], seconds, thinking, out.finish_reason, **drafted)
-        if on_answer is not None:
-            on_answer(row, results[row])
 
-    def join(rows: int) -> list[tuple[Session, torch.Generator]]:
-        assert newcomers is not None and prepare is not None
+class _Writing:
+    """What is known of each answer, by row; of a request no more than is needed, since pictures take room. It is the batch's Traffic."""
+
+    def __init__(
+        self,
+        one: Session,
+        drafter: Adaptive | None,
+        on_answer: OnAnswer | None,
+        visitors: Visitors | None,
+        prepare: Callable[[AskRequest], Session] | None,
+    ) -> None:
+        self.drafter, self.on_answer, self.visitors, self.prepare = drafter, on_answer, visitors, prepare
+        self.tokenizer, self.where = one.parts.tokenizer, one.parts.model.device
+        self.thinks: list[bool] = []
+        self.contexts: list[int] = []  # tokens
+        self.timings: list[Mapping[str, float]] = []  # seconds, up to the beginning
+        self.began: list[float] = []
+        self.joined = 0  # of the last call of `join`
+        self.results: dict[int, TextResult] = {}
+
+    def begin(self, request: AskRequest, session: Session, timings: Mapping[str, float]) -> torch.Generator:
+        """The next row; returns its generator."""
+        self.thinks.append(request.think)
+        self.contexts.append(session.tokens)  # now: a lone session is decoded in place
+        self.timings.append(timings)
+        self.began.append(clock(self.where))
+        return torch.Generator().manual_seed(request.seed)
+
+    def done(self, row: int, out: Decoded) -> None:
+        seconds = {**self.timings[row], "decode": clock(self.where) - self.began[row]}
+        thinking, answer = split_thinking(self.tokenizer.decode(out.ids), self.thinks[row])
+        drafted = {} if self.drafter is None else self.drafter.told(out)
+        self.results[row] = TextResult(answer, len(out.ids), self.contexts[row], seconds, thinking, out.finish_reason, **drafted)
+        if self.on_answer is not None:
+            self.on_answer(row, self.results[row])
+
+    def gone(self, row: int) -> bool:
+        return self.visitors is not None and self.visitors.gone(row)
+
+    def join(self, rows: int) -> list[tuple[Session, torch.Generator]]:
+        assert self.visitors is not None and self.prepare is not None
         found: list[tuple[Session, torch.Generator]] = []
-        while (request := newcomers.next(rows + len(found))) is not None:
-            start = clock(where)
+        while (request := self.visitors.next(rows + len(found))) is not None:
+            start = clock(self.where)
             try:
-                session = prepare(request)
+                session = self.prepare(request)
                 session.check_answer(request.max_tokens)
-            except InputError as error:
-                newcomers.refuse(error)
-                continue
-            found.append((session, _generator(request)))
-            asked.append(request)
-            contexts.append(session.tokens)
-            began.append(clock(where))
-            spent.append({"prefill": began[-1] - start})
+            except Exception as error:  # whatever it is, the others go on
+                self.visitors.refuse(error)
+                if isinstance(error, InputError):
+                    continue
+                break
+            found.append((session, self.begin(request, session, {"prefill": clock(self.where) - start})))
+        self.joined = len(found)
         return found
 
-    how: dict[str, Any] = {"drafter": drafter}
-    if newcomers is not None and runner is None:
-        how = {"drafter": drafter or Nobody(), "join": join}
-    decode(
-        sessions,
-        max_tokens=requests[0].max_tokens,
-        temperature=requests[0].temperature,
-        generators=[_generator(request) for request in requests],
-        on_token=on_token,
-        on_done=done,
-        runner=runner,
-        spent=True,
-        **how,
-    )
-    return [results[row] for row in range(len(asked))]
-
-
-def _generator(request: AskRequest) -> torch.Generator:
-    return torch.Generator().manual_seed(request.seed)
+    def back(self, error: Exception) -> None:
+        assert self.visitors is not None
+        for _ in range(self.joined):
+            for values in (self.thinks, self.contexts, self.timings, self.began):
+                values.pop()
+            self.visitors.refuse(error)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,18 @@ from hyperbagel.speculative.accept import accept
 from hyperbagel.speculative.tree import Tree, commit, tree_plan
 from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated, Stats
 
-Join = Callable[[int], Sequence[tuple[Session, torch.Generator]]]
+
+class Traffic(Protocol):
+    """Rows that come and go between two rounds. Nobody does where shapes are fixed, nor in plain decoding: see `drafters.nobody`."""
+
+    def gone(self, row: int) -> bool:
+        """Whether nobody waits for this row's answer any more."""
+
+    def join(self, rows: int) -> Sequence[tuple[Session, torch.Generator]]:
+        """Sessions that join a batch with so many rows at work, as the next rows. They have read im_start; each brings its generator."""
+
+    def back(self, error: Exception) -> None:
+        """There is no memory for those who joined last; the others go on."""
 
 
 @torch.inference_mode()
@@ -47,7 +58,7 @@ def decode(
     keep_logits: bool = False,
     runner: Runner | None = None,
     drafter: Drafter | None = None,
-    join: Join | None = None,
+    traffic: Traffic | None = None,
     spent: bool = False,
 ) -> list[Decoded]:
     """As `generate.decode.decode`; with a drafter the results are `Speculated`. `runner` makes the steps of plain decoding; a GraphRunner
@@ -59,9 +70,8 @@ def decode(
 
     Where a draft might not fit behind the answer, it warns (Notice) and decodes plainly.
 
-    join: called between rounds with the number of rows at work; the sessions that it returns join them, as the next rows, and their answers
-        are returned too. They have read im_start, and each brings its generator (of no use at T = 0). Nobody is asked to join plain
-        decoding or fixed shapes: `drafters.nobody` decodes plainly, too. Not with `keep_logits`.
+    traffic: who joins, and whose answer nobody waits for any more; the answers of both are returned too, as far as they got. Not with
+        `keep_logits`.
     Raises:
         InputError: no room in the context, or contexts without the hidden states that the drafter reads.
     """
@@ -85,7 +95,7 @@ def decode(
     graphs = runner if isinstance(runner, GraphRunner) else None
     first, work = first_logits(sessions), None
     try:
-        how: dict[str, Any] = {"graphs": graphs, "spent": spent, "on_done": on_done, "join": join}
+        how: dict[str, Any] = {"graphs": graphs, "spent": spent, "on_done": on_done, "traffic": traffic}
         work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, **how)
         if first is not None:
             work.open(first)
@@ -147,7 +157,7 @@ class Rounds:
         graphs: GraphRunner | None = None,
         spent: bool = False,
         on_done: OnDone | None = None,
-        join: Join | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         """im_end: the token that ends an answer; None: the tokenizer's. graphs: verifies drafts in fixed shapes. The rest: see
         `generate.decode.decode`."""
@@ -159,8 +169,8 @@ class Rounds:
         self.times = self.results[0].times
         for result in self.results:
             result.times = self.times
-        assert join is None or not keep_logits, "got sessions that may join and logits to keep, expected one of the two"
-        self.join, self.spent, self.room = join, spent, max_tokens + 1 + drafter.width
+        assert traffic is None or not keep_logits, "got rows that may join and logits to keep, expected one of the two"
+        self.traffic, self.spent, self.room = traffic, spent, max_tokens + 1 + drafter.width
         room = self.room
         drafter.begin(sessions, temperature, generators)  # before `reader`: a budget may measure its costs with the same graphs
         caches = [s.cache for s in sessions]
@@ -198,6 +208,10 @@ class Rounds:
     def round(self) -> None:
         """Draft, verify, accept, commit, report."""
         if self.reader is None:
+            if self.traffic is not None:
+                self.alive = {b for b in self.alive if not self.traffic.gone(self.of_row[b])}
+                if not self.alive:
+                    return
             self._leave(leaving(len(self.of_row), self.alive))
             self._welcome()
         clock = [time.perf_counter()]
@@ -250,18 +264,22 @@ class Rounds:
 
     def _welcome(self) -> None:
         """Takes in the sessions that join. All keys and values are copied then, so all finished rows leave."""
-        new = self.join(len(self.alive)) if self.join is not None else ()
+        new = self.traffic.join(len(self.alive)) if self.traffic is not None else ()
         if not new:
             return
+        assert self.traffic is not None
         self._leave(sorted(self.alive))
         sessions, generators = [session for session, _ in new], [generator for _, generator in new]
         first = first_logits(sessions)
         assert first is not None, "got a session that joins and has not read im_start"
-        self.drafter.widen(sessions, generators, self.counts)
         caches, alone = [session.cache for session in sessions], self.cache
-        self.cache = KVCache.stack([self.cache, *caches], self.room, self.cache.taps, self.spent)
-        if not self.spent:
-            alone.truncate(self.before)  # a lone session was decoded in its own cache
+        try:
+            self.cache = KVCache.stack([self.cache, *caches], self.room, self.cache.taps, self.spent)
+        except torch.OutOfMemoryError as error:  # before anything was copied
+            self.traffic.back(error)
+            return
+        self.drafter.widen(sessions, generators, self.counts)
+        alone.truncate(self.before)  # a lone session was decoded in its own cache
         rows = range(len(self.root), len(self.root) + len(new))
         lengths = [session.cache.lengths[0] for session in sessions]
         self.of_row = [*self.of_row, *range(len(self.results), len(self.results) + len(new))]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import hyperbagel
 from hyperbagel.data.prompts import THINK_ANSWER
@@ -17,6 +20,7 @@ from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import ImageTransform
 from hyperbagel.generate.decode import Decoded, decode
 from hyperbagel.generate.session import Parts, Session
+from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
@@ -114,6 +118,21 @@ def mixed_sessions(parts: Parts, taps: Sequence[int] = ()) -> list[Session]:
 def same(plain: Sequence[Decoded], other: Sequence[Decoded]) -> None:
     assert [out.ids for out in other] == [out.ids for out in plain]
     assert [out.finish_reason for out in other] == [out.finish_reason for out in plain]
+
+
+@contextmanager
+def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Collects the rows of every forward of the model."""
+    found: list[int] = []
+    own = Bagel.backbone
+
+    def watched(self: Bagel, streams: Any, positions: Tensor, **how: Any) -> Any:
+        found.append(positions.shape[0])
+        return own(self, streams, positions, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bagel, "backbone", watched)
+        yield found
 
 
 class Stub:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from parity_world import SERVED, STUBS, Shadow, drafter_of, make_parts, served, unlike_sessions
+from parity_world import SERVED, STUBS, Shadow, batches, drafter_of, make_parts, served, unlike_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
+from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.budget import Costs, DraftCost
-from hyperbagel.speculative.decode import Join, decode
+from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters.nobody import Nobody
 from hyperbagel.speculative.types import Draft, Drafter, Seen
 
@@ -49,22 +50,38 @@ def said(outs: Sequence[Decoded]) -> list[tuple[list[int], str]]:
     return [(out.ids, out.finish_reason) for out in outs]
 
 
-def coming(sessions: Sequence[Session], generators: Sequence[torch.Generator], rows: list[int] | None = None) -> Join:
-    """Those behind the first two join as COMING says. rows: collects how many were at work at each call."""
-    left = list(zip(sessions, generators, strict=True))[2:]
-    calls = 0
+class Coming:
+    """Those behind the first two join as COMING says. rows: how many were at work at each call. leaving: (call, row) of who is gone."""
 
-    def join(at_work: int) -> list[tuple[Session, torch.Generator]]:
-        nonlocal calls
-        n = COMING.get(calls, 0)
-        calls += 1
-        if rows is not None:
-            rows.append(at_work)
-        new = left[:n]
-        del left[:n]
+    def __init__(self, sessions: Sequence[Session], generators: Sequence[torch.Generator], leaving: Sequence[tuple[int, int]] = ()) -> None:
+        self.left, self.leaving = list(zip(sessions, generators, strict=True))[2:], leaving
+        self.rows: list[int] = []
+        self.refused: list[Exception] = []
+
+    def join(self, rows: int) -> list[tuple[Session, torch.Generator]]:
+        n = COMING.get(len(self.rows), 0)
+        self.rows.append(rows)
+        new = self.left[:n]
+        del self.left[:n]
         return new
 
-    return join
+    def gone(self, row: int) -> bool:
+        return any(row == who and len(self.rows) > call for call, who in self.leaving)
+
+    def back(self, error: Exception) -> None:
+        self.refused.append(error)
+
+
+class Called(Coming):
+    """They join as a function of (call, rows at work) says."""
+
+    def __init__(self, which: Callable[[int, int], Sequence[tuple[Session, torch.Generator]]]) -> None:
+        super().__init__([], [])
+        self.which = which
+
+    def join(self, rows: int) -> list[tuple[Session, torch.Generator]]:
+        self.rows.append(rows)
+        return list(self.which(len(self.rows) - 1, rows))
 
 
 def generators(n: int = ROWS) -> list[torch.Generator]:
@@ -79,14 +96,14 @@ def drafter(name: str, alone: Sequence[Decoded], parts: Parts) -> Drafter:
 
 @pytest.mark.parametrize("name", ["nobody", *STUBS, *SERVED])
 def test_answers_are_those_of_each_alone(name: str, sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
-    rows: list[int] = []
+    coming = Coming(sessions, generators())
     told: list[list[int]] = [[] for _ in sessions]
     done: dict[int, tuple[list[int], str]] = {}
     outs = decode(
         sessions[:2],
         max_tokens=LENGTH,
         drafter=drafter(name, alone, parts),
-        join=coming(sessions, generators(), rows),
+        traffic=coming,
         on_token=lambda row, id_: told[row].append(id_),
         on_done=lambda row, out: done.setdefault(row, (list(out.ids), out.finish_reason)) and None,
     )
@@ -94,14 +111,25 @@ def test_answers_are_those_of_each_alone(name: str, sessions: list[Session], alo
     assert met > 4 and said(outs) == said(alone[:met])  # with drafts that are right, the first two are done before all have come
     assert told[:met] == [out.ids for out in outs] and done == dict(enumerate(said(outs)))
     if name in ("nobody", "wrong"):
-        assert met == ROWS and max(rows) >= 4 and rows[0] == 2
+        assert met == ROWS and max(coming.rows) >= 4 and coming.rows[0] == 2
+
+
+def test_finished_rows_leave_when_others_come(sessions: list[Session], alone: list[Decoded], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of the forward behind a join are those at work and the new ones, however few are finished."""
+    given = list(zip(sessions, generators(), strict=True))[6:]
+    # one of six is finished, later one of five and one that came
+    coming = Called(lambda call, rows: [given.pop()] if given and rows == 5 else [])
+    with batches(monkeypatch) as found:
+        outs = decode(sessions[:6], max_tokens=LENGTH, drafter=Nobody(), traffic=coming)
+    assert said(outs) == said([*alone[:6], *reversed(alone[9 - len(outs) + 6 :])])
+    assert coming.rows[0] == 6 and found[coming.rows.index(5)] == 6 and max(found) == 6
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_a_drafter_drafts_for_each_as_if_it_were_alone(name: str, sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
     inner = served(name, parts)
     shadow = Shadow(inner, alone, parts)
-    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=shadow, join=coming(sessions, generators()))
+    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=shadow, traffic=Coming(sessions, generators()))
     assert said(outs) == said(alone[: len(outs)]) and len(outs) > 4
     together = shadow.drafted
     for session, answer, drafted in zip(sessions, alone, together, strict=False):
@@ -115,7 +143,7 @@ def test_a_drafter_drafts_for_each_as_if_it_were_alone(name: str, sessions: list
 def test_each_draws_from_its_own_generator(name: str, sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
     how: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 0.7}
     together = decode(
-        sessions[:2], generators=generators(2), drafter=drafter(name, alone, parts), join=coming(sessions, generators()), **how
+        sessions[:2], generators=generators(2), drafter=drafter(name, alone, parts), traffic=Coming(sessions, generators()), **how
     )
     assert len(together) > 4 and len({len(out.ids) for out in together}) > 2
     for row, out in enumerate(together):
@@ -125,7 +153,7 @@ def test_each_draws_from_its_own_generator(name: str, sessions: list[Session], a
 def test_a_drafter_that_draws_goes_on_drawing(sessions: list[Session], parts: Parts) -> None:
     """Its distributions have as many rows as there are, and each answer is as long as one may be."""
     how: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 0.7, "generators": generators(2)}
-    outs = decode(sessions[:2], drafter=served("eagle3", parts), join=coming(sessions, generators()), **how)
+    outs = decode(sessions[:2], drafter=served("eagle3", parts), traffic=Coming(sessions, generators()), **how)
     assert len(outs) > 4 and all(out.finish_reason == "stop" or len(out.ids) == LENGTH for out in outs)
 
 
@@ -135,8 +163,9 @@ def test_who_was_joined_is_as_before(spent: bool, sessions: list[Session], alone
     given = [session.fork() for session in sessions]
     lengths = [session.tokens for session in given]
     before = [k.clone() for k in given[0].cache.k]
-    outs = decode(given[:1], max_tokens=LENGTH, drafter=Nobody(), join=coming([given[0], *given], generators(ROWS + 1)), spent=spent)
-    assert said(outs)[0] == said(alone)[0] and said(outs)[1:3] == said(alone)[1:3]
+    second = Called(lambda call, rows: [(given[1], torch.Generator())] if call == 2 else [])  # behind two rounds of the first
+    outs = decode(given[:1], max_tokens=LENGTH, drafter=Nobody(), traffic=second, spent=spent)
+    assert said(outs) == said(alone)[:2]
     assert [session.tokens for session in given] == lengths
     if spent:
         assert not given[0].cache.k and not given[1].cache.k
@@ -182,21 +211,59 @@ def test_a_budget_goes_on_with_the_news_of_all(sessions: list[Session], alone: l
             budget.widen(*given)
 
     both = Both()
-    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=both, join=coming(sessions, generators()))
+    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=both, traffic=Coming(sessions, generators()))
     assert said(outs) == said(alone) and len(set(both.compared)) >= 3, both.compared
 
 
 def test_nobody_is_asked_where_shapes_are_fixed(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
-    asked: list[int] = []
-    join = coming(sessions, generators(), asked)
+    coming = Coming(sessions, generators())
     runner = GraphRunner(parts.model)
     for one in (None, served("block", parts)):
-        assert said(decode(sessions[:2], max_tokens=LENGTH, runner=runner, drafter=one, join=join)) == said(alone[:2])
-    assert not asked
+        assert said(decode(sessions[:2], max_tokens=LENGTH, runner=runner, drafter=one, traffic=coming)) == said(alone[:2])
+    assert not coming.rows
 
 
 def test_who_has_not_read_im_start_cannot_join(sessions: list[Session], parts: Parts) -> None:
     fresh = Session.new(parts, TAPS)
     fresh.add_text("a car")
     with pytest.raises(AssertionError, match="im_start"):
-        decode(sessions[:1], max_tokens=LENGTH, drafter=Nobody(), join=lambda rows: [(fresh, torch.Generator())])
+        decode(sessions[:1], max_tokens=LENGTH, drafter=Nobody(), traffic=Called(lambda call, rows: [(fresh, torch.Generator())]))
+
+
+@pytest.mark.parametrize("name", ["nobody", "lookup", "block, tree"])
+def test_answers_that_nobody_waits_for_leave(name: str, sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    """One of the first two, and one that joined, at once, not with the batch; the others' answers stay what they are."""
+    told: list[list[int]] = [[] for _ in sessions]
+    done: list[int] = []
+    how: dict[str, Any] = {"on_token": lambda row, id_: told[row].append(id_), "on_done": lambda row, out: done.append(row)}
+    coming = Coming(sessions, generators(), leaving=[(4, 0), (6, 3)])
+    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=drafter(name, alone, parts), traffic=coming, **how)
+    others = [row for row in range(len(outs)) if row not in (0, 3)]
+    assert [said(outs)[row] for row in others] == [said(alone)[row] for row in others]
+    assert 0 not in done and set(others) <= set(done) and len(told[0]) < len(alone[0].ids)
+    assert told[0] == alone[0].ids[: len(told[0])]
+
+
+def test_a_batch_that_nobody_waits_for_is_over(sessions: list[Session]) -> None:
+    coming = Coming(sessions, generators(), leaving=[(3, row) for row in range(ROWS)])
+    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=Nobody(), traffic=coming)
+    assert len(coming.rows) == 4 and max(len(out.ids) for out in outs) == 5 < LENGTH  # the first token came with the prefill
+
+
+def test_without_memory_for_those_who_join_the_others_go_on(
+    sessions: list[Session], alone: list[Decoded], parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first join finds no memory, the next one does."""
+    own, tries = KVCache.stack, list[int]()
+
+    def stack(caches: Sequence[KVCache], *given: Any, **how: Any) -> KVCache:
+        tries.append(len(caches))
+        if len(tries) == 2:  # the first one makes the batch
+            raise torch.OutOfMemoryError("no memory")
+        return own(caches, *given, **how)
+
+    monkeypatch.setattr(KVCache, "stack", staticmethod(stack))
+    coming = Coming(sessions, generators())
+    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=Nobody(), traffic=coming)
+    assert [str(error) for error in coming.refused] == ["no memory"] and len(outs) == ROWS - 1
+    assert said(outs) == said([*alone[:2], *alone[3:]])

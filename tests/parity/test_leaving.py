@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from parity_world import SERVED, STUBS, Shadow, drafter_of, make_parts, served, unlike_sessions
-from torch import Tensor
+from parity_world import SERVED, STUBS, Shadow, batches, drafter_of, make_parts, served, unlike_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
-from hyperbagel.model.bagel import Bagel
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.decode import decode
@@ -47,21 +44,6 @@ def said(outs: Sequence[Decoded]) -> list[tuple[list[int], str]]:
 
 def one_by_one(rows: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(row) for row in range(rows)]
-
-
-@contextmanager
-def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Collects the rows of every forward of the model."""
-    found: list[int] = []
-    own = Bagel.backbone
-
-    def watched(self: Bagel, streams: Any, positions: Tensor, **how: Any) -> Any:
-        found.append(positions.shape[0])
-        return own(self, streams, positions, **how)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Bagel, "backbone", watched)
-        yield found
 
 
 def expected_batches(steps: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hyperbagel.data.prompts import split_thinking
 from hyperbagel.generate.decode import decode
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import AskRequest, ImageRequest
+from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.pipeline import HyperBagel
 
 
@@ -87,8 +89,11 @@ class Coming:
         self.rows.append(rows)
         return self.asked.pop(0) if self.asked and self.call in self.calls else None
 
-    def refuse(self, error: InputError) -> None:
+    def refuse(self, error: Exception) -> None:
         self.refused.append(str(error))
+
+    def gone(self, index: int) -> bool:
+        return False
 
 
 @pytest.mark.parametrize("drafter", ["none", "lookup"])
@@ -108,13 +113,43 @@ def test_questions_that_join_are_answered_as_alone(model: HyperBagel, drafter: s
     def on_token(i: int, token: int) -> None:
         said[i] += 1
 
-    results = model.ask_batch(first, on_token=on_token, on_answer=lambda i, answer: order.append(i), newcomers=coming)
+    results = model.ask_batch(first, on_token=on_token, on_answer=lambda i, answer: order.append(i), visitors=coming)
     met = [*first, joining[0], joining[2], joining[4]]
     assert [(r.text, r.prompt_tokens) for r in results] == [(r.text, r.prompt_tokens) for r in (model.ask_batch([a])[0] for a in met)]
     assert said == [result.tokens for result in results] and sorted(order) == list(range(5))
     assert ["empty question" in told or "context" in told for told in coming.refused] == [True, True] and not coming.asked
     assert coming.rows[:3] == [2, 3, 3]  # refused ones do not count
     assert all(set(result.timings) >= {"prefill", "decode"} for result in results)
+
+
+@pytest.mark.parametrize("broken", ["prefill", "cache"])
+def test_a_question_for_which_there_is_no_memory_leaves_the_others_alone(
+    model: HyperBagel, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused, and so is who came with it if keys and values cannot be held together; who comes later takes the free index."""
+    how: dict[str, Any] = {"max_tokens": 9, "drafter": "none"}
+    first = [AskRequest("what is it", **how), AskRequest("where", **how)]
+    joining = [AskRequest("big", **how), AskRequest("how many cars", **how)]
+    alone = [model.ask_batch([a])[0].text for a in (*first, joining[1])]
+    coming, own, stack, calls = Coming(joining, (0, 2)), model._context, KVCache.stack, list[int]()
+
+    def context(request: AskRequest, drafter: Any = None) -> Session:
+        if broken == "prefill" and request.question == "big":
+            raise torch.OutOfMemoryError("no memory")
+        return own(request, drafter)
+
+    def stacked(caches: Any, *given: Any, **more: Any) -> KVCache:
+        calls.append(len(caches))
+        if broken == "cache" and len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return stack(caches, *given, **more)
+
+    monkeypatch.setattr(model, "_context", context)
+    monkeypatch.setattr(KVCache, "stack", staticmethod(stacked))
+    told: list[tuple[int, str]] = []
+    results = model.ask_batch(first, on_answer=lambda i, answer: told.append((i, answer.text)), visitors=coming)
+    assert coming.refused == ["no memory"] and [result.text for result in results] == alone
+    assert sorted(told) == list(enumerate(alone))
 
 
 def test_a_drafter_changes_nothing_but_the_count_of_forwards(model: HyperBagel) -> None:

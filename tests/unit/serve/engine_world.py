@@ -56,9 +56,10 @@ class Model:
         requests: Sequence[AskRequest],
         on_token: Callable[[int, int], None],
         on_answer: Callable[[int, TextResult], None],
-        newcomers: Any,
+        visitors: Any,
     ) -> list[TextResult]:
-        """Answers with the question's first three letters, a letter a step. "!" is where it breaks; a "?" is refused when it joins."""
+        """Answers with the question's first three letters, a letter a step. "!" is where it breaks; a "?" is refused when it joins, and
+        for "big" there is no room then."""
         said: list[tuple[str, int]] = []  # and the step at which each begins
         results: list[TextResult] = []
 
@@ -75,10 +76,13 @@ class Model:
             self.inside.set()
             self.hold.wait(10)
             alive = sum(first + len(text) > step for text, first in said)
-            while step and alive and (request := newcomers.next(alive)) is not None:
+            while visitors is not None and step and alive and (request := visitors.next(alive)) is not None:
                 if request.question == "?":
-                    newcomers.refuse(InputError("got a question that is too long"))
+                    visitors.refuse(InputError("got a question that is too long"))
                     continue
+                if request.question == "big":
+                    visitors.refuse(MemoryError("no room beside others"))
+                    break
                 self.batches[-1].append(request.question)
                 begin(request, step)
                 alive += 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from engine_world import Model, engine_of, jobs, run
+from PIL import Image
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import AskRequest
@@ -102,16 +103,88 @@ def test_one_that_cannot_be_met_fails_alone(model: Model) -> None:
     run(main)
 
 
-def test_who_joined_what_broke_is_tried_again(model: Model) -> None:
-    """Each alone; what comes meanwhile joins those, and all are counted."""
+def test_who_joined_what_broke_is_tried_alone(model: Model) -> None:
+    """Nobody joins a question that is tried again, or it would be broken for all who come, again and again."""
 
     async def main() -> None:
-        engine, bad, good, late = engine_of(model), question("!"), question("xyz"), question("uvw")
-        model.between = lambda step: engine.submit(late) if not step and model.batches == [["abc"]] and not late.units[0].fit else None
-        first = await while_first(engine, model, bad, good)
-        told = {name: [type(event) for event in events(job)] for name, job in dict(first=first, bad=bad, good=good, late=late).items()}
-        assert told == {"first": [Done], "bad": [Failed], "good": [Done], "late": [Done]}
-        assert sorted(name for batch in model.batches for name in batch).count("!") == 2
+        engine, bad, others = engine_of(model), question("a!"), [question(f"{i:03}") for i in range(6)]
+        first = await while_first(engine, model, bad, *others)
+        assert [[type(event) for event in events(job)] for job in (first, bad, *others)] == [[Done], [Failed], *[[Done]] * 6]
+        assert [batch for batch in model.batches if "a!" in batch] == [["abc", "a!", "000", "001"], ["a!"]]
+        assert engine.metrics.get("hyperbagel_results_total", kind="text", outcome="failed") == 1
+
+    run(main)
+
+
+def test_of_what_broke_only_streams_that_had_begun_are_lost(model: Model) -> None:
+    async def main() -> None:
+        engine, bad, streamed, plain = engine_of(model), question("ab!"), Job([AskRequest("uvw")], stream=True), question("xyz")
+        first = await while_first(engine, model, bad, streamed, plain)
+        assert [type(events(job)[-1]) for job in (first, bad, streamed, plain)] == [Done, Failed, Failed, Done]
+
+    run(main)
+
+
+def test_one_for_which_there_is_no_room_comes_next_and_alone(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that came behind it wait until it is done."""
+
+    async def main() -> None:
+        engine, big, late = engine_of(model), question("big"), question("xyz")
+        await while_first(engine, model, big, late)
+        assert model.batches == [["abc"], ["big"], ["xyz"]]
+        assert [type(event) for event in events(big)] == [Done] and "no room beside others" in caplog.text
+
+    run(main)
+
+
+def test_an_idle_device_begins_at_once() -> None:
+    """Where a second device has nothing to do, nobody joins the first one's batch."""
+
+    async def main() -> None:
+        models = Model(), Model()
+        engine = engine_of(*models)
+        first = question("abc")
+        for model in models:
+            model.hold.clear()
+        engine.submit(first)
+        while not any(model.inside.is_set() for model in models):
+            await asyncio.sleep(0.01)
+        while engine._idle < 1:
+            await asyncio.sleep(0.01)
+        busy = next(model for model in models if model.inside.is_set())
+        assert engine.next_like(first.units[0].fit) is None
+        engine.submit(question("xyz"))
+        busy.hold.set()
+        other = next(model for model in models if model is not busy)
+        assert await asyncio.to_thread(other.inside.wait, 10)
+        other.hold.set()
+        await asyncio.to_thread(engine.close)
+        assert sorted(batch for model in models for batch in model.batches) == [["abc"], ["xyz"]]
+
+    run(main)
+
+
+def test_gauges_and_pictures_are_let_go_of_as_answers_end(model: Model) -> None:
+    """While a long answer goes on, those that are done count no more and hold no picture."""
+    picture = Image.new("RGB", (8, 8))
+
+    async def main() -> None:
+        engine, short = engine_of(model), Job([AskRequest("x", (picture,))])
+        seen: list[tuple[float | None, int]] = []
+        model.between = lambda step: seen.append((engine.metrics.get("hyperbagel_running"), len(short.units[0].request.images)))
+        await while_first(engine, model, short)
+        assert model.batches == [["abc", "x"]] and seen[:3] == [(1, 1), (1, 0), (0, 0)]
+
+    run(main)
+
+
+def test_a_queue_that_is_emptied_by_leaving_says_so(model: Model) -> None:
+    async def main() -> None:
+        engine, gone = engine_of(model), question("uvw")
+        seen: list[float | None] = []
+        model.between = lambda step: (gone.cancel() if not step else None, seen.append(engine.metrics.get("hyperbagel_waiting")))[0]
+        await while_first(engine, model, gone)
+        assert seen[1] == 0
 
     run(main)
 
