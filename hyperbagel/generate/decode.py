@@ -82,7 +82,7 @@ class EagerRunner:
 
 def leaving(rows: int, alive: Iterable[int]) -> list[int] | None:
     """The rows of a batch that go on alone once at least half of its rows are finished; else None. A finished row costs as much as any
-    other; the others' keys and values are copied when it leaves, at each halving and no more often."""
+    other; when it leaves, the others' keys and values are copied, so that is not done for each."""
     kept = sorted(alive)
     return kept if kept and 2 * len(kept) <= rows else None
 

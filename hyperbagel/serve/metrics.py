@@ -11,8 +11,8 @@ HELP = {
     "hyperbagel_results_total": ("counter", "Pictures and answers by kind (image, text) and outcome (done, failed, cancelled)."),
     "hyperbagel_tokens_total": ("counter", "Text tokens decoded for finished answers."),
     "hyperbagel_evaluations_total": ("counter", "Velocity evaluations (NFE) of finished pictures."),
-    "hyperbagel_batch_size": ("summary", "Pictures or answers that shared one batch."),
-    "hyperbagel_stage_seconds": ("summary", "Time of a batch by stage (prefill, denoise, decode)."),
+    "hyperbagel_batch_size": ("summary", "Pictures or answers of one batch, with those that joined it."),
+    "hyperbagel_stage_seconds": ("summary", "Time of a batch by stage (prefill, denoise, decode), of its longest answer."),
     "hyperbagel_waiting": ("gauge", "Pictures and answers in the queue."),
     "hyperbagel_running": ("gauge", "Pictures and answers being worked on."),
 }

@@ -109,7 +109,7 @@ def test_a_server_starts_though_its_first_answer_failed(model: HyperBagel, monke
     def fails(*given: object, **more: object) -> None:
         raise RuntimeError("no room for\nanswers")
 
-    monkeypatch.setattr(model, "ask", fails)
+    monkeypatch.setattr(model, "ask_batch", fails)
     with pytest.warns(Notice, match="the first answer failed .no room for answers."):
         warm_up(model)
 

@@ -6,6 +6,7 @@ import os
 import socket
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_a_first_answer_that_fails_is_told_and_ends_nothing() -> None:
         raise RuntimeError("no kernel")
 
     with pytest.warns(Notice, match="the first answer failed .*no kernel"):
-        run.warm_up(SimpleNamespace(ask=fails))  # type: ignore[arg-type]
+        run.warm_up(SimpleNamespace(ask_batch=fails))  # type: ignore[arg-type]
 
 
 def test_every_request_s_notice_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +96,17 @@ def test_every_request_s_notice_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
         run.run(None, listener, "127.0.0.1", said.append)  # type: ignore[arg-type]
         assert said == [url_of("127.0.0.1", listener.getsockname()[1])]
     assert len(told) == 2
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.1, [1, 2, 4, 8]), (3.0, [1]), (1.1, [1, 2])])
+def test_a_warm_up_tries_batches_as_long_as_they_take_little(seconds: float, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`seconds`: what each row takes."""
+    now, asked = [0.0], list[int]()
+
+    def ask_batch(requests: list[Any]) -> None:
+        asked.append(len(requests))
+        now[0] += seconds * len(requests)
+
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    run.warm_up(SimpleNamespace(ask_batch=ask_batch))  # type: ignore[arg-type]
+    assert asked == sizes
