@@ -207,9 +207,11 @@ class Engine:
         longest = max((result.timings for result in results), key=lambda timings: sum(timings.values()), default={})
         for stage, seconds in longest.items():
             self.metrics.observe("hyperbagel_stage_seconds", seconds, stage=stage)
-        for unit in units:
-            if not unit.done:  # its client left, and the others' answers did not wait for it
-                self._count(unit, "cancelled")
+        missing = [unit for unit in units if not unit.done]
+        if not all(unit.job.over for unit in missing):  # a client must never wait for nothing
+            return RuntimeError(f"got no result of {len(missing)} of {len(units)} requests, expected one of each that is waited for")
+        for unit in missing:  # its client left, and the others' answers did not wait for it
+            self._count(unit, "cancelled")
         return None
 
     def next_like(self, fit: Hashable) -> Unit | None:

@@ -106,7 +106,8 @@ def test_only_a_stream_is_told_of_what_comes_before_its_end(stream: bool, told: 
 
 
 def test_a_tag_that_was_not_asked_for_is_text(http: TestClient, model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "ask_batch", lambda requests, **_: [TextResult("<think> a", 3, 1, {"decode": 0.1})])
+    said = TextResult("<think> a", 3, 1, {"decode": 0.1})
+    monkeypatch.setattr(model, "ask_batch", lambda requests, *, on_answer, **_: [on_answer(0, said) or said])
     answer = http.post("/v1/chat/completions", json=ASKED).json()
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "<think> a"}
     assert answer["choices"][0]["tokens"] == 3 and answer["model"] == "tiny", "also where the request names no model"

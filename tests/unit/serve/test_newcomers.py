@@ -149,17 +149,26 @@ def test_an_idle_device_begins_at_once() -> None:
         engine.submit(first)
         while not any(model.inside.is_set() for model in models):
             await asyncio.sleep(0.01)
+        busy = next(model for model in models if model.inside.is_set())
+        other = next(model for model in models if model is not busy)
         while engine._idle < 1:
             await asyncio.sleep(0.01)
-        busy = next(model for model in models if model.inside.is_set())
-        assert engine.next_like(first.units[0].fit) is None
-        engine.submit(question("xyz"))
-        busy.hold.set()
-        other = next(model for model in models if model is not busy)
+        second = question("xyz")
+        engine.submit(second)
         assert await asyncio.to_thread(other.inside.wait, 10)
+        assert engine._idle == 0
+        late = question("uvw")
+        engine.submit(late)
+        with engine._change:
+            engine._idle = 1  # as between the call that wakes a thread and its waking
+        assert engine.next_like(late.units[0].fit) is None
+        with engine._change:
+            engine._idle = 0
+        busy.hold.set()
         other.hold.set()
         await asyncio.to_thread(engine.close)
-        assert sorted(batch for model in models for batch in model.batches) == [["abc"], ["xyz"]]
+        assert sorted(batch[0] for model in models for batch in model.batches)[:2] == ["abc", "xyz"]
+        assert [type(events(job)[-1]) for job in (first, second, late)] == [Done] * 3
 
     run(main)
 
@@ -185,6 +194,20 @@ def test_a_queue_that_is_emptied_by_leaving_says_so(model: Model) -> None:
         model.between = lambda step: (gone.cancel() if not step else None, seen.append(engine.metrics.get("hyperbagel_waiting")))[0]
         await while_first(engine, model, gone)
         assert seen[1] == 0
+
+    run(main)
+
+
+def test_a_client_never_waits_for_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the model hands no answer over, which it never should."""
+
+    async def main() -> None:
+        engine, job = engine_of(model), question("abc")
+        monkeypatch.setattr(model, "ask_batch", lambda requests, **_: [])
+        engine.submit(job)
+        await asyncio.to_thread(engine.close)
+        [failed] = events(job)
+        assert isinstance(failed, Failed) and "no result of 1 of 1" in str(failed.error)
 
     run(main)
 
