@@ -54,10 +54,12 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 @contextmanager
 def serving(model: str, checkout: Path | None = None) -> Iterator[tuple[str, int]]:
     """A running server: the address of its API and the id of its process. checkout: of the version that serves; None: this one."""
-    command = [sys.executable, "-m", "hyperbagel.cli", "serve", "--model", model, "--port", "0", "--device", "cpu"]
+    folder = str(Path(model).resolve()) if Path(model).is_dir() else model
+    command = [sys.executable, "-m", "hyperbagel.cli", "serve", "--model", folder, "--port", "0", "--device", "cpu"]
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # as in the library's arm; PyTorch would take every core
-    threads |= {"PYTHONPATH": str((checkout or Path(__file__).parents[1]).resolve())}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
+    home = (checkout or Path(__file__).parents[1]).resolve()  # `python -m` looks where it is started first
+    threads |= {"PYTHONPATH": str(home)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads, cwd=home)
     try:
         assert process.stderr is not None
         line = process.stderr.readline()

@@ -88,6 +88,15 @@ def test_many_questions_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "0 things were wrong" in capsys.readouterr().out
 
 
+def test_a_checkout_serves_its_own_version(tmp_path: Path) -> None:
+    package = tmp_path / "hyperbagel"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "cli.py").write_text("import sys\nsys.exit('the version of ' + __file__)\n")
+    with pytest.raises(SystemExit, match=f"the version of {package}"), server_benchmark.serving("toybox", tmp_path):
+        pass
+
+
 def test_answers_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """From block to block, and within one; so is a refusal."""
     told = iter(["yes", "no", "yes", "maybe"])
