@@ -24,9 +24,12 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.folder import make_drafter, make_module
 from hyperbagel.speculative.drafters.lookup import Lookup
+from hyperbagel.speculative.drafters.nobody import Nobody
 from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft, Drafter, Seen
 
@@ -268,3 +271,39 @@ def served(name: str, parts: Parts) -> Drafter:
     kind, _, tree = name.partition(", ")
     config = DrafterConfig.for_target(kind, parts.model.config.llm, **({"block": 4, "rank": 8} if kind == "block" else {}))  # type: ignore[arg-type]
     return make_drafter(large_weights(make_module(config), 0.3), parts.model, depth=4, nodes=9 if tree else 0)  # type: ignore[arg-type]
+
+
+class Twins(Nobody):
+    """Two block drafters of equal weights: one is asked every round, the other, in a budget, every third. Both must draft the same then, so
+    a budget holds back the news of each row, and nobody else's. Drafts nothing. compared: the rows of each comparison."""
+
+    width, depth = 6, 6
+
+    def __init__(self, parts: Parts) -> None:
+        self.often, self.seldom = served("block", parts), served("block", parts)
+        self.budget = Adaptive({"seldom": self.seldom}, costs=Costs(((1, 1.0), (8, 1.3)), {"seldom": DraftCost(0.2, 0.05)}))
+        self.taps, self.turn, self.compared = self.budget.taps, 0, list[int]()
+
+    def begin(self, *given: Any) -> None:
+        self.often.begin(*given)
+        self.budget.begin(*given)
+
+    def propose(self, seen: Seen, limit: int) -> Draft:
+        self.turn += 1
+        for phase in self.budget.phases.values():  # no trials of its own
+            phase.records["seldom"].wait, phase.records["seldom"].tokens = (0 if self.turn % 3 == 0 else 9), 0.1
+        theirs, mine = self.budget.propose(seen, limit), self.often.propose(seen, limit)
+        if theirs.tokens.shape[1]:
+            n = min(mine.tokens.shape[1], theirs.tokens.shape[1])
+            alive = torch.tensor([count > 0 for count in seen.counts])
+            assert torch.equal(mine.tokens[alive, :n], theirs.tokens[alive, :n])
+            self.compared.append(len(seen.root))
+        return super().propose(seen, limit)
+
+    def narrow(self, *given: Any) -> None:
+        self.often.narrow(*given)
+        self.budget.narrow(*given)
+
+    def widen(self, *given: Any) -> None:
+        self.often.widen(*given)
+        self.budget.widen(*given)

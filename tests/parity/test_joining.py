@@ -7,18 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import SERVED, STUBS, Shadow, batches, drafter_of, make_parts, served, unlike_sessions
+from parity_world import SERVED, STUBS, Shadow, Twins, batches, drafter_of, make_parts, served, unlike_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.nn.kv_cache import KVCache
-from hyperbagel.speculative.adaptive import Adaptive
-from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters.nobody import Nobody
-from hyperbagel.speculative.types import Draft, Drafter, Seen
+from hyperbagel.speculative.types import Drafter
 
 TAPS = (0, 1, 2, 3, 4, 5)
 ROWS, LENGTH = 9, 24
@@ -177,40 +175,7 @@ def test_who_was_joined_is_as_before(spent: bool, sessions: list[Session], alone
 
 def test_a_budget_goes_on_with_the_news_of_all(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
     """A drafter asked every third round drafts what a twin does that is asked every round, for rows that joined in between as well."""
-    often, seldom = served("block", parts), served("block", parts)
-    budget = Adaptive({"seldom": seldom}, costs=Costs(((1, 1.0), (8, 1.3)), {"seldom": DraftCost(0.2, 0.05)}))
-
-    class Both(Nobody):
-        taps, width, depth, turn = TAPS, 6, 6, 0  # type: ignore[assignment]
-
-        def __init__(self) -> None:
-            self.compared: list[int] = []  # rows
-
-        def begin(self, *given: Any) -> None:
-            often.begin(*given)
-            budget.begin(*given)
-
-        def propose(self, seen: Seen, limit: int) -> Draft:
-            self.turn += 1
-            for phase in budget.phases.values():  # no trials of its own
-                phase.records["seldom"].wait, phase.records["seldom"].tokens = (0 if self.turn % 3 == 0 else 9), 0.1
-            theirs, mine = budget.propose(seen, limit), often.propose(seen, limit)
-            if theirs.tokens.shape[1]:
-                n = min(mine.tokens.shape[1], theirs.tokens.shape[1])
-                alive = torch.tensor([count > 0 for count in seen.counts])
-                assert torch.equal(mine.tokens[alive, :n], theirs.tokens[alive, :n])
-                self.compared.append(len(seen.root))
-            return super().propose(seen, limit)
-
-        def narrow(self, *given: Any) -> None:
-            often.narrow(*given)
-            budget.narrow(*given)
-
-        def widen(self, *given: Any) -> None:
-            often.widen(*given)
-            budget.widen(*given)
-
-    both = Both()
+    both = Twins(parts)
     outs = decode(sessions[:2], max_tokens=LENGTH, drafter=both, traffic=Coming(sessions, generators()))
     assert said(outs) == said(alone) and len(set(both.compared)) >= 3, both.compared
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import SERVED, STUBS, Shadow, batches, drafter_of, make_parts, served, unlike_sessions
+from parity_world import SERVED, STUBS, Shadow, Twins, batches, drafter_of, make_parts, served, unlike_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
@@ -17,7 +17,6 @@ from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.decode import decode
 from hyperbagel.speculative.drafters.lookup import Lookup
-from hyperbagel.speculative.types import Draft, Seen
 
 TAPS = (0, 1, 2, 3, 4, 5)
 ROWS, LENGTH = 9, 24
@@ -165,38 +164,7 @@ def test_a_drafter_drafts_as_if_the_other_rows_had_never_been(
 
 def test_a_budget_holds_back_the_news_of_the_rows_that_stay(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
     """Of two drafters one is asked every third round: it drafts what a twin does that is asked every round, also after rows have left."""
-    often, seldom = served("block", parts), served("block", parts)
-    budget = Adaptive({"seldom": seldom}, costs=Costs(((1, 1.0), (8, 1.3)), {"seldom": DraftCost(0.2, 0.05)}))
-
-    class Both:
-        taps, width, depth, draws, threshold, turn = TAPS, 6, 6, False, 0.0, 0
-
-        def __init__(self) -> None:
-            self.compared: list[int] = []  # rows
-
-        def begin(self, *given: Any) -> None:
-            often.begin(*given)
-            budget.begin(*given)
-
-        def propose(self, seen: Seen, limit: int) -> Draft:
-            self.turn += 1
-            for phase in budget.phases.values():  # no trials of its own
-                phase.records["seldom"].wait, phase.records["seldom"].tokens = (0 if self.turn % 3 == 0 else 9), 0.1
-            theirs, mine = budget.propose(seen, limit), often.propose(seen, limit)
-            if theirs.tokens.shape[1]:
-                n = min(mine.tokens.shape[1], theirs.tokens.shape[1])
-                alive = torch.tensor([count > 0 for count in seen.counts])
-                assert torch.equal(mine.tokens[alive, :n], theirs.tokens[alive, :n])
-                self.compared.append(len(seen.root))
-            return Draft(seen.root.new_empty(len(seen.root), 0))
-
-        def narrow(self, rows: Sequence[int], counts: Sequence[int]) -> None:
-            often.narrow(rows, counts)
-            budget.narrow(rows, counts)
-
-        def end(self, counts: Sequence[int]) -> None: ...
-
-    both = Both()
+    both = Twins(parts)
     assert said(decode(sessions, max_tokens=LENGTH, drafter=both)) == said(alone)
     assert len(set(both.compared)) >= 3, both.compared  # before and after rows had left, twice
 
