@@ -10,7 +10,6 @@ answer from both; it fails if one does not.
 from __future__ import annotations
 
 import argparse
-import base64
 import io
 import random
 import statistics
@@ -27,7 +26,7 @@ import torch
 
 from benchmarks.finish import finish
 from benchmarks.measure import machine
-from benchmarks.server import serving
+from benchmarks.server import about_picture, serving
 from hyperbagel.core.run import git_sha, versions
 from hyperbagel.evaluate.toybox import drawn
 from hyperbagel.toybox.language import sample_question
@@ -64,9 +63,7 @@ def questions(seed: int = 5) -> list[tuple[bool, dict[str, Any]]]:
         made = sample_question(rng, split="heldout", kind="describe") if long else sample_question(rng)
         buffer = io.BytesIO()
         drawn(made.scene, 64).save(buffer, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": made.question}]
-        found.append((long, {"messages": [{"role": "user", "content": parts}], "max_tokens": 160}))
+        found.append((long, about_picture(buffer.getvalue(), made.question, max_tokens=160)))
     return found
 
 

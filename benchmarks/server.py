@@ -73,6 +73,16 @@ def serving(model: str, checkout: Path | None = None) -> Iterator[tuple[str, int
         process.wait()
 
 
+def about_picture(png: bytes, question: str, **settings: Any) -> dict[str, Any]:
+    """The body of a chat request that asks about one picture."""
+    parts = [{"type": "image_url", "image_url": {"url": data_url(png)}}, {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": parts}], **settings}
+
+
+def data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
 def turns(runs: int, first: Callable[[int], Any], second: Callable[[int], Any], warmup: int = 3) -> tuple[list[float], list[float]]:
     """Seconds of both calls, made in turns, so that other load on the machine affects both alike."""
     spent: tuple[list[float], list[float]] = ([], [])
@@ -135,9 +145,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     buffer = io.BytesIO()
     source.save(buffer, "PNG")
     settings: dict[str, Any] = {"steps": options.steps, "text_scale": 1.0}
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-    question = {"messages": [{"role": "user", "content": parts}], "max_tokens": 16}
+    question = about_picture(buffer.getvalue(), QUESTION, max_tokens=16)
     with serving(options.model) as (address, pid), httpx2.Client(base_url=address, timeout=120) as client:
 
         def draw(seed: int) -> None:

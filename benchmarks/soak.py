@@ -33,7 +33,7 @@ from websockets.sync.client import connect
 
 from benchmarks.finish import finish
 from benchmarks.measure import machine
-from benchmarks.server import serving
+from benchmarks.server import about_picture, data_url, serving
 from hyperbagel.core.run import git_sha, versions
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene, Thing
@@ -100,7 +100,7 @@ class Client:
         things = (Thing("circle", "red", "large", 4), Thing("car", "blue", "large", 8))
         Image.fromarray(render(Scene("cream", things), 64)).save(buffer, "PNG")
         self.picture = buffer.getvalue()
-        self.url = "data:image/png;base64," + base64.b64encode(self.picture).decode()
+        self.url = data_url(self.picture)
         self.kinds: list[Callable[[], None]] = [self.draw, self.edit, self.ask, self.leave, self.refused, self.live]
 
     def asked(self, texts: tuple[str, ...]) -> tuple[dict[str, Any], str]:
@@ -137,13 +137,7 @@ class Client:
 
     def question(self) -> tuple[dict[str, Any], str]:
         text, warmth = self.rng.choice(ASKED), self.rng.choice((0, 0, 1))
-        parts = [{"type": "image_url", "image_url": {"url": self.url}}, {"type": "text", "text": text}]
-        body = {
-            "messages": [{"role": "user", "content": parts}],
-            "max_tokens": 80,
-            "temperature": warmth,
-            "seed": self.rng.randrange(SEEDS),
-        }
+        body = about_picture(self.picture, text, max_tokens=80, temperature=warmth, seed=self.rng.randrange(SEEDS))
         return body, f"{text} {warmth} {body['seed'] if warmth else ''}"
 
     def ask(self) -> None:

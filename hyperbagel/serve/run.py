@@ -27,16 +27,16 @@ LONG = 2.0  # seconds for a batch's throwaway answers, from which on larger batc
 def warm_up(model: HyperBagel, batch: int = 8) -> None:
     """Asks the model throwaway questions, so that no client waits for libraries to choose their kernels and for drafting to be timed.
 
-    One question, then 2, 4, ... up to `batch` at once, since questions join one another: drafting goes by the costs of as many rows as
-    there are. The embedded model takes 3 s on a CPU; of one that takes long, larger batches are not tried. A failure is a Notice, not an
-    error.
+    One question, then, if answers are drafted, 2, 4, ... up to `batch` at once, since questions join one another: drafting goes by the
+    costs of as many rows as there are. The embedded model takes 3 s on a CPU; of one that takes long, larger batches are not tried. A
+    failure is a Notice, not an error.
     """
     try:
-        rows, spent = 1, 0.0
-        while rows <= batch and spent < LONG:
+        rows, more = 1, True
+        while more and rows <= batch:
             start = time.perf_counter()
-            model.ask_batch([AskRequest("hello", max_tokens=2)] * rows)
-            spent, rows = time.perf_counter() - start, 2 * rows
+            first = model.ask_batch([AskRequest("hello", max_tokens=2)] * rows)[0]
+            more, rows = first.drafter is not None and time.perf_counter() - start < LONG, 2 * rows
     except Exception as error:  # in a request it would fail that request alone; drawing may still work
         warnings.warn(f"the first answer failed ({one_line(error)}), and others may", Notice, stacklevel=2)
 

@@ -240,9 +240,7 @@ class Engine:
             unit.job.fail(without_frames(error))
 
     def _finish(self, unit: Unit, result: ImageResult | TextResult) -> None:
-        """Counts a finished unit and tells its job, once."""
-        if unit.done:
-            return
+        """Counts a finished unit and tells its job."""
         with self._change:
             unit.done = True
             if isinstance(unit.request, AskRequest):

@@ -98,14 +98,19 @@ def test_every_request_s_notice_is_shown(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(told) == 2
 
 
-@pytest.mark.parametrize(("seconds", "sizes"), [(0.1, [1, 2, 4, 8]), (3.0, [1]), (1.1, [1, 2])])
-def test_a_warm_up_tries_batches_as_long_as_they_take_little(seconds: float, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`seconds`: what each row takes."""
+@pytest.mark.parametrize(
+    ("seconds", "drafter", "sizes"), [(0.1, "block", [1, 2, 4, 8]), (3.0, "block", [1]), (1.1, "block", [1, 2]), (0.1, None, [1])]
+)
+def test_a_warm_up_tries_batches_as_long_as_they_take_little(
+    seconds: float, drafter: str | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where answers are drafted: nothing else depends on how many there are. `seconds`: what each row takes."""
     now, asked = [0.0], list[int]()
 
-    def ask_batch(requests: list[Any]) -> None:
+    def ask_batch(requests: list[Any]) -> list[Any]:
         asked.append(len(requests))
         now[0] += seconds * len(requests)
+        return [SimpleNamespace(drafter=drafter)] * len(requests)
 
     monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
     run.warm_up(SimpleNamespace(ask_batch=ask_batch))  # type: ignore[arg-type]
