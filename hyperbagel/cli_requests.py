@@ -188,6 +188,7 @@ def ask(
     temperature: Temperature = None,
     seed: Seed = None,
     think: Plan = False,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
     drafter: Drafter = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -201,7 +202,7 @@ def ask(
     checks.check_at_least("--temperature", temperature, 0.0)
     images = checks.read_pictures(pictures)
     first = _seed(seed if temperature else seed or 0)  # at temperature 0 nothing is drawn
-    settings = given(max_tokens=max_tokens, temperature=temperature, drafter=drafter)
+    settings = given(max_tokens=max_tokens, temperature=temperature, drafter=drafter, stop=stop or None)
     from hyperbagel.generate.types import AskRequest
 
     AskRequest(question, **settings)  # refuses wrong settings before the model is loaded
@@ -212,7 +213,7 @@ def ask(
     if json:
         row = {"text": result.text, "thinking": result.thinking, "prompt_tokens": result.prompt_tokens, "tokens": result.tokens}
         row |= {"tau": result.tau, "drafter": result.drafter, "tok_per_second": result.tok_per_second}
-        print(jsonlib.dumps(row | {"finish_reason": result.finish_reason, "seconds": spent}, indent=2))
+        print(jsonlib.dumps(row | {"finish_reason": result.finish_reason, "stopped_at": result.stopped_at, "seconds": spent}, indent=2))
         return
     if result.thinking:
         note(f"thinking: {result.thinking}")

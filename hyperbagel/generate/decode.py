@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hyperbagel.generate.sampling import pick
 from hyperbagel.generate.session import Session
-from hyperbagel.generate.types import OnToken
+from hyperbagel.generate.types import OnToken, Until
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass
 class Decoded:
-    """One session's answer. ids: without im_start and im_end. finish_reason: "length", or "stop" at im_end."""
+    """One session's answer. ids: without im_start and im_end. finish_reason: "length", or "stop" at im_end or where `until` says so."""
 
     ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
@@ -111,11 +111,12 @@ def decode(
     generators: Sequence[torch.Generator] = (),
     on_token: OnToken | None = None,
     on_done: OnDone | None = None,
+    until: Until | None = None,
     keep_logits: bool = False,
     runner: Runner | None = None,
     spent: bool = False,
 ) -> list[Decoded]:
-    """Decodes from im_start after each session's context until im_end or `max_tokens` tokens. Sessions that have all read im_start
+    """Decodes from im_start after each session's context until im_end, `until` or `max_tokens` tokens. Sessions that have all read im_start
     (`Session.open_answer`) save a step.
 
     The sessions stay as they were: an answer joins a conversation as text (`Session.add_text`), as in the reference.
@@ -124,6 +125,7 @@ def decode(
         temperature: 0 is greedy; above it each row draws from its own one of `generators`.
         on_token: called with (row, token id); may raise to stop the work.
         on_done: called with (row, its answer) as soon as that is whole, whatever the others still say; may raise, too.
+        until: asked after each token, with (row, token id), whether the row's answer ends with it.
         keep_logits: keep the logits of every step, and of one more behind the last token.
         runner: makes the steps; None: EagerRunner.
         spent: the sessions are not needed any more; where rows are copied into one cache, their own are freed (up to ten gigabytes for
@@ -155,15 +157,17 @@ def decode(
                 if row not in alive:
                     continue
                 i = of_row[row]
-                if id_ == tokenizer.im_end:
+                ended = id_ == tokenizer.im_end
+                if not ended:
+                    results[i].ids.append(id_)
+                    if on_token is not None:
+                        on_token(i, id_)
+                    ended = until is not None and until(i, id_)
+                if ended:
                     results[i].finish_reason = "stop"
                     alive.discard(row)
                     if on_done is not None:
                         on_done(i, results[i])
-                    continue
-                results[i].ids.append(id_)
-                if on_token is not None:
-                    on_token(i, id_)
             if not alive or (step == max_tokens - 1 and not keep_logits):
                 break
             kept = leaving(len(of_row), alive)

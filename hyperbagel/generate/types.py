@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -180,14 +181,16 @@ class AskRequest:
     # The drafter: "auto" (the fastest here), "lookup", the name of one that came with the model, a folder, or "none". None: auto if some
     # came with the model, but none above temperature 0 where a seed would not repeat its answer (in bf16, or where drafts are drawn).
     drafter: str | None = None
+    stop: tuple[str, ...] = ()  # texts, or one text, before which the answer ends; a thought may hold them
 
     def __post_init__(self) -> None:
-        """Turns numbers into their own types. Raises InputError for a value of a wrong type or out of range."""
+        """Turns numbers and stop texts into their own types. Raises InputError for a value of a wrong type or out of range."""
         check_text("question", self.question, "ask_batch")
         for name, typed in (
             ("seed", seed_of),
             ("max_tokens", partial(whole, "max_tokens")),
             ("temperature", partial(number, "temperature")),
+            ("stop", stops_of),
         ):
             object.__setattr__(self, name, typed(getattr(self, name)))
         if self.max_tokens < 1:
@@ -203,6 +206,14 @@ class AskRequest:
 def check_temperature(name: str, value: float) -> None:
     if not 0 <= value <= 100:
         raise InputError(f"got {name} {value}, expected 0 (greedy) to 100")
+
+
+def stops_of(value: Any) -> tuple[str, ...]:
+    """One text or several as a tuple. Raises InputError for anything else, and for an empty text, at which everything would stop."""
+    stops = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else (None,)
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        raise InputError(f"got stop {reprlib.repr(value)}, expected a text or several, none of them empty")
+    return stops
 
 
 def check_text(name: str, text: Any, several: str) -> None:
@@ -240,11 +251,13 @@ class TextResult:
     finish_reason: str = "stop"  # or "length"
     tau: float | None = None  # mean tokens per forward of the model after the prefill's, if there was a drafter and any such forward
     drafter: str | None = None  # the one that drafted most rounds of this request; "none" if drafting did not pay
+    stopped_at: str | None = None  # the stop text before which it ended
 
     @property
     def tok_per_second(self) -> float:
         """Tokens that decoding yielded per second of it, a stop token included. An answer's first token comes with the prefill."""
-        return after_first(self.tokens, self.finish_reason) / max(self.timings["decode"], 1e-9)
+        last = self.finish_reason if self.stopped_at is None else "length"  # its last token is among `tokens`
+        return after_first(self.tokens, last) / max(self.timings["decode"], 1e-9)
 
 
 def after_first(tokens: int, finish_reason: str) -> int:
@@ -256,6 +269,8 @@ def after_first(tokens: int, finish_reason: str) -> int:
 OnStep = Callable[[int, int, Any], None]
 # Called with (row, token id) for each generated token; may raise to stop the work.
 OnToken = Callable[[int, int], None]
+# Called with (index of a request, token id) after OnToken: whether its answer ends there.
+Until = Callable[[int, int], bool]
 T = TypeVar("T")
 
 

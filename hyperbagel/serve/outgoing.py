@@ -120,8 +120,8 @@ def chat_message(result: TextResult | ImageResult, think: bool) -> dict[str, Any
 
 def choice_facts(result: TextResult | ImageResult) -> dict[str, Any]:
     """Our own fields beside an answer: timings, the drafter (null without one) and its acceptance tau (null also where the prefill gave the
-    whole answer); for text also its tokens. A picture's drafter drafted its plan."""
-    tokens = {"tokens": result.tokens} if isinstance(result, TextResult) else {}
+    whole answer); for text also its tokens and the stop text that ended it (null without one). A picture's drafter drafted its plan."""
+    tokens = {"tokens": result.tokens, "stop_reason": result.stopped_at} if isinstance(result, TextResult) else {}
     return {"timings": result.timings, **tokens, "drafter": result.drafter, "tau": result.tau}
 
 

@@ -194,6 +194,9 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
 class ChatBody(Knobs, Ignored):
     """POST /v1/chat/completions"""
 
@@ -203,6 +206,9 @@ class ChatBody(Knobs, Ignored):
     max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     temperature: float | None = Field(None, ge=0, le=100, description="0, the default, always takes the likeliest token.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = Field(
+        None, description="Up to four texts; the answer ends before the first one. A thought may hold them."
+    )
     modalities: list[Literal["text", "image"]] | None = Field(None, max_length=10, description="With 'image' the answer is a picture.")
     size: str | None = Field(None, max_length=20, description="WIDTHxHEIGHT of a picture that is drawn.")
     stream: bool | None = None
@@ -214,7 +220,6 @@ class ChatBody(Knobs, Ignored):
     logit_bias: Annotated[Any, Neutral({})] = None
     logprobs: Annotated[Any, Neutral(False)] = None
     top_logprobs: Annotated[Any, Neutral(0)] = None
-    stop: Annotated[Any, Neutral([], "leave it out, and cut the answer yourself")] = None
     response_format: Annotated[Any, Neutral({"type": "text"}, "leave it out, and ask for the form in the message")] = None
     tools: Annotated[Any, Neutral([], "leave it out, this model calls none")] = None
     tool_choice: Annotated[Any, Neutral("none", "leave it out, this model calls no tools")] = None

@@ -17,6 +17,7 @@ from PIL.Image import Image
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import one_line
+from hyperbagel.data.answer_text import AnswerText
 from hyperbagel.pipeline import AskRequest, Contexts, HyperBagel, ImageRequest, ImageResult, TextResult
 from hyperbagel.serve.jobs import Done, Job, Preview, Progress, Started, Text, Unit
 from hyperbagel.serve.metrics import Metrics
@@ -290,7 +291,7 @@ class Engine:
         """Answers a batch, and sends streaming jobs the text as it comes. An answer that is whole does not wait for the others, and
         questions that come meanwhile join: they are added to `units`."""
         requests = [unit.request for unit in units if isinstance(unit.request, AskRequest)]
-        streams = [model.parts.tokenizer.stream() for _ in units]
+        streams = [AnswerText(model.parts.tokenizer, request.stop, request.think) for request in requests]
 
         def say(row: int, text: str) -> None:
             if text and units[row].job.stream:
@@ -321,7 +322,7 @@ class Engine:
 class _Visitors:
     """Who comes to a batch that is being answered, and who leaves it (speculative.answers.Visitors): its units and its streams."""
 
-    def __init__(self, engine: Engine, model: HyperBagel, units: list[Unit], streams: list[Any]) -> None:
+    def __init__(self, engine: Engine, model: HyperBagel, units: list[Unit], streams: list[AnswerText]) -> None:
         self.engine, self.model, self.units, self.streams = engine, model, units, streams
 
     def next(self, rows: int) -> AskRequest | None:
@@ -331,7 +332,7 @@ class _Visitors:
             return None
         assert isinstance(unit.request, AskRequest)
         self.units.append(unit)
-        self.streams.append(self.model.parts.tokenizer.stream())
+        self.streams.append(AnswerText(self.model.parts.tokenizer, unit.request.stop, unit.request.think))
         return unit.request
 
     def refuse(self, error: Exception) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.hardware import clock
+from hyperbagel.data.answer_text import AnswerText
 from hyperbagel.data.prompts import split_thinking
 from hyperbagel.generate.decode import Decoded, Runner
 from hyperbagel.generate.session import Session
@@ -61,7 +62,7 @@ def write_answers(
     if visitors is not None and runner is None:
         how = {"drafter": drafter or Nobody(), "traffic": work}
     most, temperature = requests[0].max_tokens, requests[0].temperature
-    told: dict[str, Any] = {"on_token": on_token, "on_done": work.done}
+    told: dict[str, Any] = {"on_token": on_token, "on_done": work.done, "until": work.until}
     decode(sessions, max_tokens=most, temperature=temperature, generators=generators, **told, runner=runner, spent=True, **how)
     return [work.results[row] for row in sorted(work.results)]
 
@@ -80,6 +81,7 @@ class _Writing:
         self.drafter, self.on_answer, self.visitors, self.prepare = drafter, on_answer, visitors, prepare
         self.tokenizer, self.where = one.parts.tokenizer, one.parts.model.device
         self.thinks: list[bool] = []
+        self.stopped: list[AnswerText | None] = []  # of requests with stop strings
         self.contexts: list[int] = []  # tokens
         self.timings: list[Mapping[str, float]] = []  # seconds, up to the beginning
         self.began: list[float] = []
@@ -89,18 +91,29 @@ class _Writing:
     def begin(self, request: AskRequest, session: Session, timings: Mapping[str, float]) -> torch.Generator:
         """The next row; returns its generator."""
         self.thinks.append(request.think)
+        self.stopped.append(AnswerText(self.tokenizer, request.stop, request.think) if request.stop else None)
         self.contexts.append(session.tokens)  # now: a lone session is decoded in place
         self.timings.append(timings)
         self.began.append(clock(self.where))
         return torch.Generator().manual_seed(request.seed)
 
+    def until(self, row: int, token: int) -> bool:
+        if (text := self.stopped[row]) is None:
+            return False
+        text.push(token)
+        return text.ended_at is not None
+
     def done(self, row: int, out: Decoded) -> None:
         seconds = {**self.timings[row], "decode": clock(self.where) - self.began[row]}
-        thinking, answer = split_thinking(self.tokenizer.decode(out.ids), self.thinks[row])
+        stopped = self.stopped[row]
+        at = None if stopped is None else stopped.ended_at
+        said = self.tokenizer.decode(out.ids) if stopped is None or at is None else stopped.text
+        thinking, answer = split_thinking(said, self.thinks[row])
         drafted = {} if self.drafter is None else self.drafter.told(out)
-        self.results[row] = TextResult(answer, len(out.ids), self.contexts[row], seconds, thinking, out.finish_reason, **drafted)
+        result = TextResult(answer, len(out.ids), self.contexts[row], seconds, thinking, out.finish_reason, stopped_at=at, **drafted)
+        self.results[row] = result
         if self.on_answer is not None:
-            self.on_answer(row, self.results[row])
+            self.on_answer(row, result)
 
     def gone(self, row: int) -> bool:
         return self.visitors is not None and self.visitors.gone(row)
@@ -125,6 +138,6 @@ class _Writing:
     def back(self, error: Exception) -> None:
         assert self.visitors is not None
         for _ in range(self.joined):
-            for values in (self.thinks, self.contexts, self.timings, self.began):
+            for values in (self.thinks, self.stopped, self.contexts, self.timings, self.began):
                 values.pop()
             self.visitors.refuse(error)

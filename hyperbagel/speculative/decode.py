@@ -24,7 +24,7 @@ from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.sampling import pick
 from hyperbagel.generate.session import Session
-from hyperbagel.generate.types import OnToken
+from hyperbagel.generate.types import OnToken, Until
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.nn.kv_cache import KVCache
@@ -55,6 +55,7 @@ def decode(
     generators: Sequence[torch.Generator] = (),
     on_token: OnToken | None = None,
     on_done: OnDone | None = None,
+    until: Until | None = None,
     keep_logits: bool = False,
     runner: Runner | None = None,
     drafter: Drafter | None = None,
@@ -83,6 +84,7 @@ def decode(
             generators=generators,
             on_token=on_token,
             on_done=on_done,
+            until=until,
             keep_logits=keep_logits,
             runner=runner,
             spent=spent,
@@ -95,7 +97,7 @@ def decode(
     graphs = runner if isinstance(runner, GraphRunner) else None
     first, work = first_logits(sessions), None
     try:
-        how: dict[str, Any] = {"graphs": graphs, "spent": spent, "on_done": on_done, "traffic": traffic}
+        how: dict[str, Any] = {"graphs": graphs, "spent": spent, "on_done": on_done, "until": until, "traffic": traffic}
         work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, **how)
         if first is not None:
             work.open(first)
@@ -157,6 +159,7 @@ class Rounds:
         graphs: GraphRunner | None = None,
         spent: bool = False,
         on_done: OnDone | None = None,
+        until: Until | None = None,
         traffic: Traffic | None = None,
     ) -> None:
         """im_end: the token that ends an answer; None: the tokenizer's. graphs: verifies drafts in fixed shapes. The rest: see
@@ -164,7 +167,8 @@ class Rounds:
         parts = sessions[0].parts
         self.model, self.im_end = parts.model, parts.tokenizer.im_end if im_end is None else im_end
         self.max_tokens, self.temperature, self.generators = max_tokens, temperature, generators
-        self.on_token, self.on_done, self.keep_logits, self.drafter = on_token, on_done, keep_logits, drafter
+        self.on_token, self.on_done, self.until = on_token, on_done, until
+        self.keep_logits, self.drafter = keep_logits, drafter
         self.results = [Speculated() for _ in sessions]
         self.times = self.results[0].times
         for result in self.results:
@@ -318,13 +322,16 @@ class Rounds:
             if i < deepest:
                 stats.tried[i + 1] += 1
                 stats.accepted[i + 1] += i + 1 < len(path)
-            if id_ == self.im_end:
+            ended = id_ == self.im_end
+            if not ended:
+                result.ids.append(id_)
+                if self.on_token is not None:
+                    self.on_token(self.of_row[b], id_)
+                ended = self.until is not None and self.until(self.of_row[b], id_)
+            if ended:
                 result.finish_reason = "stop"
                 self.alive.discard(b)
                 return
-            result.ids.append(id_)
-            if self.on_token is not None:
-                self.on_token(self.of_row[b], id_)
             if len(result.ids) == self.max_tokens and not self.keep_logits:
                 self.alive.discard(b)
                 return

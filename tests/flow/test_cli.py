@@ -47,7 +47,11 @@ def test_draw_edit_ask_and_inspect(
     assert out == "c.png\n" and read_settings("c.png")["renorm"] == "text_channel"
 
     out, err = run(["ask", "a-0.png", "c.png", "what is it?", "--model", str(folder), "--max-tokens", "3", "--json"], capsys)
-    assert json.loads(out)["tokens"] <= 3
+    answer = json.loads(out)
+    assert answer["tokens"] <= 3 and answer["stopped_at"] is None and len(answer["text"]) > 1
+    first = answer["text"][0]
+    asked = ["ask", "a-0.png", "c.png", "what is it?", "--model", str(folder), "--stop", "no such text", "--stop", first, "--json"]
+    assert json.loads(run(asked, capsys)[0]).items() >= {"text": "", "finish_reason": "stop", "stopped_at": first}.items()
 
     assert "num_steps    2" in run(["inspect", "c.png"], capsys)[0]
     assert "parameters" in run(["inspect", str(folder)], capsys)[0]

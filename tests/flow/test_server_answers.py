@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
 
+import openai
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -111,6 +112,22 @@ def test_a_tag_that_was_not_asked_for_is_text(http: TestClient, model: HyperBage
     answer = http.post("/v1/chat/completions", json=ASKED).json()
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "<think> a"}
     assert answer["choices"][0]["tokens"] == 3 and answer["model"] == "tiny", "also where the request names no model"
+
+
+def test_an_answer_ends_before_a_stop_text(client: openai.OpenAI, model: HyperBagel) -> None:
+    messages: list[Any] = [{"role": "user", "content": "what is it?"}]
+    whole = model.ask("what is it?", max_tokens=12).text
+    at = len(whole) // 2
+    stop = whole[at : at + 2]
+    expected = model.ask("what is it?", max_tokens=12, stop=stop)
+    assert stop.strip() == stop and 0 < len(expected.text) < len(whole) and stop not in expected.text, "what the test needs"
+    for given in (stop, ["never said", stop]):
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, stop=given).choices[0]
+        assert (answer.message.content, answer.finish_reason) == (expected.text, "stop")
+        assert answer.stop_reason == stop and answer.tokens == expected.tokens  # type: ignore[attr-defined]
+        chunks = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, stop=given, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected.text
+        assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].choices[0].stop_reason == stop  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore:the plan was cut")

@@ -24,7 +24,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
-from hyperbagel.speculative.adaptive import Adaptive
+from hyperbagel.speculative.adaptive import LATE, Adaptive
 from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.folder import make_drafter, make_module
@@ -290,7 +290,7 @@ class Twins(Nobody):
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         self.turn += 1
-        for phase in self.budget.phases.values():  # no trials of its own
+        for phase in map(self.budget._phase, range(LATE + 1)):  # no trials of its own
             phase.records["seldom"].wait, phase.records["seldom"].tokens = (0 if self.turn % 3 == 0 else 9), 0.1
         theirs, mine = self.budget.propose(seen, limit), self.often.propose(seen, limit)
         if theirs.tokens.shape[1]:

@@ -78,6 +78,26 @@ def test_an_answer_is_told_when_it_is_whole(model: HyperBagel, drafter: str) -> 
     assert [i for i, *_ in told][:2] in ([0, 1], [0, 3], [0, 2])
 
 
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_an_answer_ends_before_a_stop_text(model: HyperBagel, drafter: str) -> None:
+    """In a batch with one that has none and, later, one that joins; each as alone. Tokens count up to the one that completed the text."""
+    how: dict[str, Any] = {"max_tokens": 12, "drafter": drafter}
+    whole = model.ask("what is it", **how)
+    at = len(whole.text) // 2
+    stop = whole.text[at : at + 2]
+    assert len(whole.text) > 8 and stop.strip() == stop, "what the test needs"
+    asked = AskRequest("what is it", stop=("never said", stop), **how)
+    joins = Coming([replace(asked, stop=whole.text[:1])], (1,))
+    told = list[int]()
+    results = model.ask_batch([asked, replace(asked, stop=())], visitors=joins, on_answer=lambda i, answer: told.append(i))
+    cut, other, none = results
+    assert cut.text == whole.text[: whole.text.index(stop)].rstrip() and other.text == whole.text and none.text == ""
+    assert (cut.stopped_at, other.stopped_at, none.stopped_at) == (stop, None, whole.text[:1])
+    assert cut.finish_reason == none.finish_reason == "stop" and none.tokens < cut.tokens < whole.tokens
+    assert cut.tok_per_second == pytest.approx((cut.tokens - 1) / cut.timings["decode"])
+    assert told[-1] == 1 and [r.tokens for r in model.ask_batch([asked])] == [cut.tokens]
+
+
 class Coming:
     """Requests that join one by one, at the calls of these numbers."""
 
@@ -120,6 +140,16 @@ def test_questions_that_join_are_answered_as_alone(model: HyperBagel, drafter: s
     assert ["empty question" in told or "context" in told for told in coming.refused] == [True, True] and not coming.asked
     assert coming.rows[:3] == [2, 3, 3]  # refused ones do not count
     assert all(set(result.timings) >= {"prefill", "decode"} for result in results)
+
+
+def test_one_whose_answer_would_not_fit_does_not_join(model: HyperBagel) -> None:
+    """Its question fits the context, by itself."""
+    long = " ".join(["red"] * (model.parts.model.config.llm.max_position_embeddings - 8))
+    first, how = AskRequest("what is it", max_tokens=9), {"max_tokens": 9}
+    coming = Coming([AskRequest(long, **how), AskRequest("where", **how)], (0, 1))  # type: ignore[arg-type]
+    assert len(model.ask_batch([first], visitors=coming)) == 2
+    assert len(coming.refused) == 1 and "got max_tokens 9 behind a context of" in coming.refused[0]
+    assert model.ask(long, max_tokens=2).tokens
 
 
 @pytest.mark.parametrize("broken", ["prefill", "cache"])

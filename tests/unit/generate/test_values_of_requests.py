@@ -37,6 +37,14 @@ def test_what_means_one_thing_is_taken() -> None:
     assert AskRequest("what?", temperature=np.float64(0.5), max_tokens=np.int64(4)).max_tokens == 4  # type: ignore[arg-type]
 
 
+def test_stop_is_a_text_or_several() -> None:
+    assert AskRequest("what?").stop == () == AskRequest("what?", stop=[]).stop  # type: ignore[arg-type]
+    assert AskRequest("what?", stop="end").stop == ("end",) and AskRequest("what?", stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+    for wrong in ("", ["a", ""], [1], None, 3, b"end", {"a": 1}):
+        with pytest.raises(InputError, match=r"got stop .*expected a text or several, none of them empty"):
+            AskRequest("what?", stop=wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -103,6 +103,18 @@ def test_one_that_cannot_be_met_fails_alone(model: Model) -> None:
     run(main)
 
 
+def test_each_stream_ends_at_its_own_stop_text(model: Model) -> None:
+    """Also behind one that was refused."""
+
+    async def main() -> None:
+        bad, cut, whole = (Job([AskRequest(text, stop=stop)], stream=True) for text, stop in (("?", "y"), ("uvw", "v"), ("xyz", ())))
+        await while_first(engine_of(model), model, bad, cut, whole)
+        said = [[event.text for event in events(job) if isinstance(event, Text)] for job in (bad, cut, whole)]
+        assert said == [[], ["u"], list("xyz")] and model.batches == [["abc", "uvw", "xyz"]]
+
+    run(main)
+
+
 def test_who_joined_what_broke_is_tried_alone(model: Model) -> None:
     """Nobody joins a question that is tried again, or it would be broken for all who come, again and again."""
 
