@@ -186,6 +186,7 @@ def ask(
     model: Model = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
+    top_p: Annotated[float | None, typer.Option(help="Above temperature 0, draw from the likeliest tokens that make up this much.")] = None,
     seed: Seed = None,
     think: Plan = False,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
@@ -202,7 +203,7 @@ def ask(
     checks.check_at_least("--temperature", temperature, 0.0)
     images = checks.read_pictures(pictures)
     first = _seed(seed if temperature else seed or 0)  # at temperature 0 nothing is drawn
-    settings = given(max_tokens=max_tokens, temperature=temperature, drafter=drafter, stop=stop or None)
+    settings = given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, drafter=drafter, stop=stop or None)
     from hyperbagel.generate.types import AskRequest
 
     AskRequest(question, **settings)  # refuses wrong settings before the model is loaded

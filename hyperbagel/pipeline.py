@@ -224,7 +224,7 @@ class HyperBagel:
         on_answer: OnAnswer | None = None,
         visitors: Visitors | None = None,
     ) -> list[TextResult]:
-        """Answers many at once; requests with equal max_tokens, temperature and drafter are decoded together. on_token: called with (index
+        """Answers many at once; requests with equal max_tokens, `sampling` and drafter are decoded together. on_token: called with (index
         of the request, token id); on_answer: with (index, answer) as soon as that is whole. visitors: join requests that are all decoded
         together, and take the next indices; answers that nobody waited for are left out.
 
@@ -232,12 +232,12 @@ class HyperBagel:
         one cannot be used, a warning says so and the answer comes without it. Raises InputError for a request that cannot be met.
         """
         requests = [self._asked(request) for request in requests]
-        groups: dict[tuple[int, float, str], list[int]] = defaultdict(list)
+        groups: dict[Any, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            groups[request.max_tokens, request.temperature, self._drafter_name(request)].append(i)
+            groups[request.max_tokens, self._drafter_name(request), *request.sampling.values()].append(i)
         results, where, alone = dict[int, TextResult](), self.parts.model.device, len(groups) == 1
         assert alone or visitors is None, "got visitors beside requests of several kinds, expected one kind"
-        for (_, temperature, name), members in groups.items():
+        for (_, name, temperature, _), members in groups.items():
             start, drafter = clock(where), self._drafter(name)
             sessions = [self._context(requests[i], drafter) for i in members]
             timings = {"prefill": clock(where) - start} | self._measure(drafter, sessions[0], [len(sessions)], temperature)

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import pick
+from hyperbagel.generate.sampling import nucleus, pick
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken, Until
 from hyperbagel.model.bagel import Bagel
@@ -108,6 +108,7 @@ def decode(
     *,
     max_tokens: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     generators: Sequence[torch.Generator] = (),
     on_token: OnToken | None = None,
     on_done: OnDone | None = None,
@@ -122,7 +123,7 @@ def decode(
     The sessions stay as they were: an answer joins a conversation as text (`Session.add_text`), as in the reference.
 
     Args:
-        temperature: 0 is greedy; above it each row draws from its own one of `generators`.
+        temperature: 0 is greedy; above it each row draws from its own one of `generators`, from the nucleus of `top_p` (`nucleus`).
         on_token: called with (row, token id); may raise to stop the work.
         on_done: called with (row, its answer) as soon as that is whole, whatever the others still say; may raise, too.
         until: asked after each token, with (row, token id), whether the row's answer ends with it.
@@ -152,7 +153,7 @@ def decode(
                     results[of_row[row]].logits.append(logits[row].float())
             if step == max_tokens:
                 break
-            token = pick(logits, temperature, generators)[:, None]
+            token = pick(nucleus(logits, temperature, top_p), temperature, generators)[:, None]
             for row, id_ in enumerate(token[:, 0].tolist()):
                 if row not in alive:
                     continue

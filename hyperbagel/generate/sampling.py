@@ -19,6 +19,17 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
     return (logits.float() / max(temperature, COLDEST)).softmax(-1)
 
 
+def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """logits [..., V] with -inf for all but the nucleus at T: the likeliest tokens, as few as have a probability of `top_p` together, and
+    one at least (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, eq. 2). Greedy decoding needs none."""
+    if temperature == 0 or top_p >= 1:
+        return logits
+    p, order = probabilities(logits, temperature).sort(dim=-1, descending=True)
+    outside = p.cumsum(-1) - p >= top_p  # what is likelier is enough
+    outside[..., 0] = False
+    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+
+
 def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
     """logits [B, V] -> tokens [B]: argmax for T = 0, else one draw per row with that row's own generator (on the CPU).
 

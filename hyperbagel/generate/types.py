@@ -181,6 +181,7 @@ class AskRequest:
     # The drafter: "auto" (the fastest here), "lookup", the name of one that came with the model, a folder, or "none". None: auto if some
     # came with the model, but none above temperature 0 where a seed would not repeat its answer (in bf16, or where drafts are drawn).
     drafter: str | None = None
+    top_p: float = 1.0  # above temperature 0, only the likeliest tokens that together have this probability are drawn
     stop: tuple[str, ...] = ()  # texts, or one text, before which the answer ends; a thought may hold them
 
     def __post_init__(self) -> None:
@@ -190,17 +191,25 @@ class AskRequest:
             ("seed", seed_of),
             ("max_tokens", partial(whole, "max_tokens")),
             ("temperature", partial(number, "temperature")),
+            ("top_p", partial(number, "top_p")),
             ("stop", stops_of),
         ):
             object.__setattr__(self, name, typed(getattr(self, name)))
         if self.max_tokens < 1:
             raise InputError(f"got max_tokens {self.max_tokens}, expected at least 1")
         check_temperature("temperature", self.temperature)
+        if not 0 <= self.top_p <= 1:
+            raise InputError(f"got top_p {self.top_p}, expected 0 (the likeliest token alone) to 1 (all of them)")
 
     @property
     def sampled(self) -> bool:
         """Whether its answer is drawn."""
         return self.temperature > 0
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """How tokens are taken; answers that share forward passes are alike in it."""
+        return {"temperature": self.temperature, "top_p": self.top_p if self.sampled else 1.0}
 
 
 def check_temperature(name: str, value: float) -> None:

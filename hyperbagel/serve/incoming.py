@@ -123,7 +123,7 @@ class Incoming:
         if tokens is not None and tokens > self.limits.max_tokens:
             raise ApiError(400, f"got max_tokens {tokens}, expected at most {self.limits.max_tokens}", param="max_tokens")
         given: dict[str, Any] = {} if tokens is None else {"max_tokens": tokens}
-        given |= {name: value for name in ("temperature", "stop") if (value := getattr(body, name)) is not None}
+        given |= {name: value for name in ("temperature", "top_p", "stop") if (value := getattr(body, name)) is not None}
         request = AskRequest(question, tuple(images), think=bool(body.think), turns=turns, drafter=body.drafter, **given)
         first = _first_seed(body)
         return [replace(request, seed=first + i) for i in range(self._count(body.n))]

@@ -206,6 +206,9 @@ class ChatBody(Knobs, Ignored):
     max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     temperature: float | None = Field(None, ge=0, le=100, description="0, the default, always takes the likeliest token.")
+    top_p: float | None = Field(
+        None, strict=True, ge=0, le=1, description="Above temperature 0: only the likeliest tokens that make up this much."
+    )
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = Field(
         None, description="Up to four texts; the answer ends before the first one. A thought may hold them."
     )
@@ -214,7 +217,6 @@ class ChatBody(Knobs, Ignored):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Client libraries send the neutral values of these fields by themselves. Any other value is refused, as it would have no effect.
-    top_p: Annotated[Any, Neutral(1, "leave it out, and set temperature")] = None
     presence_penalty: Annotated[Any, Neutral(0)] = None
     frequency_penalty: Annotated[Any, Neutral(0)] = None
     logit_bias: Annotated[Any, Neutral({})] = None

@@ -35,7 +35,7 @@ class Stop(Exception):
 def batch_key(request: ImageRequest | AskRequest) -> Hashable:
     """Requests with equal keys can share every forward pass: row i of the batch is request i throughout."""
     if isinstance(request, AskRequest):
-        return "ask", request.max_tokens, request.temperature, request.drafter
+        return "ask", request.max_tokens, request.drafter, *request.sampling.values()
     # Settings are compared as they were asked for: None stands for a default of the student or the model, the same for the whole batch.
     apart = {"prompt", "images", "inputs", "seed", "size", "max_think_tokens", "think_temperature", "drafter", "student", "mask"}
     own = {f.name for f in fields(request)} - apart

@@ -22,7 +22,7 @@ OnAnswer = Callable[[int, TextResult], None]
 
 
 class Visitors(Protocol):
-    """Who asks while answers are written. Their max_tokens, temperature and drafter are those of the others, which they join."""
+    """Who asks while answers are written. Their max_tokens, `sampling` and drafter are those of the others, which they join."""
 
     def next(self, rows: int) -> AskRequest | None:
         """The next request, if there is one for a batch with so many answers at work. Unless it is refused, it gets the next index."""
@@ -49,7 +49,7 @@ def write_answers(
     """Decodes an answer to each request, behind its session, which is not needed afterwards. Returns those that are whole.
 
     Args:
-        requests: with equal max_tokens and temperature.
+        requests: with equal max_tokens and `sampling`.
         timings: seconds so far; each answer adds its own `decode`, up to its last token.
         drafter, runner: as in `speculative.decode.decode`.
         on_token, on_answer: called with (index of the request, token id), and with (index, answer) as soon as it is whole.
@@ -61,9 +61,9 @@ def write_answers(
     how: dict[str, Any] = {"drafter": drafter}
     if visitors is not None and runner is None:
         how = {"drafter": drafter or Nobody(), "traffic": work}
-    most, temperature = requests[0].max_tokens, requests[0].temperature
+    how |= requests[0].sampling
     told: dict[str, Any] = {"on_token": on_token, "on_done": work.done, "until": work.until}
-    decode(sessions, max_tokens=most, temperature=temperature, generators=generators, **told, runner=runner, spent=True, **how)
+    decode(sessions, max_tokens=requests[0].max_tokens, generators=generators, **told, runner=runner, spent=True, **how)
     return [work.results[row] for row in sorted(work.results)]
 
 

@@ -22,7 +22,7 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.decode import Decoded, OnDone, Runner, first_logits, leaving, taken
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
-from hyperbagel.generate.sampling import pick
+from hyperbagel.generate.sampling import nucleus, pick
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken, Until
 from hyperbagel.model.bagel import Bagel
@@ -52,6 +52,7 @@ def decode(
     *,
     max_tokens: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     generators: Sequence[torch.Generator] = (),
     on_token: OnToken | None = None,
     on_done: OnDone | None = None,
@@ -81,6 +82,7 @@ def decode(
             sessions,
             max_tokens=max_tokens,
             temperature=temperature,
+            top_p=top_p,
             generators=generators,
             on_token=on_token,
             on_done=on_done,
@@ -97,7 +99,7 @@ def decode(
     graphs = runner if isinstance(runner, GraphRunner) else None
     first, work = first_logits(sessions), None
     try:
-        how: dict[str, Any] = {"graphs": graphs, "spent": spent, "on_done": on_done, "until": until, "traffic": traffic}
+        how: dict[str, Any] = {"top_p": top_p, "graphs": graphs, "spent": spent, "on_done": on_done, "until": until, "traffic": traffic}
         work = Rounds(sessions, max_tokens, temperature, generators, on_token, keep_logits, drafter, **how)
         if first is not None:
             work.open(first)
@@ -155,6 +157,7 @@ class Rounds:
         on_token: OnToken | None,
         keep_logits: bool,
         drafter: Drafter,
+        top_p: float = 1.0,
         im_end: int | None = None,
         graphs: GraphRunner | None = None,
         spent: bool = False,
@@ -166,7 +169,7 @@ class Rounds:
         `generate.decode.decode`."""
         parts = sessions[0].parts
         self.model, self.im_end = parts.model, parts.tokenizer.im_end if im_end is None else im_end
-        self.max_tokens, self.temperature, self.generators = max_tokens, temperature, generators
+        self.max_tokens, self.temperature, self.top_p, self.generators = max_tokens, temperature, top_p, generators
         self.on_token, self.on_done, self.until = on_token, on_done, until
         self.keep_logits, self.drafter = keep_logits, drafter
         self.results = [Speculated() for _ in sessions]
@@ -201,7 +204,7 @@ class Rounds:
 
     def _begin_answers(self, rows: range, first: Tensor, generators: Sequence[torch.Generator]) -> None:
         """Rows `rows`, the last ones, get their first tokens from logits [len(rows), V]."""
-        said = pick(first, self.temperature, generators)
+        said = pick(nucleus(first, self.temperature, self.top_p), self.temperature, generators)
         self.root = torch.cat([self.root[: rows.start], said])
         self.ids = [*self.ids[: rows.start], *([self.im_start] for _ in rows)]
         for b, id_ in zip(rows, said.tolist(), strict=True):
@@ -228,7 +231,9 @@ class Rounds:
         else:
             logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
-        verdict = accept(logits, tokens, draft, self.temperature, self.generators)  # the only wait for the device of a chain
+        verdict = accept(
+            nucleus(logits, self.temperature, self.top_p), tokens, draft, self.temperature, self.generators
+        )  # the only wait for the device of a chain
         begun = [end - n for end in self.cache.lengths]
         paths = [path if b in self.alive else [] for b, path in enumerate(verdict.paths)]
         if n > 1 or len(self.alive) < len(paths):

@@ -130,6 +130,14 @@ def test_an_answer_ends_before_a_stop_text(client: openai.OpenAI, model: HyperBa
         assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].choices[0].stop_reason == stop  # type: ignore[attr-defined]
 
 
+def test_top_p_is_the_library_s(http: TestClient, model: HyperBagel) -> None:
+    how = {"max_tokens": 12, "temperature": 2.0, "seed": 5}
+    said = [
+        http.post("/v1/chat/completions", json=ASKED | how | {"top_p": p}).json()["choices"][0]["message"]["content"] for p in (0, 0.3, 1)
+    ]
+    assert said == [model.ask(ASKED["messages"][0]["content"], top_p=p, **how).text for p in (0, 0.3, 1)] and len(set(said)) == 3
+
+
 @pytest.mark.filterwarnings("ignore:the plan was cut")
 def test_a_drawn_answer_tells_its_plan_and_holds_its_settings(http: TestClient, model: HyperBagel) -> None:
     messages = [{"role": "system", "content": "in crayon"}, {"role": "user", "content": "a red car"}]

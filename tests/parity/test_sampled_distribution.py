@@ -153,7 +153,7 @@ def context(parts: Parts) -> Session:
 
 
 @torch.inference_mode()
-def answer_table(parts: Parts) -> tuple[dict[tuple[int, ...], float], dict[tuple[int, ...], int]]:
+def answer_table(parts: Parts, top_p: float = 1.0) -> tuple[dict[tuple[int, ...], float], dict[tuple[int, ...], int]]:
     """Exact probability of every answer (END included where it stops), and the likeliest token after every prefix; temperature 1.3."""
     session, table, best = context(parts), {(): 1.0}, {}
     done: dict[tuple[int, ...], float] = {}
@@ -168,10 +168,19 @@ def answer_table(parts: Parts) -> tuple[dict[tuple[int, ...], float], dict[tuple
             assert hidden is not None
             p = (parts.model.logits(hidden[0, -1]).double() / 1.3).softmax(-1).tolist()
             best[prefix] = max(range(V), key=p.__getitem__)
-            for token, chance in enumerate(p):
+            for token, chance in enumerate(kept(p, top_p)):
                 (done if token == END else longer)[(*prefix, token)] = mass * chance
         table = longer
     return done | table, best
+
+
+def kept(p: list[float], top_p: float) -> list[float]:
+    """The nucleus of p: tokens from the likeliest on until they have `top_p` together, scaled to sum to 1."""
+    chosen: list[int] = []
+    for token in sorted(range(V), key=p.__getitem__, reverse=True):
+        if sum(p[i] for i in chosen) < top_p:
+            chosen.append(token)
+    return [p[i] / sum(p[j] for j in chosen) if i in chosen else 0.0 for i in range(V)]
 
 
 def chi_square(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> tuple[float, float]:
@@ -186,12 +195,12 @@ def chi_square(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...],
     return statistic, df * (1 - 2 / (9 * df) + 3.8 * math.sqrt(2 / (9 * df))) ** 3  # Wilson and Hilferty
 
 
-def sample(parts: Parts, drafter: Drafter | None) -> Counter[tuple[int, ...]]:
+def sample(parts: Parts, drafter: Drafter | None, top_p: float = 1.0) -> Counter[tuple[int, ...]]:
     counts: Counter[tuple[int, ...]] = Counter()
     sessions = [context(parts)] * ROWS
     for call in range(CALLS):
         generators = [torch.Generator().manual_seed(1_000_000 + call * ROWS + i) for i in range(ROWS)]
-        how: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 1.3, "generators": generators}
+        how: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 1.3, "top_p": top_p, "generators": generators}
         out = plain_decode(sessions, **how) if drafter is None else decode(sessions, drafter=drafter, **how)
         counts.update((*o.ids, *([END] if o.finish_reason == "stop" else [])) for o in out)
     return counts
@@ -212,6 +221,16 @@ def test_answers_are_distributed_as_the_targets(kind: Any, parts: Parts) -> None
     counts = sample(parts, drafter)
     statistic, bound = chi_square(counts, answer_table(parts)[0])
     assert sum(counts.values()) >= 10_000 and statistic < bound
+
+
+@pytest.mark.parametrize("kind", [None, LikelyChain, DrawnChain, DrawnTree], ids=lambda kind: getattr(kind, "__name__", "plain"))
+def test_within_a_nucleus_too(kind: Any, parts: Parts) -> None:
+    """Also where drafts were drawn from outside of it."""
+    counts = sample(parts, kind and kind(parts), top_p=0.7)
+    expected = answer_table(parts, 0.7)[0]
+    possible = {answer for answer, chance in expected.items() if chance > 0}
+    statistic, bound = chi_square(counts, expected)
+    assert set(counts) <= possible and 4 < len(possible) < len(expected) / 2 and statistic < bound
 
 
 def test_the_chi_square_test_sees_a_wrong_sampler(parts: Parts) -> None:

@@ -147,6 +147,7 @@ WRONG = {
     "ask with an empty question": (["ask", "in.png", " "], "got an empty question"),
     "ask about nothing": (["ask", "other.png", "what is it?"], "which is no file"),
     "ask for no tokens": (["ask", "what?", "--max-tokens", "0"], "got --max-tokens 0"),
+    "ask from too much": (["ask", "what?", "--top-p", "1.5"], "got top_p 1.5, expected 0"),
     "ask with a stop that ends all": (["ask", "what?", "--stop", ".", "--stop", ""], "got stop ['.', ''], expected a text or several"),
     "ask below zero degrees": (["ask", "what?", "--temperature", "-1"], "got --temperature -1"),
     "a setting without a value": (["train", "vae", "lr", "-o", "run"], "expected key=value, write for instance optim.lr=1e-4"),

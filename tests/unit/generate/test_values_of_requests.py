@@ -12,6 +12,7 @@ from small_world import small_parts
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.values import number, size_of, whole
+from hyperbagel.generate.sampling import nucleus, pick
 from hyperbagel.generate.types import AskRequest, ImageRequest
 from hyperbagel.pipeline import HyperBagel
 
@@ -35,6 +36,43 @@ def test_what_means_one_thing_is_taken() -> None:
     assert size_of((48, np.int64(96))) == size_of(" 96 x48 ".replace(" ", "")) == size_of("96×48") == (48, 96)
     assert number("x", torch.tensor(2.5)) == 2.5 and whole("x", True) == 1
     assert AskRequest("what?", temperature=np.float64(0.5), max_tokens=np.int64(4)).max_tokens == 4  # type: ignore[arg-type]
+
+
+def test_the_nucleus_holds_the_likeliest_tokens_that_are_enough() -> None:
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 12, generator=draws) * 2
+    for temperature in (0.5, 1.0, 3.0):
+        p = (logits.double() / temperature).softmax(-1)
+        for top_p in (0.0, 0.1, 0.5, 0.9, 0.999):
+            found = nucleus(logits, temperature, top_p)
+            for row, of, mine in zip(logits.flatten(0, 1), p.flatten(0, 1), found.flatten(0, 1), strict=True):
+                order, expected = of.argsort(descending=True).tolist(), set[int]()
+                for token in order:
+                    if not expected or sum(float(of[i]) for i in expected) < top_p:
+                        expected.add(token)
+                assert {i for i, value in enumerate(mine.tolist()) if value > -float("inf")} == expected
+                assert all(mine[i] == row[i] for i in expected)
+        assert nucleus(logits, temperature, 1.0) is logits
+    assert nucleus(logits, 0.0, 0.5) is logits
+    equal = nucleus(torch.zeros(1, 4), 1.0, 0.5)
+    assert equal.isfinite().sum() == 2
+    with pytest.raises(RuntimeError, match="not finite"):
+        pick(nucleus(torch.tensor([[1.0, float("nan"), 0.0]]), 1.0, 0.5), 1.0, [torch.Generator()])
+
+
+def test_answers_share_steps_only_with_those_drawn_alike() -> None:
+    assert AskRequest("what?", top_p=0.5).sampling == {"temperature": 0.0, "top_p": 1.0}, "greedy: it changes nothing"
+    assert AskRequest("what?", temperature=1, top_p=0.5).sampling == {"temperature": 1.0, "top_p": 0.5}
+    for wrong in (-0.1, 1.1, float("nan"), "1"):
+        with pytest.raises(InputError, match="got top_p"):
+            AskRequest("what?", top_p=wrong)  # type: ignore[arg-type]
+
+
+def test_a_nucleus_is_each_request_s_own(model: HyperBagel) -> None:
+    asked = [AskRequest("what is it", temperature=2.0, seed=3, top_p=p, max_tokens=12) for p in (1.0, 0.0, 0.3)]
+    results = model.ask_batch(asked)
+    assert [r.text for r in results] == [model.ask_batch([one])[0].text for one in asked]
+    assert results[1].text == model.ask("what is it", max_tokens=12).text != results[0].text != results[2].text
 
 
 def test_stop_is_a_text_or_several() -> None:
