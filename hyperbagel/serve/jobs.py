@@ -121,6 +121,5 @@ class Unit:
 
     def __init__(self, job: Job, index: int, request: ImageRequest | AskRequest) -> None:
         self.job, self.index, self.request = job, index, request
-        self.fit: Hashable = None  # units of equal `fit` may share a batch; set by Engine.submit
+        self.fit: Hashable = None  # units of equal `fit` may share a batch; set by the engine
         self.done = False  # its result has been handed over; set by the engine
-        self.alone = False  # nobody may share its batch; set by the engine once it, or a batch with it, has failed

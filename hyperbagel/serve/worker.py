@@ -181,7 +181,7 @@ class Engine:
             if unit.done:
                 continue
             if len(units) > 1 and not unit.job.told:
-                unit.alone = True
+                unit.fit = object()  # nobody joins it
                 self._run(model, [unit], contexts)
             else:
                 self._count(unit, "failed")
@@ -232,7 +232,7 @@ class Engine:
             self._running -= 1
             if not isinstance(error, InputError):
                 logger.error("an answer could not join others, and comes after them: %s", one_line(error))
-                unit.alone, unit.fit = True, object()
+                unit.fit = object()
                 self._waiting.appendleft(unit)
                 self._change.notify_all()
             self._gauges()
@@ -305,7 +305,7 @@ class Engine:
             say(row, streams[row].finish())
             self._finish(units[row], result)
 
-        visitors = None if units[0].alone else _Visitors(self, model, units, streams)
+        visitors = _Visitors(self, model, units, streams)
         return model.ask_batch(requests, on_token=on_token, on_answer=on_answer, visitors=visitors)
 
     # -- counting --------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from small_world import small_parts
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.prompts import split_thinking
-from hyperbagel.generate.decode import decode
+from hyperbagel.generate.decode import Decoded, decode
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import AskRequest, ImageRequest
 from hyperbagel.nn.kv_cache import KVCache
@@ -142,6 +142,46 @@ def test_questions_that_join_are_answered_as_alone(model: HyperBagel, drafter: s
     assert all(set(result.timings) >= {"prefill", "decode"} for result in results)
 
 
+def test_seconds_are_those_of_each_answer(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that goes on by 100 with each question that is read and by 1 with each token, whoever says it."""
+    now, own, said, ended = [0.0], model._context, list[int](), dict[int, float]()
+
+    def context(request: AskRequest, drafter: Any = None) -> Session:
+        now[0] += 100
+        return own(request, drafter)
+
+    def on_token(row: int, token: int) -> None:
+        said.append(row)
+        began.setdefault(row, now[0])
+        now[0] += 1
+
+    began: dict[int, float] = {}
+    monkeypatch.setattr("hyperbagel.speculative.answers.clock", lambda where: now[0])
+    monkeypatch.setattr(model, "_context", context)
+    asked = [AskRequest(text, max_tokens=9, drafter="none") for text in ("what is it", "where", "how many cars")]
+    coming = Coming(asked[1:], (2, 4))
+    results = model.ask_batch(asked[:1], on_token=on_token, on_answer=lambda i, _: ended.setdefault(i, now[0]) and None, visitors=coming)
+    assert len(results) == 3 and len(set(said)) == 3
+    assert [result.timings["prefill"] for result in results[1:]] == [100, 100]
+    assert [result.timings["decode"] for result in results] == [ended[i] - began[i] for i in range(3)]
+
+
+def test_a_thought_may_hold_the_stop_text(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers are given: the random model writes no tags."""
+    ids = model.parts.tokenizer.encode("<think> red. blue. </think> a car. a key.")
+
+    def said(sessions: Any, *, until: Any, on_done: Any, **how: Any) -> None:
+        for row in range(len(sessions)):
+            n = next((n for n, token in enumerate(ids, 1) if until(row, token)), len(ids))
+            on_done(row, Decoded(ids[:n], "stop"))
+
+    monkeypatch.setattr("hyperbagel.speculative.answers.decode", said)
+    for think, expected in ((True, ("red. blue.", "a car", ".")), (False, (None, "<think> red", "."))):
+        result = model.ask("what is it", think=think, stop=".")
+        assert (result.thinking, result.text, result.stopped_at) == expected
+    assert model.ask("what is it", think=True, stop="no such").text == "a car. a key."
+
+
 def test_one_whose_answer_would_not_fit_does_not_join(model: HyperBagel) -> None:
     """Its question fits the context, by itself."""
     long = " ".join(["red"] * (model.parts.model.config.llm.max_position_embeddings - 8))
@@ -161,6 +201,7 @@ def test_a_question_for_which_there_is_no_memory_leaves_the_others_alone(
     first = [AskRequest("what is it", **how), AskRequest("where", **how)]
     joining = [AskRequest("big", **how), AskRequest("how many cars", **how)]
     alone = [model.ask_batch([a])[0].text for a in (*first, joining[1])]
+    joining[0] = replace(joining[0], stop=alone[2][0])  # is forgotten with it
     coming, own, stack, calls = Coming(joining, (0, 2)), model._context, KVCache.stack, list[int]()
 
     def context(request: AskRequest, drafter: Any = None) -> Session:

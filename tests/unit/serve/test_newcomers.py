@@ -6,11 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from engine_world import Model, engine_of, jobs, run
+from engine_world import Model, engine_of, jobs, keep_busy, run
 from PIL import Image
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import AskRequest
+from hyperbagel.pipeline import AskRequest, TextResult
 from hyperbagel.serve.jobs import Cancelled, Done, Failed, Job, Text
 from hyperbagel.serve.worker import TURNS, Engine
 
@@ -111,6 +111,32 @@ def test_each_stream_ends_at_its_own_stop_text(model: Model) -> None:
         await while_first(engine_of(model), model, bad, cut, whole)
         said = [[event.text for event in events(job) if isinstance(event, Text)] for job in (bad, cut, whole)]
         assert said == [[], ["u"], list("xyz")] and model.batches == [["abc", "uvw", "xyz"]]
+
+    run(main)
+
+
+def test_streamed_thoughts_may_hold_the_stop_text(model: Model) -> None:
+    """Of who begins a batch, and of who joins it."""
+
+    def answers(requests: Any, on_token: Any, on_answer: Any, visitors: Any) -> list[TextResult]:
+        model.inside.set()
+        model.hold.wait(10)
+        assert len(requests) == 1 and visitors.next(1) is not None
+        for row in range(2):
+            for letter in "<think>a.b</think>c.d":
+                on_token(row, ord(letter))
+            on_answer(row, TextResult("c", 20, 1, {"decode": 0.1}, "a.b", stopped_at="."))
+        return []
+
+    async def main() -> None:
+        model.ask_batch = answers  # type: ignore[assignment, method-assign]
+        engine, thinkers = engine_of(model), [Job([AskRequest("x", think=True, stop=".")], stream=True) for _ in range(2)]
+        await keep_busy(engine, model, thinkers[0])
+        engine.submit(thinkers[1])
+        model.hold.set()
+        await asyncio.to_thread(engine.close)
+        for job in thinkers:
+            assert "".join(event.text for event in events(job) if isinstance(event, Text)) == "<think>a.b</think>c"
 
     run(main)
 
