@@ -73,7 +73,7 @@ class GuidedVelocity:
         self.guided = cache, cache.plan([c + 2 for c in counts] * self.branches, causal=False)
         self.plain = self.guided
         if self.branches > 1:
-            full = cache.first_rows(len(sessions))
+            full = cache.view(slice(len(sessions)))
             self.plain = full, full.plan([c + 2 for c in counts], causal=False)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:

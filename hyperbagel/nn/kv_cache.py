@@ -151,11 +151,11 @@ class KVCache:
         view.lengths = [length]
         return view
 
-    def first_rows(self, rows: int) -> KVCache:
-        """The first `rows` rows alone. Shares storage: appends within the capacity show in both."""
+    def view(self, rows: slice) -> KVCache:
+        """These rows alone. Shares storage: appends within the capacity show in both."""
         view = copy.copy(self)
-        view.k, view.v, view.tapped, view.positions = ([x[:rows] for x in store] for store in self._stores())
-        view.lengths = self.lengths[:rows]
+        view.k, view.v, view.tapped, view.positions = ([x[rows] for x in store] for store in self._stores())
+        view.lengths = self.lengths[rows]
         return view
 
     def select(self, rows: Sequence[int]) -> None:

@@ -49,6 +49,12 @@ class Seen:
         start, counts, ids = taken(self.start, rows), taken(self.counts, rows), taken(self.ids, rows)
         return replace(self, start=start, counts=counts, ids=ids, root=self.root[at], position=self.position[at])
 
+    def behind(self, ahead: Sequence[int]) -> Seen:
+        """What is left of these news once the first ahead[b] slots of each of the last len(ahead) rows are known."""
+        first = len(self.start) - len(ahead)
+        left = [n - known for n, known in zip(self.counts[first:], ahead, strict=True)]
+        return replace(self, start=[*self.start[:first], *ahead], counts=[*self.counts[:first], *left])
+
     def with_rows(self, more: int) -> Seen:
         """The news from before so many rows joined behind the others: of them, nothing was new."""
         root, position = (torch.cat([x, x.new_zeros(more)]) for x in (self.root, self.position))

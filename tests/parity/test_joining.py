@@ -15,8 +15,10 @@ from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.drafters import serve_blocks, serve_chains
 from hyperbagel.speculative.drafters.nobody import Nobody
-from hyperbagel.speculative.types import Drafter
+from hyperbagel.speculative.drafters.serve import News, gather_news
+from hyperbagel.speculative.types import Drafter, Seen
 
 TAPS = (0, 1, 2, 3, 4, 5)
 ROWS, LENGTH = 9, 24
@@ -135,6 +137,44 @@ def test_a_drafter_drafts_for_each_as_if_it_were_alone(name: str, sessions: list
         decode([session], max_tokens=LENGTH, drafter=one)
         assert drafted[: len(one.drafted[0])] == one.drafted[0]
     assert len({str(draft) for drafted in together for draft in drafted}) > 4
+
+
+@pytest.mark.parametrize("name", ["eagle3", "hyper-bagel", "block, tree"])
+def test_contexts_of_those_who_join_are_read_alone(
+    name: str, sessions: list[Session], alone: list[Decoded], parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would pad the few new slots of everybody else. Each slot is read once."""
+    read: list[Seen] = []
+
+    def gathered(seen: Seen, *given: Any) -> News:
+        read.append(seen)
+        return gather_news(seen, *given)
+
+    for module in (serve_blocks, serve_chains):
+        monkeypatch.setattr(module, "gather_news", gathered)
+    shadow = Shadow(served(name, parts), alone, parts)
+    outs = decode(sessions[:2], max_tokens=LENGTH, drafter=shadow, traffic=Coming(sessions, generators()))
+    slots = [session.cache.lengths[0] for session in sessions[: len(outs)]]
+    first, *later = read
+    assert first.counts == slots[:3] and len(outs) > 4, "one joins before the first draft"
+    assert all(max(seen.counts) < 5 for seen in later if any(seen.start)), "rounds"
+    contexts = [n for seen in later if not any(seen.start) for n in seen.counts]
+    assert contexts == [n - 1 for n in slots[3:]]
+
+
+@pytest.mark.parametrize("name", ["eagle3", "block, tree"])
+@torch.inference_mode()
+def test_one_with_a_context_longer_than_the_others_room(name: str, sessions: list[Session], parts: Parts) -> None:
+    long = Session.new(parts, TAPS)
+    long.add_text("is the star left of the tree " * 40)
+    long.open_answer()
+    given, inner = [*sessions[:2], long], served(name, parts)
+    answers = [plain_decode([session], max_tokens=LENGTH)[0] for session in given]
+    shadow, one = Shadow(inner, answers, parts), Shadow(inner, answers[2:], parts)
+    outs = decode(given[:2], max_tokens=LENGTH, drafter=shadow, traffic=Called(lambda call, _: [(long, torch.Generator())][call != 2 :]))
+    assert said(outs) == said(answers) and long.tokens > 200
+    decode([long], max_tokens=LENGTH, drafter=one)
+    assert shadow.drafted[2][: len(one.drafted[0])] == one.drafted[0]
 
 
 @pytest.mark.parametrize("name", ["nobody", "lookup"])

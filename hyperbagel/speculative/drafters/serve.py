@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -100,7 +101,21 @@ class Proposer(ABC):
             self.cache = self.new_cache(len(seen.counts), max(seen.counts) + 64) if fixed is None else fixed.empty_cache()
         if fixed is not None and max(seen.counts) <= SIZES[-1]:  # more: a context, read once
             return fixed(seen, limit)
-        return self._propose(seen, min(self.depth, limit))
+        return self._propose(self._read_contexts(seen), min(self.depth, limit))
+
+    def _read_contexts(self, seen: Seen) -> Seen:
+        """Reads the contexts of rows that joined (the last ones, all new), but for their last slots, and returns the news that are left.
+        Together with the others' few slots they would all be padded to the longest context."""
+        first = next((b for b, start in enumerate(seen.start) if not start), 0)
+        if not first:
+            return seen
+        rows, ahead = slice(first, None), [n - 1 for n in seen.counts[first:]]
+        self.cache.grow(max(ahead) + 1)  # here, since a view's own growth would not show
+        cache = self.cache.view(rows)
+        theirs = replace(seen.of_rows(range(first, len(seen.start))), cache=seen.cache.view(rows), counts=ahead)
+        self._read_ahead(theirs, cache)
+        self.cache.lengths[first:] = ahead
+        return seen.behind(ahead)
 
     def _fixed(self, read: StaticRead) -> StaticDraft | None:
         """This drafter's rounds in fixed shapes after the cache of `read`; None if it has none."""
@@ -131,6 +146,10 @@ class Proposer(ABC):
     @abstractmethod
     def _propose(self, seen: Seen, depth: int) -> Draft:
         """A draft of at most `depth` tokens in line, in shapes that may differ from round to round."""
+
+    @abstractmethod
+    def _read_ahead(self, seen: Seen, cache: KVCache) -> None:
+        """Reads slots that others follow into an empty cache, with room for them and one more, whose lengths stay."""
 
     @abstractmethod
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:

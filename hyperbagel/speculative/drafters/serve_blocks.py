@@ -83,6 +83,10 @@ class BlockProposer(Proposer):
         ended = torch.tensor([not new for new in seen.counts]) if out.device.type == "cpu" else None
         return as_draft(*self._tokens(logits, out, seen.root, self._pick, least, ended), out)
 
+    def _read_ahead(self, seen: Seen, cache: KVCache) -> None:
+        news, memory = gather_news(seen, self.module.layers_read, None), Served(cache, block_plan(cache, seen.counts, 1))
+        self._block(news, seen.root, seen.position, memory, 1)  # blocks come with it; the next pass overwrites theirs
+
     @property
     def scale(self) -> float:
         """What logits are multiplied by to search a tree: cold target or not, what the drafter does not know is as uncertain; a hot one

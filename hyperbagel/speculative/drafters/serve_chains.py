@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyperbagel.generate.graphs import StaticRead, causal_plan
 from hyperbagel.model.bagel import Bagel
+from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.drafters.autoregressive import DraftModule
 from hyperbagel.speculative.drafters.choice import Pick, confidence, shares
 from hyperbagel.speculative.drafters.expand import Level, best_nodes, grow, level_plan
@@ -43,6 +44,13 @@ class AutoregressiveDrafter(Proposer):
         draft = self._tree(h, seen.position, depth) if self.nodes else self._grown_chain(h, seen.position, depth, counts == 0)
         self.cache.truncate(committed)
         return draft
+
+    def _read_ahead(self, seen: Seen, cache: KVCache) -> None:
+        store, rows = seen.cache.tapped[seen.cache.taps.index(0)], range(len(seen.start))
+        following = torch.stack([store[b, 0, end] for b, end in zip(rows, seen.counts, strict=True)])  # the slots behind, not the roots
+        news = gather_news(seen, self.module.layers_read, following)
+        counts = torch.tensor(seen.counts, device=seen.root.device)
+        self._read(news, counts, Served(cache, cache.plan(seen.counts, causal=True)))
 
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
         news = gather(at.seen, self.module.layers_read, at.start, at.counts, n, self.target.embed_text(at.root))

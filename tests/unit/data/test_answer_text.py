@@ -69,6 +69,7 @@ def test_text_comes_at_once_unless_it_may_begin_a_stop_string() -> None:
     given, _ = read(["one E", "N", "o"], ["END"])
     assert given == ["one ", "", "ENo", ""]
     assert read(["one E"], ["END"])[0] == ["one ", "E"], "at the end it is no beginning"
+    assert read(["<think> E", "N"], ["END"], think=True)[0] == ["<think> E", "N", ""], "nor is it one in a thought"
     assert read(["<thi", "s> E"], [], think=True)[0] == ["<thi", "s> E", ""], "without stop strings nothing is held back"
 
 
@@ -102,6 +103,10 @@ def test_a_stop_string_of_the_tag_s_letters() -> None:
         assert "".join(given) == found.text == "" and found.ended_at == "<t"
     given, found = read(["<t"], ["<t"], think=True)
     assert given == ["", ""] and found.ended_at == "<t"
+
+
+def test_nor_does_the_thought_s_tag() -> None:
+    assert "".join(read(list("<think>a</think>b>c"), [">"], think=True)[0]) == "<think>a</think>b"
 
 
 def test_a_thought_is_only_looked_for_if_asked_for() -> None:

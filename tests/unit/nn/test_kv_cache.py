@@ -145,11 +145,11 @@ def test_keep_gathers_the_accepted_path() -> None:
     assert torch.equal(cache.k[0][0, :, :5], k[0][:, [0, 1, 2, 4, 6]])
 
 
-def test_prefix_and_first_rows_share_storage() -> None:
+def test_prefix_and_view_share_storage() -> None:
     cache = fresh(2)
     push(cache, *tokens(2, 3), [3, 3])
     cache.reserve(8)
-    view = cache.first_rows(1)
+    view = cache.view(slice(1))
     _, k, v = tokens(1, 1, seed=8)
     plan = view.plan([1], causal=True)
     view.append(0, plan, k, v)
