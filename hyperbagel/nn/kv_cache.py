@@ -52,6 +52,7 @@ class KVCache:
         self.tapped = [torch.empty(rows, 1, 0, width, device=device, dtype=dtype) for _ in self.taps]
         self.positions = [torch.empty(rows, 1, 0, 1, device=device, dtype=torch.long)] if self.taps else []
         self.lengths = [0] * rows
+        self._whole: tuple[list[Tensor], ...] | None = None  # the stores with the rows that left, whose places others may take
 
     def _stores(self) -> tuple[list[Tensor], ...]:
         """Everything that has a slot dimension, [B, *, K, *]."""
@@ -59,7 +60,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.k[0].shape[2]
+        return min(x.shape[2] for store in self._stores() for x in store)  # equal, unless memory ran out in `add`
 
     @property
     def nbytes(self) -> int:
@@ -70,9 +71,10 @@ class KVCache:
         """Makes room for `slots` keys per row; what is stored stays."""
         if slots <= self.capacity:
             return
+        self._whole = None
         for store in self._stores():
             for i, old in enumerate(store):
-                new = old.new_zeros(old.shape[0], old.shape[1], slots, old.shape[3])
+                new = old.new_zeros(old.shape[0], old.shape[1], max(slots, old.shape[2]), old.shape[3])
                 new[:, :, : old.shape[2]] = old
                 store[i] = new
 
@@ -148,27 +150,51 @@ class KVCache:
         """One row as if it ended at `length`. Shares storage: read it or stack it, do not append to it."""
         assert len(self.lengths) == 1 and length <= self.lengths[0], f"no prefix of {length} in {self.lengths}"
         view = copy.copy(self)
-        view.lengths = [length]
+        view.lengths, view._whole = [length], None
         return view
 
     def view(self, rows: slice) -> KVCache:
         """These rows alone. Shares storage: appends within the capacity show in both."""
         view = copy.copy(self)
         view.k, view.v, view.tapped, view.positions = ([x[rows] for x in store] for store in self._stores())
-        view.lengths = self.lengths[rows]
+        view.lengths, view._whole = self.lengths[rows], None
         return view
 
     def select(self, rows: Sequence[int]) -> None:
-        """Goes on with these rows alone, in this order. They are copied, and what is freed is freed layer by layer."""
-        at = torch.tensor(list(rows), device=self.k[0].device)
-        for store in self._stores():
-            for i, x in enumerate(store):
-                store[i] = x.index_select(0, at)
+        """Goes on with these rows alone, in this order. Only those that change places are copied; the others' room is kept for `add`."""
+        self._whole = self._whole or tuple(map(list, self._stores()))
+        moved = [(to, row) for to, row in enumerate(rows) if to != row]
+        to, of = torch.tensor(moved, device=self.k[0].device, dtype=torch.long).view(-1, 2).unbind(1)
+        top = max((self.lengths[row] for row in rows), default=0)
+        for store, whole in zip(self._stores(), self._whole):
+            for i, x in enumerate(whole):
+                if moved:
+                    x[to, :, :top] = x[of, :, :top]
+                store[i] = x[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def add(self, caches: Sequence[KVCache], extra: int, spent: bool = False) -> None:
+        """Copies the rows of other caches behind its own, with room for `extra` more tokens in every row. Its own rows are copied only
+        where there is no room. Out of memory, it is as before. spent: see `stack`."""
+        self._whole = self._whole or tuple(map(list, self._stores()))
+        have, top = len(self.lengths), max(self.lengths, default=0)
+        rows = have + sum(len(cache.lengths) for cache in caches)
+        slots = max(top, *(n for cache in caches for n in cache.lengths)) + extra
+        for store, whole in zip(self._stores(), self._whole):
+            for i, x in enumerate(whole):
+                held, heads, room, width = x.shape
+                if rows > held or slots > room:
+                    room = max(slots, min(2 * room, room + 1024)) if slots > room else room
+                    whole[i] = x.new_zeros(max(rows, held), heads, room, width)
+                    whole[i][:have, :, :top] = x[:have, :, :top]
+                    store[i] = whole[i][:have]
+        for store, whole in zip(self._stores(), self._whole):
+            store[:] = [x[:rows] for x in whole]
+        self._copy(caches, spent, have)
 
     def untap(self) -> None:
         """Keeps no hidden states and positions any more, and frees those that it kept."""
-        self.taps, self.tapped, self.positions = (), [], []
+        self.taps, self.tapped, self.positions, self._whole = (), [], [], None
 
     def fork(self) -> KVCache:
         """An independent copy."""
@@ -201,8 +227,9 @@ class KVCache:
             for row, n in zip(store, self.lengths, strict=True):
                 row[:, n:].zero_()
 
-    def _copy(self, caches: Sequence[KVCache], spent: bool) -> None:
-        at = 0
+    def _copy(self, caches: Sequence[KVCache], spent: bool, at: int = 0) -> None:
+        """Rows `at` and following become those of the caches."""
+        lengths = [*self.lengths[:at], *(n for cache in caches for n in cache.lengths)]
         for cache in caches:
             rows, top = len(cache.lengths), max(cache.lengths)
             if self.taps:
@@ -212,9 +239,10 @@ class KVCache:
                     x[at : at + rows, :, :top] = y[:, :, :top]
             at += rows
             if spent:
+                cache._whole = None
                 for store in cache._stores():
                     store.clear()  # its lengths stay: callers still ask how long the context was
-        self.lengths = [n for cache in caches for n in cache.lengths]
+        self.lengths = lengths
 
 
 def _write(store: Tensor, plan: Plan, new: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError, Notice
-from hyperbagel.generate.decode import Decoded, OnDone, Runner, first_logits, leaving, taken
+from hyperbagel.generate.decode import Decoded, OnDone, Runner, closed_up, first_logits, leaving, taken
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.sampling import nucleus, pick
@@ -184,8 +184,9 @@ class Rounds:
         self.reader = None if graphs is None else graphs.reader(caches, room, spent)
         if self.reader is not None:
             self.cache = self.reader.cache
-        else:  # a lone session is decoded in place
+        else:
             self.cache = caches[0] if len(caches) == 1 else KVCache.stack(caches, room, caches[0].taps, spent)
+        self.lent = self.cache is caches[0]  # a lone session is decoded in place
         self.before = list(self.cache.lengths)
         self.cache.reserve(max(self.before) + room)
         device = self.model.device
@@ -272,23 +273,27 @@ class Rounds:
         self.alive = set(range(len(kept)))
 
     def _welcome(self) -> None:
-        """Takes in the sessions that join. All keys and values are copied then, so all finished rows leave."""
+        """Takes in the sessions that join, in the places of finished rows, which leave."""
         new = self.traffic.join(len(self.alive)) if self.traffic is not None else ()
         if not new:
             return
         assert self.traffic is not None
-        self._leave(sorted(self.alive))
+        self._leave(closed_up(self.alive))
         sessions, generators = [session for session, _ in new], [generator for _, generator in new]
         first = first_logits(sessions)
         assert first is not None, "got a session that joins and has not read im_start"
-        caches, alone = [session.cache for session in sessions], self.cache
+        caches = [session.cache for session in sessions]
         try:
-            self.cache = KVCache.stack([self.cache, *caches], self.room, self.cache.taps, self.spent)
+            if self.lent:
+                alone, self.cache = self.cache, KVCache.stack([self.cache, *caches], self.room, self.cache.taps, self.spent)
+                alone.truncate(self.before)
+                self.lent = False
+            else:
+                self.cache.add(caches, self.room, self.spent)
         except torch.OutOfMemoryError as error:  # before anything was copied
             self.traffic.back(error)
             return
         self.drafter.widen(sessions, generators, self.counts)
-        alone.truncate(self.before)  # a lone session was decoded in its own cache
         rows = range(len(self.root), len(self.root) + len(new))
         lengths = [session.cache.lengths[0] for session in sessions]
         self.of_row = [*self.of_row, *range(len(self.results), len(self.results) + len(new))]

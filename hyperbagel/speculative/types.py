@@ -52,8 +52,9 @@ class Seen:
     def behind(self, ahead: Sequence[int]) -> Seen:
         """What is left of these news once the first ahead[b] slots of each of the last len(ahead) rows are known."""
         first = len(self.start) - len(ahead)
-        left = [n - known for n, known in zip(self.counts[first:], ahead, strict=True)]
-        return replace(self, start=[*self.start[:first], *ahead], counts=[*self.counts[:first], *left])
+        known = [*[0] * first, *ahead]
+        start, counts = zip(*((at + n, count - n) for at, count, n in zip(self.start, self.counts, known, strict=True)), strict=True)
+        return replace(self, start=list(start), counts=list(counts))
 
     def with_rows(self, more: int) -> Seen:
         """The news from before so many rows joined behind the others: of them, nothing was new."""

@@ -24,6 +24,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.vae import AutoEncoder
+from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.adaptive import LATE, Adaptive
 from hyperbagel.speculative.budget import Costs, DraftCost
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
@@ -136,6 +137,27 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     with monkeypatch.context() as patch:
         patch.setattr(Bagel, "backbone", watched)
         yield found
+
+
+def no_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first cache that takes in others finds no memory in the midst of making room."""
+    own, tries = KVCache.add, list[int]()
+
+    def add(self: KVCache, *given: Any, **how: Any) -> None:
+        made = torch.Tensor.new_zeros
+
+        def new_zeros(x: Tensor, *shape: Any) -> Tensor:
+            tries.append(0)
+            if len(tries) == 3:
+                raise torch.OutOfMemoryError("no memory")
+            return made(x, *shape)
+
+        with monkeypatch.context() as patch:
+            if len(tries) < 3:
+                patch.setattr(torch.Tensor, "new_zeros", new_zeros)
+            own(self, *given, **how)
+
+    monkeypatch.setattr(KVCache, "add", add)
 
 
 class Stub:

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import SERVED, STUBS, Shadow, Twins, batches, drafter_of, make_parts, served, unlike_sessions
+from parity_world import SERVED, STUBS, Shadow, Twins, batches, drafter_of, make_parts, no_memory_once, served, unlike_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.nn.kv_cache import KVCache
-from hyperbagel.speculative.decode import decode
+from hyperbagel.speculative.decode import decode, verify_forward
 from hyperbagel.speculative.drafters import serve_blocks, serve_chains
 from hyperbagel.speculative.drafters.nobody import Nobody
 from hyperbagel.speculative.drafters.serve import News, gather_news
@@ -162,6 +162,41 @@ def test_contexts_of_those_who_join_are_read_alone(
     assert contexts == [n - 1 for n in slots[3:]]
 
 
+@pytest.mark.parametrize("name", ["eagle3", "hyper-bagel", "block", "block, tree"])
+@torch.inference_mode()
+def test_who_joined_may_stand_between_others(name: str, sessions: list[Session], parts: Parts) -> None:
+    """A row that the drafter has not read yet took the place of a finished one before the drafter was asked again."""
+    given, im_start = sessions[:4], parts.tokenizer.im_start
+    lengths = [session.cache.lengths[0] for session in given]
+    ids = [[im_start] * n for n in lengths]  # no drafter here looks at them
+
+    def seen(cache: KVCache, start: list[int], counts: list[int], rows: Sequence[int], at: int) -> Seen:
+        where = torch.tensor([given[row].position + at for row in rows])
+        return Seen(cache, start, counts, [ids[row] for row in rows], torch.tensor([50 + row for row in rows]), where)
+
+    cache = KVCache.stack([session.cache for session in given[:3]], 40, TAPS)
+    drafter = served(name, parts)
+    drafter.begin(given[:3], 0.0, [])
+    drafter.propose(seen(cache, [0] * 3, lengths[:3], range(3), 0), 4)
+    drafter.widen(given[3:], [], [0] * 3)
+    cache.add([given[3].cache], 40)
+    order = [0, 3, 2]
+    drafter.narrow(order, [0] * 4)
+    cache.select(order)
+    said = torch.tensor([[50 + row] for row in order])
+    verify_forward(parts.model, cache, said, None, torch.tensor([given[row].position for row in order]))
+    news = seen(cache, [lengths[0], 0, lengths[2]], [1, lengths[3] + 1, 1], order, 1)
+    together = drafter.propose(news, 4)
+    for b, row in enumerate(order):
+        alone = served(name, parts)
+        alone.begin([given[row]], 0.0, [])
+        of_row = cache.fork()
+        of_row.select([b])
+        one = alone.propose(seen(of_row, [0], [lengths[row] + 1], [row], 1), 4)
+        n = one.tokens.shape[1]
+        assert n > 1 and torch.equal(together.tokens[b, :n], one.tokens[0])
+
+
 @pytest.mark.parametrize("name", ["eagle3", "block, tree"])
 @torch.inference_mode()
 def test_one_with_a_context_longer_than_the_others_room(name: str, sessions: list[Session], parts: Parts) -> None:
@@ -259,15 +294,7 @@ def test_without_memory_for_those_who_join_the_others_go_on(
     sessions: list[Session], alone: list[Decoded], parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first join finds no memory, the next one does."""
-    own, tries = KVCache.stack, list[int]()
-
-    def stack(caches: Sequence[KVCache], *given: Any, **how: Any) -> KVCache:
-        tries.append(len(caches))
-        if len(tries) == 2:  # the first one makes the batch
-            raise torch.OutOfMemoryError("no memory")
-        return own(caches, *given, **how)
-
-    monkeypatch.setattr(KVCache, "stack", staticmethod(stack))
+    no_memory_once(monkeypatch)
     coming = Coming(sessions, generators())
     outs = decode(sessions[:2], max_tokens=LENGTH, drafter=Nobody(), traffic=coming)
     assert [str(error) for error in coming.refused] == ["no memory"] and len(outs) == ROWS - 1

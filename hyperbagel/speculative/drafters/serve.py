@@ -104,17 +104,17 @@ class Proposer(ABC):
         return self._propose(self._read_contexts(seen), min(self.depth, limit))
 
     def _read_contexts(self, seen: Seen) -> Seen:
-        """Reads the contexts of rows that joined (the last ones, all new), but for their last slots, and returns the news that are left.
-        Together with the others' few slots they would all be padded to the longest context."""
+        """Reads the contexts of rows that joined, but for their last slots, and returns the news that are left. Together with the others'
+        few slots they would all be padded to the longest context. Those who joined are the last rows, and seldom others with them."""
         first = next((b for b, start in enumerate(seen.start) if not start), 0)
         if not first:
             return seen
-        rows, ahead = slice(first, None), [n - 1 for n in seen.counts[first:]]
-        self.cache.grow(max(ahead) + 1)  # here, since a view's own growth would not show
-        cache = self.cache.view(rows)
+        rows, ahead = slice(first, None), [max(0, n - 1) for n in seen.counts[first:]]
+        ends = [start + n for start, n in zip(seen.start[first:], ahead, strict=True)]
+        self.cache.grow(max(self.cache.lengths[rows]) + max(ahead) + 1)  # here, since a view's own growth would not show
         theirs = replace(seen.of_rows(range(first, len(seen.start))), cache=seen.cache.view(rows), counts=ahead)
-        self._read_ahead(theirs, cache)
-        self.cache.lengths[first:] = ahead
+        self._read_ahead(theirs, self.cache.view(rows))
+        self.cache.lengths[rows] = ends
         return seen.behind(ahead)
 
     def _fixed(self, read: StaticRead) -> StaticDraft | None:
@@ -149,7 +149,7 @@ class Proposer(ABC):
 
     @abstractmethod
     def _read_ahead(self, seen: Seen, cache: KVCache) -> None:
-        """Reads slots that others follow into an empty cache, with room for them and one more, whose lengths stay."""
+        """Reads slots that others follow into a cache with room for them and one more, whose lengths stay."""
 
     @abstractmethod
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:
@@ -163,7 +163,7 @@ class Proposer(ABC):
     def widen(self, sessions: Sequence[Session], generators: Sequence[torch.Generator], counts: Sequence[int]) -> None:
         self.generators = [*self.generators, *generators] if self.temperature > 0 else ()
         if "cache" in self.__dict__:
-            self.cache = KVCache.stack([self.cache, self.new_cache(len(sessions), 0)], 64)
+            self.cache.add([self.new_cache(len(sessions), 0)], 64)
 
     def end(self, counts: Sequence[int]) -> None:
         """It learns nothing; its cache is freed."""

@@ -46,10 +46,9 @@ class AutoregressiveDrafter(Proposer):
         return draft
 
     def _read_ahead(self, seen: Seen, cache: KVCache) -> None:
-        store, rows = seen.cache.tapped[seen.cache.taps.index(0)], range(len(seen.start))
-        following = torch.stack([store[b, 0, end] for b, end in zip(rows, seen.counts, strict=True)])  # the slots behind, not the roots
+        rows, (start, counts) = torch.arange(len(seen.start)), torch.tensor([seen.start, seen.counts], device=seen.root.device)
+        following = seen.cache.tapped[seen.cache.taps.index(0)][rows, 0, start + counts]  # the slots behind them, not the roots
         news = gather_news(seen, self.module.layers_read, following)
-        counts = torch.tensor(seen.counts, device=seen.root.device)
         self._read(news, counts, Served(cache, cache.plan(seen.counts, causal=True)))
 
     def draft_static(self, at: StaticDraft, n: int, k: int, pick: Pick) -> Tokens:

@@ -192,31 +192,33 @@ def test_one_whose_answer_would_not_fit_does_not_join(model: HyperBagel) -> None
     assert model.ask(long, max_tokens=2).tokens
 
 
-@pytest.mark.parametrize("broken", ["prefill", "cache"])
+@pytest.mark.parametrize("broken", ["prefill", "stack", "add"])
 def test_a_question_for_which_there_is_no_memory_leaves_the_others_alone(
     model: HyperBagel, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused, and so is who came with it if keys and values cannot be held together; who comes later takes the free index."""
     how: dict[str, Any] = {"max_tokens": 9, "drafter": "none"}
-    first = [AskRequest("what is it", **how), AskRequest("where", **how)]
+    first = [AskRequest("what is it", **how), AskRequest("where", **how)][: 1 if broken == "stack" else 2]
     joining = [AskRequest("big", **how), AskRequest("how many cars", **how)]
     alone = [model.ask_batch([a])[0].text for a in (*first, joining[1])]
-    joining[0] = replace(joining[0], stop=alone[2][0])  # is forgotten with it
-    coming, own, stack, calls = Coming(joining, (0, 2)), model._context, KVCache.stack, list[int]()
+    joining[0] = replace(joining[0], stop=alone[-1][0])  # is forgotten with it
+    coming, own, taken, calls = Coming(joining, (0, 2)), model._context, getattr(KVCache, broken, None), list[int]()
 
     def context(request: AskRequest, drafter: Any = None) -> Session:
         if broken == "prefill" and request.question == "big":
             raise torch.OutOfMemoryError("no memory")
         return own(request, drafter)
 
-    def stacked(caches: Any, *given: Any, **more: Any) -> KVCache:
-        calls.append(len(caches))
-        if broken == "cache" and len(calls) == 2:
+    def copied(*given: Any, **more: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 1:
             raise torch.OutOfMemoryError("no memory")
-        return stack(caches, *given, **more)
+        assert taken is not None
+        return taken(*given, **more)
 
     monkeypatch.setattr(model, "_context", context)
-    monkeypatch.setattr(KVCache, "stack", staticmethod(stacked))
+    if broken != "prefill":
+        monkeypatch.setattr(KVCache, broken, staticmethod(copied) if broken == "stack" else copied)
     told: list[tuple[int, str]] = []
     results = model.ask_batch(first, on_answer=lambda i, answer: told.append((i, answer.text)), visitors=coming)
     assert coming.refused == ["no memory"] and [result.text for result in results] == alone

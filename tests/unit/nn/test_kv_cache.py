@@ -136,6 +136,89 @@ def test_selected_rows_go_on_as_if_the_others_had_never_been() -> None:
         torch.testing.assert_close(together[at : at + 1], push(alone, *(x[at : at + 1] for x in more), [2]))
 
 
+def tapped(counts: list[int], seed: int = 0) -> KVCache:
+    """Rows of so many tokens, with taps and positions; all values differ."""
+    cache, n, rows = KVCache(1, H, D, rows=len(counts), device="cpu", dtype=torch.float64, taps=(0,), width=2), max(counts), len(counts)
+    plan, (_, k, v) = cache.plan(counts, True), tokens(rows, n, seed=seed)
+    cache.append(0, plan, k, v)
+    cache.tap(0, plan, [torch.arange(2.0 * rows * n, dtype=torch.float64).view(rows, n, 2) + 100 * seed])
+    cache.tap_positions(plan, torch.arange(rows * n).view(rows, n) + 100 * seed)
+    cache.advance(counts)
+    return cache
+
+
+def contents(cache: KVCache) -> list[list[torch.Tensor]]:
+    """By row: what is stored of its tokens."""
+    return [[x[row, :, :n].clone() for store in cache._stores() for x in store] for row, n in enumerate(cache.lengths)]
+
+
+def same(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> None:
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for mine, theirs in zip(found, expected, strict=True) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("order", [[0, 5, 2, 3], [5, 4, 3, 2, 1, 0], [1, 0], [2, 3, 4], [3], [0, 1, 2, 3, 4, 5]])
+def test_rows_are_selected_in_any_order(order: list[int]) -> None:
+    cache = tapped([2, 5, 3, 4, 1, 6])
+    before = contents(cache)
+    cache.select(order)
+    same(contents(cache), [before[row] for row in order])
+
+
+def test_rows_take_the_places_of_those_that_left() -> None:
+    """Nothing else is copied, and nothing is made, as long as there is room; then all is made anew, and what is stored stays."""
+    cache, others = tapped([2, 5, 3, 4]), [tapped([4], seed=1), tapped([2, 1], seed=2), tapped([1], seed=3), tapped([30], seed=4)]
+    cache.reserve(12)
+    expected, places = contents(cache), cache.k[0].data_ptr()
+    cache.select([3, 1])
+    cache.add(others[:1], 6)
+    cache.add(others[2:3], 6)
+    expected = [expected[3], expected[1], *contents(others[0]), *contents(others[2])]
+    same(contents(cache), expected)
+    assert cache.k[0].data_ptr() == places and cache.capacity == 12
+    cache.add(others[1:2], 6)
+    assert cache.k[0].data_ptr() != places and cache.k[0].shape[0] == 6 and cache.capacity == 12
+    expected += contents(others[1])
+    same(contents(cache), expected)
+    cache.select([0, 5])
+    cache.add(others[3:], 6)
+    assert cache.capacity >= 36
+    same(contents(cache), [expected[0], expected[5], *contents(others[3])])
+    cache.reserve(100)
+    cache.add(others[:1], 0)
+    same(contents(cache)[-1:], contents(others[0]))
+
+
+def test_those_that_are_taken_in_may_be_spent() -> None:
+    for spent in (False, True):
+        cache, other = tapped([2, 5]), tapped([3, 4], seed=1)
+        other.select([1])
+        cache.add([other], 4, spent=spent)
+        assert bool(other.k) is not spent and bool(other._whole) is not spent and other.lengths == [4]
+
+
+def test_without_memory_nothing_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, other, made, calls = tapped([2, 5]), tapped([3], seed=1), torch.Tensor.new_zeros, list[int]()
+
+    def new_zeros(x: torch.Tensor, *shape: int) -> torch.Tensor:
+        calls.append(0)
+        if len(calls) == 3:  # of four stores
+            raise torch.OutOfMemoryError
+        return made(x, *shape)
+
+    before = contents(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", new_zeros)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.add([other], 40, spent=True)
+    same(contents(cache), before)
+    assert other.k and all(len(x) == 2 for store in cache._stores() for x in store)
+    cache.reserve(30)
+    assert all(x.shape[2] >= 30 for store in cache._stores() for x in store), "also where room had been made for some"
+    cache.add([other], 40)
+    same(contents(cache), [*before, *contents(other)])
+
+
 def test_keep_gathers_the_accepted_path() -> None:
     cache = fresh(1)
     _, k, _ = tokens(1, 7)
