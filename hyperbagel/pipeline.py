@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.resources import files
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from hyperbagel.core.hardware import clock, usable_device
 from hyperbagel.core.values import seed_of, whole
 from hyperbagel.data.images import as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
-from hyperbagel.generate.contexts import Contexts
+from hyperbagel.generate.contexts import Contexts, read
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.mask import check_mask, first_picture, kept_of, masked
@@ -223,10 +223,12 @@ class HyperBagel:
         on_token: OnToken | None = None,
         on_answer: OnAnswer | None = None,
         visitors: Visitors | None = None,
+        contexts: Contexts | None = None,
     ) -> list[TextResult]:
         """Answers many at once; requests with equal max_tokens, `sampling` and drafter are decoded together. on_token: called with (index
         of the request, token id); on_answer: with (index, answer) as soon as that is whole. visitors: join requests that are all decoded
-        together, and take the next indices; answers that nobody waited for are left out.
+        together, and take the next indices; answers that nobody waited for are left out. contexts: where what was read for earlier
+        questions is looked for, and kept for the next call.
 
         A drafter changes only the speed; one that draws (a chain) keeps the distribution of sampled answers, but no seed repeats them. If
         one cannot be used, a warning says so and the answer comes without it. Raises InputError for a request that cannot be met.
@@ -239,9 +241,10 @@ class HyperBagel:
         assert alone or visitors is None, "got visitors beside requests of several kinds, expected one kind"
         for (_, name, temperature, _), members in groups.items():
             start, drafter = clock(where), self._drafter(name)
-            sessions = [self._context(requests[i], drafter) for i in members]
+            prepare = partial(self._context, drafter=drafter, contexts=contexts)
+            sessions = [prepare(requests[i]) for i in members]
             timings = {"prefill": clock(where) - start} | self._measure(drafter, sessions[0], [len(sessions)], temperature)
-            how: dict[str, Any] = {"drafter": drafter, "runner": self.runner, "prepare": partial(self._context, drafter=drafter)}
+            how: dict[str, Any] = {"drafter": drafter, "runner": self.runner, "prepare": prepare}
             if alone:  # rows are requests, and visitors come behind them
                 return write_answers(requests, sessions, timings, on_token=on_token, on_answer=on_answer, visitors=visitors, **how)
             how |= {"on_token": of_rows(on_token, members), "on_answer": of_rows(on_answer, members)}
@@ -362,17 +365,14 @@ class HyperBagel:
         self.drafters.check(request.drafter)
         return replace(request, images=tuple(map(as_picture, request.images)))
 
-    def _context(self, request: AskRequest, drafter: Adaptive | None = None) -> Session:
+    def _context(self, request: AskRequest, drafter: Adaptive | None = None, contexts: Contexts | None = None) -> Session:
         """Prefills everything that a question is answered from, and opens the answer."""
-        session, request = Session.new(self.parts, () if drafter is None else drafter.taps), self._asked(request)
-        if request.think:
-            session.add_text(THINK_ANSWER)
-        for image in request.images:
-            session.add_image(image, latents=False, later=True)
-        for question, answer in request.turns:
-            session.add_text(question)
-            session.add_text(answer)
-        session.add_text(request.question, later=True)
+        request, taps = self._asked(request), () if drafter is None else drafter.taps
+        items: list[str | Image] = [*[THINK_ANSWER] * request.think, *request.images, *chain(*request.turns), request.question]
+        if contexts is not None:
+            return contexts.ask(self.parts, items, taps)
+        session = Session.new(self.parts, taps)
+        read(session, items)
         session.open_answer()
         return session
 

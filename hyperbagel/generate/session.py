@@ -94,6 +94,7 @@ class Session:
     last_size: tuple[int, int] | None = None  # (height, width) of the last input image, after its resize
     waiting_pictures: list[Streams] = field(default_factory=list)  # pictures that are not in the cache yet (`add_image`)
     waiting: list[int] = field(default_factory=list)  # ids of a text that is not in the cache yet (`add_text`), behind those pictures
+    reused: int = 0  # tokens that an earlier request had read
     opened: Tensor | None = None  # [V] logits after im_start, with which the cache then ends (`open_answer`)
 
     @classmethod

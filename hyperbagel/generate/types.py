@@ -260,6 +260,7 @@ class TextResult:
     finish_reason: str = "stop"  # or "length"
     tau: float | None = None  # mean tokens per forward of the model after the prefill's, if there was a drafter and any such forward
     drafter: str | None = None  # the one that drafted most rounds of this request; "none" if drafting did not pay
+    reused: int = 0  # tokens of the context that an earlier request had read
     stopped_at: str | None = None  # the stop text before which it ended
 
     @property

@@ -95,8 +95,10 @@ def image_usage(model: HyperBagel, requests: Sequence[ImageRequest], results: Se
 # -- chat --------------------------------------------------------------------------------------------------------------------------
 
 
-def chat_usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def chat_usage(prompt: int, completion: int, reused: int = 0) -> dict[str, Any]:
+    """reused: tokens of the prompt that need not be read again."""
+    usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return usage | {"prompt_tokens_details": {"cached_tokens": reused}}
 
 
 def image_part(result: ImageResult) -> dict[str, Any]:

@@ -220,10 +220,10 @@ def chat_events(job: Job, model: HyperBagel, body: ChatBody, called: str) -> Eve
     return events
 
 
-def usage_of(model: HyperBagel, requests: Sequence[Any], results: Sequence[Any]) -> dict[str, int]:
+def usage_of(model: HyperBagel, requests: Sequence[Any], results: Sequence[Any]) -> dict[str, Any]:
     """Tokens of a chat, summed over its choices. The prompt counts once, as OpenAI counts it."""
     if isinstance(results[0], TextResult):
-        return chat_usage(results[0].prompt_tokens, sum(result.tokens for result in results))
+        return chat_usage(results[0].prompt_tokens, sum(result.tokens for result in results), results[0].reused)
     usage = image_usage(model, requests, results)
     return chat_usage(usage["input_tokens"] // len(results), usage["output_tokens"])
 

@@ -203,6 +203,7 @@ class Engine:
                 self._broken = self._broken or not device_works(model.parts.model.device)
             if isinstance(error, torch.OutOfMemoryError):
                 model.forget_graphs()  # makes room for the next attempt
+                contexts.forget()
             return without_frames(error)
         self.metrics.observe("hyperbagel_batch_size", len(units))
         longest = max((result.timings for result in results), key=lambda timings: sum(timings.values()), default={})
@@ -256,7 +257,7 @@ class Engine:
         unit.job.tell(Done(unit.index, result))
 
     def _results(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Sequence[ImageResult | TextResult]:
-        return self._ask(model, units) if isinstance(units[0].request, AskRequest) else self._draw(model, units, contexts)
+        return self._ask(model, units, contexts) if isinstance(units[0].request, AskRequest) else self._draw(model, units, contexts)
 
     def _draw(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Sequence[ImageResult]:
         """Draws a batch, and sends its jobs what they want to see on the way."""
@@ -287,7 +288,7 @@ class Engine:
             self._finish(unit, result)
         return results
 
-    def _ask(self, model: HyperBagel, units: list[Unit]) -> Sequence[TextResult]:
+    def _ask(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> Sequence[TextResult]:
         """Answers a batch, and sends streaming jobs the text as it comes. An answer that is whole does not wait for the others, and
         questions that come meanwhile join: they are added to `units`."""
         requests = [unit.request for unit in units if isinstance(unit.request, AskRequest)]
@@ -306,7 +307,7 @@ class Engine:
             self._finish(units[row], result)
 
         visitors = _Visitors(self, model, units, streams)
-        return model.ask_batch(requests, on_token=on_token, on_answer=on_answer, visitors=visitors)
+        return model.ask_batch(requests, on_token=on_token, on_answer=on_answer, visitors=visitors, contexts=contexts)
 
     # -- counting --------------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -67,8 +68,20 @@ def write_answers(
     return [work.results[row] for row in sorted(work.results)]
 
 
+@dataclass
+class _Row:
+    """What is known of an answer; of its request no more than is needed, since pictures take room."""
+
+    think: bool
+    stopped: AnswerText | None  # if it has stop texts
+    context: int  # tokens
+    reused: int  # of them
+    timings: Mapping[str, float]  # seconds, up to the beginning
+    began: float
+
+
 class _Writing:
-    """What is known of each answer, by row; of a request no more than is needed, since pictures take room. It is the batch's Traffic."""
+    """The answers at work, and those that are whole. It is the batch's Traffic."""
 
     def __init__(
         self,
@@ -80,37 +93,31 @@ class _Writing:
     ) -> None:
         self.drafter, self.on_answer, self.visitors, self.prepare = drafter, on_answer, visitors, prepare
         self.tokenizer, self.where = one.parts.tokenizer, one.parts.model.device
-        self.thinks: list[bool] = []
-        self.stopped: list[AnswerText | None] = []  # of requests with stop strings
-        self.contexts: list[int] = []  # tokens
-        self.timings: list[Mapping[str, float]] = []  # seconds, up to the beginning
-        self.began: list[float] = []
+        self.rows: list[_Row] = []
         self.joined = 0  # of the last call of `join`
         self.results: dict[int, TextResult] = {}
 
     def begin(self, request: AskRequest, session: Session, timings: Mapping[str, float]) -> torch.Generator:
         """The next row; returns its generator."""
-        self.thinks.append(request.think)
-        self.stopped.append(AnswerText(self.tokenizer, request.stop, request.think) if request.stop else None)
-        self.contexts.append(session.tokens)  # now: a lone session is decoded in place
-        self.timings.append(timings)
-        self.began.append(clock(self.where))
+        stopped = AnswerText(self.tokenizer, request.stop, request.think) if request.stop else None
+        tokens = session.tokens  # now: a lone session is decoded in place
+        self.rows.append(_Row(request.think, stopped, tokens, session.reused, timings, clock(self.where)))
         return torch.Generator().manual_seed(request.seed)
 
     def until(self, row: int, token: int) -> bool:
-        if (text := self.stopped[row]) is None:
+        if (text := self.rows[row].stopped) is None:
             return False
         text.push(token)
         return text.ended_at is not None
 
     def done(self, row: int, out: Decoded) -> None:
-        seconds = {**self.timings[row], "decode": clock(self.where) - self.began[row]}
-        stopped = self.stopped[row]
-        at = None if stopped is None else stopped.ended_at
-        said = self.tokenizer.decode(out.ids) if stopped is None or at is None else stopped.text
-        thinking, answer = split_thinking(said, self.thinks[row])
-        drafted = {} if self.drafter is None else self.drafter.told(out)
-        result = TextResult(answer, len(out.ids), self.contexts[row], seconds, thinking, out.finish_reason, stopped_at=at, **drafted)
+        of = self.rows[row]
+        at = None if of.stopped is None else of.stopped.ended_at
+        said = self.tokenizer.decode(out.ids) if of.stopped is None or at is None else of.stopped.text
+        thinking, answer = split_thinking(said, of.think)
+        known: dict[str, Any] = {"timings": {**of.timings, "decode": clock(self.where) - of.began}, "reused": of.reused, "stopped_at": at}
+        known |= {} if self.drafter is None else self.drafter.told(out)
+        result = TextResult(answer, len(out.ids), of.context, thinking=thinking, finish_reason=out.finish_reason, **known)
         self.results[row] = result
         if self.on_answer is not None:
             self.on_answer(row, result)
@@ -138,6 +145,5 @@ class _Writing:
     def back(self, error: Exception) -> None:
         assert self.visitors is not None
         for _ in range(self.joined):
-            for values in (self.thinks, self.stopped, self.contexts, self.timings, self.began):
-                values.pop()
+            self.rows.pop()
             self.visitors.refuse(error)

@@ -15,6 +15,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
+from server_world import png
 
 from hyperbagel.data.images import SETTINGS_KEY
 from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, TextResult
@@ -128,6 +129,24 @@ def test_an_answer_ends_before_a_stop_text(client: openai.OpenAI, model: HyperBa
         chunks = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, stop=given, stream=True))
         assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected.text
         assert chunks[-1].choices[0].finish_reason == "stop" and chunks[-1].choices[0].stop_reason == stop  # type: ignore[attr-defined]
+
+
+def test_a_conversation_says_what_was_read_before(http: TestClient, model: HyperBagel) -> None:
+    """The last answer and the question are read; streamed or not, the usage says how much was there."""
+    url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
+    how = {"max_tokens": 6, "drafter": "none"}
+    first = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]} | how).json()
+    said = first["choices"][0]["message"]
+    messages = [{"role": "user", "content": parts}, said, {"role": "user", "content": "and why?"}]
+    second = http.post("/v1/chat/completions", json={"messages": messages} | how).json()
+    turns = (("what is it?", said["content"]),)
+    expected = model.ask("and why?", Image.new("RGB", (32, 32), "red"), turns=turns, **how)
+    assert second["choices"][0]["message"]["content"] == expected.text
+    assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second)] == [0, first["usage"]["prompt_tokens"]]
+    body = {"messages": messages, "stream": True, "stream_options": {"include_usage": True}} | how
+    usage = events_of(http.post("/v1/chat/completions", json=body).text)[-1]["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] == second["usage"]["prompt_tokens"]
 
 
 def test_top_p_is_the_library_s(http: TestClient, model: HyperBagel) -> None:

@@ -62,7 +62,7 @@ def test_a_stream_ends_with_what_its_last_token_left_open(model: HyperBagel, mon
     tokenizer = model.parts.tokenizer
     half = tokenizer.encode("\u00e9")[0] if len(tokenizer.encode("\u00e9")) > 1 else None
 
-    def ask_batch(requests: Any, *, on_token: Any, on_answer: Any, visitors: Any) -> Any:
+    def ask_batch(requests: Any, *, on_token: Any, on_answer: Any, visitors: Any, contexts: Any) -> Any:
         on_token(0, half)
         result = TextResult(tokenizer.decode([half]), 1, 1, {"decode": 0.1})
         on_answer(0, result)

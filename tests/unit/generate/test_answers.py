@@ -146,9 +146,9 @@ def test_seconds_are_those_of_each_answer(model: HyperBagel, monkeypatch: pytest
     """On a clock that goes on by 100 with each question that is read and by 1 with each token, whoever says it."""
     now, own, said, ended = [0.0], model._context, list[int](), dict[int, float]()
 
-    def context(request: AskRequest, drafter: Any = None) -> Session:
+    def context(request: AskRequest, **how: Any) -> Session:
         now[0] += 100
-        return own(request, drafter)
+        return own(request, **how)
 
     def on_token(row: int, token: int) -> None:
         said.append(row)
@@ -204,10 +204,10 @@ def test_a_question_for_which_there_is_no_memory_leaves_the_others_alone(
     joining[0] = replace(joining[0], stop=alone[-1][0])  # is forgotten with it
     coming, own, taken, calls = Coming(joining, (0, 2)), model._context, getattr(KVCache, broken, None), list[int]()
 
-    def context(request: AskRequest, drafter: Any = None) -> Session:
+    def context(request: AskRequest, **how: Any) -> Session:
         if broken == "prefill" and request.question == "big":
             raise torch.OutOfMemoryError("no memory")
-        return own(request, drafter)
+        return own(request, **how)
 
     def copied(*given: Any, **more: Any) -> Any:
         calls.append(0)
@@ -254,7 +254,7 @@ def test_a_drafter_that_does_not_fit_is_a_warning_and_an_unknown_one_an_error(mo
 def test_contexts_of_a_batch_are_held_once(model: HyperBagel, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While answers are written their rows lie in one cache alone."""
     made: list[Session] = []
-    monkeypatch.setattr(model, "_context", lambda *given, own=model._context: made.append(own(*given)) or made[-1])
+    monkeypatch.setattr(model, "_context", lambda *given, own=model._context, **how: made.append(own(*given, **how)) or made[-1])
     held: list[bool] = []
     asked = [AskRequest(text, max_tokens=3, drafter=drafter) for text in ("what is it", "and what is that over there")]
     together = model.ask_batch(asked, on_token=lambda row, token: held.append(any(s.cache.k for s in made)))

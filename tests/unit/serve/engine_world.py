@@ -57,6 +57,7 @@ class Model:
         on_token: Callable[[int, int], None],
         on_answer: Callable[[int, TextResult], None],
         visitors: Any,
+        contexts: Any = None,
     ) -> list[TextResult]:
         """Answers with the question's first three letters, a letter a step. "!" is where it breaks; a "?" is refused when it joins, and
         for "big" there is no room then."""

@@ -118,7 +118,7 @@ def test_each_stream_ends_at_its_own_stop_text(model: Model) -> None:
 def test_streamed_thoughts_may_hold_the_stop_text(model: Model) -> None:
     """Of who begins a batch, and of who joins it."""
 
-    def answers(requests: Any, on_token: Any, on_answer: Any, visitors: Any) -> list[TextResult]:
+    def answers(requests: Any, on_token: Any, on_answer: Any, visitors: Any, contexts: Any) -> list[TextResult]:
         model.inside.set()
         model.hold.wait(10)
         assert len(requests) == 1 and visitors.next(1) is not None

@@ -200,8 +200,9 @@ def test_metrics_text() -> None:
 
 def test_tokens_of_several_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt counts once, what was said or drawn as often as it was."""
-    said: list[Any] = [TextResult("a", 3, 7, {}), TextResult("b", 5, 7, {})]
-    assert usage_of(None, [], said) == {"prompt_tokens": 7, "completion_tokens": 8, "total_tokens": 15}  # type: ignore[arg-type]
+    said: list[Any] = [TextResult("a", 3, 7, {}, reused=4), TextResult("b", 5, 7, {}, reused=7)]
+    usage = {"prompt_tokens": 7, "completion_tokens": 8, "total_tokens": 15, "prompt_tokens_details": {"cached_tokens": 4}}
+    assert usage_of(None, [], said) == usage  # type: ignore[arg-type]
     monkeypatch.setattr(streams, "image_usage", lambda *args: {"input_tokens": 20, "output_tokens": 8})
     assert usage_of(None, [], [None, None])["prompt_tokens"] == 10  # type: ignore[arg-type]
 
