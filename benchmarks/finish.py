@@ -5,13 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.measure import machine
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_write_text, make_folder, one_line
+from hyperbagel.core.run import git_sha, versions
 
 Found = dict[str, Any]
+
+
+def head(name: str, options: argparse.Namespace) -> Found:
+    """What every record of `python -m benchmarks.NAME` begins with: command, commit, time, versions, machine (CPU), and the note."""
+    found: Found = {"command": ["python", "-m", f"benchmarks.{name}", *options.given], "git": git_sha(Path(__file__).parent)}
+    found |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions()}
+    return found | {"hardware": machine(torch.device("cpu")), "note": options.note}
 
 
 def finish(

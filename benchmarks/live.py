@@ -12,18 +12,14 @@ import argparse
 import base64
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.browser import chromium, live_opened, live_settled, open_tab
-from benchmarks.finish import finish
-from benchmarks.measure import Timing, machine
+from benchmarks.finish import finish, head
+from benchmarks.measure import Timing
 from benchmarks.server import in_ms, serving
-from hyperbagel.core.run import git_sha, versions
 
 TARGET = 150.0  # ms, for the median
 STAGES = ("wait", "prefill", "denoise", "decode", "encode")  # the server's, as the page keeps them, in seconds
@@ -82,13 +78,7 @@ def move_scale(page: Any, presses: int, delay: float) -> int:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {"command": ["python", "-m", "benchmarks.live", *options.given], "git": git_sha(Path(__file__).parent)}
-    found |= {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": versions(),
-        "hardware": machine(torch.device("cpu")),
-    }
-    found |= {"note": options.note, "target": TARGET, "milliseconds": {}}
+    found = head("live", options) | {"target": TARGET, "milliseconds": {}}
     with serving(options.model) as (api, _), chromium(timeout=60) as context:
         page = open_tab(context, api.removesuffix("v1"), "live")
         live_opened(page)

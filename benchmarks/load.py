@@ -24,10 +24,9 @@ from typing import Any
 import httpx2
 import torch
 
-from benchmarks.finish import finish
-from benchmarks.measure import machine
+from benchmarks.finish import finish, head
 from benchmarks.server import about_picture, serving
-from hyperbagel.core.run import git_sha, versions
+from hyperbagel.core.run import git_sha
 from hyperbagel.evaluate.toybox import drawn
 from hyperbagel.toybox.language import sample_question
 
@@ -110,9 +109,7 @@ class Block:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"command": ["python", "-m", "benchmarks.load", *options.given], "git": git_sha(Path(__file__).parent)}
-    found |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(), "note": options.note}
-    found |= {"hardware": machine(torch.device("cpu")), "clients": options.clients, "pause": options.pause, "failed": [], "arms": {}}
+    found = head("load", options) | {"clients": options.clients, "pause": options.pause, "failed": [], "arms": {}}
     asked, blocks = questions(), dict[str, list[Block]]()
     if options.against is not None:
         found["against"] = git_sha(options.against)

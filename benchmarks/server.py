@@ -28,9 +28,8 @@ import httpx2
 import torch
 from PIL import Image
 
-from benchmarks.finish import finish
-from benchmarks.measure import Timing, machine
-from hyperbagel.core.run import git_sha, versions
+from benchmarks.finish import finish, head
+from benchmarks.measure import Timing
 from hyperbagel.pipeline import HyperBagel
 
 PROMPT, QUESTION = "a red circle to the left of a blue square", "What colour is the circle?"
@@ -77,6 +76,21 @@ def about_picture(png: bytes, question: str, **settings: Any) -> dict[str, Any]:
     """The body of a chat request that asks about one picture."""
     parts = [{"type": "image_url", "image_url": {"url": data_url(png)}}, {"type": "text", "text": question}]
     return {"messages": [{"role": "user", "content": parts}], **settings}
+
+
+def other_picture(picture: Image.Image, i: int) -> Image.Image:
+    """The picture with another i-th pixel, so that nothing of what was read of it before is found."""
+    changed, at = picture.copy(), (i % picture.width, i // picture.width % picture.height)
+    pixel = changed.getpixel(at)
+    assert isinstance(pixel, tuple)
+    changed.putpixel(at, (pixel[0] ^ 1, *pixel[1:]))
+    return changed
+
+
+def as_png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def data_url(png: bytes) -> str:
@@ -136,16 +150,10 @@ def first_text(client: httpx2.Client, body: dict[str, Any]) -> float:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    hardware = machine(torch.device("cpu"))
+    found = head("server", options) | {"milliseconds": {}}
     model = HyperBagel.from_pretrained(options.model, device="cpu")
-    found: dict[str, Any] = {"command": ["python", "-m", "benchmarks.server", *options.given], "git": git_sha(Path(__file__).parent)}
-    found |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(), "hardware": hardware}
-    found |= {"note": options.note, "milliseconds": {}}
     source = model.generate(PROMPT, seed=0, steps=2)[0].image
-    buffer = io.BytesIO()
-    source.save(buffer, "PNG")
     settings: dict[str, Any] = {"steps": options.steps, "text_scale": 1.0}
-    question = about_picture(buffer.getvalue(), QUESTION, max_tokens=16)
     with serving(options.model) as (address, pid), httpx2.Client(base_url=address, timeout=120) as client:
 
         def draw(seed: int) -> None:
@@ -153,17 +161,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
         def edit(seed: int) -> None:
             form = {"prompt": "make the circle green", "seed": str(seed), "steps": str(options.steps), "text_scale": "1"}
-            client.post("/images/edits", data=form, files={"image": buffer.getvalue()}).raise_for_status()
+            client.post("/images/edits", data=form, files={"image": as_png(source)}).raise_for_status()
 
         def ask(seed: int) -> None:
-            client.post("/chat/completions", json=question).raise_for_status()
+            client.post("/chat/completions", json=question(seed)).raise_for_status()
 
-        picture = Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+        def question(i: int) -> dict[str, Any]:
+            return about_picture(as_png(other_picture(source, i)), QUESTION, max_tokens=16)
+
         out = found["milliseconds"]
         out["picture"] = compare(options.runs, pid, draw, lambda seed: model.generate(PROMPT, seed=seed, **settings))
-        out["edit"] = compare(options.runs, pid, edit, lambda seed: model.edit(picture, "make the circle green", seed=seed, **settings))
-        out["answer"] = compare(options.runs, pid, ask, lambda seed: model.ask(QUESTION, picture, max_tokens=16))
-        firsts = [first_text(client, question) for _ in range(options.runs + 3)][3:]
+        out["edit"] = compare(options.runs, pid, edit, lambda seed: model.edit(source, "make the circle green", seed=seed, **settings))
+        out["answer"] = compare(options.runs, pid, ask, lambda seed: model.ask(QUESTION, other_picture(source, seed), max_tokens=16))
+        firsts = [first_text(client, question(1000 + i)) for i in range(options.runs + 3)][3:]
         out["first streamed text"] = in_ms(Timing.of(firsts))
     return found
 

@@ -27,14 +27,11 @@ from typing import Any
 
 import httpx2
 import numpy as np
-import torch
 from PIL import Image
 from websockets.sync.client import connect
 
-from benchmarks.finish import finish
-from benchmarks.measure import machine
+from benchmarks.finish import finish, head
 from benchmarks.server import about_picture, data_url, serving
-from hyperbagel.core.run import git_sha, versions
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene, Thing
 
@@ -232,9 +229,7 @@ def settled(http: httpx2.Client, pid: int) -> dict[str, float]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     seen, looks = Seen(), list[dict[str, float]]()
-    found: dict[str, Any] = {"command": ["python", "-m", "benchmarks.soak", *options.given], "git": git_sha(Path(__file__).parent)}
-    found |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "versions": versions(), "note": options.note}
-    found |= {"hardware": machine(torch.device("cpu")), "clients": options.clients}
+    found = head("soak", options) | {"clients": options.clients}
     with serving(options.model) as (address, pid), httpx2.Client(base_url=address.removesuffix("/v1"), timeout=60) as http:
         [card] = http.get("/v1/models").json()["data"]
         students = ["none", *card.get("students", [])]

@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import conversation, soak, subjects
 from benchmarks import load as load_benchmark
 from benchmarks import run as benchmark
 from benchmarks import server as server_benchmark
-from benchmarks import soak, subjects
 from benchmarks.attention import folded
 from benchmarks.operations import Workload, operations
+from benchmarks.server import other_picture
 from benchmarks.subjects import load, shapes_only
 from benchmarks.table import show
 from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
@@ -86,6 +87,22 @@ def test_many_questions_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert set(found["arms"]) == {load_benchmark.HERE, load_benchmark.THERE} and str(here) not in (tmp_path / "a.json").read_text()
     assert all(arm["tokens_per_second"] > 0 and arm["short"]["answers"] > 0 for arm in found["arms"].values())
     assert "0 things were wrong" in capsys.readouterr().out
+
+
+def test_a_conversation_is_read_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "conversation.json"
+    assert conversation.main(["--conversations", "1", "--questions", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert {arm: len(of) for arm, of in found["milliseconds"].items()} == {"read on": 2, "read anew": 2}
+    assert all(cell["median"] > 0 for of in found["milliseconds"].values() for cell in of)
+    first, second = found["tokens"]
+    assert 0 < first < second and "question 2" in capsys.readouterr().out
+
+
+def test_another_picture_has_another_pixel() -> None:
+    source = Image.new("RGB", (3, 2), "red")
+    others = {other_picture(source, i).tobytes() for i in range(6)}
+    assert len(others) == 6 and source.tobytes() not in others and source.getcolors() == [(6, (255, 0, 0))]
 
 
 def test_a_checkout_serves_its_own_version(tmp_path: Path) -> None:
