@@ -109,6 +109,7 @@ def test_answers_are_those_of_each_alone(name: str, sessions: list[Session], alo
     )
     met = len(outs)
     assert met > 4 and said(outs) == said(alone[:met])  # with drafts that are right, the first two are done before all have come
+    assert len({id(out.times) for out in outs}) == 1, "rounds take the time of all"  # type: ignore[attr-defined]
     assert told[:met] == [out.ids for out in outs] and done == dict(enumerate(said(outs)))
     if name in ("nobody", "wrong"):
         assert met == ROWS and max(coming.rows) >= 4 and coming.rows[0] == 2
