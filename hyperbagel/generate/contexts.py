@@ -96,10 +96,12 @@ class Contexts:
         self._questions.keep((keys, tuple(taps)), session.fork(), _Asked(keys, ends))
         return session
 
-    def forget(self) -> None:
-        """Frees all of it."""
+    def forget(self) -> bool:
+        """Frees all that is kept; whether that was anything."""
+        held = bool(self._pictures.kept or self._questions.kept)
         self._pictures.kept.clear()
         self._questions.kept.clear()
+        return held
 
 
 def read(session: Session, items: Sequence[Item]) -> list[tuple[int, int]]:

@@ -170,19 +170,21 @@ class Engine:
             self._count(unit, "cancelled")
         return unit.job.over
 
-    def _run(self, model: HyperBagel, units: list[Unit], contexts: Contexts) -> None:
-        """Runs a batch. If it fails, runs each unit alone of which nothing was sent, so that one bad request takes no neighbour down."""
+    def _run(self, model: HyperBagel, units: list[Unit], contexts: Contexts, last: bool = False) -> None:
+        """Runs a batch. If it fails, runs each unit alone of which nothing was sent, so that one bad request takes no neighbour down. So it
+        does with a lone one for which there was no memory beside what was kept of others; `last`: not once more."""
         failed = self._try(model, units, contexts)
         if failed is None:
             return
         # Outside the `except` block of `_try`: inside it, the error's frames still hold the batch's caches and latents, and after an
         # out-of-memory error the next attempt needs that room.
+        freed = isinstance(failed, torch.OutOfMemoryError) and contexts.forget()
         for unit in units:
             if unit.done:
                 continue
-            if len(units) > 1 and not unit.job.told:
+            if (len(units) > 1 or (freed and not last)) and not unit.job.told:
                 unit.fit = object()  # nobody joins it
-                self._run(model, [unit], contexts)
+                self._run(model, [unit], contexts, last=len(units) == 1)
             else:
                 self._count(unit, "failed")
                 unit.job.fail(failed)
@@ -203,7 +205,6 @@ class Engine:
                 self._broken = self._broken or not device_works(model.parts.model.device)
             if isinstance(error, torch.OutOfMemoryError):
                 model.forget_graphs()  # makes room for the next attempt
-                contexts.forget()
             return without_frames(error)
         self.metrics.observe("hyperbagel_batch_size", len(units))
         longest = max((result.timings for result in results), key=lambda timings: sum(timings.values()), default={})

@@ -11,7 +11,7 @@ import torch
 from engine_world import Model, ends, engine_of, jobs, keep_busy, run
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import ImageRequest, ImageResult
+from hyperbagel.pipeline import AskRequest, ImageRequest, ImageResult, TextResult
 from hyperbagel.serve import worker
 from hyperbagel.serve.jobs import Done, Failed, Job
 from hyperbagel.serve.schemas import ApiError
@@ -159,3 +159,36 @@ def test_frames_go_from_all_that_an_error_came_from() -> None:
         found = worker.without_frames(error)
     assert found is not None and found.__traceback__ is None and found.__cause__ is None
     assert found.__context__ is not None and found.__context__.__traceback__ is None
+
+
+def test_what_was_kept_of_others_gives_way(model: Model) -> None:
+    """A lone request without memory is tried once more if earlier contexts took some of it; what was sent is not sent twice."""
+    tries: list[str] = []
+
+    def ask_batch(requests: Sequence[AskRequest], *, on_token: Any, on_answer: Any, visitors: Any, contexts: Any) -> list[TextResult]:
+        [request] = requests
+        tries.append(request.question)
+        kept = contexts._questions.kept
+        if (request.question == "long" and "short" not in kept) or request.question == "short":
+            result = TextResult(request.question, 1, 1, {"decode": 0.1})
+            kept[request.question] = None
+            on_answer(0, result)
+            return [result]
+        kept[request.question] = None
+        if request.question == "told":
+            on_token(0, ord("x"))
+        raise torch.OutOfMemoryError("no memory")
+
+    model.ask_batch = ask_batch  # type: ignore[assignment, method-assign]
+
+    async def main() -> None:
+        engine, found = engine_of(model), list[Any]()
+        for question, stream in (("short", False), ("long", False), ("never", False), ("told", True)):
+            job = Job([AskRequest(question)], stream=stream)
+            engine.submit(job)
+            found.append((await ends(job))[-1] if not stream else [await job.events.get(), await job.events.get()][-1])
+        engine.close()
+        assert [type(event) for event in found] == [Done, Done, Failed, Failed]
+
+    run(main)
+    assert tries == ["short", "long", "long", "never", "never", "told"]
