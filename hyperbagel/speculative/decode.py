@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hyperbagel.core.errors import InputError, Notice
-from hyperbagel.generate.decode import Decoded, OnDone, Runner, closed_up, first_logits, leaving, taken
+from hyperbagel.generate.decode import Decoded, OnDone, Runner, first_logits, leaving, taken
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
 from hyperbagel.generate.sampling import nucleus, pick
@@ -261,7 +261,7 @@ class Rounds:
 
     def _leave(self, kept: list[int] | None) -> None:
         """Goes on with these rows alone; None: with all."""
-        if kept is None or len(kept) == len(self.of_row):
+        if kept is None:
             return
         self.drafter.narrow(kept, self.counts)
         self.cache.select(kept)
@@ -273,12 +273,11 @@ class Rounds:
         self.alive = set(range(len(kept)))
 
     def _welcome(self) -> None:
-        """Takes in the sessions that join, in the places of finished rows, which leave."""
+        """Takes in the sessions that join, in the places of rows that left."""
         new = self.traffic.join(len(self.alive)) if self.traffic is not None else ()
         if not new:
             return
         assert self.traffic is not None
-        self._leave(closed_up(self.alive))
         sessions, generators = [session for session, _ in new], [generator for _, generator in new]
         first = first_logits(sessions)
         assert first is not None, "got a session that joins and has not read im_start"

@@ -59,13 +59,13 @@ def test_a_thousand_prompts_of_changing_drafters(parts: Parts) -> None:
     adaptive, used = None, dict.fromkeys(names, 0)
     for at in range(0, 1000, 125):
         group = sessions[at : at + 125]
-        plain = plain_decode(group, max_tokens=12)
+        plain = plain_decode(group, max_tokens=24)
         stubs = {name: stub(plain, parts.tokenizer.im_end, 1024) for name, stub in STUBS.items()}
         fresh = Adaptive({**stubs, "lookup": Lookup(), "block": block}, costs=costs(*names))
         fresh.phases = adaptive.phases if adaptive else {}  # what was learnt stays
         adaptive = fresh
         assert len(adaptive.expected_rates("block")) == block.depth == 4 < block.width  # a tree is no deeper than its block
-        out = decode(group, max_tokens=12, drafter=adaptive)
+        out = decode(group, max_tokens=24, drafter=adaptive)
         same(plain, out)
         used = {name: used[name] + adaptive.rounds_drafted[name] for name in names}
     assert sum(n > 0 for n in used.values()) >= 4 and used["echo"] == max(used.values()), used
