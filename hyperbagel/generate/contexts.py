@@ -85,7 +85,8 @@ class Contexts:
             kept.move_to_end(best)
             session, asked = kept[best]
             ends = asked.ends[:n]
-            session = session.fork() if n == len(keys) == len(asked.items) else _cut(session, *ends[-1])
+            texts = session.texts[: sum(isinstance(item, str) for item in items[:n])]
+            session = session.fork() if n == len(keys) == len(asked.items) else _cut(session, *ends[-1], texts)
             session.reused = session.tokens
         else:
             session = Session.new(parts, taps)
@@ -116,9 +117,9 @@ def read(session: Session, items: Sequence[Item]) -> list[tuple[int, int]]:
     return ends
 
 
-def _cut(session: Session, tokens: int, position: int) -> Session:
-    """A copy as it was after so many tokens; guidance, which answers have none of, cannot go on from it."""
-    return Session(session.parts, KVCache.stack([session.cache.prefix(tokens)], taps=session.cache.taps), position)
+def _cut(session: Session, tokens: int, position: int, texts: list[list[int]]) -> Session:
+    """A copy as it was after so many tokens and these texts; guidance, which answers have none of, cannot go on from it."""
+    return Session(session.parts, KVCache.stack([session.cache.prefix(tokens)], taps=session.cache.taps), position, texts)
 
 
 def _common(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:

@@ -24,7 +24,7 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     one at least (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, eq. 2). Greedy decoding needs none."""
     if temperature == 0 or top_p >= 1:
         return logits
-    p, order = probabilities(logits, temperature).sort(dim=-1, descending=True)
+    p, order = probabilities(logits, temperature).sort(dim=-1, descending=True, stable=True)
     outside = p.cumsum(-1) - p >= top_p  # what is likelier is enough
     outside[..., 0] = False
     return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)

@@ -165,11 +165,10 @@ class KVCache:
         self._whole = self._whole or tuple(map(list, self._stores()))
         moved = [(to, row) for to, row in enumerate(rows) if to != row]
         to, of = torch.tensor(moved, device=self.k[0].device, dtype=torch.long).view(-1, 2).unbind(1)
-        top = max((self.lengths[row] for row in rows), default=0)
         for store, whole in zip(self._stores(), self._whole):
             for i, x in enumerate(whole):
                 if moved:
-                    x[to, :, :top] = x[of, :, :top]
+                    x[to] = x[of]  # with what is behind their ends: nothing of another request stays (`_clear`)
                 store[i] = x[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
 
@@ -191,6 +190,7 @@ class KVCache:
         for store, whole in zip(self._stores(), self._whole):
             store[:] = [x[:rows] for x in whole]
         self._copy(caches, spent, have)
+        self._clear(have)
 
     def untap(self) -> None:
         """Keeps no hidden states and positions any more, and frees those that it kept."""
@@ -218,13 +218,14 @@ class KVCache:
         return whole
 
     def load(self, caches: Sequence[KVCache], spent: bool = False) -> None:
-        """Copies several caches into this one, as many rows as it has and none longer than its capacity. Its storage stays in place.
-
-        The slots behind them are zeroed: steps of fixed shape only mask what an earlier request left there, and 0 * nan is nan.
-        """
+        """Copies several caches into this one, as many rows as it has and none longer than its capacity. Its storage stays in place."""
         self._copy(caches, spent)
+        self._clear()
+
+    def _clear(self, at: int = 0) -> None:
+        """Zeroes the slots behind rows `at` and following: what an earlier request left there is only masked, and 0 * nan is nan."""
         for store in (*self.k, *self.v):
-            for row, n in zip(store, self.lengths, strict=True):
+            for row, n in zip(store[at:], self.lengths[at:], strict=True):
                 row[:, n:].zero_()
 
     def _copy(self, caches: Sequence[KVCache], spent: bool, at: int = 0) -> None:

@@ -307,7 +307,7 @@ class Engine:
             say(row, streams[row].finish())
             self._finish(units[row], result)
 
-        visitors = _Visitors(self, model, units, streams)
+        visitors = _Visitors(self, model, units, streams, contexts)
         return model.ask_batch(requests, on_token=on_token, on_answer=on_answer, visitors=visitors, contexts=contexts)
 
     # -- counting --------------------------------------------------------------------------------------------------------------
@@ -324,8 +324,8 @@ class Engine:
 class _Visitors:
     """Who comes to a batch that is being answered, and who leaves it (speculative.answers.Visitors): its units and its streams."""
 
-    def __init__(self, engine: Engine, model: HyperBagel, units: list[Unit], streams: list[AnswerText]) -> None:
-        self.engine, self.model, self.units, self.streams = engine, model, units, streams
+    def __init__(self, engine: Engine, model: HyperBagel, units: list[Unit], streams: list[AnswerText], contexts: Contexts) -> None:
+        self.engine, self.model, self.units, self.streams, self.contexts = engine, model, units, streams, contexts
 
     def next(self, rows: int) -> AskRequest | None:
         room = rows < self.engine.batch and len(self.units) < TURNS * self.engine.batch
@@ -339,6 +339,8 @@ class _Visitors:
 
     def refuse(self, error: Exception) -> None:
         self.streams.pop()
+        if isinstance(error, torch.OutOfMemoryError):
+            self.contexts.forget()
         self.engine.refuse(self.units.pop(), error)
 
     def gone(self, index: int) -> bool:

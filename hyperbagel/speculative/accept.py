@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import NOT_FINITE, draw, look_ahead, numbers, pick, probabilities
+from hyperbagel.generate.sampling import NOT_FINITE, draw, look_ahead, nucleus, numbers, pick, probabilities
 from hyperbagel.speculative.tree import path_to, tree_depth
 from hyperbagel.speculative.types import Draft
 from hyperbagel.speculative.verify import chosen_chain, chosen_path, sampled, sampled_chain
@@ -33,18 +33,22 @@ class Verdict(NamedTuple):
     deepest: list[int]
 
 
-def accept(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
-    """logits [B, n, V] after tokens [B, n], roots first. Waits for the device once; for trees that were drawn, several times.
+def accept(
+    logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator], top_p: float = 1.0
+) -> Verdict:
+    """logits [B, n, V] after tokens [B, n], roots first; top_p: see `nucleus`. Waits for the device once, or several times for trees that
+    were drawn.
 
     Raises RuntimeError if it samples and the model's probabilities are not finite, as plain decoding does.
     """
     if tokens.shape[1] == 1:  # as lean as a plain step, since rounds without drafts must not cost more
-        root = pick(logits[:, 0], temperature, generators)
+        root = pick(nucleus(logits[:, 0], temperature, top_p), temperature, generators)
         own, before = torch.stack([root, tokens[:, 0]]).tolist()
         return Verdict(root, own, [[0]] * len(own), [[id_] for id_ in before], [0] * len(own))
     drawn = temperature > 0 and draft.q is None
     if drawn and _on_cpu(logits):
-        return _walk(logits, tokens, draft, temperature, generators)
+        return _walk(logits, tokens, draft, temperature, generators, top_p)
+    logits = nucleus(logits, temperature, top_p)
     said = _said(logits, draft, temperature, generators) if drawn or temperature == 0 else None
     decide = _chain if draft.tree is None else _tree
     verdict = decide(logits, tokens, draft, said, temperature, generators)
@@ -60,14 +64,14 @@ def _on_cpu(logits: Tensor) -> bool:
     return logits.device.type == "cpu"
 
 
-def _walk(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator]) -> Verdict:
+def _walk(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, generators: Sequence[torch.Generator], top_p: float) -> Verdict:
     """Down a choice on a CPU, drawing only after the nodes that it comes to."""
     rows, n = tokens.shape
     above = [[0, *range(n - 1)]] * rows if draft.tree is None else draft.tree.parents.tolist()
     ids = tokens.tolist()
 
     def says(b: int, generator: torch.Generator) -> Callable[[int], int]:
-        return lambda node: int(pick(logits[b, node][None], temperature, [generator]))
+        return lambda node: int(pick(nucleus(logits[b, node][None], temperature, top_p), temperature, [generator]))
 
     walks = [chosen_path(says(b, g), *row) for b, (g, *row) in enumerate(zip(generators, ids, above, strict=True))]
     own = [token for _, token in walks]

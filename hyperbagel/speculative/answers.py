@@ -112,12 +112,15 @@ class _Writing:
 
     def done(self, row: int, out: Decoded) -> None:
         of = self.rows[row]
-        at = None if of.stopped is None else of.stopped.ended_at
-        said = self.tokenizer.decode(out.ids) if of.stopped is None or at is None else of.stopped.text
+        said, at, reason = self.tokenizer.decode(out.ids), None, out.finish_reason
+        if of.stopped is not None:
+            of.stopped.finish()  # what only the end decides, as a stream does
+            said, at = of.stopped.text, of.stopped.ended_at
+            reason = reason if at is None else "stop"
         thinking, answer = split_thinking(said, of.think)
         known: dict[str, Any] = {"timings": {**of.timings, "decode": clock(self.where) - of.began}, "reused": of.reused, "stopped_at": at}
         known |= {} if self.drafter is None else self.drafter.told(out)
-        result = TextResult(answer, len(out.ids), of.context, thinking=thinking, finish_reason=out.finish_reason, **known)
+        result = TextResult(answer, len(out.ids), of.context, thinking=thinking, finish_reason=reason, **known)
         self.results[row] = result
         if self.on_answer is not None:
             self.on_answer(row, result)

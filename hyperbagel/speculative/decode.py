@@ -232,9 +232,8 @@ class Rounds:
         else:
             logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
-        verdict = accept(
-            nucleus(logits, self.temperature, self.top_p), tokens, draft, self.temperature, self.generators
-        )  # the only wait for the device of a chain
+        how = self.temperature, self.generators, self.top_p
+        verdict = accept(logits, tokens, draft, *how)  # the only wait for the device of a chain
         begun = [end - n for end in self.cache.lengths]
         paths = [path if b in self.alive else [] for b, path in enumerate(verdict.paths)]
         if n > 1 or len(self.alive) < len(paths):

@@ -291,6 +291,21 @@ def test_a_batch_that_nobody_waits_for_is_over(sessions: list[Session]) -> None:
     assert len(coming.rows) == 4 and max(len(out.ids) for out in outs) == 5 < LENGTH  # the first token came with the prefill
 
 
+def test_who_takes_the_place_of_one_that_overflowed(sessions: list[Session], alone: list[Decoded], parts: Parts) -> None:
+    bad = sessions[1].fork()
+    for x in (*bad.cache.v, *bad.cache.tapped):
+        x.fill_(torch.nan)
+
+    class Leaving(Called):
+        def gone(self, row: int) -> bool:
+            return row == 1
+
+    for name in ("nobody", "block, tree"):
+        coming = Leaving(lambda call, rows: [(sessions[8], torch.Generator())] if call == 2 else [])
+        outs = decode([sessions[0], bad], max_tokens=LENGTH, drafter=drafter(name, alone, parts), traffic=coming)
+        assert said([outs[0], outs[2]]) == said([alone[0], alone[8]])
+
+
 def test_without_memory_for_those_who_join_the_others_go_on(
     sessions: list[Session], alone: list[Decoded], parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,6 +182,31 @@ def test_a_thought_may_hold_the_stop_text(model: HyperBagel, monkeypatch: pytest
     assert model.ask("what is it", think=True, stop="no such").text == "a car. a key."
 
 
+@pytest.mark.parametrize(
+    ("ids", "think", "stop", "expected"),
+    [
+        ("<", True, "<", ("", "<")),  # the end tells that no thought began
+        ("<th", True, "t", ("<", "t")),
+        ("你", False, "\ufffd", ("", "\ufffd")),  # cut inside the character
+        ("a car", False, "car!", ("a car", None)),
+    ],
+)
+def test_what_only_the_end_decides(
+    model: HyperBagel, ids: str, think: bool, stop: str, expected: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a stream. Cut by max_tokens, an answer that then ends at a stop text was stopped."""
+    tokens = model.parts.tokenizer.encode(ids)[: 2 if ids == "你" else None]
+
+    def said(sessions: Any, *, until: Any, on_done: Any, **how: Any) -> None:
+        assert not any([until(0, token) for token in tokens])
+        on_done(0, Decoded(tokens, "length"))
+
+    monkeypatch.setattr("hyperbagel.speculative.answers.decode", said)
+    result = model.ask("what is it", think=think, stop=stop)
+    assert (result.text, result.stopped_at) == expected
+    assert result.finish_reason == ("length" if expected[1] is None else "stop")
+
+
 def test_one_whose_answer_would_not_fit_does_not_join(model: HyperBagel) -> None:
     """Its question fits the context, by itself."""
     long = " ".join(["red"] * (model.parts.model.config.llm.max_position_embeddings - 8))

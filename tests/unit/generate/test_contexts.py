@@ -129,6 +129,7 @@ def test_what_two_conversations_begin_with_is_found(model: HyperBagel) -> None:
         found, fresh = contexts.ask(model.parts, items, (0, 1)), Contexts().ask(model.parts, items, (0, 1))
         assert (found.reused > 0) is (common > 0)
         assert (found.tokens, found.position, fresh.reused) == (fresh.tokens, fresh.position, 0)
+        assert found.texts == fresh.texts, "lookup drafts from them"
         assert found.reused == Contexts().ask(model.parts, items[:common], (0, 1)).tokens if common else found.reused == 0
         assert found.opened is not None and fresh.opened is not None
         torch.testing.assert_close(found.opened, fresh.opened, atol=1e-4, rtol=1e-4)
@@ -149,6 +150,26 @@ def test_several_answers_to_one_question_read_it_once(model: HyperBagel, read: l
     together = model.ask_batch(asked, contexts=Contexts())
     assert len(read) == 1 and [result.reused > 0 for result in together] == [False, True, True]
     assert [result.text for result in together] == [result.text for result in model.ask_batch(asked)]
+
+
+@pytest.mark.parametrize("drafter", ["none", "lookup"])
+def test_what_is_kept_is_not_what_is_decoded(model: HyperBagel, drafter: str) -> None:
+    """Alone it is decoded in place, in a batch it is freed once it is copied."""
+    contexts, how = Contexts(), {"max_tokens": 8, "drafter": drafter}
+    asked = [AskRequest(text, (picture(),), **how) for text in ("what is this", "and where")]  # type: ignore[arg-type]
+    plain = [model.ask_batch([one])[0].text for one in asked]
+    for group in (asked, asked[:1], asked, asked[1:], asked):
+        found = model.ask_batch(group, contexts=contexts)
+        assert [result.text for result in found] == [plain[asked.index(one)] for one in group]
+    assert all(result.reused == result.prompt_tokens for result in found)
+
+
+def test_who_goes_on_keeps_what_it_began_with(model: HyperBagel) -> None:
+    """A first question whose conversation branches was used last, though it was asked first."""
+    contexts, first = Contexts(conversations=3), [picture(), "what"]
+    for items in (first, [picture(1), "what"], [picture(), "why"], [picture(2), "what"]):
+        contexts.ask(model.parts, items, ())
+    assert contexts.ask(model.parts, first, ()).reused == contexts.ask(model.parts, first, ()).tokens
 
 
 def test_the_oldest_conversations_are_forgotten(model: HyperBagel) -> None:

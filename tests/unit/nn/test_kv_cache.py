@@ -197,6 +197,25 @@ def test_those_that_are_taken_in_may_be_spent() -> None:
         assert bool(other.k) is not spent and bool(other._whole) is not spent and other.lengths == [4]
 
 
+def test_nothing_of_those_who_left_is_seen() -> None:
+    """A masked nan is still one: 0 * nan."""
+    cache = tapped([9, 8, 7, 2])
+    for x in (*cache.k, *cache.v):
+        x[:3] = torch.nan
+    cache.select([3])
+    cache.add([tapped([3, 1], seed=1)], 2)
+    assert all(x.isfinite().all() for x in (*cache.k, *cache.v)) and cache.k[0].shape[0] == 3
+    q, k, v = tokens(3, 2, seed=5)
+    assert push(cache, q, k, v, [2, 2, 2]).isfinite().all()
+
+
+def test_untapped_room_is_freed() -> None:
+    cache = tapped([2, 5])
+    cache.select([1])
+    cache.untap()
+    assert cache._whole is None
+
+
 def test_without_memory_nothing_is_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, other, made, calls = tapped([2, 5]), tapped([3], seed=1), torch.Tensor.new_zeros, list[int]()
 

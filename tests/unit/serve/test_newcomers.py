@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+import torch
 from engine_world import Model, engine_of, jobs, keep_busy, run
 from PIL import Image
 
@@ -86,6 +87,32 @@ def test_a_batch_ends_however_many_wait(model: Model) -> None:
         await while_first(engine, model, *(question(f"{i:03}") for i in range(TURNS * 2 + 3)))
         assert [len(batch) for batch in model.batches] == [TURNS * 2, 2, 2]  # the last two pairs begin and end together
         assert engine.metrics.get("hyperbagel_tokens_total") == 3 * (TURNS * 2 + 4)
+
+    run(main)
+
+
+def test_without_memory_for_one_that_joins_what_is_kept_goes(model: Model) -> None:
+    forgotten: list[bool] = []
+
+    def answers(requests: Any, on_token: Any, on_answer: Any, visitors: Any, contexts: Any) -> list[TextResult]:
+        model.inside.set()
+        model.hold.wait(10)
+        contexts.forget = lambda: forgotten.append(True)
+        if (request := visitors.next(1)) is not None:
+            visitors.refuse(torch.OutOfMemoryError("no memory") if request.question == "big" else InputError("no"))
+        on_answer(0, TextResult("a", 1, 1, {"decode": 0.1}))
+        return [TextResult("a", 1, 1, {"decode": 0.1})]
+
+    async def main() -> None:
+        model.ask_batch = answers  # type: ignore[assignment, method-assign]
+        for text, expected in (("big", [True]), ("bad", [])):
+            engine, job = engine_of(model), question(text)
+            await keep_busy(engine, model, question("abc"))
+            engine.submit(job)
+            model.hold.set()
+            await asyncio.to_thread(engine.close)
+            assert forgotten == expected and isinstance(events(job)[-1], Failed if text == "bad" else Done)
+            forgotten.clear()
 
     run(main)
 
