@@ -85,8 +85,9 @@ class Contexts:
             kept.move_to_end(best)
             session, asked = kept[best]
             ends = asked.ends[:n]
-            texts = session.texts[: sum(isinstance(item, str) for item in items[:n])]
-            session = session.fork() if n == len(keys) == len(asked.items) else _cut(session, *ends[-1], texts)
+            if not n == len(keys) == len(asked.items):  # else it is handed out, and a copy takes its place
+                texts = sum(isinstance(item, str) for item in items[:n])
+                session = _cut(session, *ends[-1], session.texts[:texts])
             session.reused = session.tokens
         else:
             session = Session.new(parts, taps)

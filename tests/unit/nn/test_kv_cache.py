@@ -200,6 +200,7 @@ def test_those_that_are_taken_in_may_be_spent() -> None:
 def test_nothing_of_those_who_left_is_seen() -> None:
     """A masked nan is still one: 0 * nan."""
     cache = tapped([9, 8, 7, 2])
+    cache.reserve(12)
     for x in (*cache.k, *cache.v):
         x[:3] = torch.nan
     cache.select([3])
