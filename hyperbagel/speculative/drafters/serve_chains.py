@@ -46,7 +46,7 @@ class AutoregressiveDrafter(Proposer):
         return draft
 
     def _read_ahead(self, seen: Seen, cache: KVCache) -> None:
-        rows, (start, counts) = torch.arange(len(seen.start)), torch.tensor([seen.start, seen.counts], device=seen.root.device)
+        rows, start, counts = torch.tensor([[*range(len(seen.start))], seen.start, seen.counts], device=seen.root.device)
         following = seen.cache.tapped[seen.cache.taps.index(0)][rows, 0, start + counts]  # the slots behind them, not the roots
         news = gather_news(seen, self.module.layers_read, following)
         self._read(news, counts, Served(cache, cache.plan(seen.counts, causal=True)))
