@@ -10,7 +10,6 @@ answer from both; it fails if one does not.
 from __future__ import annotations
 
 import argparse
-import io
 import random
 import statistics
 import sys
@@ -25,7 +24,7 @@ import httpx2
 import torch
 
 from benchmarks.finish import finish, head
-from benchmarks.server import about_picture, serving
+from benchmarks.server import about_picture, as_png, serving
 from hyperbagel.core.run import git_sha
 from hyperbagel.evaluate.toybox import drawn
 from hyperbagel.toybox.language import sample_question
@@ -60,9 +59,7 @@ def questions(seed: int = 5) -> list[tuple[bool, dict[str, Any]]]:
     for _ in range(QUESTIONS):
         long = rng.random() < LONG
         made = sample_question(rng, split="heldout", kind="describe") if long else sample_question(rng)
-        buffer = io.BytesIO()
-        drawn(made.scene, 64).save(buffer, "PNG")
-        found.append((long, about_picture(buffer.getvalue(), made.question, max_tokens=160)))
+        found.append((long, about_picture(as_png(drawn(made.scene, 64)), made.question, max_tokens=160)))
     return found
 
 

@@ -31,7 +31,7 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from benchmarks.finish import finish, head
-from benchmarks.server import about_picture, data_url, serving
+from benchmarks.server import about_picture, as_png, data_url, serving
 from hyperbagel.toybox.render import render
 from hyperbagel.toybox.scene import Scene, Thing
 
@@ -93,10 +93,8 @@ class Client:
     def __init__(self, address: str, students: list[str], seen: Seen, seed: int) -> None:
         self.http, self.seen, self.rng = httpx2.Client(base_url=address, timeout=300), seen, random.Random(seed)
         self.students, self.live_address = students, address.replace("http", "ws", 1) + "/live"
-        buffer = io.BytesIO()
         things = (Thing("circle", "red", "large", 4), Thing("car", "blue", "large", 8))
-        Image.fromarray(render(Scene("cream", things), 64)).save(buffer, "PNG")
-        self.picture = buffer.getvalue()
+        self.picture = as_png(Image.fromarray(render(Scene("cream", things), 64)))
         self.url = data_url(self.picture)
         self.kinds: list[Callable[[], None]] = [self.draw, self.edit, self.ask, self.leave, self.refused, self.live]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hyperbagel.data.prompts import CLOSE, OPEN
 from hyperbagel.data.tokenizer import Tokenizer
-
-OPEN, CLOSE = "<think>", "</think>"
 
 
 class AnswerText:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from hyperbagel.data.plan import Sample, Text
 from hyperbagel.data.tokenizer import Tokenizer
 
+OPEN, CLOSE = "<think>", "</think>"  # around a thought
 THINK_DRAW = (
     "You should first think about the planning process in the mind and then generate the image. \n"
     "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
@@ -24,7 +25,7 @@ def planned(tokenizer: Tokenizer, prompt: str, plan: str | None) -> tuple[Sample
     asked = Text(tokenizer.encode(prompt), enable_cfg=True)
     if not plan:
         return [], [asked]
-    tagged = plan if "<think>" in plan else f"<think>{plan}</think>"
+    tagged = plan if OPEN in plan else f"{OPEN}{plan}{CLOSE}"
     # the plan is dropped with the prompt: guidance's text-dropped branch knows neither
     return [Text(tokenizer.encode(THINK_DRAW))], [asked, Text(tokenizer.encode(tagged), loss=True, tied=True)]
 
@@ -32,12 +33,12 @@ def planned(tokenizer: Tokenizer, prompt: str, plan: str | None) -> tuple[Sample
 def split_thinking(text: str, think: bool) -> tuple[str | None, str]:
     """("...", answer) from "<think> ... </think> answer"; the answer is "" if the thought was cut off. (None, text) if there is no thought,
     or if `think` is off."""
-    if not think or not ("</think>" in text or text.lstrip().startswith("<think>")):
+    if not think or not (CLOSE in text or text.lstrip().startswith(OPEN)):
         return None, text.strip()
-    thought, _, answer = text.partition("</think>")
+    thought, _, answer = text.partition(CLOSE)
     return untagged(thought), answer.strip()
 
 
 def untagged(thought: str) -> str:
     """A thought without its tags."""
-    return thought.replace("<think>", "").replace("</think>", "").strip()
+    return thought.replace(OPEN, "").replace(CLOSE, "").strip()

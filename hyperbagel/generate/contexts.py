@@ -78,8 +78,13 @@ class Contexts:
         """A session that has read pictures and texts, the last of them a question, and opened its answer. `reused` says how many tokens
         were found here; the same context as before is found with its answer opened, bit for bit."""
         keys, kept = tuple(map(_digest, items)), self._questions.kept
-        fits = [(_common(keys, asked.items), key) for key, (session, asked) in kept.items() if session.cache.taps == tuple(taps)]
-        n, best = max(fits, key=lambda fit: fit[0], default=(0, None))
+        # of equal ones the shortest: it may be the whole context, with its answer opened
+        fits = [
+            (_common(keys, asked.items), -len(asked.items), key)
+            for key, (session, asked) in kept.items()
+            if session.cache.taps == tuple(taps)
+        ]
+        n, _, best = max(fits, key=lambda fit: fit[:2], default=(0, 0, None))
         ends: list[tuple[int, int]] = []
         if n:
             kept.move_to_end(best)

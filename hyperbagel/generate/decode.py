@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import nucleus, pick
+from hyperbagel.generate.sampling import pick
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken, Until
 from hyperbagel.model.bagel import Bagel
@@ -124,7 +124,7 @@ def decode(
     The sessions stay as they were: an answer joins a conversation as text (`Session.add_text`), as in the reference.
 
     Args:
-        temperature: 0 is greedy; above it each row draws from its own one of `generators`, from the nucleus of `top_p` (`nucleus`).
+        temperature: 0 is greedy; above it each row draws from its own one of `generators`, from the nucleus of `top_p` (sampling.nucleus).
         on_token: called with (row, token id); may raise to stop the work.
         on_done: called with (row, its answer) as soon as that is whole, whatever the others still say; may raise, too.
         until: asked after each token, with (row, token id), whether the row's answer ends with it.
@@ -154,7 +154,7 @@ def decode(
                     results[of_row[row]].logits.append(logits[row].float())
             if step == max_tokens:
                 break
-            token = pick(nucleus(logits, temperature, top_p), temperature, generators)[:, None]
+            token = pick(logits, temperature, generators, top_p)[:, None]
             for row, id_ in enumerate(token[:, 0].tolist()):
                 if row not in alive:
                     continue

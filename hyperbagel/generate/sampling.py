@@ -30,14 +30,14 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
 
 
-def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
-    """logits [B, V] -> tokens [B]: argmax for T = 0, else one draw per row with that row's own generator (on the CPU).
+def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generator], top_p: float = 1.0) -> Tensor:
+    """logits [B, V] -> tokens [B]: argmax for T = 0, else one draw per row from its `nucleus`, with that row's own generator (on the CPU).
 
     Raises RuntimeError for probabilities that are not finite.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = probabilities(logits, temperature)
+    p = probabilities(nucleus(logits, temperature, top_p), temperature)
     if not bool(p.isfinite().all()):
         raise RuntimeError(NOT_FINITE)
     return draw_rows(p, generators)

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hyperbagel.data.images import SETTINGS_KEY
+from hyperbagel.data.prompts import CLOSE, OPEN
 from hyperbagel.pipeline import HyperBagel, ImageRequest, ImageResult, TextResult
 from hyperbagel.serve.schemas import ApiError, ImageFields
 
@@ -133,8 +134,6 @@ class ThinkSplitter:
     Text that does not begin with <think> is content. A thought that max_tokens cut off stays a thought. think: without it all is content.
     """
 
-    OPEN, CLOSE = "<think>", "</think>"
-
     def __init__(self, think: bool) -> None:
         self.name = "" if think else "content"  # of the current part; "": not known yet
         self.rest = ""  # text held back
@@ -146,18 +145,18 @@ class ThinkSplitter:
         out: list[tuple[str, str]] = []
         if not self.name:
             begin = self.rest.lstrip()
-            if begin.startswith(self.OPEN):
-                self.name, self.rest = "reasoning_content", begin[len(self.OPEN) :]
-            elif self.OPEN.startswith(begin):
+            if begin.startswith(OPEN):
+                self.name, self.rest = "reasoning_content", begin[len(OPEN) :]
+            elif OPEN.startswith(begin):
                 return out
             else:
                 self.name = "content"
-        if self.name == "reasoning_content" and self.CLOSE in self.rest:
-            thought, _, self.rest = self.rest.partition(self.CLOSE)
+        if self.name == "reasoning_content" and CLOSE in self.rest:
+            thought, _, self.rest = self.rest.partition(CLOSE)
             out += self._give(thought.rstrip())
             self.name, self.fresh = "content", True
         # Held back: trailing blanks, which are dropped if the part ends there, and what may be the beginning of </think>.
-        mark = self.CLOSE if self.name == "reasoning_content" else ""
+        mark = CLOSE if self.name == "reasoning_content" else ""
         keep = next((i for i in range(len(self.rest)) if mark.startswith(self.rest[i:].strip())), len(self.rest))
         ready, self.rest = self.rest[:keep], self.rest[keep:]
         return out + self._give(ready)

@@ -42,7 +42,7 @@ def accept(
     Raises RuntimeError if it samples and the model's probabilities are not finite, as plain decoding does.
     """
     if tokens.shape[1] == 1:  # as lean as a plain step, since rounds without drafts must not cost more
-        root = pick(nucleus(logits[:, 0], temperature, top_p), temperature, generators)
+        root = pick(logits[:, 0], temperature, generators, top_p)
         own, before = torch.stack([root, tokens[:, 0]]).tolist()
         return Verdict(root, own, [[0]] * len(own), [[id_] for id_ in before], [0] * len(own))
     drawn = temperature > 0 and draft.q is None
@@ -71,7 +71,7 @@ def _walk(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, gene
     ids = tokens.tolist()
 
     def says(b: int, generator: torch.Generator) -> Callable[[int], int]:
-        return lambda node: int(pick(nucleus(logits[b, node][None], temperature, top_p), temperature, [generator]))
+        return lambda node: int(pick(logits[b, node][None], temperature, [generator], top_p))
 
     walks = [chosen_path(says(b, g), *row) for b, (g, *row) in enumerate(zip(generators, ids, above, strict=True))]
     own = [token for _, token in walks]

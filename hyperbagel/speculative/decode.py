@@ -22,7 +22,7 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.decode import Decoded, OnDone, Runner, first_logits, leaving, taken
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
-from hyperbagel.generate.sampling import nucleus, pick
+from hyperbagel.generate.sampling import pick
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken, Until
 from hyperbagel.model.bagel import Bagel
@@ -205,7 +205,7 @@ class Rounds:
 
     def _begin_answers(self, rows: range, first: Tensor, generators: Sequence[torch.Generator]) -> None:
         """Rows `rows`, the last ones, get their first tokens from logits [len(rows), V]."""
-        said = pick(nucleus(first, self.temperature, self.top_p), self.temperature, generators)
+        said = pick(first, self.temperature, generators, self.top_p)
         self.root = torch.cat([self.root[: rows.start], said])
         self.ids = [*self.ids[: rows.start], *([self.im_start] for _ in rows)]
         for b, id_ in zip(rows, said.tolist(), strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import STUBS, make_parts, mixed_sessions, text_sessions
+from parity_world import STUBS, mixed_sessions, text_sessions
 
 from hyperbagel.core.errors import Notice
 from hyperbagel.generate.decode import Decoded
@@ -30,11 +30,6 @@ from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Draft, Drafter, Seen, Speculated
 
 TAPS = (0, 1, 2, 3, 4, 5)
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
 
 
 def costs(*names: str) -> Costs:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from parity_world import CONFIG, large_weights, make_parts, text_sessions
+from parity_world import CONFIG, large_weights, text_sessions
 from torch import Tensor
 
 from hyperbagel.generate.session import Parts, Session
@@ -20,11 +20,6 @@ from hyperbagel.speculative.drafters.serve_blocks import BlockProposer, block_pl
 from hyperbagel.speculative.types import Draft, Seen
 
 DEPTH = 4
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import make_parts, mixed_sessions, text_sessions
+from parity_world import mixed_sessions, text_sessions
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import decode as plain_decode
@@ -36,11 +36,6 @@ from hyperbagel.train.losses.drafter import block_loss, unrolled_loss
 KINDS: list[Kind] = ["eagle3", "hyper-bagel", "block"]
 TAPS = (0, 1, 2, 3, 4, 5)
 DEPTH, LENGTH = 4, 14
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
 
 
 def fresh(kind: Kind, parts: Parts, **own: object) -> Module:

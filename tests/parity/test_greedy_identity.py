@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from parity_world import STUBS, Echo, drafter_of, make_parts, mixed_sessions, same, text_sessions
+from parity_world import STUBS, Echo, drafter_of, mixed_sessions, same, text_sessions
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.decode import Decoded
@@ -23,11 +23,6 @@ from hyperbagel.speculative.tree import Tree
 from hyperbagel.speculative.types import Speculated
 
 PROMPTS, BATCH, LENGTH = 1000, 125, 12
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
 
 
 @pytest.fixture(scope="module")

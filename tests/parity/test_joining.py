@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import SERVED, STUBS, Shadow, Twins, batches, drafter_of, make_parts, no_memory_once, served, unlike_sessions
+from parity_world import SERVED, STUBS, Shadow, Twins, batches, drafter_of, no_memory_once, served, unlike_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
@@ -23,11 +23,6 @@ from hyperbagel.speculative.types import Drafter, Seen
 TAPS = (0, 1, 2, 3, 4, 5)
 ROWS, LENGTH = 9, 24
 COMING = {0: 1, 2: 2, 3: 1, 5: 2, 6: 1, 40: 9}  # call -> how many join, behind the two that begin
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import SERVED, STUBS, Shadow, Twins, batches, drafter_of, make_parts, served, unlike_sessions
+from parity_world import SERVED, STUBS, Shadow, Twins, batches, drafter_of, served, unlike_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
@@ -20,11 +20,6 @@ from hyperbagel.speculative.drafters.lookup import Lookup
 
 TAPS = (0, 1, 2, 3, 4, 5)
 ROWS, LENGTH = 9, 24
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
 
 
 @pytest.fixture(scope="module")

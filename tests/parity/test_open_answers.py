@@ -20,11 +20,6 @@ from hyperbagel.speculative.drafters.lookup import Lookup
 from hyperbagel.speculative.types import Drafter, Speculated
 
 
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
-
-
 def said(outs: Sequence[Decoded]) -> list[tuple[list[int], str]]:
     return [(out.ids, out.finish_reason) for out in outs]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import STUBS, drafter_of, make_parts, mixed_sessions, same, served, text_sessions
+from parity_world import STUBS, drafter_of, mixed_sessions, same, served, text_sessions
 
 from hyperbagel.generate.decode import decode as plain_decode
 from hyperbagel.generate.graphs import GraphRunner
@@ -15,11 +15,6 @@ from hyperbagel.speculative.decode import decode
 
 PROMPTS, BATCH, LENGTH = 1000, 125, 12
 NAMES = [*STUBS, "lookup"]
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
 
 
 def drawn(seed: int, rows: int, length: int = LENGTH) -> dict[str, Any]:

@@ -33,11 +33,6 @@ KINDS: tuple[Kind, ...] = ("eagle3", "hyper-bagel", "block")
 Served = AutoregressiveDrafter | BlockProposer
 
 
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
-
-
 def module_of(kind: Kind) -> torch.nn.Module:
     own = {"block": DEPTH, "rank": 8} if kind == "block" else {"zero_init": False} if kind == "hyper-bagel" else {"draft_vocab": 700}
     return large_weights(make_module(DrafterConfig.for_target(kind, CONFIG.llm, **own)), 0.2)

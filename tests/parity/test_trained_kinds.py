@@ -36,11 +36,6 @@ KINDS: list[Kind] = ["eagle3", "hyper-bagel"]
 
 
 @pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
-
-
-@pytest.fixture(scope="module")
 def batches(parts: Parts) -> list[tuple[list[Session], list[Decoded]]]:
     sessions = text_sessions(parts, PROMPTS, seed=6, taps=TAPS)
     groups = [sessions[i : i + BATCH] for i in range(0, PROMPTS, BATCH)]

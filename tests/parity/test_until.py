@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_world import SERVED, STUBS, drafter_of, make_parts, same, served, unlike_sessions
+from parity_world import SERVED, STUBS, drafter_of, same, served, unlike_sessions
 
 from hyperbagel.generate.decode import Decoded
 from hyperbagel.generate.decode import decode as plain_decode
@@ -19,11 +19,6 @@ from hyperbagel.speculative.types import Drafter
 
 TAPS = (0, 1, 2, 3, 4, 5)
 ROWS, LENGTH = 9, 24
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts()
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,16 @@ def test_the_same_question_is_found_whole(model: HyperBagel, read: list[Any], mo
 
 
 @torch.inference_mode()
+def test_an_earlier_question_of_a_longer_conversation_is_found_whole_again(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts, items = Contexts(), [picture(), "what is this"]
+    contexts.ask(model.parts, [*items, "a car", "why"], ())
+    first = contexts.ask(model.parts, items, ())
+    monkeypatch.setattr(model.parts.model, "backbone", lambda *given, **how: pytest.fail("was read again"))
+    again = contexts.ask(model.parts, items, ())
+    assert first.opened is not None and again.opened is not None and torch.equal(first.opened, again.opened)
+
+
+@torch.inference_mode()
 def test_what_two_conversations_begin_with_is_found(model: HyperBagel) -> None:
     """By pictures, order and words; the session is as one that read everything, with its taps and positions."""
     a, b = picture(1), picture(2)
