@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import pick
+from hyperbagel.generate.sampling import pick, told
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken, Until
 from hyperbagel.model.bagel import Bagel
@@ -154,8 +154,9 @@ def decode(
                     results[of_row[row]].logits.append(logits[row].float())
             if step == max_tokens:
                 break
-            token = pick(logits, temperature, generators, top_p)[:, None]
-            for row, id_ in enumerate(token[:, 0].tolist()):
+            picked = pick(logits, temperature, generators, top_p)
+            token = picked[:, None]
+            for row, id_ in enumerate(told(picked)):
                 if row not in alive:
                     continue
                 i = of_row[row]

@@ -11,6 +11,7 @@ from torch import Tensor
 # already has all of the probability.
 COLDEST = 1e-6
 
+BROKEN = -2  # what is said where probabilities are not finite: no token, and no missing node (-1)
 NOT_FINITE = "got probabilities that are not finite from the model, expected finite ones; its weights or caches are damaged"
 
 
@@ -31,16 +32,20 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def pick(logits: Tensor, temperature: float, generators: Sequence[torch.Generator], top_p: float = 1.0) -> Tensor:
-    """logits [B, V] -> tokens [B]: argmax for T = 0, else one draw per row from its `nucleus`, with that row's own generator (on the CPU).
-
-    Raises RuntimeError for probabilities that are not finite.
-    """
+    """logits [B, V] -> tokens [B]: argmax for T = 0, else one draw per row from its `nucleus`, with that row's own generator (on the CPU);
+    BROKEN where probabilities are not finite. `told` looks at them."""
     if temperature == 0:
         return logits.argmax(-1)
     p = probabilities(nucleus(logits, temperature, top_p), temperature)
-    if not bool(p.isfinite().all()):
+    return torch.where(p.isfinite().all(-1), draw_rows(p, generators), BROKEN)
+
+
+def told(tokens: Tensor) -> list[int]:
+    """Tokens [B] that were picked, as numbers: the one wait for the device of a step. Raises RuntimeError if one of them is BROKEN."""
+    ids: list[int] = tokens.tolist()
+    if BROKEN in ids:
         raise RuntimeError(NOT_FINITE)
-    return draw_rows(p, generators)
+    return ids
 
 
 def draw_rows(p: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

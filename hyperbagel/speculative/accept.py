@@ -15,12 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyperbagel.generate.sampling import NOT_FINITE, draw, look_ahead, nucleus, numbers, pick, probabilities
+from hyperbagel.generate.sampling import BROKEN, NOT_FINITE, draw, look_ahead, nucleus, numbers, pick, probabilities, told
 from hyperbagel.speculative.tree import path_to, tree_depth
 from hyperbagel.speculative.types import Draft
 from hyperbagel.speculative.verify import chosen_chain, chosen_path, sampled, sampled_chain
-
-_BROKEN = -2  # what the target says where its probabilities are not finite: no token, and no missing node (-1)
 
 
 class Verdict(NamedTuple):
@@ -44,6 +42,8 @@ def accept(
     if tokens.shape[1] == 1:  # as lean as a plain step, since rounds without drafts must not cost more
         root = pick(logits[:, 0], temperature, generators, top_p)
         own, before = torch.stack([root, tokens[:, 0]]).tolist()
+        if BROKEN in own:
+            raise RuntimeError(NOT_FINITE)
         return Verdict(root, own, [[0]] * len(own), [[id_] for id_ in before], [0] * len(own))
     drawn = temperature > 0 and draft.q is None
     if drawn and _on_cpu(logits):
@@ -52,7 +52,7 @@ def accept(
     said = _said(logits, draft, temperature, generators) if drawn or temperature == 0 else None
     decide = _chain if draft.tree is None else _tree
     verdict = decide(logits, tokens, draft, said, temperature, generators)
-    if min(verdict.own) < 0:
+    if BROKEN in verdict.own:
         raise RuntimeError(NOT_FINITE)
     if drawn:  # a draw for each new token: those accepted behind the root, and the target's own
         for generator, path in zip(generators, verdict.paths, strict=True):
@@ -71,7 +71,7 @@ def _walk(logits: Tensor, tokens: Tensor, draft: Draft, temperature: float, gene
     ids = tokens.tolist()
 
     def says(b: int, generator: torch.Generator) -> Callable[[int], int]:
-        return lambda node: int(pick(logits[b, node][None], temperature, [generator], top_p))
+        return lambda node: told(pick(logits[b, node][None], temperature, [generator], top_p))[0]
 
     walks = [chosen_path(says(b, g), *row) for b, (g, *row) in enumerate(zip(generators, ids, above, strict=True))]
     own = [token for _, token in walks]
@@ -87,7 +87,7 @@ def _chain(
         assert draft.q is not None
         p = probabilities(logits, temperature)
         node, root = sampled_chain(p, tokens, draft.q, numbers(generators, tokens.shape[1]).to(p.device))
-        root = torch.where(p.isfinite().flatten(1).all(1), root, _BROKEN)  # looked at in the one wait
+        root = torch.where(p.isfinite().flatten(1).all(1), root, BROKEN)  # looked at in the one wait
     rows = torch.cat([node[:, None], root[:, None], tokens], dim=1).tolist()
     paths = [list(range(row[0] + 1)) for row in rows]
     deepest = [sum(id_ >= 0 for id_ in row[3:]) for row in rows]
@@ -101,8 +101,8 @@ def _tree(
     assert draft.tree is not None
     parents = draft.tree.parents
     if said is not None:
-        ids, above, told = torch.stack([tokens, parents, said]).tolist()
-        walks = [chosen_path(row.__getitem__, *tree) for row, *tree in zip(told, ids, above, strict=True)]
+        ids, above, says = torch.stack([tokens, parents, said]).tolist()
+        walks = [chosen_path(row.__getitem__, *tree) for row, *tree in zip(says, ids, above, strict=True)]
         paths, own = [path for path, _ in walks], [token for _, token in walks]
         root = torch.tensor(own, device=tokens.device)
     else:
@@ -130,4 +130,4 @@ def _said(logits: Tensor, draft: Draft, temperature: float, generators: Sequence
     if draft.tree is not None:
         ahead = ahead.gather(1, draft.tree.depths)
     said = torch.stack([draw(p[:, i], ahead[:, i]) for i in range(n)], dim=1)  # node by node: fp64 over V takes memory
-    return torch.where(p.isfinite().flatten(1).all(1)[:, None], said, _BROKEN)
+    return torch.where(p.isfinite().flatten(1).all(1)[:, None], said, BROKEN)

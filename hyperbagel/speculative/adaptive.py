@@ -141,7 +141,7 @@ class Adaptive:
             self.news[other] = seen.after(news)
         answered = max(start + n - context for start, n, context in zip(seen.start, seen.counts, self.contexts, strict=True))
         phase = self._phase(min(LATE, answered.bit_length()))
-        first = int(seen.root[0]) if self.rows == 1 and not answered else None
+        first = seen.roots()[0] if self.rows == 1 and not answered else None
         records = phase.behind(first)
         plain = 1 / self.costs.plain
         open_to = dict(records)

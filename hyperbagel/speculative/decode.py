@@ -22,7 +22,7 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.generate.decode import Decoded, OnDone, Runner, first_logits, leaving, taken
 from hyperbagel.generate.decode import decode as plain
 from hyperbagel.generate.graphs import GraphRunner
-from hyperbagel.generate.sampling import pick
+from hyperbagel.generate.sampling import pick, told
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import OnToken, Until
 from hyperbagel.model.bagel import Bagel
@@ -191,7 +191,7 @@ class Rounds:
         self.cache.reserve(max(self.before) + room)
         device = self.model.device
         self.im_start = parts.tokenizer.im_start
-        self.root = torch.full((len(sessions),), self.im_start, device=device)
+        self.root, self.said = torch.full((len(sessions),), self.im_start, device=device), [self.im_start] * len(sessions)
         self.position = torch.tensor([s.position for s in sessions], device=device)
         self.of_row = list(range(len(sessions)))
         self.alive = set(self.of_row)
@@ -206,9 +206,9 @@ class Rounds:
     def _begin_answers(self, rows: range, first: Tensor, generators: Sequence[torch.Generator]) -> None:
         """Rows `rows`, the last ones, get their first tokens from logits [len(rows), V]."""
         said = pick(first, self.temperature, generators, self.top_p)
-        self.root = torch.cat([self.root[: rows.start], said])
+        self.root, self.said = torch.cat([self.root[: rows.start], said]), [*self.said[: rows.start], *told(said)]
         self.ids = [*self.ids[: rows.start], *([self.im_start] for _ in rows)]
-        for b, id_ in zip(rows, said.tolist(), strict=True):
+        for b, id_ in zip(rows, self.said[rows.start :], strict=True):
             self._report(b, [0], [id_], first[:, None], 0)
             self.results[self.of_row[b]].stats = Stats()
         self._tell_done(rows)
@@ -233,7 +233,8 @@ class Rounds:
             logits = verify_forward(self.model, self.cache, tokens, draft.tree, self.position)
         clock.append(time.perf_counter())
         how = self.temperature, self.generators, self.top_p
-        verdict = accept(logits, tokens, draft, *how)  # the only wait for the device of a chain
+        verdict = accept(logits, tokens, draft, *how)  # a round's only wait for the device, but where a tree was drawn
+        draft.depths = verdict.deepest
         begun = [end - n for end in self.cache.lengths]
         paths = [path if b in self.alive else [] for b, path in enumerate(verdict.paths)]
         if n > 1 or len(self.alive) < len(paths):
@@ -243,7 +244,7 @@ class Rounds:
         self.ids = [[verdict.tokens[b][i] for i in path] for b, path in enumerate(paths)]
         for b in before:
             self._report(b, paths[b], [*self.ids[b][1:], verdict.own[b]], logits, verdict.deepest[b])
-        self.root = verdict.root
+        self.root, self.said = verdict.root, verdict.own
         same = self.counts[0] if len(set(self.counts)) == 1 else None
         self.position = self.position + (torch.tensor(self.counts, device=self.position.device) if same is None else same)
         clock.append(time.perf_counter())
@@ -266,7 +267,8 @@ class Rounds:
         self.cache.select(kept)
         at = torch.tensor(kept, device=self.root.device)
         self.root, self.position = self.root[at], self.position[at]
-        self.of_row, self.before, self.ids = taken(self.of_row, kept), taken(self.before, kept), taken(self.ids, kept)
+        self.of_row, self.before = taken(self.of_row, kept), taken(self.before, kept)
+        self.ids, self.said = taken(self.ids, kept), taken(self.said, kept)
         self.start, self.counts = taken(self.start, kept), taken(self.counts, kept)
         self.generators = taken(self.generators, kept) if self.generators else ()
         self.alive = set(range(len(kept)))
@@ -307,7 +309,7 @@ class Rounds:
         left = max(self.max_tokens - len(self.results[self.of_row[b]].ids) for b in self.alive)
         limit = left - 1 + self.keep_logits  # the target itself adds one token more
         if limit > 0:
-            seen = Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position, self.reader)
+            seen = Seen(self.cache, self.start, self.counts, self.ids, self.root, self.position, self.reader, self.said)
             draft = self.drafter.propose(seen, limit)
             if draft.tokens.shape[1]:
                 return draft

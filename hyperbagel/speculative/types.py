@@ -34,6 +34,10 @@ class Seen:
     root: Tensor  # [B] the token that the target reads next
     position: Tensor  # [B] its RoPE position
     read: StaticRead | None = None  # verifies drafts in fixed shapes; `cache` is then its own and stays in place from request to request
+    said: list[int] | None = None  # the roots as numbers, which the decoder has: reading them from `root` would wait for the device
+
+    def roots(self) -> list[int]:
+        return self.root.tolist() if self.said is None else self.said
 
     def after(self, earlier: Seen | None) -> Seen:
         """These news preceded by `earlier` ones that were not shown."""
@@ -47,7 +51,8 @@ class Seen:
         """The news of some rows, from before the others left: the cache has these rows alone."""
         at = torch.tensor(list(rows), device=self.root.device)
         start, counts, ids = taken(self.start, rows), taken(self.counts, rows), taken(self.ids, rows)
-        return replace(self, start=start, counts=counts, ids=ids, root=self.root[at], position=self.position[at])
+        said = None if self.said is None else taken(self.said, rows)
+        return replace(self, start=start, counts=counts, ids=ids, root=self.root[at], position=self.position[at], said=said)
 
     def behind(self, ahead: Sequence[int]) -> Seen:
         """What is left of these news once the first ahead[b] slots of each of the last len(ahead) rows are known."""
@@ -60,19 +65,26 @@ class Seen:
         """The news from before so many rows joined behind the others: of them, nothing was new."""
         root, position = (torch.cat([x, x.new_zeros(more)]) for x in (self.root, self.position))
         start, counts, ids = [*self.start, *[0] * more], [*self.counts, *[0] * more], [*self.ids, *([] for _ in range(more))]
-        return replace(self, start=start, counts=counts, ids=ids, root=root, position=position)
+        said = None if self.said is None else [*self.said, *[0] * more]
+        return replace(self, start=start, counts=counts, ids=ids, root=root, position=position, said=said)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Draft:
-    """N nodes per row. tree: None for a chain. q [B, >= n - 1, V]: by node, what its children were drawn from; None: not drawn."""
+    """N nodes per row. tree: None for a chain. q [B, >= n - 1, V]: by node, what its children were drawn from; None: not drawn.
+
+    depths: of each row's deepest node, once the decoder has looked; what it then knows need not be waited for again.
+    """
 
     tokens: Tensor  # [B, N]; -1: no node
     tree: Tree | None = None
     q: Tensor | None = None
+    depths: list[int] | None = None
 
     def deepest(self) -> list[int]:
-        """The depth of each row's deepest node. Waits for the device."""
+        """The depth of each row's deepest node. Waits for the device, unless `depths` are known."""
+        if self.depths is not None:
+            return self.depths
         rows = self.tokens.tolist()
         if self.tree is None:
             return [sum(id_ >= 0 for id_ in row) for row in rows]

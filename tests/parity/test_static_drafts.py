@@ -109,17 +109,17 @@ def paths_of(draft: Draft, row: int) -> set[tuple[int, ...]]:
     return {path for path in known[1:] if -1 not in path}
 
 
-def same_drafts(kind: Kind, temperature: float, parts: Parts, nodes: int = 0) -> None:
+def same_drafts(kind: Kind, temperature: float, parts: Parts, nodes: int = 0, length: int = 40) -> None:
     """Batches of rows of unlike lengths, lone rows, one runner for all: later requests find buffers and graphs used."""
     fixed, twin = drafter_of(kind, parts, nodes), drafter_of(kind, parts, nodes)
     sessions = list({s.cache.lengths[0]: s for s in text_sessions(parts, 12, taps=fixed.taps)}.values())[:3]
     assert len(sessions) == 3
     runner = GraphRunner(parts.model)
     for group in (sessions, sessions[:1], sessions[::-1], sessions[1:2]):
-        answers = plain_decode(group, max_tokens=40)
+        answers = plain_decode(group, max_tokens=length)
         both = Both(fixed, twin, answers, parts)
         generators = [torch.Generator().manual_seed(row) for row in range(len(group))]
-        out = decode(group, max_tokens=40, temperature=temperature, generators=generators, drafter=both, runner=runner)
+        out = decode(group, max_tokens=length, temperature=temperature, generators=generators, drafter=both, runner=runner)
         assert both.compared >= 4 and (temperature > 0 or [o.ids for o in out] == [a.ids for a in answers])
     assert len(runner.reads) == 2  # three rows, and one
     for read in runner.reads.values():
@@ -144,11 +144,12 @@ def test_trees_in_fixed_shapes_are_the_eager_ones(temperature: float, parts: Par
     same_drafts("block", temperature, parts, NODES)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(("kind", "nodes"), [*((kind, 0) for kind in KINDS), ("block", NODES)])
 def test_recorded_drafts_are_the_eager_ones(kind: Kind, nodes: int) -> None:
     """On a GPU both searches for trees are by tensors, one recorded."""
-    same_drafts(kind, 0.0, make_parts(device="cuda"), nodes)
+    same_drafts(kind, 0.0, make_parts(device="cuda"), nodes, length=20)
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ class Lookup:
 
     def propose(self, seen: Seen, limit: int) -> Draft:
         found = []
-        for known, ids, root in zip(self.known, seen.ids, seen.root.tolist(), strict=True):
+        for known, ids, root in zip(self.known, seen.ids, seen.roots(), strict=True):
             known.extend(ids)
             found.append(known.continuation(root, min(self.width, limit)))
         longest = max(len(row) for row in found)

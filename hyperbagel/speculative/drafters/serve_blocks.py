@@ -100,7 +100,7 @@ class BlockProposer(Proposer):
         search = partial(search_best_first, nodes=self.nodes, branch=self.branch, least=least, stop=self.im_end, scale=self.scale)
         rows = [
             search(row, self._link_of, token) if new else None
-            for row, token, new in zip(logits.detach().float().numpy(), seen.root.tolist(), seen.counts, strict=True)
+            for row, token, new in zip(logits.detach().float().numpy(), seen.roots(), seen.counts, strict=True)
         ]
         return tree_draft(rows, self.threshold)
 

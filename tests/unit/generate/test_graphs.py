@@ -27,7 +27,6 @@ from hyperbagel.nn.kv_cache import KVCache
 from hyperbagel.speculative.decode import verify_forward
 from hyperbagel.speculative.tree import Tree
 
-NO_GPU = not torch.cuda.is_available()
 TEXTS = ("a red ball", "what is there, and how many of them are blue?", "one")
 
 
@@ -115,7 +114,7 @@ def test_what_torch_compile_traces_is_the_same() -> None:
     same_velocities("cpu", "eager")
 
 
-@pytest.mark.skipif(NO_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.usefixtures("gpu")
 def test_recorded_decoding_gives_the_eager_tokens() -> None:
     same_tokens("cuda")
 
@@ -140,18 +139,18 @@ def test_static_reads_equal_the_eager_ones(trees: bool) -> None:
     same_reads("cpu", trees)
 
 
-@pytest.mark.skipif(NO_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("trees", [False, True])
 def test_recorded_reads_equal_the_eager_ones(trees: bool) -> None:
     same_reads("cuda", trees)
 
 
-@pytest.mark.skipif(NO_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.usefixtures("gpu")
 def test_recorded_velocity_equals_the_eager_one() -> None:
     same_velocities("cuda")
 
 
-@pytest.mark.skipif(NO_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.usefixtures("gpu")
 def test_a_third_call_is_a_replay() -> None:
     x, calls = torch.zeros(1, device="cuda"), []
 

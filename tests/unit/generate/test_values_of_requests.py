@@ -12,7 +12,7 @@ from small_world import small_parts
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.values import number, size_of, whole
-from hyperbagel.generate.sampling import nucleus, pick
+from hyperbagel.generate.sampling import nucleus, pick, told
 from hyperbagel.generate.types import AskRequest, ImageRequest
 from hyperbagel.pipeline import HyperBagel
 
@@ -57,7 +57,7 @@ def test_the_nucleus_holds_the_likeliest_tokens_that_are_enough() -> None:
     equal = nucleus(torch.zeros(1, 4), 1.0, 0.5)
     assert equal.isfinite().sum() == 2
     with pytest.raises(RuntimeError, match="not finite"):
-        pick(nucleus(torch.tensor([[1.0, float("nan"), 0.0]]), 1.0, 0.5), 1.0, [torch.Generator()])
+        told(pick(nucleus(torch.tensor([[1.0, float("nan"), 0.0]]), 1.0, 0.5), 1.0, [torch.Generator()]))
 
 
 def test_answers_share_steps_only_with_those_drawn_alike() -> None:
@@ -126,7 +126,7 @@ def test_questions_likewise(given: dict[str, Any], told: str) -> None:
 
 
 def test_of_the_model_too(model: HyperBagel) -> None:
-    for call, told in (
+    for call, said in (
         (lambda: model.generate("a car", n="2"), "got n '2', expected a whole number"),  # type: ignore[arg-type]
         (lambda: model.generate("a car", seed="2"), "got seed '2'"),  # type: ignore[arg-type]
         (lambda: model.edit(None, "make it red"), "got a NoneType as a picture"),  # type: ignore[arg-type]
@@ -136,5 +136,5 @@ def test_of_the_model_too(model: HyperBagel) -> None:
         (lambda: HyperBagel.from_pretrained(""), "empty name of a model"),
         (lambda: HyperBagel.from_pretrained(dtype=torch.float16), "got dtype 'float16', expected one of"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=said):
             call()
