@@ -279,6 +279,10 @@ def test_eagle3_export_reads_back(small: int | None, parts: Parts, tmp_path: Pat
         (tmp_path / "e" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=r"config\.json"):
             import_eagle3(tmp_path / "e", llm)
+    newer = config | {"rope_parameters": {"rope_theta": 500.0}}  # transformers 5
+    del newer["rope_theta"]
+    (tmp_path / "e" / "config.json").write_text(json.dumps(newer))
+    assert import_eagle3(tmp_path / "e", llm).config.rope_theta == 500.0
     (tmp_path / "e" / "config.json").write_text(json.dumps(config))
     save_tensors(tmp_path / "e" / "model.safetensors", tensors | {"fc.weight": tensors["fc.weight"] * float("nan")})
     with pytest.raises(InputError, match="not finite"):
@@ -321,7 +325,7 @@ def test_one_request_alone_drafts_as_in_a_batch(nodes: int, trained, parts: Part
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_finished_rows_do_not_end_a_chain(kind: Kind, trained, parts: Parts) -> None:
-    """Rows end together by the mean of their chances; a row that needs no draft has no say."""
+    """Rows end together by the mean of their chances, or once all have said im_end; a row that needs no draft has no say."""
     module, sessions, _, _ = trained[kind]
     lengths = []
     for threshold in (*(i / 30 for i in range(30)), 0.98, 0.99, 0.995):
@@ -334,7 +338,12 @@ def test_finished_rows_do_not_end_a_chain(kind: Kind, trained, parts: Parts) -> 
             root, position = torch.full((len(rows),), parts.tokenizer.im_start), torch.tensor([s.position for s in rows])
             counts = [cache.lengths[0], *[0] * len(others)]
             drafter.begin(rows, 0.0, ())
-            drafts.append(drafter.propose(Seen(cache, [0] * len(rows), counts, [[]] * len(rows), root, position), DEPTH).tokens[0].tolist())
+            seen = Seen(cache, [0] * len(rows), counts, [[]] * len(rows), root, position)
+            drafts.append(drafter.propose(seen, DEPTH).tokens[0].tolist())
+            if not threshold:
+                drafter.begin(rows, 0.0, ())
+                drafter.im_end = drafts[-1][0]
+                assert drafter.propose(seen, DEPTH).tokens[0].tolist() == drafts[-1][:1]
         assert drafts[0] == drafts[1]
         lengths.append(len(drafts[0]))
     assert lengths[0] > lengths[-1]

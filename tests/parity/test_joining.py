@@ -310,3 +310,18 @@ def test_without_memory_for_those_who_join_the_others_go_on(
     outs = decode(sessions[:2], max_tokens=LENGTH, drafter=Nobody(), traffic=coming)
     assert [str(error) for error in coming.refused] == ["no memory"] and len(outs) == ROWS - 1
     assert said(outs) == said([*alone[:2], *alone[3:]])
+
+
+@torch.inference_mode()
+def test_a_long_context_that_joins_is_read_whole(sessions: list[Session], parts: Parts) -> None:
+    short, long = sessions[0], Session.new(parts, TAPS)
+    long.add_text("is the red car left of the blue tree " * 24)
+    n, m, root, at = short.cache.lengths[0], long.cache.lengths[0], torch.tensor([5, 6]), torch.tensor([short.position, long.position])
+    joined, alone = served("block", parts), served("block", parts)
+    joined.begin([short], 0.0, ())
+    joined.propose(Seen(short.cache, [0], [n], [[]], root[:1], at[:1]), 4)
+    joined.widen([long], (), [n])
+    both = KVCache.stack([short.cache, long.cache], 16, taps=TAPS)
+    alone.begin([long], 0.0, ())
+    told = alone.propose(Seen(long.cache, [0], [m], [[]], root[1:], at[1:]), 4).tokens[0]
+    assert m > 3 * n + 150 and torch.equal(joined.propose(Seen(both, [n, 0], [0, m], [[]] * 2, root, at), 4).tokens[1], told)

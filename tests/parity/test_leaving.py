@@ -182,3 +182,11 @@ def test_steps_of_fixed_shapes_keep_their_rows(sessions: list[Session], alone: l
     runner = GraphRunner(parts.model)
     assert said(plain_decode(sessions, max_tokens=LENGTH, runner=runner)) == said(alone)
     assert said(decode(sessions, max_tokens=LENGTH, runner=runner, drafter=served("block", parts))) == said(alone)
+
+
+def test_rows_keep_their_generators(sessions: list[Session], parts: Parts) -> None:
+    drafter, draws = served("eagle3", parts), one_by_one(4)
+    drafter.begin(sessions[:3], 1.0, draws[:3])
+    drafter.narrow([2, 1], [1, 1, 1])
+    drafter.widen(sessions[3:4], draws[3:], [1, 1])
+    assert drafter.generators == [draws[2], draws[1], draws[3]]

@@ -310,6 +310,8 @@ def test_tokens_drawn_on_the_device_are_distributed_as_they_say() -> None:
     likely = expected > 5
     freedom = int(likely.sum()) - 1
     assert freedom > 20 and ((seen - expected) ** 2 / expected)[likely].sum() < freedom + 4.5 * (2 * freedom) ** 0.5
+    rough = logits.bfloat16()
+    torch.testing.assert_close(choose_by(rough[None], torch.tensor(0.7), uniforms[:1])[1], (rough.float() / 0.7).softmax(-1)[None])
     logits[3] = float("nan")
     assert torch.equal(choose_by(logits[None], torch.tensor(1.0), uniforms[:1])[1], torch.full((1, 50), 1 / 50))
 

@@ -17,7 +17,7 @@ from small_world import small_parts
 from hyperbagel.core.errors import Notice
 from hyperbagel.generate.session import Session
 from hyperbagel.speculative.adaptive import DARING, TRIAL_DEPTH, Adaptive
-from hyperbagel.speculative.budget import SHORTEST_PAUSE, Costs, DraftCost, Record, after_round, least_chance
+from hyperbagel.speculative.budget import SHORTEST_PAUSE, Costs, DraftCost, Record, after_round, best_depth, least_chance
 from hyperbagel.speculative.costs import READ, measure_costs
 from hyperbagel.speculative.decode import Rounds, decode
 from hyperbagel.speculative.drafters.expand import best_nodes, grow
@@ -48,6 +48,8 @@ def test_lookup_drafts_no_more_than_it_is_asked_for() -> None:
     lookup.begin([session], 0.0, ())
     draft = lookup.propose(Seen(session.cache, [0], [4], [[5, 6, 7, 5]], torch.tensor([6]), torch.tensor([4])), 2)
     assert draft.tokens.tolist() == [[7, 5]]
+    draft = lookup.propose(Seen(session.cache, [4], [5], [[6, 8, 6, 9, 5]], torch.tensor([6]), torch.tensor([9])), 1)
+    assert draft.tokens.tolist() == [[8]]  # 9 followed 6 last, but 8 followed 5 6
 
 
 def test_a_pause_is_short_again_after_a_round_that_paid() -> None:
@@ -78,6 +80,8 @@ def test_a_draft_is_as_long_as_its_surest_row_needs() -> None:
     sure, unsure = torch.tensor([[20.0, 0, 0, 0]]), torch.zeros(1, 4)
     for rows in (torch.stack([sure, unsure]), torch.stack([unsure, sure])):
         assert best_nodes([grow(None, rows, 4)], 4, threshold=0.5).tokens.shape[1] == 1
+    chances = torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]])  # the second in the mean: 0.3
+    assert [best_nodes([grow(None, chances.log(), 2)], 2, threshold).tokens.shape[1] for threshold in (0.25, 0.35)] == [2, 1]
 
 
 class Told:
@@ -152,6 +156,7 @@ def test_costs_are_the_fastest_of_each_and_a_first_draft_s_are_told_apart(monkey
         taps, fresh = (0,), True
 
         def begin(self, *given: object) -> None:
+            assert given[1] == 1.0
             self.fresh = True
 
         def propose(self, seen: Seen, limit: int) -> Draft:
@@ -171,10 +176,16 @@ def test_costs_are_the_fastest_of_each_and_a_first_draft_s_are_told_apart(monkey
     monkeypatch.setattr("hyperbagel.speculative.costs._clock", lambda device: lambda: passed[0])
     session = Session.new(small_parts(), (0,))
     session.add_text("a car")
-    costs = measure_costs(session, {"slow": Slow([7])}, 1)
+    costs = measure_costs(session, {"slow": Slow([7])}, 1, sampled=True)
     assert dict(costs.verify) == pytest.approx({n: float(n) for n in READ})
     draft = costs.draft["slow"]
     assert (draft.first, draft.more, draft.start) == pytest.approx((0.5, 0.1, 4.0))
+
+
+def test_a_drafter_is_believed_to_be_as_fast_as_at_its_best_depth() -> None:
+    record = budget(Told([7]), prior=0.8)[0]._phase(1).records["told"]
+    depth, speed = best_depth(COSTS, "told", [0.8] * 8)
+    assert 0 < depth < 8 and record.speed == pytest.approx(speed)
 
 
 def test_rows_that_leave_have_taught_what_they_could() -> None:

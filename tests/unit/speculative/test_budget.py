@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
 from hyperbagel.speculative.budget import (
+    LONGEST_PAUSE,
     Acceptance,
     Costs,
     DraftCost,
@@ -68,6 +70,9 @@ def test_running_acceptance_follows_and_forgets() -> None:
             seen.note(6, accepted)
         assert seen.rates(2) == pytest.approx([rate] * 2, abs=0.15)
     assert Acceptance((0.5, 0.7)).rates(4) == [0.5, 0.7, 0.7, 0.7]
+    deeper = Acceptance((0.8,))
+    deeper.note(2, 2)
+    assert deeper.rates(2)[1] > 0.8  # as depth 1, then accepted
     unchanged = Acceptance((0.5,))
     unchanged.note(0, 0)
     assert unchanged.rates(1) == [0.5]
@@ -102,3 +107,14 @@ def test_it_hardly_loses_on_hopeless_text() -> None:
 def test_it_wins_where_there_is_something_to_win() -> None:
     assert decode({"chain": 0.9, "block": 0.1}, 300) > 0.95 * decode({"chain": 0.9}, 300) > 1.8
     assert decode({"chain": 0.1, "block": 0.9}, 300) > 0.95 * decode({"block": 0.9}, 300) > 2
+
+
+def test_what_was_slow_for_long_is_tried_again_and_the_other_way_round() -> None:
+    records, trials, fast = {"block": Record(2.5, 2.0)}, [0], range(2000, 4900)
+    for turn in range(5000):
+        if choose(records, 1.0):
+            trials.append(turn)
+            records["block"].note(5.0 if turn in fast else 1.0, 2.0)
+        after_round(records, "block" if trials[-1] == turn else None, 1.0)
+    assert max(b - a for a, b in itertools.pairwise(trials)) <= LONGEST_PAUSE + 1
+    assert trials[-50] in fast

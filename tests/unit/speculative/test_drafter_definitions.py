@@ -18,23 +18,24 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "parity"))
 from parity_world import CONFIG, make_parts, photo
+from test_block_tree import paths_of
 
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.init import fresh_bagel
 from hyperbagel.model.weights import load_tensors
-from hyperbagel.speculative.drafters.autoregressive import DraftModule, Lesson
+from hyperbagel.speculative.drafters.autoregressive import Lesson
 from hyperbagel.speculative.drafters.block import BlockDrafter
 from hyperbagel.speculative.drafters.config import DrafterConfig, Kind
 from hyperbagel.speculative.drafters.eagle3 import Eagle3
 from hyperbagel.speculative.drafters.export import export_eagle3
-from hyperbagel.speculative.drafters.folder import Module, make_module, save_drafter
+from hyperbagel.speculative.drafters.folder import Module, make_drafter, make_module, save_drafter
 from hyperbagel.speculative.drafters.hyper_bagel import HyperBagelDrafter
-from hyperbagel.speculative.drafters.serve_chains import AutoregressiveDrafter
+from hyperbagel.speculative.drafters.lesson import make_lesson
 from hyperbagel.speculative.types import Draft, Seen
 from hyperbagel.train.losses.drafter import block_loss
 
-L, E, DEPTH = 8, 32, 4
+L, E, DEPTH, BRANCH = 8, 32, 4, 3
 LOW, MIDDLE, HIGH = 2, L // 2, L - 3  # states that enter these layers: three different ones
 TAPS = tuple(range(L + 1))
 Weights = Mapping[str, Tensor]
@@ -43,7 +44,7 @@ Weights = Mapping[str, Tensor]
 @pytest.fixture(scope="module")
 def parts() -> Parts:
     """A target of which no two tensors are alike: norms and biases are random as well."""
-    llm = CONFIG.llm.model_copy(update={"num_hidden_layers": L})
+    llm = CONFIG.llm.model_copy(update={"num_hidden_layers": L, "rms_norm_eps": 0.05, "rope_theta": 300.0})
     model = fresh_bagel(CONFIG.model_copy(update={"llm": llm}), torch.Generator().manual_seed(0), std=0.3).eval().requires_grad_(False)
     shake(model, torch.Generator().manual_seed(1))
     return replace(make_parts(), model=model)
@@ -152,20 +153,25 @@ class HyperBagelAgain(Eagle3Again):
 
 
 @torch.inference_mode()
-def drafted(module: DraftModule, session: Session) -> Draft:
+def drafted(module: Module, session: Session, threshold: float = 0.0, nodes: int = 0) -> Draft:
     """What the served chain draws at temperature 1 after the context; its q are the softmax of its logits."""
-    drafter = AutoregressiveDrafter(module, session.parts.model, depth=DEPTH)
+    drafter = make_drafter(module, session.parts.model, depth=DEPTH, nodes=nodes, branch=BRANCH)
+    drafter.threshold = threshold
     drafter.begin([session], 1.0, [torch.Generator().manual_seed(3)])
     root, position = torch.tensor([session.parts.tokenizer.im_start]), torch.tensor([session.position])
     return drafter.propose(Seen(session.cache, [0], session.cache.lengths, [[]], root, position), DEPTH)
 
 
+def read(session: Session) -> tuple[Tensor, Tensor]:
+    """The context's hidden states [S, L + 1, E] and positions [S]."""
+    n, cache = session.cache.lengths[0], session.cache
+    return torch.stack([cache.tapped[cache.taps.index(i)][0, 0, :n] for i in TAPS], dim=1), cache.positions[0][0, 0, :n, 0].float()
+
+
 @torch.inference_mode()
 def told(reader: Eagle3Again, session: Session, tokens: list[int]) -> Tensor:
     """Log-probabilities [DEPTH, Vd] before each of the drafted tokens, the whole sequence read anew every time."""
-    n, model, cache = session.cache.lengths[0], session.parts.model, session.cache
-    states = torch.stack([cache.tapped[cache.taps.index(i)][0, 0, :n] for i in TAPS], dim=1)  # [S, L + 1, E]
-    where = cache.positions[0][0, 0, :n, 0].float()
+    model, (states, where) = session.parts.model, read(session)
     following = torch.cat([states[1:, 0], model.embed_text(torch.tensor([session.parts.tokenizer.im_start]))])
     h, out = reader.encode(states, where), []
     for token in tokens:
@@ -174,6 +180,17 @@ def told(reader: Eagle3Again, session: Session, tokens: list[int]) -> Tensor:
         h, following = torch.cat([h, last]), torch.cat([following, model.embed_text(torch.tensor([token]))])
         where = torch.cat([where, where[-1:] + 1])
     return torch.stack(out)
+
+
+def grown(reader: Eagle3Again, session: Session) -> set[tuple[int, ...]]:
+    """All nodes of EAGLE-2's tree, path by path: of each level the BRANCH likeliest are expanded."""
+    frontier, found = {(): 0.0}, set()
+    for _ in range(DEPTH):
+        next_ = {path: told(reader, session, [*path, 0])[-1].topk(BRANCH) for path in frontier}
+        level = {(*path, int(i)): frontier[path] + float(x) for path, best in next_.items() for x, i in zip(*best)}
+        found |= set(level)
+        frontier = dict(sorted(level.items(), key=lambda item: -item[1])[:BRANCH])
+    return found
 
 
 @pytest.mark.parametrize("small", [None, 300])
@@ -195,16 +212,51 @@ def test_eagle3_is_what_its_export_says(small: int | None, parts: Parts, session
 
 
 def test_hyper_bagel_is_what_its_folder_says(parts: Parts, session: Session, tmp_path: Path) -> None:
-    """drafter.safetensors and the description alone give the served drafter's logits at every step."""
+    """drafter.safetensors and the description alone give the served drafter's logits at every step, and the tree."""
     module = fresh("hyper-bagel", parts)
     assert isinstance(module, HyperBagelDrafter)
     shake(module.requires_grad_(False), torch.Generator().manual_seed(4))
+    for layer in module.layers:
+        layer.self_attn.o_proj.weight.mul_(3)  # so that nodes differ by what they see
     draft = drafted(module, session)
     save_drafter(tmp_path / "h", module, torch.float32)
     c = json.loads((tmp_path / "h" / "drafter.json").read_text())
     reader = HyperBagelAgain(load_tensors(tmp_path / "h" / "drafter.safetensors"), c | {"theta": c["rope_theta"]})
     assert draft.q is not None and draft.tokens.shape == (1, DEPTH)
     torch.testing.assert_close(draft.q[0].log(), told(reader, session, draft.tokens[0].tolist()), atol=1e-4, rtol=0)
+    assert drafted(module, session, threshold=1.1).tokens.shape == (1, DEPTH)  # drawn: no look at chances
+    tree = drafted(module, session, nodes=99)
+    assert tree.tree is not None
+    assert set(paths_of(tree.tokens[0].tolist(), tree.tree.parents[0, 1:].tolist())) == grown(reader, session)
+
+
+@torch.inference_mode()
+def test_a_block_is_what_its_folder_says(parts: Parts, session: Session, tmp_path: Path) -> None:
+    """Served and trained: features beside each layer, root and marks, Markov head, confidence."""
+    module = fresh("block", parts, layers=2, block=DEPTH, rank=8)
+    assert isinstance(module, BlockDrafter)
+    shake(module.requires_grad_(False), torch.Generator().manual_seed(4))
+    draft = drafted(module, session)
+    save_drafter(tmp_path / "b", module, torch.float32)
+    w, c = load_tensors(tmp_path / "b" / "drafter.safetensors"), json.loads((tmp_path / "b" / "drafter.json").read_text())
+    eps, (states, where) = c["eps"], read(session)
+    three = [rms(states[:, at], w[f"feature_norms.{i}.weight"], eps) for i, at in enumerate((LOW, MIDDLE, HIGH))]
+    fused = rms(torch.cat(three, dim=-1) @ w["fc.weight"].T, w["context_norm.weight"], eps)
+    previous = [session.parts.tokenizer.im_start, *draft.tokens[0].tolist()[:-1]]
+    x = w["marks"] + F.pad(parts.model.embed_text(torch.tensor(previous[:1])), (0, 0, 0, DEPTH - 1))
+    where = torch.cat([where, session.position + torch.arange(DEPTH)])
+    for at in ("layers.0", "layers.1"):
+        beside = torch.cat([fused, rms(x, w[f"{at}.input_layernorm.weight"], eps)])
+        x = x + attention(w, f"{at}.self_attn", beside, where, c | {"theta": c["rope_theta"]})[-DEPTH:]
+        x = x + mlp(w, f"{at}.mlp", rms(x, w[f"{at}.post_attention_layernorm.weight"], eps))
+    out, before = rms(x, w["norm.weight"], eps), w["markov_in.weight"][previous]
+    want = (out @ w["lm_head.weight"].T + before @ w["markov_out.weight"].T).log_softmax(-1)
+    sure = torch.cat([out, before], dim=-1) @ w["confidence.weight"][0] + w["confidence.bias"]
+    assert draft.q is not None
+    lesson = make_lesson([session], draft.tokens.tolist(), module.layers_read)
+    logits, confidence = module.rollout(lesson, parts.model.embed_text, torch.tensor([[0]]))
+    got = draft.q[0].log(), logits[0, 0].log_softmax(-1), confidence[0, 0]
+    torch.testing.assert_close(got, (want, want, sure), atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()

@@ -99,6 +99,7 @@ def test_a_tree_is_as_wide_as_it_was_asked_for(kind: Kind) -> None:
     made = make_drafter(module, target, nodes=9, branch=3)
     assert (made.nodes, made.branch, made.width) == (9, 3, 9)
     assert make_drafter(module, target, depth=2).width == 2
+    assert make_drafter(module, target, depth=99).depth == (module.config.block if kind == "block" else 99)  # all that one pass has
 
 
 @pytest.mark.parametrize("other", [{"num_attention_heads": 1}, {"num_key_value_heads": 3}])
@@ -117,3 +118,9 @@ def test_depths_of_fixed_shapes_are_few_and_deep_enough() -> None:
 
 def test_confidence_is_told_in_fp32() -> None:
     torch.testing.assert_close(confidence(torch.tensor([3.0, 0.0, 1.0]).bfloat16()), torch.tensor(2.0).sigmoid())
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [("eagle3", "layers", 2), ("hyper-bagel", "queries", 4), ("block", "draft_vocab", 20)])
+def test_settings_that_a_kind_cannot_have_are_refused(kind: Kind, name: str, value: int) -> None:
+    with pytest.raises(InputError, match=f"{name}: got {value}.*expected"):
+        DrafterConfig.for_target(kind, CONFIG.llm, **{name: value})

@@ -219,18 +219,20 @@ def test_held_out_rows_that_count_twice_are_told(target: Path, tmp_path: Path, c
 
 
 def test_clean_latents_and_pictures_to_draw(target: Path) -> None:
-    """A clean latent block is context, a picture to draw is not."""
+    """A clean latent block and a picture to see are context, a picture to draw is not. Nothing from the first answer on is."""
     s = stage(target, "eagle3")
     text, answer = Text([5, 6]), Text([7], loss=True)
     pixels = np.zeros((64, 64, 3), np.uint8)
     clean, drawn = VaeImage(pixels), VaeImage(pixels, loss=True)
     lengths = []
-    for plan in ([text, answer], [clean, text, answer], [drawn, text, answer, text]):
+    seen = VitImage(pixels)
+    plans = [[text, answer], [clean, text, answer], [drawn, text, answer, text], [seen, text, answer], [seen, answer, text, answer]]
+    for plan in plans:
         session = context_of(s.parts, plan, (0, 2))
         assert session is not None and session.cache.taps == (0, 2)
         lengths.append(session.cache.lengths[0])
     words = len(s.parts.tokenizer.encode(s.parts.tokenizer.decode([5, 6]))) + 2
-    assert lengths == [words, words + 16 + 2, words]
+    assert lengths == [words, words + 16 + 2, words, words + 16 + 2, 16 + 2]
     assert context_of(s.parts, [text, drawn], ()) is None
 
 

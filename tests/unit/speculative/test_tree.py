@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hyperbagel.nn.kv_cache import KVCache
+from hyperbagel.speculative.drafters.expand import grow, level_plan
 from hyperbagel.speculative.tree import Tree, commit, path_to, tree_depth, tree_plan
 
 
@@ -27,7 +28,7 @@ def test_the_drawn_mask() -> None:
     for node, path in ((0, [0]), (2, [0, 2]), (4, [0, 1, 4]), (5, [0, 2, 5])):
         assert path_to(parents, node) == path
     assert tree_depth([9] * 6, parents) == 2 and tree_depth([9, 9, 9, -1, -1, -1], parents) == 1
-    assert tree_depth([9] + [-1] * 5, parents) == 0
+    assert tree_depth([9] + [-1] * 5, parents) == 0 and tree_depth([9] + [0] * 5, parents) == 2  # 0 is a token
 
 
 def test_chains_and_rows_that_differ() -> None:
@@ -68,6 +69,17 @@ def test_the_drawn_plan() -> None:
     """
     assert plan.mask is not None and torch.equal(plan.mask[:, 0], torch.stack([drawn(first), drawn(second)]))
     assert isinstance(plan.slots, torch.Tensor) and plan.slots.tolist() == [[1, 2, 3], [3, 4, 5]]
+
+
+def test_the_drawn_level() -> None:
+    first = grow(None, torch.tensor([[[1.0, 0, 0]]]), 2)
+    second = grow(first, torch.tensor([[[9.0, 9, 0], [0, 0, 0]]]), 2)  # both nodes are children of the first one
+    plan = level_plan(cache_of([2]), [2], second.seen)
+    picture = """
+        1 1 1 . 1 .
+        1 1 1 . . 1
+    """
+    assert plan.mask is not None and torch.equal(plan.mask[0, 0], drawn(picture)) and plan.slots.tolist() == [[4, 5]]
 
 
 def test_rows_of_one_length_need_no_indices() -> None:

@@ -83,10 +83,12 @@ def test_what_is_drawn_after_a_choice_are_plain_decodings_draws(temperature: flo
         assert got.root.tolist() == got.own and {1, 2, 3} <= {len(path) for path in got.paths}
 
 
+@pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("parents", [None, [0, 0, 0]])
-def test_probabilities_that_are_no_numbers_end_the_request(parents: list[int] | None) -> None:
+def test_probabilities_that_are_no_numbers_end_the_request(parents: list[int] | None, drawn: bool) -> None:
     logits, tokens = torch.zeros(2, 3, V), torch.ones(2, 3, dtype=torch.long)
-    draft = Draft(tokens[:, 1:], None if parents is None else Tree.of([parents] * 2))
+    q = torch.full((2, 3, V), 1 / V) if drawn else None
+    draft = Draft(tokens[:, 1:], None if parents is None else Tree.of([parents] * 2), q)
     accept(logits, tokens, draft, 1.0, [torch.Generator()] * 2)
     logits[1, 0, 2] = torch.nan
     with pytest.raises(RuntimeError, match="not finite"):
