@@ -27,8 +27,10 @@ aten = torch.ops.aten
 # What takes indices from either device, as PyTorch does: those of the host are copied.
 INDEXED = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default, aten.index_put.default)
 # What the host must know the result of, be it only how large it is.
-WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default, aten._unique2.default, aten.repeat_interleave.Tensor,
-         aten.unique_consecutive.default, aten.bincount.default, aten.unique_dim.default)  # fmt: skip
+WAITS = (
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default, aten._unique2.default,
+    aten.unique_consecutive.default, aten.unique_dim.default, aten.bincount.default, aten.repeat_interleave.Tensor,
+)  # fmt: skip
 
 
 class OnGPU(Tensor):
