@@ -190,6 +190,22 @@ def latent_grid(config: BagelConfig, size: tuple[int, int]) -> tuple[int, int]:
     return grid
 
 
+# Latent tokens that share a forward, padding included: those of a picture of 1024 x 1024 at 7B. Larger batches are hardly faster, but all
+# of their contexts must fit into memory at once (2.3 GB for each such edit).
+MOST_LATENTS = 4096
+
+
+def passes(latents: Sequence[int]) -> list[list[int]]:
+    """Indices of pictures of so many latent tokens each, in order, by who shares forwards. [64, 2048, 2048, 64]: [0, 1], [2, 3]."""
+    parts: list[list[int]] = []
+    for i in range(len(latents)):
+        if parts and (len(parts[-1]) + 1) * max(latents[parts[-1][0] : i + 1]) <= MOST_LATENTS:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
 def draw_noise(parts: Parts, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Initial noise [h * w, C], fp32, on the CPU: the reference's draw, in token order."""
     return torch.randn(grid[0] * grid[1], parts.model.config.latent_channels, generator=generator)

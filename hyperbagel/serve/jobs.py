@@ -122,4 +122,5 @@ class Unit:
     def __init__(self, job: Job, index: int, request: ImageRequest | AskRequest) -> None:
         self.job, self.index, self.request = job, index, request
         self.fit: Hashable = None  # units of equal `fit` may share a batch; set by the engine
+        self.latents = 0  # latent tokens of a picture; set by the engine
         self.done = False  # its result has been handed over; set by the engine

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import one_line
 from hyperbagel.data.answer_text import AnswerText
-from hyperbagel.pipeline import AskRequest, Contexts, HyperBagel, ImageRequest, ImageResult, TextResult
+from hyperbagel.pipeline import AskRequest, Contexts, HyperBagel, ImageRequest, ImageResult, TextResult, passes
 from hyperbagel.serve.jobs import Done, Job, Preview, Progress, Started, Text, Unit
 from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.previews import Previews
@@ -108,6 +108,7 @@ class Engine:
             usual, resized = self.models[0].default_size, self.models[0].parts.vae_transform.size
             for unit in job.units:
                 unit.fit = batch_key(unit.request), area_class(unit.request, usual, resized)
+                unit.latents = math.prod(self.models[0].grid(unit.request)) if isinstance(unit.request, ImageRequest) else 0
             self._waiting.extend(job.units)
             if not self._threads:
                 self._threads = [threading.Thread(target=self._work, args=(m,), name="hyperbagel-engine", daemon=True) for m in self.models]
@@ -158,6 +159,7 @@ class Engine:
                 self._idle -= 1
             fit = self._waiting[0].fit
             units = [unit for unit in self._waiting if unit.fit == fit][: self.batch]
+            units = units[: len(passes([unit.latents for unit in units])[0])]  # the model would draw the others after them
             taken = {id(unit) for unit in units}
             self._waiting = deque(unit for unit in self._waiting if id(unit) not in taken)
             self._running += len(units)

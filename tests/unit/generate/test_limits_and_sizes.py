@@ -15,7 +15,7 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.data.transforms import to_tensor
 from hyperbagel.generate.contexts import Contexts
 from hyperbagel.generate.graphs import GRANULE, _capacity
-from hyperbagel.generate.image import GuidedVelocity
+from hyperbagel.generate.image import GuidedVelocity, passes
 from hyperbagel.generate.mask import kept_of, masked
 from hyperbagel.generate.session import Session, encode_latents
 from hyperbagel.generate.types import Denoising, ImageRequest, after_first, with_sampler
@@ -32,6 +32,20 @@ def model() -> HyperBagel:
 
 def photo(width: int = 24, height: int = 24) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_pictures_share_forwards_up_to_a_number_of_latents(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beyond comes after them, and looks as it would beside them."""
+    assert passes([64, 2048, 2048, 64, 64, 4096, 8192]) == [[0, 1], [2, 3], [4], [5], [6]] and passes([]) == []
+    requests = [ImageRequest("a car", seed=s, size=size, steps=2) for s, size in enumerate([(16, 16), (16, 24), (16, 16), (8, 8)])]
+    rows: list[int] = []
+    at_once = model.generate_batch(requests, on_step=lambda done, total, x: rows.append(len(x)))
+    n = (16 // model.parts.model.config.latent_stride) ** 2
+    monkeypatch.setattr("hyperbagel.generate.image.MOST_LATENTS", 2 * n)
+    in_turn = model.generate_batch(requests, on_step=lambda done, total, x: rows.append(len(x)))
+    assert rows == [4, 4, *[1, 1], *[1, 1], *[2, 2]]
+    for a, b in zip(in_turn, at_once, strict=True):
+        assert a.nfe == b.nfe and np.abs(np.asarray(a.image, dtype=int) - np.asarray(b.image, dtype=int)).max() <= 1
 
 
 def test_a_picture_of_another_shape_is_another_context(model: HyperBagel) -> None:

@@ -35,6 +35,10 @@ class Model:
         self.forget_graphs: Any = lambda: None
         self.default_size = (64, 64)
 
+    def grid(self, request: ImageRequest) -> tuple[int, int]:
+        height, width = request.size or self.default_size
+        return height // 32, width // 32
+
     def generate_batch(
         self, requests: Sequence[ImageRequest], on_step: Callable[[int, int, Any], None], on_token: Callable[[int, int], None], **more: Any
     ) -> list[ImageResult]:
@@ -113,6 +117,7 @@ def jobs(*prompts: str, **settings: Any) -> list[Job]:
 async def keep_busy(engine: Engine, model: Model, job: Job) -> None:
     """Submits a job and waits until it is being worked on, where it stays until `model.hold` is set."""
     model.hold.clear()
+    model.inside.clear()
     engine.submit(job)
     await asyncio.to_thread(model.inside.wait, 10)
 

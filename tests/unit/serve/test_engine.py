@@ -235,6 +235,21 @@ def test_a_large_picture_waits_for_its_like(model: Model) -> None:
     run(main)
 
 
+def test_no_more_are_taken_than_the_model_draws_at_a_time(model: Model) -> None:
+    """Else those that it draws after the others would be told of the others' steps."""
+
+    async def main() -> None:
+        engine = engine_of(model, waiting=20)
+        large = jobs(*"abcde", size=(1024, 1024))
+        first = await submit_together(engine, model, large)
+        for job in (first, *large):
+            assert isinstance((await ends(job))[0], Done)
+        engine.close()
+        assert model.batches == [["first"], ["a", "b", "c", "d"], ["e"]]
+
+    run(main)
+
+
 def test_who_leaves_a_batch_does_not_end_it_for_the_others(model: Model) -> None:
     original = model.generate_batch
 
