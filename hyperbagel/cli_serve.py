@@ -27,6 +27,9 @@ def serve(
         str | None, typer.Option(help="Key that clients must send.", envvar=KEY_VARIABLE, show_default="none is needed")
     ] = None,
     queue: Annotated[int | None, typer.Option(help="How many pictures and answers may wait.", show_default="64")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="How many pictures or answers may be at work together on a device.", show_default="8")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What requests call the model.", show_default="its folder's name")] = None,
     device: Annotated[list[str] | None, typer.Option(help="cpu, cuda, cuda:1 ...; repeat it for several devices.")] = None,
     dtype: Dtype = None,
@@ -38,6 +41,7 @@ def serve(
 ) -> None:
     """Serve the model over HTTP, to OpenAI's clients and on a web page."""
     checks.check_at_least("--queue", queue, 1)
+    checks.check_at_least("--batch", batch, 1)
     checks.check_at_least("--replicas", replicas, 1)
     if replicas is not None and len(device or ()) > 1:
         raise InputError("got --replicas and several --device, expected only one of the two; each replica uses one device")
@@ -57,7 +61,7 @@ def serve(
     # DNS rebinding: any site can make its name point at this machine. A keyless server for this machine alone accepts no such name.
     hosts = allow_host or ([] if private and api_key is None else None)
     loaded = given(model=model, dtype=dtype, graphs=graphs or None, planner=planner)
-    limits = Limits() if queue is None else Limits(waiting=queue)
+    limits = Limits(**given(waiting=queue, batch=batch))
     if replicas is not None:
         from hyperbagel.serve.replicas import Settings, run_replicas
 
@@ -67,7 +71,7 @@ def serve(
     with bind(host, port) as listener:  # first, so that a taken port is told before a model is loaded
         models = [HyperBagel.from_pretrained(**loaded, device=one) for one in device or (None,)]
         for one in models:
-            warm_up(one)
+            warm_up(one, limits.batch)
         app = create_app(models, api_key=api_key, name=name, limits=limits, hosts=hosts)
         run(app, listener, host, lambda address: _tell(models[0].name, address))
 

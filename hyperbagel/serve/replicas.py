@@ -51,7 +51,7 @@ class Replica:
         device = "cuda" if (settings.device or "").startswith("cuda") else settings.device
         how: dict[str, Any] = {"dtype": settings.dtype, "graphs": settings.graphs, "planner": settings.planner}
         self.model = HyperBagel.from_pretrained(settings.model, device=device, **how)
-        warm_up(self.model)
+        warm_up(self.model, settings.limits.batch)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         s = self.settings

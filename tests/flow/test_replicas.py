@@ -134,10 +134,10 @@ def test_a_replica_is_made_of_all_its_settings(monkeypatch: pytest.MonkeyPatch) 
     settings = Settings("toybox", "cuda:1", "bfloat16", True, "none", "key", "name", Limits(n=1), ["a.example"])
     model, warmed = object(), list[Any]()
     monkeypatch.setattr(HyperBagel, "from_pretrained", lambda *given, **more: warmed.append((given, more)) or model)
-    monkeypatch.setattr(replicas, "warm_up", warmed.append)
+    monkeypatch.setattr(replicas, "warm_up", lambda *given: warmed.append(given))
     monkeypatch.setattr(replicas, "create_app", lambda *given, **more: (given, more))
     app: Any = Replica(settings).__serve_build_asgi_app__()
-    assert warmed == [(("toybox",), {"device": "cuda", "dtype": "bfloat16", "graphs": True, "planner": "none"}), model]
+    assert warmed == [(("toybox",), {"device": "cuda", "dtype": "bfloat16", "graphs": True, "planner": "none"}), (model, 8)]
     assert app == ((model,), {"api_key": "key", "name": "name", "limits": Limits(n=1), "hosts": ["a.example"]})
 
 

@@ -66,7 +66,7 @@ def test_names_are_asked_about_where_nothing_else_keeps_strangers_out(
     seen: list[Any] = []
     monkeypatch.delenv("HYPERBAGEL_API_KEY", raising=False)
     monkeypatch.setattr(HyperBagel, "from_pretrained", lambda **_: None)
-    monkeypatch.setattr(run, "warm_up", lambda _: None)
+    monkeypatch.setattr(run, "warm_up", lambda *_: None)
     monkeypatch.setattr(app, "create_app", lambda *_, **more: seen.append(more["hosts"]))
     monkeypatch.setattr(run, "run", lambda *_: None)
     assert cli.main(["serve", "--port", "0", *arguments]) == 0, capsys.readouterr().err

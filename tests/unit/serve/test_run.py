@@ -15,6 +15,7 @@ from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve import run
 from hyperbagel.serve.run import bind, url_of
+from hyperbagel.serve.schemas import Limits
 
 
 def test_connections_wait_before_the_server_runs() -> None:
@@ -115,3 +116,14 @@ def test_a_warm_up_tries_batches_as_long_as_they_take_little(
     monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
     run.warm_up(SimpleNamespace(ask_batch=ask_batch))  # type: ignore[arg-type]
     assert asked == sizes
+
+
+def test_limits_that_are_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(HyperBagel, "from_pretrained", lambda **_: None)
+    monkeypatch.setattr(run, "warm_up", lambda model, batch: seen.append(batch))
+    monkeypatch.setattr(run, "run", lambda *_: None)
+    monkeypatch.setattr("hyperbagel.serve.app.create_app", lambda *_, **more: seen.append(more["limits"]))
+    assert cli.main(["serve", "--port", "0", "--queue", "3", "--batch", "2"]) == 0, capsys.readouterr().err
+    assert seen == [2, Limits(waiting=3, batch=2)]
+    assert cli.main(["serve", "--batch", "0"]) == 2 and "got --batch 0" in capsys.readouterr().err
