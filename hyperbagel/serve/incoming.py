@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.images import FORMATS, open_image, open_mask
 from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, check_mask, latent_grid
-from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part
+from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields, Knobs, Limits, Message, Part, SentPicture
 
 DENOISING = ("student", "steps", "text_scale", "image_scale", "interval", "renorm", "renorm_min", "shift")
 PLAN = ("max_think_tokens", "think_temperature", "drafter")
@@ -54,10 +54,11 @@ class Incoming:
         """
         self._model_name(body.model)
         *earlier, last = self._turns(body)
-        inputs = self._items(last)
-        if not any(isinstance(item, Image.Image) for item in inputs):
-            before = [item for message in earlier for item in self._items(message) if isinstance(item, Image.Image)]
-            inputs = [*before[-1:], *inputs]
+        self._few(len(_pictures(last)))  # earlier ones are not read, so that a conversation may go on as long as its body fits
+        inputs = self._items(_sent(last))
+        if not _pictures(last):
+            before = next(filter(None, map(_pictures, reversed(earlier))), [])
+            inputs = [*self._items(before[-1:]), *inputs]
         system = [text for message in body.messages if message.role in SYSTEM if (text := _text(message))]
         prompt = "\n".join(item for item in inputs if isinstance(item, str))
         inputs = [*system, *inputs]
@@ -113,8 +114,10 @@ class Incoming:
         """The requests of a chat that is answered with text. The model reads all pictures first, then question, answer, ..., question."""
         self._model_name(body.model)
         self._settings(body, body.size)  # an answer needs none, but wrong ones are an error all the same
-        asked = self._turns(body)  # counts the pictures before any is unpacked
-        images = [item for message in asked for item in self._items(message) if isinstance(item, Image.Image)]
+        asked = self._turns(body)
+        pictures = [part for message in asked for part in _pictures(message)]
+        self._few(len(pictures))  # before any is unpacked
+        images = [item for item in self._items(pictures) if isinstance(item, Image.Image)]
         system = "\n".join(text for message in body.messages if message.role in SYSTEM if (text := _text(message)))
         turns, question = _pairs(system, asked)
         if not question.strip():
@@ -129,24 +132,20 @@ class Incoming:
         return [replace(request, seed=first + i) for i in range(self._count(body.n))]
 
     def _turns(self, body: ChatBody) -> list[Message]:
-        """The messages of user and assistant, the user's last; refuses too many pictures without unpacking any."""
+        """The messages of user and assistant, the user's last."""
         turns = [message for message in body.messages if message.role in ("user", "assistant")]
         if not turns or turns[-1].role != "user":
             raise ApiError(400, "got a conversation that ends with another message, expected the user's last", param="messages")
         if any(_pictures(message) for message in body.messages if message.role in SYSTEM):
             raise ApiError(400, "got a picture in a system message, expected text alone; put it into a user's message", param="messages")
-        pictures = sum(map(_pictures, turns))
-        if pictures > self.limits.images:
-            raise ApiError(400, f"got {pictures} pictures, expected at most {self.limits.images}", param="messages")
         return turns
 
-    def _items(self, message: Message) -> list[str | Image.Image]:
-        """The texts and pictures of a message, in order."""
-        parts = message.content if isinstance(message.content, list) else []
-        items: list[str | Image.Image] = [message.content] if isinstance(message.content, str) and message.content else []
-        for part in (*parts, *(message.images or ())):
-            if isinstance(part, Part) and part.type == "text":
-                items += [part.text] if part.text else []
+    def _items(self, parts: Sequence[str | Part | SentPicture]) -> list[str | Image.Image]:
+        """Texts and pictures in order, the pictures unpacked."""
+        items: list[str | Image.Image] = []
+        for part in parts:
+            if isinstance(part, str):
+                items.append(part)
             elif part.image_url is None:
                 raise ApiError(400, "got an image_url part without image_url, expected {'url': 'data:...'}", param="messages")
             else:
@@ -197,6 +196,10 @@ class Incoming:
         small = rule.size(image.width, image.height)
         return rule.resize(image) if rule.size(*small) == small else image
 
+    def _few(self, pictures: int) -> None:
+        if pictures > self.limits.images:
+            raise ApiError(400, f"got {pictures} pictures, expected at most {self.limits.images}", param="messages")
+
     def _count(self, n: int | None) -> int:
         if n is not None and n > self.limits.n:
             raise ApiError(400, f"got n {n}, expected at most {self.limits.n}", param="n")
@@ -212,17 +215,21 @@ def _first_seed(knobs: Knobs) -> int:
     return secrets.randbits(31) if knobs.seed is None else knobs.seed
 
 
-def _pictures(message: Message) -> int:
-    """How many pictures a message holds; none is unpacked."""
-    parts = message.content if isinstance(message.content, list) else []
-    return len(message.images or ()) + sum(part.type == "image_url" for part in parts)
+def _sent(message: Message) -> list[str | Part | SentPicture]:
+    """The texts of a message that are not empty, and its pictures, still packed; in order."""
+    parts: list[Any] = [message.content] if isinstance(message.content, str) else [*(message.content or ())]
+    found = [part.text if isinstance(part, Part) and part.type == "text" else part for part in (*parts, *(message.images or ()))]
+    return [part for part in found if part]
+
+
+def _pictures(message: Message) -> list[Part | SentPicture]:
+    """The pictures of a message, still packed."""
+    return [part for part in _sent(message) if not isinstance(part, str)]
 
 
 def _text(message: Message) -> str:
     """The texts of a message, joined by line ends."""
-    if isinstance(message.content, str) or message.content is None:
-        return message.content or ""
-    return "\n".join(part.text for part in message.content if part.type == "text" and part.text)
+    return "\n".join(part for part in _sent(message) if isinstance(part, str))
 
 
 def _pairs(system: str, messages: Sequence[Message]) -> tuple[tuple[tuple[str, str], ...], str]:

@@ -91,9 +91,9 @@ def test_pictures_are_counted_before_they_are_unpacked(http: TestClient, monkeyp
     url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
     pictures = [{"type": "image_url", "image_url": {"url": url}}]
     asked = {"role": "user", "content": "x"}
-    for modalities in (["text"], ["text", "image"]):
+    for modalities, more in ((["text"], asked), (["text", "image"], {"role": "user", "content": pictures * 17})):
         for told, messages in (
-            ("at most 16", [{"role": "user", "content": pictures * 17}, asked]),
+            ("at most 16", [{"role": "user", "content": pictures * 17}, more]),
             ("system message", [{"role": "system", "content": pictures}, asked]),
         ):
             answer = http.post("/v1/chat/completions", json={"messages": messages, "modalities": modalities})
