@@ -23,6 +23,7 @@ PLAN = ("max_think_tokens", "think_temperature", "drafter")
 # Formats that clients may send. Not TIFF: its tiles may be far larger than its picture, so a few hundred bytes could unpack to gigabytes.
 SENT = tuple(kind for kind in FORMATS if kind != "TIFF")
 SYSTEM = ("system", "developer")  # two names for one role
+DESCRIBE = "Describe the picture."  # what is asked of pictures that come without words: the model has learnt no answers to nothing
 
 
 class Incoming:
@@ -120,6 +121,8 @@ class Incoming:
         images = [item for item in self._items(pictures) if isinstance(item, Image.Image)]
         system = "\n".join(text for message in body.messages if message.role in SYSTEM if (text := _text(message)))
         turns, question = _pairs(system, asked)
+        if _pictures(asked[-1]) and not _pairs("", asked)[1].strip():
+            question = "\n".join(filter(None, (question.strip(), DESCRIBE)))
         if not question.strip():
             raise ApiError(400, "got an empty question, expected some text in the last message", param="messages")
         tokens = body.max_completion_tokens or body.max_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+from base64 import b64encode
 from typing import Any
 
 import pytest
@@ -41,6 +42,25 @@ def test_health_tells_of_a_broken_device_and_of_the_end(model: HyperBagel) -> No
 def test_the_newer_name_of_the_longest_answer_goes_first(model: HyperBagel) -> None:
     body = ChatBody.model_validate({"messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "max_completion_tokens": 3})
     assert Incoming(model, ("tiny",), Limits()).questions(body)[0].max_tokens == 3
+
+
+def test_pictures_without_words_are_described(model: HyperBagel) -> None:
+    url = "data:image/png;base64," + b64encode(png("red")).decode()
+    shown = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+    before = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    system = [{"role": "system", "content": "Be brief."}]
+    for messages, told in (
+        ([shown], "Describe the picture."),
+        ([*before, shown], "Describe the picture."),
+        ([*system, shown], "Be brief.\nDescribe the picture."),
+        ([*before[:1], shown], "hello"),
+    ):
+        [request] = Incoming(model, ("tiny",), Limits()).questions(ChatBody.model_validate({"messages": messages}))
+        assert (request.question, len(request.images)) == (told, 1)
+    for content in ("", [{"type": "text", "text": " "}]):
+        nothing = ChatBody.model_validate({"messages": [shown, before[1], {"role": "user", "content": content}]})
+        with pytest.raises(ApiError, match="empty question"):
+            Incoming(model, ("tiny",), Limits()).questions(nothing)
 
 
 def test_a_system_s_text_stands_before_a_picture_s_prompt(model: HyperBagel) -> None:
