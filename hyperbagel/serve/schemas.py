@@ -212,7 +212,7 @@ class ChatBody(Knobs, Ignored):
     model: str | None = Field(None, description="A name from /v1/models.")
     messages: list[Message] = Field(min_length=1, max_length=1000)
     n: int | None = Field(None, ge=1, description="Number of answers.")
-    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included.")
+    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included; else up to 1024.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     temperature: float | None = Field(None, ge=0, le=100, description="0, the default, always takes the likeliest token.")
     top_p: float | None = Field(

@@ -44,6 +44,26 @@ def test_the_newer_name_of_the_longest_answer_goes_first(model: HyperBagel) -> N
     assert Incoming(model, ("tiny",), Limits()).questions(body)[0].max_tokens == 3
 
 
+def test_an_answer_may_be_as_long_as_limit_and_context_leave_it(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, url = model.parts.model.config.llm.__dict__, "data:image/png;base64," + b64encode(png("red")).decode()
+    shown: list[Any] = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
+
+    def longest(limit: int, **more: Any) -> AskRequest:
+        said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}, {"role": "user", "content": shown}]
+        [request] = Incoming(model, ("tiny",), Limits(max_tokens=limit)).questions(ChatBody.model_validate({"messages": said, **more}))
+        return request
+
+    monkeypatch.setitem(config, "max_position_embeddings", 4096)
+    assert [longest(limit, think=think).max_tokens for limit in (4096, 7) for think in (False, True)] == [1024, 1024, 7, 7]
+    assert longest(4096, max_tokens=2000).max_tokens == 2000
+    for think in (False, True):
+        context = model._context(longest(4096, think=think)).tokens
+        for left, told in ((65, 64), (64, 32), (3, 2), (2, 1), (0, 1)):  # one for im_start
+            monkeypatch.setitem(config, "max_position_embeddings", context + left)
+            assert longest(4096, think=think).max_tokens == told
+        monkeypatch.setitem(config, "max_position_embeddings", 4096)
+
+
 def test_pictures_without_words_are_described(model: HyperBagel) -> None:
     url = "data:image/png;base64," + b64encode(png("red")).decode()
     shown = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
