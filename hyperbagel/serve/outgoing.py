@@ -42,6 +42,9 @@ def file_of(
     return buffer.getvalue()
 
 
+PING = ": ping\n\n"  # a comment in a stream of server-sent events, which clients skip: it keeps proxies from closing the connection
+
+
 def sse(data: dict[str, Any] | str, event: str | None = None) -> str:
     """One server-sent event."""
     head = "" if event is None else f"event: {event}\n"
