@@ -67,7 +67,12 @@ class Cancelled:
     """The whole job was cancelled. Nobody reads events after this one."""
 
 
-Event = Started | Progress | Text | Preview | Done | Failed | Cancelled
+@dataclass(frozen=True)
+class Quiet:
+    """Nothing has come for a while. Made by who waits for the job's events, not by the engine."""
+
+
+Event = Quiet | Started | Progress | Text | Preview | Done | Failed | Cancelled
 
 
 class Job:

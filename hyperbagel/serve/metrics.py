@@ -1,9 +1,11 @@
-"""Counters, summaries and gauges in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+"""The pace of work; counters, summaries and gauges in Prometheus' text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict
+from collections.abc import Hashable, Iterable
 
 HELP = {
     "hyperbagel_requests_total": ("counter", "HTTP requests by path and status."),
@@ -64,3 +66,24 @@ class Metrics:
 def _sample(name: str, labels: dict[str, str]) -> str:
     inside = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
     return f"{name}{{{inside}}}" if inside else name
+
+
+class Pace:
+    """How long each kind of work takes, for Retry-After. Kinds come from clients, so only the latest KINDS are kept."""
+
+    KINDS, MOST = 256, 30
+
+    def __init__(self) -> None:
+        self._seconds: dict[Hashable, float] = {}  # of one unit
+
+    def took(self, kind: Hashable, seconds: float, units: int) -> None:
+        """A batch of one kind finished so many units in so many seconds. A moving average, to which each unit adds a fifth."""
+        own = seconds / units
+        before = self._seconds.pop(kind, own)
+        self._seconds[kind] = own + 0.8**units * (before - own)
+        if len(self._seconds) > self.KINDS:
+            del self._seconds[next(iter(self._seconds))]
+
+    def wait(self, kinds: Iterable[Hashable], devices: int) -> int:
+        """Whole seconds until units of these kinds are done, 1 to MOST. Of an unknown kind a unit is taken for a second."""
+        return min(self.MOST, max(1, math.ceil(sum(self._seconds.get(kind, 1.0) for kind in kinds) / devices)))

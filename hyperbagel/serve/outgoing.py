@@ -42,6 +42,9 @@ def file_of(
     return buffer.getvalue()
 
 
+PING = ": ping\n\n"  # a comment in a stream of server-sent events, which clients skip: it keeps proxies from closing the connection
+
+
 def sse(data: dict[str, Any] | str, event: str | None = None) -> str:
     """One server-sent event."""
     head = "" if event is None else f"event: {event}\n"
@@ -79,18 +82,25 @@ def image_usage(model: HyperBagel, requests: Sequence[ImageRequest], results: Se
     """Tokens read (texts, and pictures as latents and ViT patches) and latent tokens drawn, summed over the requests."""
     text = images = output = 0
     parts = model.parts
-    patch, stride = parts.model.config.vit.patch_size, parts.model.config.latent_stride
+    stride = parts.model.config.latent_stride
     for request, result in zip(requests, results, strict=True):
         for item in request.items():
             if isinstance(item, str):
                 text += len(parts.tokenizer.encode(item)) + 2
                 continue
             width, height = parts.vae_transform.size(item.width, item.height)
-            seen = parts.vit_transform.size(width, height)
-            images += (width // stride) * (height // stride) + (seen[0] // patch) * (seen[1] // patch) + 4
+            images += (width // stride) * (height // stride) + 2 + patch_tokens(model, item)
         output += (result.image.width // stride) * (result.image.height // stride)
     details = {"text_tokens": text, "image_tokens": images}
     return {"input_tokens": text + images, "input_tokens_details": details, "output_tokens": output, "total_tokens": text + images + output}
+
+
+def patch_tokens(model: HyperBagel, image: Image.Image) -> int:
+    """Tokens of a picture as ViT patches, between its two markers."""
+    parts = model.parts
+    width, height = parts.vit_transform.size(*parts.vae_transform.size(image.width, image.height))
+    patch = parts.model.config.vit.patch_size
+    return (width // patch) * (height // patch) + 2
 
 
 # -- chat --------------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The bodies that requests may have, their limits, and errors in OpenAI's form.
 
-Our own knobs are extra fields beside OpenAI's; the official client sends them with `extra_body`. An unknown field is an error, so that a
-misspelt knob does not go unnoticed. OpenAI's fields that cannot change an answer here (quality, user, ...) are accepted and ignored.
+Our own knobs are extra fields beside OpenAI's; the official client sends them with `extra_body`. An unknown field of a body is an error, so
+that a misspelt knob does not go unnoticed. OpenAI's fields that cannot change an answer here (quality, user, ...) are accepted and ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import reprlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, WithJsonSchema, model_validator
 
 PROMPT_CHARACTERS = 100_000  # a first bound; the model's own limit, in tokens, is checked when a request is prepared
 PARTS = 1000  # of one message: millions of tiny parts would take far more memory than their JSON
@@ -87,6 +87,12 @@ Scale = Annotated[float, Field(gt=0, lt=1000)]
 class Knobs(Strict):
     """Our own fields. Where one is absent, the default of the model (or the student) holds."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        """A null asks for nothing, whatever its field: client libraries write them for fields of OpenAI's that are unknown here."""
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
     seed: int | None = Field(None, ge=0, lt=2**63, description="Seed of the first result; the next ones take seed + 1, ...")
     think: bool | None = Field(None, description="Let the model write its plan first.")
     student: str | None = Field(None, max_length=64, description="Distilled weights that draw: a name from /v1/models, or 'none'.")
@@ -115,11 +121,11 @@ class Ignored(Strict):
 
 
 class Neutral:
-    """Annotates a field of OpenAI's that has no effect here: it may only be null or hold the value that asks for nothing."""
+    """Annotates a field of OpenAI's that has no effect here: it may only be null or hold one of the values that ask for nothing."""
 
-    def __init__(self, value: Any, instead: str = "leave it out") -> None:
+    def __init__(self, *values: Any, instead: str = "leave it out") -> None:
         """instead: the error's advice for any other value."""
-        self.choices, self.instead = (value, None), instead
+        self.choices, self.instead = (*values, None), instead
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
         return handler.generate_schema(Annotated[Any, BeforeValidator(self._check), WithJsonSchema({"enum": [*self.choices]})])
@@ -159,12 +165,18 @@ class EditFields(ImageFields):
     input_fidelity: Any = Field(None, description="Ignored.")
 
 
-class ImageUrl(Strict):
+class Loose(BaseModel):
+    """Ignores unknown fields: what clients put into messages beside the words (cache_control, ids) changes no answer."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ImageUrl(Loose):
     url: str = Field(description="A data: URL.")
     detail: Any = Field(None, description="Ignored.")
 
 
-class Part(Strict):
+class Part(Loose):
     """A piece of a message's content."""
 
     type: Literal["text", "image_url"]
@@ -172,25 +184,22 @@ class Part(Strict):
     image_url: ImageUrl | None = None
 
 
-class SentPicture(BaseModel):
+class SentPicture(Loose):
     """A picture of an earlier answer; the other facts of its entry (seed, nfe) are ignored."""
 
-    model_config = ConfigDict(extra="ignore")
     type: Literal["image_url"] = "image_url"
     image_url: ImageUrl
 
 
-class Message(BaseModel):
+class Message(Loose):
     """One turn. An assistant's message may be sent back exactly as it came."""
 
-    model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, Field(max_length=PROMPT_CHARACTERS)] | Annotated[list[Part], Field(max_length=PARTS)] | None = None
     images: list[SentPicture] | None = Field(None, max_length=PARTS, description="Pictures of an assistant's earlier answer.")
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class StreamOptions(Loose):
     include_usage: bool | None = None
 
 
@@ -203,7 +212,7 @@ class ChatBody(Knobs, Ignored):
     model: str | None = Field(None, description="A name from /v1/models.")
     messages: list[Message] = Field(min_length=1, max_length=1000)
     n: int | None = Field(None, ge=1, description="Number of answers.")
-    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included.")
+    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included; else up to 1024.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens.")
     temperature: float | None = Field(None, ge=0, le=100, description="0, the default, always takes the likeliest token.")
     top_p: float | None = Field(
@@ -222,12 +231,12 @@ class ChatBody(Knobs, Ignored):
     logit_bias: Annotated[Any, Neutral({})] = None
     logprobs: Annotated[Any, Neutral(False)] = None
     top_logprobs: Annotated[Any, Neutral(0)] = None
-    response_format: Annotated[Any, Neutral({"type": "text"}, "leave it out, and ask for the form in the message")] = None
-    tools: Annotated[Any, Neutral([], "leave it out, this model calls none")] = None
-    tool_choice: Annotated[Any, Neutral("none", "leave it out, this model calls no tools")] = None
-    functions: Annotated[Any, Neutral([], "leave it out, this model calls none")] = None
-    function_call: Annotated[Any, Neutral("none", "leave it out, this model calls no functions")] = None
-    reasoning_effort: Annotated[Any, Neutral("none", "leave it out, and set think")] = None
+    response_format: Annotated[Any, Neutral({"type": "text"}, instead="leave it out, and ask for the form in the message")] = None
+    tools: Annotated[Any, Neutral([], instead="leave it out, this model calls none")] = None
+    tool_choice: Annotated[Any, Neutral("none", "auto", instead="leave it out, this model calls no tools")] = None
+    functions: Annotated[Any, Neutral([], instead="leave it out, this model calls none")] = None
+    function_call: Annotated[Any, Neutral("none", "auto", instead="leave it out, this model calls no functions")] = None
+    reasoning_effort: Annotated[Any, Neutral("none", instead="leave it out, and set think")] = None
     verbosity: Annotated[Any, Neutral("medium")] = None
     parallel_tool_calls: bool | None = Field(None, description="Ignored: this model calls no tools.")
     store: Any = Field(None, description="Ignored.")

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
+from itertools import chain, repeat
 from typing import Any
 
 from fastapi import Request
@@ -20,8 +21,9 @@ from pydantic import ValidationError
 from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel, ImageRequest, ImageResult, TextResult
 from hyperbagel.serve.guard import internal_error
-from hyperbagel.serve.jobs import Cancelled, Done, Event, Failed, Job, Preview, Progress, Text
+from hyperbagel.serve.jobs import Cancelled, Done, Event, Failed, Job, Preview, Progress, Quiet, Text
 from hyperbagel.serve.outgoing import (
+    PING,
     ThinkSplitter,
     about,
     chat_usage,
@@ -34,6 +36,9 @@ from hyperbagel.serve.outgoing import (
     sse,
 )
 from hyperbagel.serve.schemas import ApiError, ChatBody, ImageFields
+
+EARLY = 1.5  # seconds that a stream waits for its job to begin or to fail; then its headers go out
+PING_SECONDS = 12.0  # the longest silence of a stream
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -86,18 +91,25 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-async def follow(job: Job, request: Request) -> AsyncGenerator[Event, None]:
-    """The job's events up to its end. The job is cancelled if the client goes away, and if the caller stops reading early."""
+async def follow(job: Job, request: Request, waits: Iterable[float | None] = repeat(None)) -> AsyncGenerator[Event, None]:
+    """The job's events up to its end. The job is cancelled if the client goes away, and if the caller stops reading early.
+
+    waits: for each event, after how many seconds without one it is Quiet instead; None: never.
+    """
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         job.cancel()
 
-    watcher, left = asyncio.create_task(watch()), len(job.units)
+    watcher, left, patience = asyncio.create_task(watch()), len(job.units), iter(waits)
     try:
         while left:
-            event = await job.events.get()
+            try:
+                async with asyncio.timeout(next(patience)):
+                    event = await job.events.get()
+            except TimeoutError:
+                event = Quiet()
             yield event
             left -= isinstance(event, Done)
             if isinstance(event, Failed | Cancelled):
@@ -131,8 +143,9 @@ Events = Callable[[AsyncIterator[Event]], AsyncIterator[str]]  # from a job's ev
 
 
 async def event_stream(job: Job, request: Request, events: Events) -> Response:
-    """A response of server-sent events. It waits for the job's first event, so that a job that fails at once gets an error status."""
-    source = follow(job, request)
+    """A response of server-sent events. It waits a little for the job's first event, so that a job that fails at once gets an error status,
+    and no longer, so that clients and proxies see an answer however long the queue is."""
+    source = follow(job, request, chain((EARLY,), repeat(PING_SECONDS)))
     first = await anext(source)
     if isinstance(first, Failed):
         await source.aclose()
@@ -159,6 +172,8 @@ def image_events(job: Job, model: HyperBagel, body: ImageFields, requests: Seque
         async for event in told:
             if isinstance(event, Failed):
                 yield error_event(as_api_error(event.error))
+            elif isinstance(event, Quiet):
+                yield PING
             elif isinstance(event, Progress):
                 data = {"type": f"{name}.progress", "index": event.index, "step": event.done, "steps": event.total}
                 yield sse(data, f"{name}.progress")
@@ -205,7 +220,9 @@ def chat_events(job: Job, model: HyperBagel, body: ChatBody, called: str) -> Eve
                 return
             if isinstance(event, Cancelled):
                 return
-            if isinstance(event, Text):
+            if isinstance(event, Quiet):
+                yield PING
+            elif isinstance(event, Text):
                 for name, text in splitters[event.index].push(event.text):
                     yield chunk(event.index, {name: text})
             elif isinstance(event, Done):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import traceback
@@ -20,7 +19,7 @@ from hyperbagel.core.files import one_line
 from hyperbagel.data.answer_text import AnswerText
 from hyperbagel.pipeline import AskRequest, Contexts, HyperBagel, ImageRequest, ImageResult, TextResult, passes
 from hyperbagel.serve.jobs import Done, Job, Preview, Progress, Started, Text, Unit
-from hyperbagel.serve.metrics import Metrics
+from hyperbagel.serve.metrics import Metrics, Pace
 from hyperbagel.serve.previews import Previews
 from hyperbagel.serve.schemas import ApiError
 
@@ -75,7 +74,7 @@ class Engine:
         self._threads: list[threading.Thread] = []
         self._closed, self._broken = False, False
         self._running, self._idle = 0, 0  # units at work; threads that wait for some
-        self._unit_seconds = 1.0  # moving average of the time per unit, for Retry-After
+        self._pace = Pace()
 
     @property
     def closed(self) -> bool:
@@ -96,7 +95,7 @@ class Engine:
                 raise device_failed()
             self._waiting = deque(unit for unit in self._waiting if not self._dropped(unit))
             if self._waiting and len(self._waiting) + len(job.units) > self.limit:
-                seconds = max(1, math.ceil(self._unit_seconds * len(self._waiting) / len(self.models)))
+                seconds = self._pace.wait((unit.fit for unit in self._waiting), len(self.models))
                 raise ApiError(
                     429,
                     f"got {len(job.units)} to put into a queue with {len(self._waiting)} of its {self.limit} places taken, "
@@ -135,13 +134,15 @@ class Engine:
         """What each thread does: one batch after another, until the engine is closed and empty."""
         contexts = Contexts()
         while units := self._take():
-            began = time.perf_counter()
+            began, fit = time.perf_counter(), units[0].fit
             try:
                 self._run(model, units, contexts)
             finally:
                 with self._change:
-                    self._running -= sum(not unit.done for unit in units)
-                    self._unit_seconds += 0.2 * ((time.perf_counter() - began) / len(units) - self._unit_seconds)
+                    done = sum(unit.done for unit in units)  # what was cancelled or failed says nothing of the pace
+                    self._running -= len(units) - done
+                    if done:
+                        self._pace.took(fit, time.perf_counter() - began, done)
                     self._gauges()
 
     def _take(self) -> list[Unit]:

@@ -368,6 +368,15 @@ def test_a_chat_edits_the_last_picture_of_several(model: HyperBagel) -> None:
     assert isinstance(picture, Image.Image) and picture.getpixel((0, 0)) == (0, 0, 255) and text == "make it green"
 
 
+def test_a_chat_may_draw_more_pictures_than_it_reads(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {"role": "assistant", "content": "", "images": [{"image_url": {"url": data_url(png("red"))}}] * 2}
+    asked = {"role": "user", "content": "make it green"}
+    incoming, read = Incoming(model, ("tiny",), Limits(images=1)), list[bytes]()
+    monkeypatch.setattr(incoming, "picture", lambda data, name: read.append(data) or Image.new("RGB", (32, 32)))
+    [request] = incoming.chat_pictures(ChatBody.model_validate({"messages": [asked, *[drawn, asked] * 20]}))
+    assert [type(item) for item in request.items()] == [Image.Image, str] and read == [png("red")]
+
+
 def test_a_plan_is_no_longer_than_an_answer_may_be(model: HyperBagel) -> None:
     incoming = Incoming(model, ("tiny",), Limits(max_tokens=7))
     for asked, given in ((None, 7), (3, 3)):

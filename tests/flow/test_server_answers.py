@@ -6,11 +6,14 @@ import asyncio
 import base64
 import io
 import json
+import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from fastapi.testclient import TestClient
@@ -19,6 +22,7 @@ from server_world import png
 
 from hyperbagel.data.images import SETTINGS_KEY
 from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, TextResult
+from hyperbagel.serve import streams
 from hyperbagel.serve.app import create_app
 from hyperbagel.serve.incoming import Incoming
 from hyperbagel.serve.jobs import Done, Job, Text
@@ -230,6 +234,32 @@ def test_answers_of_one_stream_are_split_apart() -> None:
         (0, "content"): "c",
         (1, "content"): "b",
     }
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/images/generations", {"prompt": "x", "steps": 1}), ("/v1/chat/completions", ASKED)])
+def test_a_stream_that_waits_says_so(
+    path: str,
+    body: dict[str, Any],
+    model: HyperBagel,
+    serving: Callable[[Any], AbstractContextManager[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    let_go = threading.Event()
+    for name in ("generate_batch", "ask_batch"):
+        work = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *args, work=work, **more: let_go.wait(10) and work(*args, **more))
+    for name in ("EARLY", "PING_SECONDS"):
+        monkeypatch.setattr(streams, name, 0.1)
+    with (
+        serving(create_app(model, limits=Limits(max_tokens=3))) as address,
+        httpx2.stream("POST", address + path, json=body | {"stream": True}, timeout=5) as answer,
+    ):
+        assert answer.status_code == 200
+        lines = answer.iter_lines()
+        assert [line for line in (next(lines) for _ in range(6)) if line.startswith(":")][:2] == [": ping"] * 2
+        let_go.set()
+        *_, last = events_of("\n".join(lines))
+    assert last.get("type") == "image_generation.completed" or last["choices"][0]["finish_reason"]
 
 
 def test_usage_is_null_until_the_last_chunk_where_it_is_asked_for() -> None:

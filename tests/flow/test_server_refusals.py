@@ -64,7 +64,7 @@ WRONG: dict[str, tuple[Callable[[openai.OpenAI], Any], type[openai.APIStatusErro
     "form": (chat(response_format={"type": "json_object"}), BAD, 'expected {"type": "text"} or null; leave it out'),
     "logit_bias": (chat(logit_bias={"1": 2}), BAD, "logit_bias: got {'1': 2}, expected {} or null; leave it out"),
     "tools": (chat(extra_body={"tools": [{"type": "function"}]}), BAD, "expected [] or null; leave it out"),
-    "tool_choice": (chat(extra_body={"tool_choice": "required"}), BAD, "tool_choice: got 'required', expected \"none\" or null; leave it"),
+    "tool_choice": (chat(extra_body={"tool_choice": "required"}), BAD, 'got \'required\', expected "none" or "auto" or null; '),
     "student of text": (chat(extra_body={"student": "nobody"}), BAD, "none"),
     "size of text": (chat(extra_body={"size": "big"}), BAD, "WIDTHxHEIGHT"),
     "drafter of a picture": (chat(extra_body={"drafter": "nobody", "modalities": ["image"]}), BAD, "lookup, auto, none"),
@@ -91,9 +91,9 @@ def test_pictures_are_counted_before_they_are_unpacked(http: TestClient, monkeyp
     url = "data:image/png;base64," + base64.b64encode(png("red")).decode()
     pictures = [{"type": "image_url", "image_url": {"url": url}}]
     asked = {"role": "user", "content": "x"}
-    for modalities in (["text"], ["text", "image"]):
+    for modalities, more in ((["text"], asked), (["text", "image"], {"role": "user", "content": pictures * 17})):
         for told, messages in (
-            ("at most 16", [{"role": "user", "content": pictures * 17}, asked]),
+            ("at most 16", [{"role": "user", "content": pictures * 17}, more]),
             ("system message", [{"role": "system", "content": pictures}, asked]),
         ):
             answer = http.post("/v1/chat/completions", json={"messages": messages, "modalities": modalities})
@@ -103,7 +103,7 @@ def test_pictures_are_counted_before_they_are_unpacked(http: TestClient, monkeyp
 NOTHING: dict[str, list[Any]] = {
     "stop": [[]],
     "tools": [[]],
-    "tool_choice": ["none"],
+    "tool_choice": ["none", "auto"],
     "parallel_tool_calls": [True, False],
     "response_format": [{"type": "text"}],
     "logit_bias": [{}],
@@ -113,7 +113,7 @@ NOTHING: dict[str, list[Any]] = {
     "presence_penalty": [0, 0.0],
     "frequency_penalty": [0, 0.0],
     "functions": [[]],
-    "function_call": ["none"],
+    "function_call": ["none", "auto"],
     "reasoning_effort": ["none"],
     "verbosity": ["medium"],
     "prompt_cache_key": ["x"],
@@ -123,9 +123,25 @@ NOTHING: dict[str, list[Any]] = {
 
 def test_what_client_libraries_write_for_nothing_is_nothing(http: TestClient) -> None:
     said = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
-    for body in [*({name: value} for name, values in NOTHING.items() for value in values), dict.fromkeys(NOTHING)]:
+    bodies: list[dict[str, Any]] = [{name: value} for name, values in NOTHING.items() for value in values]
+    bodies += [dict.fromkeys([*NOTHING, "audio", "prediction", "web_search_options"])]
+    bodies += [{"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}]
+    for body in bodies:
         answer = http.post("/v1/chat/completions", json=said | body)
         assert answer.status_code == 200, (body, answer.text)
+    assert http.post("/v1/images/generations", json={"prompt": "x", "steps": 1, "audio": None, "n": None}).status_code == 200
+    missing = http.post("/v1/images/generations", json={"prompt": None}).json()["error"]
+    assert (missing["param"], missing["message"]) == ("prompt", "prompt: got nothing, expected a value")
+
+
+def test_what_clients_write_beside_the_words_changes_nothing(http: TestClient, model: HyperBagel) -> None:
+    url = {"url": "data:image/png;base64," + base64.b64encode(png("red")).decode()}
+    bare: list[Any] = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": url}]
+    more = [part | {"cache_control": {"type": "ephemeral"}, "id": 1} for part in bare]
+    more[1]["image_url"] = url | {"format": "image/png"}
+    reader = incoming.Incoming(model, ("tiny",), Limits())
+    plain, same = ({"messages": [{"role": "user", "content": parts}], "seed": 1} for parts in (bare, more))
+    assert reader.questions(ChatBody.model_validate(same)) == reader.questions(ChatBody.model_validate(plain))
 
 
 def test_two_masks_are_one_too_many(http: TestClient) -> None:

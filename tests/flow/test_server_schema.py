@@ -21,7 +21,7 @@ from hyperbagel.serve.schemas import Limits
 # Overridden student settings are told on stderr, thousands of times here.
 pytestmark = pytest.mark.filterwarnings("ignore::hyperbagel.core.errors.Notice")
 EXAMPLES = 40  # of each endpoint and kind
-QUICK = {"steps": 1, "max_tokens": 1, "max_think_tokens": 1}  # what is left out would take 50 steps or 256 tokens
+QUICK = {"steps": 1, "max_tokens": 1, "max_think_tokens": 1}  # what is left out would take 50 steps or 1024 tokens
 MEANT = {"model": "tiny", "student": "6", "size": "32x32"}  # texts that the schema cannot know
 MOST = {"steps": 2, "n": 2, "max_tokens": 2, "max_completion_tokens": 2, "max_think_tokens": 2}  # the limits below
 

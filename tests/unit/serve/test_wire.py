@@ -99,9 +99,9 @@ def test_a_preview_shows_where_the_latent_is_heading(monkeypatch: pytest.MonkeyP
 
 def test_errors_have_openai_s_form_and_tell_no_secrets() -> None:
     with pytest.raises(ValidationError) as caught:
-        GenerationBody.model_validate({"prompt": "x", "text_scle": 1})
+        GenerationBody.model_validate({"prompt": "x", "text-scale": 1})
     told = as_api_error(caught.value)
-    assert told.status == 400 and told.param == "text_scle" and told.code == "unknown_parameter"
+    assert told.status == 400 and told.param == "text-scale" and told.code == "unknown_parameter"
     assert as_api_error(RequestValidationError([{"loc": ("body", "n"), "msg": "no", "type": "x", "input": 0}])).param == "n"
     assert as_api_error(InputError("got a, expected b")).body()["error"]["message"] == "got a, expected b"
     inside = as_api_error(RuntimeError("/root/secret"))
@@ -118,7 +118,7 @@ def test_errors_have_openai_s_form_and_tell_no_secrets() -> None:
             "messages.0.content.0.image_url",
             "got 'data:', input should be a valid dict",
         ),
-        ([{"type": "text", "te-xt": "x"}], "messages.0.content.0.te-xt", "Unrecognized request argument"),
+        ([{"type": "text", "text": 1}], "messages.0.content.0.text", "got 1, input should be a valid string"),
         (5, "messages.0.content", "got 5, input should be"),
         ("x" * 100_001, "messages.0.content", "at most 100000 characters"),
     ],
