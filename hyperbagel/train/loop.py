@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -34,6 +35,8 @@ from hyperbagel.train.distributed import World
 from hyperbagel.train.optim import lr_factor, set_lr
 from hyperbagel.train.sharding import clip_gradients
 from hyperbagel.train.stage import Draws, Metrics, Stage, TrainRecipe
+
+log = logging.getLogger(__name__)
 
 
 class Diverged(FloatingPointError):
@@ -318,12 +321,17 @@ class _Loop:
         return self.evaluated[1]
 
     def sample(self) -> None:
-        """Draw the sheet of the current step, once."""
+        """Draw the sheet of the current step, once. One that does not fit the memory is left out."""
         if self.drawn == self.step:
             return
         self.drawn = self.step
-        with torch.no_grad(), self.autocast():
-            self.stage.sample(self.step, self.run.folder("samples"))
+        try:
+            with torch.no_grad(), self.autocast():
+                self.stage.sample(self.step, self.run.folder("samples"))
+        except torch.OutOfMemoryError as error:
+            if self.stage.sharded:  # the other ranks would wait for this one's part of the weights
+                raise
+            log.warning("step %d: no sample sheet, it took too much memory (%s)", self.step, str(error).partition(". ")[0])
 
     @property
     def score(self) -> float | None:
