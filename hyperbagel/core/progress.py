@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+T = TypeVar("T")
 
 
 def format_seconds(seconds: float) -> str:
@@ -75,6 +77,13 @@ class ProgressReport:
             self._bar.update(self._task, completed=share, text=f"{left}  {text}")  # rich draws no more often than it must
         elif due:
             self.line(f"{100 * share:5.1f} %  {format_seconds(passed)} passed, {left}  {text}")
+
+    def count(self, items: Iterable[T], total: int) -> Iterator[T]:
+        """The items, `total` of them; says which one is at work."""
+        for i, item in enumerate(items):
+            self.update(i / total, f"{i + 1}/{total}")
+            yield item
+        self.update(1.0)
 
     def line(self, text: str) -> None:
         """A line that stays: an evaluation, a checkpoint."""

@@ -177,6 +177,7 @@ class _Loop:
         logged_at, saved_at = (self.clock(), self.step), self.clock()
         with ProgressReport(type(self.stage).__name__) as report:
             if self.stage.measures_start and self.works and best_score(self.run.checkpoints) == -math.inf and self.step == 0:
+                report.line("measuring what comes in, before the first step")
                 report.line(_show(0, self.evaluate()))
                 self.save()
             while not stopped and self.step < r.max_steps and self.time_is_left():

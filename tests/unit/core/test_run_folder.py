@@ -105,6 +105,15 @@ def test_what_came_before_the_first_step_does_not_count_for_the_time_left() -> N
     assert "5:10 passed, 0:10 left" in stream.getvalue().splitlines()[-1]
 
 
+def test_items_are_counted_as_they_are_taken() -> None:
+    stream = io.StringIO()
+    with ProgressReport("job", every=0, stream=stream) as report:
+        taken = [(item, len(stream.getvalue().splitlines())) for item in report.count("ab", 2)]
+    assert taken == [("a", 1), ("b", 2)]  # said before the work
+    first, second, end = stream.getvalue().splitlines()
+    assert first.endswith("1/2") and second.endswith("2/2") and "50.0 %" in second and "100.0 %" in end
+
+
 def test_a_changed_work_tree_is_told(tmp_path: Path) -> None:
     def git(*words: str) -> None:
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
