@@ -93,7 +93,7 @@ def check_no_weights(path: Path) -> None:
 
 
 def parse_size(size: str | None) -> tuple[int, int] | None:
-    """ "640x480" (width x height) as (height, width); None stays None. Whether a model can draw it: `pipeline.check_size`."""
+    """ "640x480" (width x height) as (height, width); None stays None. Whether a model can draw it: `pipeline.check_request`."""
     return None if size is None else size_of(size)
 
 

@@ -172,18 +172,18 @@ def _pictures(prompts: Path, out: Path, batch: int, seed: int, where: dict[str, 
     checks.check_at_least("--batch", batch, 1)
     checks.check_seed(seed)
     checks.check_plan(settings | {"planner": where["planner"]})
-    if settings.get("size") is not None:
-        from hyperbagel.pipeline import check_size
+    settings = given(**settings | {"size": checks.parse_size(settings.get("size"))})
+    if settings.keys() & {"size", "max_think_tokens"}:
+        from hyperbagel.pipeline import check_request
 
-        settings["size"] = checks.parse_size(settings["size"])
-        check_size(where["model"] or "toybox", settings["size"])
+        check_request(where["model"] or "toybox", **settings)
     from hyperbagel.evaluate.pictures import place
 
     if where["device"] is None and (mine := place()[2]):
         import torch
 
         where |= {"device": mine if torch.cuda.is_available() else None}
-    return _load(**where), given(**settings)
+    return _load(**where), settings
 
 
 @app.command()

@@ -74,7 +74,7 @@ def _draw(
     from hyperbagel.core.progress import count_step
     from hyperbagel.data.images import save_png
     from hyperbagel.generate.types import ImageRequest
-    from hyperbagel.pipeline import check_size
+    from hyperbagel.pipeline import check_request
 
     checks.check_plan(settings | {"planner": where["planner"]})
     settings = given(**settings | {"size": checks.parse_size(settings["size"])})
@@ -82,8 +82,8 @@ def _draw(
     if "mask" in settings:
         settings["mask"] = checks.read_mask(settings["mask"])
     ImageRequest(prompt, tuple(images), **settings).denoising()  # refuses wrong settings before the model is loaded
-    if "size" in settings:
-        check_size(where["model"] or "toybox", settings["size"])
+    if settings.keys() & {"size", "max_think_tokens"}:
+        check_request(where["model"] or "toybox", prompt=prompt, **settings)
     first = _seed(seed)
     pipeline, spent = _load(since, **where)
     if settings["think"]:

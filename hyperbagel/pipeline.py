@@ -23,6 +23,7 @@ from hyperbagel.core.hardware import clock, usable_device
 from hyperbagel.core.values import seed_of, whole
 from hyperbagel.data.images import as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
+from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.generate.contexts import Contexts, read
 from hyperbagel.generate.decode import taken
 from hyperbagel.generate.graphs import GraphRunner
@@ -52,7 +53,7 @@ from hyperbagel.nn.quantized import numbers
 from hyperbagel.speculative.adaptive import Adaptive
 from hyperbagel.speculative.answers import OnAnswer, Visitors, write_answers
 from hyperbagel.speculative.choose import NONE, Drafters
-from hyperbagel.speculative.thinking import Ready, write_plans, written_together
+from hyperbagel.speculative.thinking import Ready, check_length, write_plans, written_together
 
 Picture = Image | str | Path  # a PIL image of any mode, or the path of one
 
@@ -285,10 +286,7 @@ class HyperBagel:
         request.denoising()
         if request.mask is not None:
             check_mask(request.mask, first_picture(request))
-        texts = [item for item in items if isinstance(item, str)] + ([THINK_DRAW] if request.think else [])
-        tokens = sum(len(self.parts.tokenizer.encode(text)) + 2 for text in texts)
-        if tokens > (limit := self.parts.model.config.llm.max_position_embeddings):
-            raise InputError(f"got a prompt of {tokens} tokens, expected at most {limit} for this model; shorten it")
+        check_length(request, self.parts.tokenizer, self.parts.model.config.llm.max_position_embeddings)
 
     def _passes(self, requests: Sequence[ImageRequest], groups: dict[Any, list[int]]) -> Iterator[tuple[Any, list[int]]]:
         """Each group's key with the members that share forwards, as many at a time as generate.image.MOST_LATENTS allows."""
@@ -392,9 +390,13 @@ def model_folder(model: str | Path) -> Path:
     return Path(str(files("hyperbagel") / "assets" / "toybox")) if str(model) == "toybox" else Path(model)
 
 
-def check_size(model: str | Path, size: tuple[int, int]) -> None:
-    """Checks (height, width) against a model's config, before its weights are loaded. Raises InputError for a size it cannot draw."""
-    latent_grid(BagelConfig.from_folder(model_folder(model)), size)
+def check_request(model: str | Path, **settings: Any) -> None:
+    """Checks a picture's size and lengths by a model's files, before its weights are loaded. Raises InputError for what it cannot do."""
+    folder, request = model_folder(model), ImageRequest(**settings)
+    config = BagelConfig.from_folder(folder)
+    if request.size is not None:
+        latent_grid(config, request.size)
+    check_length(request, Tokenizer.from_folder(folder), config.llm.max_position_embeddings)
 
 
 def _tuple(images: Picture | Sequence[Picture]) -> tuple[Any, ...]:

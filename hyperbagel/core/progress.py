@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+T = TypeVar("T")
 
 
 def format_seconds(seconds: float) -> str:
@@ -44,7 +46,8 @@ class ProgressReport:
             self._bar = Progress(*columns, console=Console(file=self._stream))
         self._began = clock()
         self._last = float("-inf")
-        self._first: float | None = None  # share at the first update: time left is judged by this process's own work, not a resumed job's
+        # (time, share) of the first update: time left is judged by what was done since, not by a resumed job's or by what came before
+        self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> ProgressReport:
         if self._bar is not None:
@@ -63,11 +66,10 @@ class ProgressReport:
 
     def update(self, share: float, text: str = "") -> None:
         """`share` of the job is done, in [0, 1]."""
-        if self._first is None:
-            self._first = share
-        passed = self._clock() - self._began
-        done = share - self._first
-        left = f"{format_seconds(passed * (1 - share) / done)} left" if done > 0 else "time left unknown"
+        now = self._clock()
+        since, first = self._first = self._first or (now, share)
+        passed, done = now - self._began, share - first
+        left = f"{format_seconds((now - since) * (1 - share) / done)} left" if done > 0 else "time left unknown"
         due = self.due
         if due:
             self._last = self._clock()
@@ -75,6 +77,13 @@ class ProgressReport:
             self._bar.update(self._task, completed=share, text=f"{left}  {text}")  # rich draws no more often than it must
         elif due:
             self.line(f"{100 * share:5.1f} %  {format_seconds(passed)} passed, {left}  {text}")
+
+    def count(self, items: Iterable[T], total: int) -> Iterator[T]:
+        """The items, `total` of them; says which one is at work."""
+        for i, item in enumerate(items):
+            self.update(i / total, f"{i + 1}/{total}")
+            yield item
+        self.update(1.0)
 
     def line(self, text: str) -> None:
         """A line that stays: an evaluation, a checkpoint."""

@@ -58,6 +58,15 @@ def guidance_vector(student: Student, text_scale: float, image_scale: float) -> 
 
 def changed_tensors(base: Bagel, student: Student, text_scale: float, image_scale: float) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors that the student replaces, under the base's own names, in fp32 on the base's device."""
+    yield from _replaced(base, student, text_scale, image_scale)
+    for name in student.adapter.low_rank:
+        linear = base.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        yield f"{name}.weight", matrix_of(linear).detach().float() + student.adapter.change(name)
+
+
+def _replaced(base: Bagel, student: Student, text_scale: float, image_scale: float) -> Iterator[tuple[str, Tensor]]:
+    """Of `changed_tensors` those that are no low-rank change."""
     adapter = student.adapter
     folded = base.get_parameter(FOLD)
     for name in adapter.copies:
@@ -66,10 +75,6 @@ def changed_tensors(base: Bagel, student: Student, text_scale: float, image_scal
                 folded = value
             else:
                 yield f"{name}.{leaf}", value.detach().float()
-    for name in adapter.low_rank:
-        linear = base.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        yield f"{name}.weight", matrix_of(linear).detach().float() + adapter.change(name)
     yield FOLD, folded.detach().float() + guidance_vector(student, text_scale, image_scale).to(folded.device)
 
 
@@ -106,14 +111,14 @@ def as_low_rank(base: Bagel, student: Student, text_scale: float, image_scale: f
     """A student as a LoRA with the guidance folded in. A LoRA student keeps its own factors, so nothing is lost; one of whole layers is
     factorised at `rank`. Raises InputError for a rank given to the former, or none to the latter."""
     adapter = student.adapter
-    changed = dict(changed_tensors(base, student, text_scale, image_scale))
     if adapter.low_rank:
         if rank not in (None, adapter.rank):
             raise InputError(f"got rank {rank} for a student that is a LoRA of rank {adapter.rank} already; leave the rank out")
-        return _own_factors(base, adapter, changed)
+        # its own factors are written: as matrices the changes of a 7B would be 26 GB
+        return _own_factors(base, adapter, dict(_replaced(base, student, text_scale, image_scale)))
     if rank is None:
         raise InputError("got a student of whole layers, expected a rank to factorise it at; give --rank, for instance 64")
-    return _factorised(base, adapter, changed, rank)
+    return _factorised(base, adapter, dict(changed_tensors(base, student, text_scale, image_scale)), rank)
 
 
 def _own_factors(base: Bagel, adapter: Adapter, changed: dict[str, Tensor]) -> LowRankStudent:

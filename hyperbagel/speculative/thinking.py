@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from hyperbagel.core.errors import Notice
-from hyperbagel.data.prompts import untagged
+from hyperbagel.core.errors import InputError, Notice
+from hyperbagel.data.prompts import THINK_DRAW, untagged
+from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.generate.decode import Decoded, Runner
 from hyperbagel.generate.session import Session
 from hyperbagel.generate.types import ImageRequest, OnToken, of_rows
@@ -109,8 +110,28 @@ def _limit(session: Session, most: int | None, width: int) -> int:
     """The most tokens of a plan. width: of the drafts behind it. Raises InputError if they might not fit."""
     spare = session.room() - 2 - width  # it is read back between two markers
     limit = max(1, min(ImageRequest.LONGEST_PLAN, spare)) if most is None else most
+    _check_most(most, session.tokens, session.tokens + session.room())
     session.check_room(limit + 2)
     return limit
+
+
+def check_length(request: ImageRequest, tokenizer: Tokenizer, limit: int) -> None:
+    """Raises InputError if a picture's texts, with the plan it may have, do not fit into a context of `limit` tokens."""
+    texts = [item for item in request.items() if isinstance(item, str)] + ([THINK_DRAW] if request.think else [])
+    tokens = sum(len(tokenizer.encode(text)) + 2 for text in texts)
+    if tokens > limit:
+        raise InputError(f"got a prompt of {tokens} tokens, expected at most {limit} for this model; shorten it")
+    if request.think:
+        _check_most(request.max_think_tokens, tokens, limit)
+
+
+def _check_most(most: int | None, tokens: int, limit: int) -> None:
+    """Raises InputError if a plan of `most` tokens and its two markers do not fit behind `tokens`, but a shorter one would."""
+    if most is not None and most > (room := limit - tokens - 2) >= 1:
+        raise InputError(
+            f"got max_think_tokens {most} behind a context of {tokens}, expected at most {room} ({limit} in all); "
+            "lower max_think_tokens (--max-think-tokens)"
+        )
 
 
 def _read_back(session: Session, out: Decoded, limit: int, later: bool) -> str:

@@ -98,6 +98,16 @@ class Conditions:
         return [self.text_dropped] if self.image_dropped is self.full else [self.text_dropped, self.image_dropped]
 
 
+@dataclass
+class Measured:
+    """Held-out conditions, two noises, the teacher's latents for them [2, B, N, C], and the ViT features of these [2, B, values]."""
+
+    conditions: Conditions
+    noises: Tensor
+    teacher: Tensor
+    features: Tensor
+
+
 def split_sample(sample: Sample) -> tuple[Sample, VaeImage, int]:
     """(items before the picture to draw, that picture, index of the text that guidance drops). Raises InputError if there is no picture to
     draw, or no text before it."""

@@ -5,10 +5,10 @@ Shape legend: B samples, N latent tokens, C values of a token.
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hyperbagel.core.config import changed
 from hyperbagel.core.errors import InputError
+from hyperbagel.core.progress import ProgressReport
 from hyperbagel.core.values import clip
 from hyperbagel.data.loader import Loader
 from hyperbagel.data.mixture import DataConfig
@@ -44,7 +45,7 @@ from hyperbagel.train.alarms import alarms
 from hyperbagel.train.batches import held_out_groups, open_loader, pack_spec, posterior_encoder
 from hyperbagel.train.checkpoint import averaged_tensors, best_checkpoint
 from hyperbagel.train.compare import Pictures, compare_sets
-from hyperbagel.train.contexts import Conditions, Scales, make_conditions, student_velocity, teacher_velocity
+from hyperbagel.train.contexts import Conditions, Measured, Scales, make_conditions, student_velocity, teacher_velocity
 from hyperbagel.train.discriminator import vit_features
 from hyperbagel.train.distributed import World, is_sharded, join_world
 from hyperbagel.train.frozen import FrozenRecipe, load_frozen
@@ -281,14 +282,20 @@ class DistillStage(Stage):
     def _measure_teacher(self, data: DataConfig) -> None:
         """The base's pictures for fixed conditions and noises, made once: what the student is compared with."""
         times = time_grid(self.recipe.teacher_steps, PAPER_TEXT_TO_IMAGE.shift)
-        for loader, rng in held_out_groups(data, self.recipe.held_out_groups, self._loader):
-            group = loader.next_group()
-            conditions = self._conditions(group.source, group.samples, rng)
-            noises = torch.stack([self.noise(conditions, rng) for _ in range(2)])
-            run = self.guided_teacher(conditions, self.usual_scales(conditions))
-            with self.amp():
-                teacher = torch.stack([euler(x, run, times) for x in noises])
-                self.measured.append(Measured(conditions, noises, teacher, self.features(self.decoded(teacher, conditions))))
+        groups = held_out_groups(data, self.recipe.held_out_groups, self._loader)
+        with self.reporting("measuring the teacher") as report:
+            for loader, rng in report.count(groups, self.recipe.held_out_groups * len(data.sources)):
+                group = loader.next_group()
+                conditions = self._conditions(group.source, group.samples, rng)
+                noises = torch.stack([self.noise(conditions, rng) for _ in range(2)])
+                run = self.guided_teacher(conditions, self.usual_scales(conditions))
+                with self.amp():
+                    teacher = torch.stack([euler(x, run, times) for x in noises])
+                    self.measured.append(Measured(conditions, noises, teacher, self.features(self.decoded(teacher, conditions))))
+
+    def reporting(self, title: str) -> ProgressReport:
+        """Of what takes long before the first step; only the leading rank's is seen."""
+        return ProgressReport(title, stream=None if self.world.leads else io.StringIO())
 
     def pictures(self, conditions: Conditions, noises: Tensor) -> Tensor:
         """The student's latents [2, B, N, C], sampled as it will be in use, for noises [2, B, N, C]."""
@@ -381,16 +388,6 @@ class DistillStage(Stage):
 
     def close(self) -> None:
         self.loader.close()
-
-
-@dataclass
-class Measured:
-    """Held-out conditions, two noises, the teacher's latents for them [2, B, N, C], and the ViT features of these [2, B, values]."""
-
-    conditions: Conditions
-    noises: Tensor
-    teacher: Tensor
-    features: Tensor
 
 
 def required(folder: Path | None, key: str, what: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import pkgutil
 from pathlib import Path
@@ -19,6 +20,9 @@ from hyperbagel.train.checkpoint import list_checkpoints
 from hyperbagel.train.distributed import join_world, leave_world
 from hyperbagel.train.loop import TrainResult, pick_device, train
 from hyperbagel.train.sharding import shard_stage
+from hyperbagel.train.stage import Stage
+
+log = logging.getLogger(__name__)
 
 
 def stage_names() -> list[str]:
@@ -50,21 +54,27 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
     torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     world = join_world(device)
-    # The stage is built before the run folder: a mistake in the recipe then leaves no folder behind.
-    stage = module.build(settings, device)
+    stage: Stage | None = None
     try:
-        if settings.shard and world.size > 1:
-            shard_stage(stage, world, settings.shard_above)
         with RunFolder(out, settings, seed=settings.seed, resume=resume, leads=world.leads) as run:
             try:
+                stage = module.build(settings, device)  # may take minutes: stopped there, the run is one to resume
+                if settings.shard and world.size > 1:
+                    shard_stage(stage, world, settings.shard_above)
                 return train(stage, settings, run, resume=resume, world=world)
-            except InputError:
-                # what was wrong showed only now (rows that cannot be used): the corrected command finds the folder free
-                if world.leads and not resume and not _has_something(run):
+            except KeyboardInterrupt:
+                if stage is None and world.leads:
+                    log.warning("%s: stopped before a step was made; the same command with --resume goes on", out)
+                raise
+            except Exception as error:
+                # a mistake in the recipe, or in rows that cannot be used: the corrected command finds the folder free
+                early = stage is None or isinstance(error, InputError)
+                if early and world.leads and not resume and not _has_something(run):
                     run.discard()
                 raise
     finally:
-        stage.close()
+        if stage is not None:
+            stage.close()
         leave_world()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -34,6 +35,8 @@ from hyperbagel.train.distributed import World
 from hyperbagel.train.optim import lr_factor, set_lr
 from hyperbagel.train.sharding import clip_gradients
 from hyperbagel.train.stage import Draws, Metrics, Stage, TrainRecipe
+
+log = logging.getLogger(__name__)
 
 
 class Diverged(FloatingPointError):
@@ -174,6 +177,7 @@ class _Loop:
         logged_at, saved_at = (self.clock(), self.step), self.clock()
         with ProgressReport(type(self.stage).__name__) as report:
             if self.stage.measures_start and self.works and best_score(self.run.checkpoints) == -math.inf and self.step == 0:
+                report.line("measuring what comes in, before the first step")
                 report.line(_show(0, self.evaluate()))
                 self.save()
             while not stopped and self.step < r.max_steps and self.time_is_left():
@@ -318,12 +322,17 @@ class _Loop:
         return self.evaluated[1]
 
     def sample(self) -> None:
-        """Draw the sheet of the current step, once."""
+        """Draw the sheet of the current step, once. One that does not fit the memory is left out."""
         if self.drawn == self.step:
             return
         self.drawn = self.step
-        with torch.no_grad(), self.autocast():
-            self.stage.sample(self.step, self.run.folder("samples"))
+        try:
+            with torch.no_grad(), self.autocast():
+                self.stage.sample(self.step, self.run.folder("samples"))
+        except torch.OutOfMemoryError as error:
+            if self.stage.sharded:  # the other ranks would wait for this one's part of the weights
+                raise
+            log.warning("step %d: no sample sheet, it took too much memory (%s)", self.step, str(error).partition(". ")[0])
 
     @property
     def score(self) -> float | None:

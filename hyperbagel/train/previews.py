@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from hyperbagel.toybox.scene import Scene
 
 COLUMNS = 6
 STEPS = 24
+AT_ONCE = 4096  # latent tokens drawn together, all branches apart: at 7B one picture of 1024 x 1024 has as many
 
 
 def write_previews(path: Path, parts: Parts, seed: int, steps: int = STEPS) -> None:
@@ -47,7 +49,14 @@ def _picture(scene: Scene, size: tuple[int, int]) -> Image.Image:
 def _draw(
     parts: Parts, inputs: Sequence[tuple[Image.Image | None, str]], size: tuple[int, int], steps: int, seed: int
 ) -> list[Image.Image]:
-    generator = torch.Generator().manual_seed(seed)
+    generator, grid = torch.Generator().manual_seed(seed), latent_grid(parts.model.config, size)
+    few = max(1, AT_ONCE // math.prod(grid))
+    return [image for at in range(0, len(inputs), few) for image in _draw_few(parts, inputs[at : at + few], grid, steps, generator)]
+
+
+def _draw_few(
+    parts: Parts, inputs: Sequence[tuple[Image.Image | None, str]], grid: tuple[int, int], steps: int, generator: torch.Generator
+) -> list[Image.Image]:
     sessions = []
     for image, text in inputs:
         session = Session.new(parts)
@@ -55,7 +64,6 @@ def _draw(
             session.add_image(image, latents=True, generator=generator)
         session.add_text(text)
         sessions.append(session)
-    grid = latent_grid(parts.model.config, size)
     first = inputs[0][0]
     request = ImageRequest(images=() if first is None else (first,), steps=steps).with_defaults(parts.model.config.options)
     noises = [draw_noise(parts, grid, generator) for _ in sessions]

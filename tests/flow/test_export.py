@@ -17,7 +17,7 @@ from hyperbagel.export import _beside, _difference, export_drafter, export_lora,
 from hyperbagel.model.merge import as_low_rank
 from hyperbagel.model.student import PEFT_PREFIX, Kind, Sampler, Student, load_student, make_adapter, save_student
 from hyperbagel.model.weights import inspect_folder, load_folder, load_tensors, save_tensors
-from hyperbagel.nn.lora import factorise
+from hyperbagel.nn.lora import Adapter, factorise
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.drafters.config import DrafterConfig
 from hyperbagel.speculative.drafters.export import import_eagle3
@@ -249,6 +249,13 @@ def test_what_a_merged_folder_shares_with_its_base(tmp_path: Path) -> None:
 def test_the_worst_layer_misses_more_than_the_whole(made: dict[str, Student], folder: Path) -> None:
     found = as_low_rank(load_folder(folder)[0], made["full"], 4.0, 1.0, 4)
     assert found.worst[0] in found.layers and found.worst[1] >= found.error > 0
+
+
+def test_a_lora_student_is_written_without_making_its_whole_matrices(
+    made: dict[str, Student], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Adapter, "change", lambda self, name: pytest.fail(f"made {name}"))
+    assert "time_embedder.mlp.2.bias" in as_low_rank(load_folder(folder)[0], made["lora"], 4.0, 1.0).tensors
 
 
 def test_a_base_of_two_kinds_of_numbers_is_told_by_the_coarser(folder: Path, tmp_path: Path) -> None:

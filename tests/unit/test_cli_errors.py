@@ -17,7 +17,7 @@ from PIL import Image
 from hyperbagel import cli, cli_checks, demo
 from hyperbagel.core.errors import InputError
 from hyperbagel.generate.types import TextResult
-from hyperbagel.pipeline import check_size
+from hyperbagel.pipeline import check_request
 
 
 @dataclass
@@ -79,7 +79,7 @@ def model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeModel:
     fake = FakeModel()
     module = types.ModuleType("hyperbagel.pipeline")
     module.HyperBagel = fake  # type: ignore[attr-defined]
-    module.check_size = lambda model, size: check_size("toybox", size)  # type: ignore[attr-defined]
+    module.check_request = lambda model, **settings: check_request("toybox", **settings)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "hyperbagel.pipeline", module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYPERBAGEL_DEBUG", raising=False)
@@ -136,6 +136,11 @@ WRONG = {
     "an evaluation's temperature of no plan": (
         ["eval", "distillation", "-o", "run", "--think-temperature", "1"],
         "got --think-temperature without --think",
+    ),
+    "a plan that cannot fit": ([*GENERATE, "--think", "--max-think-tokens", "5000"], "lower max_think_tokens (--max-think-tokens)"),
+    "an evaluation's plan that cannot fit": (
+        ["eval", "geneval", "-o", "run", "--prompts", "in.png", "--think", "--max-think-tokens", "5000"],
+        "lower max_think_tokens (--max-think-tokens)",
     ),
     "a length of no plan": (["edit", "in.png", "x", "-o", "a.png", "--max-think-tokens", "9"], "got --max-think-tokens without --think"),
     "an evaluation's length of no plan": (

@@ -198,7 +198,9 @@ class BaseStage(Stage):
         return figures
 
     def sample(self, step: int, out: Path) -> None:
-        """A sheet of the averaged model's pictures, edits and answers."""
+        """A sheet of the averaged model's pictures, edits and answers; of the toybox, so only where that is learnt."""
+        if all(source.kind != "toybox" for source in self.recipe.data.sources.values()):
+            return
         with self.players["model"].averaged(), uncompiled():
             write_previews(out / f"step-{step:08d}.png", self.parts, HELD_OUT_SEED)
 

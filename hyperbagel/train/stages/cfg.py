@@ -19,8 +19,8 @@ from hyperbagel.core.config import changed
 from hyperbagel.flow.path import interpolate
 from hyperbagel.flow.schedule import shift_time, time_grid, times_between
 from hyperbagel.flow.solvers import euler, euler_steps
-from hyperbagel.train.contexts import Conditions, Scales, student_velocity, teacher_velocity, velocity
-from hyperbagel.train.distill import DistillRecipe, DistillStage, Measured, seeded
+from hyperbagel.train.contexts import Conditions, Measured, Scales, student_velocity, teacher_velocity, velocity
+from hyperbagel.train.distill import DistillRecipe, DistillStage, seeded
 from hyperbagel.train.losses.cfg import cfg_loss
 from hyperbagel.train.losses.tscd import jump
 from hyperbagel.train.stage import Draws
@@ -92,7 +92,10 @@ class CfgStage(DistillStage):
         self.teacher = self.frozen(recipe.teacher) if recipe.teacher else None
         if recipe.measure == "score":
             self.best_metric = "learned" if recipe.target == "guided" else "match"
-        self.ways = [self._way(m) for m in self.measured] if recipe.target == "guided" else []
+        self.ways: list[Guided] = []
+        if recipe.target == "guided" and self.measured:
+            with self.reporting("measuring the teacher's way") as report:
+                self.ways = [self._way(m) for m in report.count(self.measured, len(self.measured))]
 
     @torch.no_grad()
     def _way(self, m: Measured, steps: int = 8) -> Guided:

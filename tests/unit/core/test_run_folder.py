@@ -96,6 +96,24 @@ def test_the_time_left_of_a_resumed_job_is_read_off_what_this_launch_did() -> No
     assert "time left unknown" in first and "0:10 passed, 0:40 left" in second
 
 
+def test_what_came_before_the_first_step_does_not_count_for_the_time_left() -> None:
+    now, stream = [0.0], io.StringIO()
+    with ProgressReport("job", every=10, stream=stream, clock=lambda: now[0]) as report:
+        for second, share in ((300.0, 0.0), (310.0, 0.5)):  # the first evaluation took 300 s
+            now[0] = second
+            report.update(share)
+    assert "5:10 passed, 0:10 left" in stream.getvalue().splitlines()[-1]
+
+
+def test_items_are_counted_as_they_are_taken() -> None:
+    stream = io.StringIO()
+    with ProgressReport("job", every=0, stream=stream) as report:
+        taken = [(item, len(stream.getvalue().splitlines())) for item in report.count("ab", 2)]
+    assert taken == [("a", 1), ("b", 2)]  # said before the work
+    first, second, end = stream.getvalue().splitlines()
+    assert first.endswith("1/2") and second.endswith("2/2") and "50.0 %" in second and "100.0 %" in end
+
+
 def test_a_changed_work_tree_is_told(tmp_path: Path) -> None:
     def git(*words: str) -> None:
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)

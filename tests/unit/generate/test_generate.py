@@ -143,8 +143,14 @@ def test_a_plan_that_could_not_be_read_back_is_refused_before_it_is_written(mode
     prompt = next(text for n in range(room, 0, -1) if len(model.parts.tokenizer.encode(text := "a " * n)) <= room - 7)
     monkeypatch.setattr("hyperbagel.speculative.thinking.decode", lambda *a, **k: pytest.fail("decoded"))
     left = room - len(model.parts.tokenizer.encode(prompt))
-    with pytest.raises(InputError, match="got a context of"):
+    monkeypatch.setattr(model, "_prepare", lambda *a, **k: pytest.fail("prefilled"))
+    with pytest.raises(InputError, match=rf"max_think_tokens {left - 1} behind .* at most {left - 2} \({limit} in all\); lower"):
         model.generate(prompt, seed=0, steps=1, think=True, max_think_tokens=left - 1)
+    monkeypatch.undo()  # a picture is counted once it is read
+    monkeypatch.setattr("hyperbagel.speculative.thinking.decode", lambda *a, **k: pytest.fail("decoded"))
+    most = room - len(model.parts.tokenizer.encode("a car")) - 2
+    with pytest.raises(InputError, match=rf"max_think_tokens {most} behind .*; lower"):
+        model.edit(Image.new("RGB", (16, 16)), "a car", seed=0, steps=1, think=True, max_think_tokens=most)
 
 
 def test_a_plan_that_was_cut_is_told_and_one_unasked_takes_what_is_left(model: HyperBagel) -> None:

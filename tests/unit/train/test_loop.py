@@ -70,6 +70,26 @@ def test_the_last_step_is_measured_too(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "held_out/score" in line] == [5] and best is not None and best.name == "step-00000005"
 
 
+def test_a_sheet_that_takes_too_much_memory_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Large(TinyStage):
+        one_of_many = False
+
+        def sample(self, step: int, out: Path) -> None:
+            self.sharded = self.one_of_many
+            with self.players["even"].averaged():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11 GiB")
+
+    whole, _ = run(tmp_path / "whole", 5)
+    _, result = run(tmp_path / "run", 5, stage=(stage := Large()), sample_every=2)
+    assert result.step == 5 and [record.getMessage() for record in caplog.records] == [
+        f"step {step}: no sample sheet, it took too much memory (CUDA out of memory)" for step in (2, 4, 5)
+    ]
+    assert all(torch.equal(value, stage.tensors()[name]) for name, value in whole.tensors().items())
+    stage.one_of_many = True  # other ranks wait for it: it must end them too
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path / "split", 5, stage=stage)
+
+
 def test_adamw_has_the_recipe_s_numbers() -> None:
     config = OptimConfig(lr=0.3, betas=(0.0, 0.5), eps=1e-3, weight_decay=0.1)
     for group in make_optimizer(torch.nn.Linear(2, 2), config).param_groups:

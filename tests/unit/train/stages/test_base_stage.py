@@ -11,10 +11,12 @@ from hyperbagel.core.config import load_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.images import open_image
 from hyperbagel.flow.schedule import shift_time
+from hyperbagel.generate.image import denoise
 from hyperbagel.model.config import VaeConfig
 from hyperbagel.model.student import generates
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder, load_tensors, save_tensors
+from hyperbagel.train import previews
 from hyperbagel.train.checkpoint import averaged_tensors, list_checkpoints
 from hyperbagel.train.gate import judge
 from hyperbagel.train.launch import run_training
@@ -140,6 +142,29 @@ def test_resume_is_bit_for_bit_and_the_export_loads(vae: Path, tmp_path: Path) -
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5]
     sheets = sorted((tmp_path / "a" / "samples").iterdir())
     assert sheets and open_image(sheets[0]).width > 600
+
+
+def test_sheets_are_of_the_toybox_and_drawn_a_few_at_a_time(vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the pictures: twelve of 1024 x 1024 at once do not fit beside a 7B in training."""
+    s = stage(vae)
+    sizes: list[int] = []
+
+    def noted(sessions: Any, *rest: Any) -> Any:
+        sizes.append(len(sessions))
+        return denoise(sessions, *rest)
+
+    monkeypatch.setattr(previews, "denoise", noted)
+    sheets = []
+    for at_once in (previews.AT_ONCE, 1):
+        monkeypatch.setattr(previews, "AT_ONCE", at_once)
+        with torch.no_grad():
+            s.sample(at_once, tmp_path)
+        sheets.append(open_image(tmp_path / f"step-{at_once:08d}.png").size)
+    assert sizes == [12, 4] + [1] * 16 and sheets[0] == sheets[1]
+    own = s.recipe.data.sources["t2i"].model_copy(update={"kind": "t2i"})
+    s.recipe = s.recipe.model_copy(update={"data": s.recipe.data.model_copy(update={"sources": {"own": own}})})
+    s.sample(2, tmp_path)
+    assert len(sizes) == 18 and not (tmp_path / "step-00000002.png").exists()
 
 
 def test_going_on_from_a_folder(vae: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_base import DATA, HELD_OUT, QUICK, SOURCES, make, only
 
@@ -95,6 +96,39 @@ def test_captions_beyond_the_context_are_broken_rows(base: Path, tmp_path: Path,
         batches = [stage.batch(step, Draws.at(0, step)) for step in range(4)]
     assert len(batches) == 4 and sum(stage.loader.broken.values()) > 0
     assert "expected at most 512, the model's context" in caplog.text
+
+
+def test_a_run_stopped_while_its_teacher_is_measured_is_one_to_resume(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    held_out = {"sources": SOURCES, "mixture": DATA["mixture"]}
+    recipe, out = recipe_of(tmp_path / "a.yaml", base, held_out=held_out, held_out_groups=1), tmp_path / "run"
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cfg.CfgStage, "features", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run_training("cfg", recipe, [], out)
+    [told] = capsys.readouterr().err.splitlines()
+    assert told.startswith("measuring the teacher: ") and told.endswith("1/2")
+    assert f"{out}: stopped before a step was made" in caplog.text and (out / "config.yaml").exists()
+    run_training("cfg", None, [], out, resume=True)
+    said = capsys.readouterr().err
+    assert "measuring what comes in, before the first step" in said and "measuring the teacher's way: " in said
+    run_training("cfg", recipe, [], tmp_path / "whole")
+    files = [folder / "export" / "moe_gen.safetensors" for folder in (out, tmp_path / "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_that_could_not_be_built_does_not_stand_in_the_way(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(tmp_path / "a.yaml", base)
+    with monkeypatch.context() as patch:
+        patch.setattr(cfg, "CfgStage", lambda *_: torch.empty(0).view(3))  # a RuntimeError, as one of memory is
+        with pytest.raises(RuntimeError):
+            run_training("cfg", recipe, [], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_resumed_as_its_stage(base: Path, tmp_path: Path) -> None:
