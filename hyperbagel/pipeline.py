@@ -7,7 +7,7 @@ import random
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.resources import files
@@ -25,9 +25,9 @@ from hyperbagel.data.images import as_picture
 from hyperbagel.data.prompts import THINK_ANSWER, THINK_DRAW
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.generate.contexts import Contexts, read
-from hyperbagel.generate.decode import taken
 from hyperbagel.generate.graphs import GraphRunner
-from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid, passes
+from hyperbagel.generate.image import decode_latents, denoise, draw_noise, in_passes, latent_grid
+from hyperbagel.generate.image import passes as passes
 from hyperbagel.generate.mask import check_mask, first_picture, kept_of, masked
 from hyperbagel.generate.planner import Planner
 from hyperbagel.generate.session import Parts, Session
@@ -193,7 +193,7 @@ class HyperBagel:
             plan = (self._drafter_name(request), request.think_temperature or 0.0) if request.think else None
             groups[self.settings(request), request.is_edit, plan].append(i)  # a group has like branches, so one NFE
         results, where = dict[int, ImageResult](), self.parts.model.device
-        for (settings, _, plan), members in self._passes(requests, groups):
+        for (settings, _, plan), members in in_passes(groups, [math.prod(self.grid(request)) for request in requests]):
             start = clock(where)
             later = settings.student is not None and len(members) == 1  # the first evaluation then reads the last text
             drafter = None if plan is None else self._drafter(plan[0])
@@ -287,12 +287,6 @@ class HyperBagel:
         if request.mask is not None:
             check_mask(request.mask, first_picture(request))
         check_length(request, self.parts.tokenizer, self.parts.model.config.llm.max_position_embeddings)
-
-    def _passes(self, requests: Sequence[ImageRequest], groups: dict[Any, list[int]]) -> Iterator[tuple[Any, list[int]]]:
-        """Each group's key with the members that share forwards, as many at a time as generate.image.MOST_LATENTS allows."""
-        for key, group in groups.items():
-            for part in passes([math.prod(self.grid(requests[i])) for i in group]):
-                yield key, taken(group, part)
 
     def grid(self, request: ImageRequest) -> tuple[int, int]:
         """Latent (rows, columns): of the size asked for, else of the picture under the mask, of the last picture, or the model's own."""

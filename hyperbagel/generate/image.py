@@ -5,9 +5,9 @@ Shape legend: B requests, N latent tokens of the largest picture, C values of a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -29,6 +29,8 @@ from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import StudentNetwork
 from hyperbagel.model.vae import unpatchify
 from hyperbagel.nn.kv_cache import KVCache, Plan
+
+K = TypeVar("K", bound=Hashable)
 
 
 class GuidedVelocity:
@@ -204,6 +206,13 @@ def passes(latents: Sequence[int]) -> list[list[int]]:
         else:
             parts.append([i])
     return parts
+
+
+def in_passes(groups: Mapping[K, Sequence[int]], latents: Sequence[int]) -> Iterator[tuple[K, list[int]]]:
+    """Each group's key with those of its members that share forwards; latents: of all pictures."""
+    for key, group in groups.items():
+        for part in passes([latents[i] for i in group]):
+            yield key, [group[i] for i in part]
 
 
 def draw_noise(parts: Parts, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
