@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from hyperbagel import __version__
 from hyperbagel.core.errors import InputError
-from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest
+from hyperbagel.pipeline import AskRequest, HyperBagel, ImageRequest, TextResult
 from hyperbagel.serve import streams
 from hyperbagel.serve.card import model_card
 from hyperbagel.serve.forms import EDIT_FORM, read_edit
@@ -27,6 +27,7 @@ from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.outgoing import chat_message, choice_facts, image_usage, images_answer
 from hyperbagel.serve.page import add_page
 from hyperbagel.serve.realtime import Live
+from hyperbagel.serve.responses import Answer, ResponsesBody
 from hyperbagel.serve.schemas import ApiError, ChatBody, ErrorBody, GenerationBody, ImageFields, Limits
 from hyperbagel.serve.streams import as_api_error, collect, event_stream
 from hyperbagel.serve.worker import Engine, device_failed, shutting_down
@@ -102,6 +103,7 @@ class Service:
         router.add_api_route("/v1/models", self.models, methods=["GET"])
         router.add_api_route("/v1/models/{model:path}", self.one_model, methods=["GET"])
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None, responses=streamed)
+        router.add_api_route("/v1/responses", self.responses, methods=["POST"], response_model=None, responses=streamed)
         router.add_api_route("/v1/images/generations", self.generations, methods=["POST"], response_model=None, responses=streamed)
         form: dict[str, Any] = {"openapi_extra": EDIT_FORM, "responses": streamed}
         router.add_api_route("/v1/images/edits", self.edits, methods=["POST"], response_model=None, **form)
@@ -178,6 +180,19 @@ class Service:
         if results is None:
             return Response(status_code=CLIENT_GONE)
         return JSONResponse(await asyncio.to_thread(self._completion, body, requests, results))
+
+    async def responses(self, request: Request, body: Annotated[ResponsesBody, Body()]) -> Response:
+        """Answers with text, as a chat does."""
+        [asked] = await asyncio.to_thread(lambda: self.incoming.questions(body.as_chat()))
+        job, answer = Job([asked], stream=bool(body.stream)), Answer(body, self.name, self.incoming.model.parts.tokenizer)
+        self.engine.submit(job)
+        if body.stream:
+            return await event_stream(job, request, answer.events())
+        results = await collect(job, request)
+        if results is None:
+            return Response(status_code=CLIENT_GONE)
+        assert isinstance(results[0], TextResult)
+        return JSONResponse(answer.whole(results[0]))
 
     def _completion(self, body: ChatBody, requests: Sequence[Any], results: Sequence[Any]) -> dict[str, Any]:
         choices = [

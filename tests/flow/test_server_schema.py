@@ -21,9 +21,8 @@ from hyperbagel.serve.schemas import Limits
 # Overridden student settings are told on stderr, thousands of times here.
 pytestmark = pytest.mark.filterwarnings("ignore::hyperbagel.core.errors.Notice")
 EXAMPLES = 40  # of each endpoint and kind
-QUICK = {"steps": 1, "max_tokens": 1, "max_think_tokens": 1}  # what is left out would take 50 steps or 1024 tokens
 MEANT = {"model": "tiny", "student": "6", "size": "32x32"}  # texts that the schema cannot know
-MOST = {"steps": 2, "n": 2, "max_tokens": 2, "max_completion_tokens": 2, "max_think_tokens": 2}  # the limits below
+MOST = {"steps": 2, "n": 2, "max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 2, "max_think_tokens": 2}  # the limits below
 
 
 @pytest.fixture
@@ -43,10 +42,12 @@ def schema(app: Any) -> Any:
         """Most random requests would be refused for a name or a number; those that fit otherwise shall be worked on."""
         if not isinstance(body, dict):
             return body
-        known = context.operation.path == "/v1/chat/completions"
-        body = {name: value for name, value in QUICK.items() if known or name != "max_tokens"} | body
-        if isinstance(messages := body.get("messages"), list):
-            body["messages"] = [*messages, {"role": "user", "content": "x"}]
+        limits = {"/v1/chat/completions": "max_tokens", "/v1/responses": "max_output_tokens"}
+        quick = {"steps": 1, "max_think_tokens": 1, limits.get(context.operation.path, "steps"): 1}  # left out: 50 steps, 1024 tokens
+        body = quick | body
+        for name in ("messages", "input"):
+            if isinstance(turns := body.get(name), list):
+                body[name] = [*turns, {"role": "user", "content": "x"}]
         body |= {name: value for name, value in MEANT.items() if isinstance(body.get(name), str)}
         return body | {name: min(body[name], top) for name, top in MOST.items() if type(body.get(name)) is int}
 
@@ -66,6 +67,7 @@ OPERATIONS = [
     ("post", "/v1/images/generations"),
     ("post", "/v1/images/edits"),
     ("post", "/v1/chat/completions"),
+    ("post", "/v1/responses"),
 ]
 
 
