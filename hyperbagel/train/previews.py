@@ -12,7 +12,7 @@ from PIL import Image
 
 from hyperbagel.data.images import captioned_grid, save_png
 from hyperbagel.generate.decode import decode
-from hyperbagel.generate.image import decode_latents, denoise, draw_noise, latent_grid
+from hyperbagel.generate.image import MOST_LATENTS, decode_latents, denoise, draw_noise, latent_grid
 from hyperbagel.generate.session import Parts, Session
 from hyperbagel.generate.types import ImageRequest
 from hyperbagel.toybox.language import sample_edit, sample_question, sample_t2i
@@ -21,7 +21,6 @@ from hyperbagel.toybox.scene import Scene
 
 COLUMNS = 6
 STEPS = 24
-AT_ONCE = 4096  # latent tokens drawn together, all branches apart: at 7B one picture of 1024 x 1024 has as many
 
 
 def write_previews(path: Path, parts: Parts, seed: int, steps: int = STEPS) -> None:
@@ -50,7 +49,7 @@ def _draw(
     parts: Parts, inputs: Sequence[tuple[Image.Image | None, str]], size: tuple[int, int], steps: int, seed: int
 ) -> list[Image.Image]:
     generator, grid = torch.Generator().manual_seed(seed), latent_grid(parts.model.config, size)
-    few = max(1, AT_ONCE // math.prod(grid))
+    few = max(1, MOST_LATENTS // math.prod(grid))
     return [image for at in range(0, len(inputs), few) for image in _draw_few(parts, inputs[at : at + few], grid, steps, generator)]
 
 

@@ -155,8 +155,8 @@ def test_sheets_are_of_the_toybox_and_drawn_a_few_at_a_time(vae: Path, tmp_path:
 
     monkeypatch.setattr(previews, "denoise", noted)
     sheets = []
-    for at_once in (previews.AT_ONCE, 1):
-        monkeypatch.setattr(previews, "AT_ONCE", at_once)
+    for at_once in (previews.MOST_LATENTS, 1):
+        monkeypatch.setattr(previews, "MOST_LATENTS", at_once)
         with torch.no_grad():
             s.sample(at_once, tmp_path)
         sheets.append(open_image(tmp_path / f"step-{at_once:08d}.png").size)
