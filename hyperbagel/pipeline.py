@@ -179,7 +179,7 @@ class HyperBagel:
         equal denoising settings share forwards, up to generate.image.MOST_LATENTS.
 
         Args:
-            on_step: called after each denoising update of a group of requests.
+            on_step: called after each denoising update of those that share forwards, with their latents alone.
             on_token: called with (index of the request, token id) for each token of a plan (`think`).
             contexts: where prefilled pictures are looked for, and kept for the next call.
         Raises:
@@ -216,6 +216,7 @@ class HyperBagel:
                 used |= {"size": [image.width, image.height], "nfe": nfe, "dtype": self.parts.model.precision}
                 used |= asked_for(request) | (self.planner.asked if request.think else {})
                 results[i] = ImageResult(image, request.seed, nfe, timings, ready.thinking, used, ready.reused, **ready.drafted)
+            del prepared, ready, noises, latents, kept  # the next contexts come into their room
         return [results[i] for i in range(len(requests))]
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ import torch
 
 from hyperbagel.core.config import Config, dump_config
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_write_text, make_folder, read_json, readable_errors, sole_writer
+from hyperbagel.core.files import atomic_write_bytes, atomic_write_text, make_folder, read_json, readable_errors, sole_writer
 
 _OWN = {"config.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints", ".lock"}  # what a run writes itself
 _PACKAGES = ("hyperbagel", "torch", "numpy", "pillow", "safetensors", "tokenizers", "pydantic")
@@ -112,6 +112,8 @@ class RunFolder:
             return
         check_run_folder(self.path, resume=resume)
         self._found = set(os.listdir(self.path)) if self.path.is_dir() else None  # before this launch
+        given = self.path / "config.yaml"  # perhaps the recipe of this very launch
+        self._given = given.read_bytes() if given.is_file() else None
         make_folder(self.path)
         self._lock.enter_context(sole_writer(self.path / ".lock", f"{self.path}: got a run"))
         try:
@@ -183,6 +185,8 @@ class RunFolder:
         for name in _OWN - (self._found or set()):
             thing = self.path / name
             shutil.rmtree(thing) if thing.is_dir() else thing.unlink(missing_ok=True)
+        if self._given is not None:
+            atomic_write_bytes(self.path / "config.yaml", self._given)
         if self._found is None and not os.listdir(self.path):
             self.path.rmdir()
 

@@ -27,7 +27,7 @@ from hyperbagel.serve.metrics import Metrics
 from hyperbagel.serve.outgoing import chat_message, choice_facts, image_usage, images_answer
 from hyperbagel.serve.page import add_page
 from hyperbagel.serve.realtime import Live
-from hyperbagel.serve.responses import Answer, ResponsesBody
+from hyperbagel.serve.responses import Answer, ResponsesBody, in_words_of_responses
 from hyperbagel.serve.schemas import ApiError, ChatBody, ErrorBody, GenerationBody, ImageFields, Limits
 from hyperbagel.serve.streams import as_api_error, collect, event_stream
 from hyperbagel.serve.worker import Engine, device_failed, shutting_down
@@ -183,7 +183,10 @@ class Service:
 
     async def responses(self, request: Request, body: Annotated[ResponsesBody, Body()]) -> Response:
         """Answers with text, as a chat does."""
-        [asked] = await asyncio.to_thread(lambda: self.incoming.questions(body.as_chat()))
+        try:
+            [asked] = await asyncio.to_thread(lambda: self.incoming.questions(body.as_chat()))
+        except ApiError as error:
+            raise in_words_of_responses(error) from error
         job, answer = Job([asked], stream=bool(body.stream)), Answer(body, self.name, self.incoming.model.parts.tokenizer)
         self.engine.submit(job)
         if body.stream:

@@ -125,8 +125,6 @@ class Incoming:
         images = [item for item in self._items(pictures) if isinstance(item, Image.Image)]
         system = "\n".join(text for message in body.messages if message.role in SYSTEM if (text := _text(message)))
         turns, question = _pairs(system, asked)
-        if _pictures(asked[-1]) and not _pairs("", asked)[1].strip():
-            question = "\n".join(filter(None, (question.strip(), DESCRIBE)))
         if not question.strip():
             raise ApiError(400, "got an empty question, expected some text in the last message", param="messages")
         tokens = body.max_completion_tokens or body.max_tokens
@@ -252,19 +250,27 @@ def _text(message: Message) -> str:
 def _pairs(system: str, messages: Sequence[Message]) -> tuple[tuple[tuple[str, str], ...], str]:
     """The texts of a conversation as (earlier questions with their answers, last question).
 
-    Consecutive messages of one role are joined by line ends. The system's text begins the first question.
+    Consecutive messages of one role are joined by line ends. The system's text begins the first question. Pictures without words are asked
+    DESCRIBE.
     """
     turns: list[tuple[str, str]] = []
-    question, answer = system, ""
+    asked: list[Message] = []  # the user's messages of one turn
+    begins, answer = system, ""
     for message in messages:
         if message.role == "assistant":
             answer = "\n".join(filter(None, (answer, _text(message))))
             continue
         if answer:  # a user's message after an answer: the pair before it is complete
-            turns.append((question, answer))
-            question, answer = "", ""
-        question = "\n".join(filter(None, (question, _text(message))))
-    return tuple(turns), question
+            turns.append((_question(begins, asked), answer))
+            asked, begins, answer = [], "", ""
+        asked.append(message)
+    return tuple(turns), _question(begins, asked)
+
+
+def _question(system: str, messages: Sequence[Message]) -> str:
+    """The words of one turn of the user."""
+    words = [text for message in messages if (text := _text(message)).strip()]
+    return "\n".join(filter(None, (system, *(words or [DESCRIBE] * any(map(_pictures, messages))))))
 
 
 def data_url(url: str) -> bytes:

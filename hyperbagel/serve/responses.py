@@ -7,12 +7,12 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.pipeline import TextResult
 from hyperbagel.serve.jobs import Cancelled, Done, Event, Failed, Quiet, Text
-from hyperbagel.serve.outgoing import PING, ThinkSplitter, chat_message, choice_facts, error_event, sse
+from hyperbagel.serve.outgoing import PING, ThinkSplitter, chat_message, choice_facts, sse
 from hyperbagel.serve.schemas import (
     PARTS,
     PROMPT_CHARACTERS,
@@ -39,6 +39,7 @@ class InputPart(Loose):
 
     type: Literal["input_text", "output_text", "text", "refusal", "input_image"]
     text: Words | None = None
+    refusal: Words | None = None
     image_url: str | None = Field(None, description="A data: URL.")
 
 
@@ -49,12 +50,17 @@ class InputItem(Loose):
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Words | Annotated[list[InputPart], Field(max_length=PARTS)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_thoughts(cls, item: Any) -> Any:
+        return {"type": "reasoning"} if isinstance(item, dict) and item.get("type") == "reasoning" else item
+
 
 class ResponsesBody(Knobs, Ignored):
     """POST /v1/responses"""
 
     model: str | None = Field(None, description="A name from /v1/models.")
-    input: Words | Annotated[list[InputItem], Field(min_length=1, max_length=1000)]
+    input: Words | Annotated[list[InputItem], Field(min_length=1, max_length=999)]  # with the instructions a chat's 1000
     instructions: Words | None = Field(None, description="Put before the first question, as a system message is.")
     max_output_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens, thinking included; else up to 1024.")
     temperature: float | None = Field(None, ge=0, le=100, description="0, the default, always takes the likeliest token.")
@@ -100,7 +106,7 @@ def _message(item: InputItem) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
     for part in item.content or ():
         if part.type != "input_image":
-            parts.append({"type": "text", "text": part.text})
+            parts.append({"type": "text", "text": part.refusal if part.type == "refusal" else part.text})
         elif part.image_url is None:
             raise ApiError(400, "got an input_image without image_url, expected 'data:...'; this server stores no files", param="input")
         else:
@@ -190,7 +196,8 @@ class Answer:
             yield event("in_progress", response=self._response("in_progress", []))
             async for one in told:
                 if isinstance(one, Failed):
-                    yield error_event(as_api_error(one.error))
+                    error = as_api_error(one.error).body()  # under `error` the official client looks for it
+                    yield sse(error["error"] | error | {"type": "error", "sequence_number": next(numbers)}, "error")
                     return
                 if isinstance(one, Cancelled):
                     return
@@ -211,6 +218,15 @@ class Answer:
                     yield event(whole["status"], response=whole)
 
         return events
+
+
+def in_words_of_responses(error: ApiError) -> ApiError:
+    """A refusal of the chat that asks the same, by the names of the fields that the client sent."""
+    names = {"max_tokens": "max_output_tokens", "messages": "input"}
+    if error.param not in names:
+        return error
+    told = str(error).replace(f"got {error.param} ", f"got {names[error.param]} ")
+    return ApiError(error.status, told, type=error.type, param=names[error.param], code=error.code, headers=error.headers)
 
 
 def _text_part(text: str) -> dict[str, Any]:

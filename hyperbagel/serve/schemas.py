@@ -32,7 +32,7 @@ class Limits:
     steps: int = 1000  # denoising steps
     waiting: int = 64  # pictures and answers in the queue; beyond it: 429
     live: int = 32  # connections to /v1/live
-    batch: int = 8  # pictures or answers that share forward passes
+    batch: int = 8  # pictures or answers that share forward passes; of pictures no more than the model draws together
 
 
 def _sendable(text: str) -> str:

@@ -64,7 +64,7 @@ def run_training(name: str, recipe: Path | None, overrides: list[str], out: Path
                 return train(stage, settings, run, resume=resume, world=world)
             except KeyboardInterrupt:
                 if stage is None and world.leads:
-                    log.warning("%s: stopped before a step was made; the same command with --resume goes on", out)
+                    log.warning("%s: stopped before training began; the same command with --resume goes on", out)
                 raise
             except Exception as error:
                 # a mistake in the recipe, or in rows that cannot be used: the corrected command finds the folder free

@@ -77,6 +77,9 @@ def test_pictures_without_words_are_described(model: HyperBagel) -> None:
     ):
         [request] = Incoming(model, ("tiny",), Limits()).questions(ChatBody.model_validate({"messages": messages}))
         assert (request.question, len(request.images)) == (told, 1)
+    later = ChatBody.model_validate({"messages": [shown, before[1], {"role": "user", "content": "why?"}]})
+    [request] = Incoming(model, ("tiny",), Limits()).questions(later)
+    assert (request.turns, request.question) == ((("Describe the picture.", "hi"),), "why?")
     for content in ("", [{"type": "text", "text": " "}]):
         nothing = ChatBody.model_validate({"messages": [shown, before[1], {"role": "user", "content": content}]})
         with pytest.raises(ApiError, match="empty question"):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
+from pydantic import TypeAdapter
 from server_world import png
 
+from hyperbagel.core.errors import InputError
 from hyperbagel.pipeline import HyperBagel, TextResult
+from hyperbagel.serve.jobs import Cancelled, Done, Failed, Quiet, Text
+from hyperbagel.serve.outgoing import PING
 from hyperbagel.serve.responses import Answer, ResponsesBody
 
 HOW: dict[str, Any] = {"model": "tiny", "max_output_tokens": 12}
@@ -42,9 +49,8 @@ def test_an_answer_is_the_chat_s(client: openai.OpenAI) -> None:
     assert client.responses.create(input="hello", **HOW).output_text
 
 
-@pytest.mark.parametrize("think", [False, True])
-def test_a_stream_tells_the_same_in_pieces(client: openai.OpenAI, think: bool) -> None:
-    how = HOW | {"input": "what is there?", "extra_body": {"think": think}}
+def test_a_stream_tells_the_same_in_pieces(client: openai.OpenAI) -> None:
+    how = HOW | {"input": "what is there?"}
     whole = client.responses.create(**how)
     events = list(client.responses.create(stream=True, **how))
     assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -55,10 +61,65 @@ def test_a_stream_tells_the_same_in_pieces(client: openai.OpenAI, think: bool) -
     assert "".join(event.delta for event in deltas) == whole.output_text
     done = [event.item for event in events if event.type == "response.output_item.done"]
     assert [item.to_dict() for item in done] == [item.to_dict() for item in final.response.output]
-    with client.responses.stream(**{name: value for name, value in how.items()}) as stream:  # the client builds it up by itself
-        for _ in stream:
-            pass
-        assert whole.status == "incomplete" or stream.get_final_response().output_text == whole.output_text
+
+
+def told(body: dict[str, Any], events: list[Any], model: HyperBagel) -> list[dict[str, Any]]:
+    """The data of the stream that a job's events make."""
+
+    async def given() -> AsyncIterator[Any]:
+        for event in events:
+            yield event
+
+    async def gather() -> list[str]:
+        answer = Answer(ResponsesBody(input="?", **body), "tiny", model.parts.tokenizer)
+        return [text async for text in answer.events()(given())]
+
+    texts = asyncio.run(gather())
+    return [json.loads(text.partition("data: ")[2]) for text in texts if text != PING]
+
+
+THOUGHT = ["output_item.added", "reasoning_text.delta", "reasoning_text.done", "output_item.done"]
+SAID = ["output_item.added", "content_part.added", "output_text.delta", "output_text.done", "content_part.done", "output_item.done"]
+NOTHING_SAID = [name for name in SAID if name != "output_text.delta"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "kinds"),
+    [
+        ("<think>a</think>b", "stop", [*THOUGHT, *SAID, "completed"]),
+        ("b", "length", [*SAID, "incomplete"]),
+        ("<think>a", "length", [*THOUGHT, *NOTHING_SAID, "incomplete"]),
+        ("", "stop", [*NOTHING_SAID, "completed"]),
+    ],
+)
+def test_events_are_openai_s(text: str, reason: str, kinds: list[str], model: HyperBagel) -> None:
+    result = TextResult(text, 3, 5, {}, finish_reason=reason)  # type: ignore[arg-type]
+    events = told({"think": True}, [Quiet(), Text(0, text), Done(0, result)], model)
+    assert [event["type"] for event in events] == ["response.created", "response.in_progress", *(f"response.{kind}" for kind in kinds)]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == events[-1]["response"]["output"]
+    assert [event["output_index"] for event in events if event["type"] == "response.output_item.done"] == list(range(len(done)))
+    for event in events:
+        TypeAdapter(openai.types.responses.ResponseStreamEvent).validate_python(event)
+
+
+def test_a_stream_that_breaks_off(model: HyperBagel) -> None:
+    assert len(told({}, [Cancelled()], model)) == 2
+    last = told({}, [Text(0, "b"), Failed(InputError("got no room"))], model)[-1]
+    assert last["type"] == "error" and last["message"] == last["error"]["message"] == "got no room" and last["sequence_number"] == 5
+
+
+def test_an_answer_with_its_thought_may_be_sent_back(client: openai.OpenAI, model: HyperBagel) -> None:
+    answer = Answer(ResponsesBody(input="?", think=True), "tiny", model.parts.tokenizer)
+    output = answer.whole(TextResult("two cars", 9, 30, {}, thinking="let me count"))["output"]
+    turns = [{"role": "user", "content": "how many?"}, *output, {"role": "user", "content": "why?"}]
+    body = ResponsesBody.model_validate({"input": turns}).as_chat()
+    assert [message.role for message in body.messages] == ["user", "assistant", "user"]
+    assert client.responses.create(input=turns, **HOW).output_text  # type: ignore[call-overload]
+    refused = [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, {"role": "user", "content": "why?"}]
+    first = ResponsesBody.model_validate({"input": refused}).as_chat().messages[0].content
+    assert isinstance(first, list) and first[0].text == "no"
 
 
 def test_a_thought_is_an_item_of_its_own(model: HyperBagel) -> None:
@@ -83,7 +144,7 @@ def test_a_thought_is_an_item_of_its_own(model: HyperBagel) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, "without image_url"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "ends with another message"),
         ({"input": " "}, "empty question"),
-        ({"max_output_tokens": 10**6}, "expected at most"),
+        ({"max_output_tokens": 10**6}, "got max_output_tokens 1000000, expected at most"),
         ({"model": "gpt"}, "expected tiny"),
         ({"frequency": 1}, "frequency"),
     ],

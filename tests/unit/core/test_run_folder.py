@@ -124,3 +124,13 @@ def test_a_changed_work_tree_is_told(tmp_path: Path) -> None:
     clean = git_sha(tmp_path)
     (tmp_path / "a").write_text("2")
     assert clean is not None and "+" not in clean and git_sha(tmp_path) == f"{clean}+changes"
+
+
+def test_a_refused_launch_leaves_the_recipe_that_it_was_given(tmp_path: Path) -> None:
+    """`--recipe RUN/config.yaml`, with its comments."""
+    given = b"# mine\nseed: 1\n"
+    (tmp_path / "config.yaml").write_bytes(given)
+    run = RunFolder(tmp_path, Settings(), seed=0)
+    assert (tmp_path / "config.yaml").read_bytes() != given
+    run.discard()
+    assert (tmp_path / "config.yaml").read_bytes() == given and len([p for p in tmp_path.iterdir() if p.name != ".lock"]) == 1

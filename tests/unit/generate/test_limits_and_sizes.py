@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,23 @@ def test_pictures_share_forwards_up_to_a_number_of_latents(model: HyperBagel, mo
     assert rows == [4, 4, *[1, 1], *[1, 1], *[2, 2]]
     for a, b in zip(in_turn, at_once, strict=True):
         assert a.nfe == b.nfe and np.abs(np.asarray(a.image, dtype=int) - np.asarray(b.image, dtype=int)).max() <= 1
+
+
+def test_contexts_make_room_for_the_next_ones(model: HyperBagel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperbagel.generate.image.MOST_LATENTS", 1)
+    kept: list[weakref.ref[Any]] = []
+    alive, own = list[int](), model._prepare
+
+    def prepare(*given: Any) -> Any:
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in kept))
+        ready = own(*given)
+        kept.append(weakref.ref(ready.session.cache))
+        return ready
+
+    monkeypatch.setattr(model, "_prepare", prepare)
+    model.edit([photo()], "make it red", n=3, seed=0, steps=1)
+    assert alive == [0, 0, 0]
 
 
 def test_a_picture_of_another_shape_is_another_context(model: HyperBagel) -> None:

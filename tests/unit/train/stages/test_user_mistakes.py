@@ -113,7 +113,7 @@ def test_a_run_stopped_while_its_teacher_is_measured_is_one_to_resume(
             run_training("cfg", recipe, [], out)
     [told] = capsys.readouterr().err.splitlines()
     assert told.startswith("measuring the teacher: ") and told.endswith("1/2")
-    assert f"{out}: stopped before a step was made" in caplog.text and (out / "config.yaml").exists()
+    assert f"{out}: stopped before training began" in caplog.text and (out / "config.yaml").exists()
     run_training("cfg", None, [], out, resume=True)
     said = capsys.readouterr().err
     assert "measuring what comes in, before the first step" in said and "measuring the teacher's way: " in said
