@@ -181,7 +181,7 @@ def test_a_body_and_a_picture_that_are_too_large(model: HyperBagel) -> None:
 
 
 def test_what_is_not_here_is_named(http: TestClient) -> None:
-    for status, method, path in ((404, "POST", "/v1/responses"), (405, "GET", "/v1/chat/completions"), (404, "GET", "/ui/nothing")):
+    for status, method, path in ((404, "POST", "/v1/embeddings"), (405, "GET", "/v1/chat/completions"), (404, "GET", "/ui/nothing")):
         answer = http.request(method, path)
         told = f"got {method} {path}, expected an endpoint of this server; GET /openapi.json lists them"
         assert (answer.status_code, answer.json()["error"]["message"]) == (status, told)
