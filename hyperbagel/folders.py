@@ -8,8 +8,9 @@ from typing import Any
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import read_json
 from hyperbagel.core.run import read_metrics
+from hyperbagel.model.inspection import inspect_folder
 from hyperbagel.model.planner import read_planner
-from hyperbagel.model.weights import TensorFolder, inspect_folder
+from hyperbagel.model.weights import TensorFolder
 from hyperbagel.speculative.drafters.folder import read_acceptance, read_config
 from hyperbagel.train.checkpoint import best_checkpoint, list_checkpoints
 

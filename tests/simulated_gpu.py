@@ -98,6 +98,7 @@ class SimulatedGPU(TorchDispatchMode):
             "synchronize": lambda *_: self.wait("synchronize"), "get_device_name": lambda *_: "simulated",
             "Stream": lambda *_: stream, "current_stream": lambda *_: stream, "set_stream": lambda _: None,
             "stream": lambda _: ExitStack(), "CUDAGraph": type("Graph", (Recorded,), {"gpu": self}), "graph": self.record,
+            "mem_get_info": lambda *_: (10**11, 10**11), "memory_reserved": lambda *_: 0, "memory_allocated": lambda *_: 0,
         }  # fmt: skip
 
     def wait(self, name: str) -> None:

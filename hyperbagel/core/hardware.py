@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -63,3 +65,25 @@ def usable_device(name: str | None) -> torch.device:
     if device.type == "meta" or (device.type == "cpu" and device.index):  # torch takes both, but no weights can be read there
         raise InputError(f"got device {name!r}, expected cpu, cuda or cuda:N; there is one cpu, try --device cpu")
     return torch.device("cpu") if device.type == "cpu" else device
+
+
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Memory that this process could still take on a device; None where the system does not tell (a CPU's without Linux).
+
+    Of a CPU: what Linux calls available, and swap; in a container no more than its own limit (cgroup v2) leaves. root: of the file system.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
+        told = {line[0]: 1024 * int(line[1]) for line in lines if len(line) > 1}
+        free = told["MemAvailable:"] + told.get("SwapFree:", 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    with suppress(OSError, ValueError, KeyError):  # "max": no limit
+        group = root / "sys/fs/cgroup"
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]  # given back on demand
+        free = min(free, limit - used + int(files))
+    return free

@@ -19,6 +19,7 @@ from hyperbagel.data.tokenizer import Tokenizer
 from hyperbagel.data.transforms import ImageTransform, grid_positions, patchify
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import ImageSizes
+from hyperbagel.model.inspection import check_memory
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
@@ -57,7 +58,8 @@ class Parts:
         codes: Codes | None = None,
     ) -> Parts:
         """Reads a folder in BAGEL's layout (`load_folder`). Raises InputError if it is not one, or its tokenizer does not belong to its
-        weights."""
+        weights, or there is no memory for these (`check_memory`)."""
+        check_memory(folder, torch.device(device), dtype, codes)
         model, vae = load_folder(folder, device, dtype, attention, codes)
         store_by_columns(model)
         options, tokenizer, known = model.config.options, Tokenizer.from_folder(folder), model.config.llm.vocab_size

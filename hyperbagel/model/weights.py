@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -17,11 +19,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
-from hyperbagel.core.files import atomic_path, atomic_write_text, read_json
+from hyperbagel.core.files import atomic_path, atomic_write_text
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig
 from hyperbagel.model.vae import AutoEncoder
-from hyperbagel.nn.quantized import CODES, Codes, bytes_of_a_weight, quantize
+from hyperbagel.nn.quantized import Codes, quantize
+
+# The types of a safetensors header that PyTorch has too.
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Without this flag, which Python names from 3.13 on, Linux refuses a mapping that may be written to and is larger than its memory.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 _UNREAD = (".gguf", ".bin", ".pt", ".pth", ".ckpt")  # how files of weights end elsewhere
 
@@ -49,8 +69,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """All tensors of one safetensors file. Raises InputError for a missing, truncated or foreign file."""
-    with _open(path, device) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    file = _File(path)
+    return {name: file.tensor(name).to(device) for name in file.shapes}
 
 
 def save_sharded(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_bytes: int | None = None) -> None:
@@ -96,14 +116,13 @@ class TensorFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for path in files:
-            with _open(path, "cpu") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if name in self.file_of:
-                        raise InputError(f"{path}: {name} is also in {self.file_of[name].name}; each tensor belongs in one shard")
-                    part = file.get_slice(name)
-                    self.file_of[name] = path
-                    self.shapes[name] = tuple(part.get_shape())
-                    self.dtypes[name] = part.get_dtype()
+            file = _File(path)
+            for name in file.shapes:
+                if name in self.file_of:
+                    raise InputError(f"{path}: {name} is also in {self.file_of[name].name}; each tensor belongs in one shard")
+                self.file_of[name] = path
+            self.shapes |= file.shapes
+            self.dtypes |= file.dtypes
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Name -> shape against what is there. Raises InputError naming the first few missing, extra or wrongly shaped tensors."""
@@ -130,8 +149,7 @@ class TensorFolder:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
-        with _open(self.file_of[name], "cpu") as file:
-            return file.get_tensor(name)
+        return _File(self.file_of[name]).tensor(name)
 
     def sizes(self) -> dict[str, Any]:
         """Number of tensors and of parameters, and their dtypes, for a report."""
@@ -141,9 +159,9 @@ class TensorFolder:
     def tensors(self, device: str) -> Iterable[tuple[str, Tensor]]:
         """Every tensor, one at a time, straight from the memory map to the device."""
         for path in dict.fromkeys(self.file_of.values()):
-            with _open(path, device) as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
+            file = _File(path)
+            for name in file.shapes:
+                yield name, file.tensor(name).to(device)
 
 
 def fill(module: nn.Module, source: TensorFolder, device: torch.device, dtype: torch.dtype, codes: Codes | None = None) -> None:
@@ -227,54 +245,56 @@ def save_folder(
         save_sharded(folder, stem, {k: v.detach().to("cpu", kind) for k, v in tensors.items()}, max_bytes)
 
 
-def inspect_folder(folder: Path) -> dict[str, Any]:
-    """What a model folder is: shapes, parameter counts, dtypes, files, and whether the tensors fit the config. Reads headers only."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: got no folder, expected a model folder in BAGEL's layout")
-    sampler = folder / "sampler.json"
-    if sampler.exists() and not any(folder.glob("ema*.safetensors")):
-        return _inspect_student(folder)
-    config = BagelConfig.from_folder(folder)
-    with torch.device("meta"):
-        parts: dict[str, nn.Module] = {"ema": Bagel(config), "ae": AutoEncoder(config.vae)}
-    report: dict[str, Any] = {"folder": str(folder), "config": config.model_dump(mode="json"), "weights": {}}
-    if sampler.exists():
-        report["sampler"] = read_json(sampler)  # a student merged into the model
-    for stem, module in parts.items():
-        source = TensorFolder(folder, stem)
-        source.check({name: tuple(p.shape) for name, p in module.named_parameters()})
-        source.check_numbers()
-        report["weights"][stem] = source.sizes() | {
-            "files": sorted({path.name for path in source.file_of.values()}),
-            "bytes": sum(path.stat().st_size for path in set(source.file_of.values())),
-        }
-    layers = decoder_layers(parts["ema"]).values()
-    inner = sum(layer.weight.numel() for layer in layers)
-    outer, ae = report["weights"]["ema"]["parameters"] - inner, 4 * report["weights"]["ae"]["parameters"]  # which is always in fp32
-    held = {"float32": 4.0 * (inner + outer) + ae, "bfloat16": 2.0 * (inner + outer) + ae}
-    packed = {name: sum(layer.weight.numel() * bytes_of_a_weight(name, layer.in_features) for layer in layers) for name in CODES}
-    for device, width in (("GPU", 2), ("CPU", 4)):  # bytes of what is not in codes: bf16 or fp32
-        sizes = held | {name: size + width * outer + ae for name, size in packed.items()}
-        report[f"MB on a {device} as"] = {dtype: round(size / 1e6) for dtype, size in sizes.items()}
-    return report
+class _File:
+    """One safetensors file, checked when it is opened, its tensors mapped into memory when the first of them is asked for.
 
+    The library's own reader for PyTorch maps the file as memory of the process, which Linux refuses beyond the memory of the machine:
+    there a 29 GB checkpoint could not even be described, and `int8` and `nf4` are for just such machines. Its reader for NumPy does not,
+    but NumPy has no bf16; so it reads and checks the header, and the tensors are views of a mapping made here. They may be written to:
+    what is written stays in memory (copy on write).
+    """
 
-def _inspect_student(folder: Path) -> dict[str, Any]:
-    """Sampler, base and sizes of a student (model.student). Whether it fits a base shows when it is loaded."""
-    report: dict[str, Any] = {"folder": str(folder), "student": read_json(folder / "sampler.json"), "weights": {}}
-    for stem in ("adapter_model", "moe_gen", "guidance"):
-        if (folder / f"{stem}.safetensors").exists():
-            report["weights"][stem] = TensorFolder(folder, stem).sizes()
-    return report
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(str(path), framework="numpy"):
+                pass  # it is whole, and its header fits it
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")  # of the header
+                header = json.loads(file.read(length))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: missing; restore the file") from error
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error}); download or export it again") from error
+        header.pop("__metadata__", None)
+        parts = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))  # as they are on the disk
+        self.shapes = {name: tuple(part["shape"]) for name, part in parts.items()}
+        self.dtypes = {name: part["dtype"] for name, part in parts.items()}
+        self._starts = {name: 8 + length + part["data_offsets"][0] for name, part in parts.items()}
+        self._mapped: mmap.mmap | None = None
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, on the CPU, not copied: it keeps the mapping alive."""
+        shape, kind = self.shapes[name], self.dtypes[name]
+        if kind not in _TYPES:
+            raise InputError(f"{self.path}: got {name} as {kind}, expected one of {', '.join(_TYPES)}; export it in one of these")
+        if 0 in shape:
+            return torch.empty(shape, dtype=_TYPES[kind])
+        if self._mapped is None:
+            self._mapped = self._map()
+        return torch.frombuffer(self._mapped, dtype=_TYPES[kind], count=math.prod(shape), offset=self._starts[name]).view(shape)
 
-def _open(path: Path, device: str) -> safe_open:  # type: ignore[valid-type]
-    try:
-        return safe_open(str(path), framework="pt", device=device)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; restore the file") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); download or export it again") from error
+    def _map(self) -> mmap.mmap:
+        with self.path.open("rb") as file:
+            try:
+                if sys.platform == "win32":
+                    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            except (OSError, MemoryError) as error:
+                raise InputError(
+                    f"{self.path}: got no room to map its {self.path.stat().st_size / 1e9:.3g} GB ({error}), expected address space for "
+                    "it whole, raise the limit (ulimit -v, or vm.overcommit_memory if it is 2)"
+                ) from error
 
 
 def _other_weights(folder: Path) -> str:

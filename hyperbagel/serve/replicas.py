@@ -18,8 +18,8 @@ from fastapi import FastAPI
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.hardware import usable_device
+from hyperbagel.model.inspection import inspect_folder
 from hyperbagel.model.planner import planner_folder
-from hyperbagel.model.weights import inspect_folder
 from hyperbagel.nn.quantized import numbers
 from hyperbagel.pipeline import HyperBagel, model_folder
 from hyperbagel.serve.app import DRAIN_SECONDS, create_app

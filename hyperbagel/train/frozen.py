@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.inspection import check_memory
 from hyperbagel.model.vae import AutoEncoder
 from hyperbagel.model.weights import load_folder
 from hyperbagel.nn.quantized import Codes, numbers
@@ -24,8 +25,10 @@ class FrozenRecipe(TrainRecipe):
 
 def load_frozen(folder: Path, recipe: FrozenRecipe, device: torch.device) -> tuple[Bagel, AutoEncoder]:
     """A folder in BAGEL's layout as the recipe wants it. Raises InputError as `load_folder` does, or if bitsandbytes is needed and
-    cannot be used."""
-    return load_folder(folder, device, pick_precision(recipe.precision, device), codes=codes_of(recipe, device))
+    cannot be used, or if there is no memory for the weights."""
+    dtype, codes = pick_precision(recipe.precision, device), codes_of(recipe, device)
+    check_memory(folder, device, dtype, codes)
+    return load_folder(folder, device, dtype, codes=codes)
 
 
 def codes_of(recipe: FrozenRecipe, device: torch.device) -> Codes | None:

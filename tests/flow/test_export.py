@@ -14,9 +14,10 @@ import torch
 from hyperbagel import cli
 from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.export import _beside, _difference, export_drafter, export_lora, export_student, verify
+from hyperbagel.model.inspection import inspect_folder
 from hyperbagel.model.merge import as_low_rank
 from hyperbagel.model.student import PEFT_PREFIX, Kind, Sampler, Student, load_student, make_adapter, save_student
-from hyperbagel.model.weights import inspect_folder, load_folder, load_tensors, save_tensors
+from hyperbagel.model.weights import load_folder, load_tensors, save_tensors
 from hyperbagel.nn.lora import Adapter, factorise
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.speculative.drafters.config import DrafterConfig

@@ -15,7 +15,7 @@ import torch
 import hyperbagel
 from hyperbagel.core.errors import Notice
 from hyperbagel.model.bagel import Bagel
-from hyperbagel.model.weights import inspect_folder
+from hyperbagel.model.inspection import inspect_folder
 from hyperbagel.pipeline import HyperBagel
 from hyperbagel.serve.run import warm_up
 from hyperbagel.toybox.language import sample_question, sample_t2i

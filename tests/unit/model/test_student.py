@@ -15,6 +15,7 @@ from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
 from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.inspection import inspect_folder
 from hyperbagel.model.merge import folded_sampler
 from hyperbagel.model.qwen2_mot import Streams
 from hyperbagel.model.student import (
@@ -30,7 +31,7 @@ from hyperbagel.model.student import (
     make_adapter,
     save_student,
 )
-from hyperbagel.model.weights import inspect_folder, load_tensors
+from hyperbagel.model.weights import load_tensors
 from hyperbagel.nn.lora import Adapter, attach
 
 KINDS: tuple[Kind, ...] = ("lora", "full")

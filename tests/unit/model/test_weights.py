@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from hyperbagel.core.errors import InputError
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.model.init import fresh_bagel
+from hyperbagel.model.inspection import inspect_folder
 from hyperbagel.model.vae import AutoEncoder
-from hyperbagel.model.weights import inspect_folder, load_folder, load_tensors, save_folder, save_tensors
+from hyperbagel.model.weights import TensorFolder, load_folder, load_tensors, save_folder, save_tensors
 
 CONFIG = BagelConfig(
     llm=LLMConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, vocab_size=40),
@@ -87,6 +91,48 @@ def test_a_folder_in_place_of_a_config_is_one_line(folder: Path, capsys: pytest.
     (folder / "llm_config.json").mkdir()
     assert cli.main(["inspect", str(folder)]) == 2
     assert "llm_config.json: got a folder where a file should be, expected" in capsys.readouterr().err
+
+
+def test_a_file_larger_than_the_machine_s_memory_is_mapped(tmp_path: Path) -> None:
+    values = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # of two bytes each: twice the memory
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [values], "data_offsets": [0, 2 * values]}}).encode()
+    with (tmp_path / "ema.safetensors").open("wb") as file:  # sparse: the zeros take no room on the disk
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 2 * values)
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", 0x3F80))
+    source = TensorFolder(tmp_path, "ema")
+    assert source.shapes == {"x": (values,)}
+    found = source.tensor("x")
+    assert found[0] == 0 and found[-1] == 1
+    found[1] = 2  # not in the file
+    assert source.tensor("x")[1] == 0
+
+
+def test_a_loaded_tensor_may_be_written_to_and_its_file_stays(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([True]), "none": torch.empty(0, 4), "one": torch.tensor(7)}
+    save_tensors(tmp_path / "x.safetensors", tensors)
+    found = load_tensors(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys() and all(
+        torch.equal(found[name], x) and found[name].dtype == x.dtype for name, x in tensors.items()
+    )
+    found["b"].mul_(2)
+    assert torch.equal(load_tensors(tmp_path / "x.safetensors")["b"], tensors["b"])
+
+
+def test_a_type_that_pytorch_lacks_is_named(tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "U64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(InputError, match="got x as U64, expected one of F64, "):
+        load_tensors(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_the_system_does_not_map(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    refused(folder, "ema.safetensors: got no room to map its", "Cannot allocate memory", "raise the limit")
 
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:

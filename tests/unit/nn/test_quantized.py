@@ -19,8 +19,9 @@ from hyperbagel.evaluate.toybox import numbers_of
 from hyperbagel.generate.session import Parts
 from hyperbagel.generate.students import Ready
 from hyperbagel.model.bagel import Bagel
+from hyperbagel.model.inspection import inspect_folder
 from hyperbagel.model.student import Sampler, Student, fingerprint, load_student, make_adapter, save_student
-from hyperbagel.model.weights import inspect_folder, load_folder
+from hyperbagel.model.weights import load_folder
 from hyperbagel.nn import quantized
 from hyperbagel.nn.lora import AdaptedLinear, LowRank, MergedLinear
 from hyperbagel.nn.projections import store_by_columns
