@@ -87,3 +87,12 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
         files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]  # given back on demand
         free = min(free, limit - used + int(files))
     return free
+
+
+def check_room(what: str, device: torch.device, needed: float, do: str = "") -> None:
+    """Raises InputError if so many bytes are not free: a system may end a process that takes more than there is. do: advice before the
+    general one."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        told = f"got {free / 1e9:.1f} GB of free memory on {device}, expected {needed / 1e9:.1f} GB"
+        raise InputError(f"{what}: {told}, {do}free some memory or take a larger machine")

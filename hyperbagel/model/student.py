@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, make_folder, read_json
+from hyperbagel.core.hardware import check_room
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.guidance_embed import GuidanceEmbedders
-from hyperbagel.model.weights import load_tensors, save_tensors
+from hyperbagel.model.weights import count_numbers, load_tensors, save_tensors
 from hyperbagel.nn.lora import Adapter, attach, factorise
 from hyperbagel.nn.quantized import QuantizedLinear, matrix_of, plain_layer, sample_of
 
@@ -169,7 +170,7 @@ def save_student(
 def load_student(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) -> Student:
     """Reads a student of this base, onto the base's device. dtype: of its tensors, made without a copy in fp32 on the way.
 
-    Raises InputError for a folder that is not a student's, is damaged, or belongs to another base.
+    Raises InputError for a folder that is not a student's, is damaged, belongs to another base, or has no room in memory.
     """
     about = _about(folder)
     if str(about.get("kind")) in OTHER_KINDS:
@@ -184,13 +185,15 @@ def load_student(folder: Path, base: Bagel, dtype: torch.dtype = torch.float32) 
             "give the model it was distilled from, or distil it again"
         )
     sampler = _sampler(about, folder)
+    weights = folder / f"{'adapter_model' if about['kind'] == 'lora' else 'moe_gen'}.safetensors"
+    check_room(f"{folder}, student", base.device, dtype.itemsize * count_numbers(weights))
     if about["kind"] == "lora":
         rank, alpha = read_scale(folder, base.config.llm.intermediate_size)
         adapter = make_adapter(base, "lora", rank=rank, alpha=alpha, heads=about.get("heads", False), dtype=dtype)
-        tensors = {n.removeprefix(PEFT_PREFIX): t for n, t in load_tensors(folder / "adapter_model.safetensors").items()}
+        tensors = {n.removeprefix(PEFT_PREFIX): t for n, t in load_tensors(weights).items()}
     else:
         adapter = make_adapter(base, "full", heads=about.get("heads", False), dtype=dtype)
-        tensors = load_tensors(folder / "moe_gen.safetensors")
+        tensors = load_tensors(weights)
     student = Student.fresh(base, adapter, sampler).to(dtype)
     fill_adapter(adapter, tensors, folder)
     fill_adapter(student.guidance, load_tensors(folder / "guidance.safetensors"), folder)

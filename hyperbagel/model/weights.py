@@ -73,6 +73,11 @@ def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     return {name: file.tensor(name).to(device) for name in file.shapes}
 
 
+def count_numbers(path: Path) -> int:
+    """How many numbers a safetensors file holds. Raises InputError as `load_tensors` does."""
+    return sum(math.prod(shape) for shape in _File(path).shapes.values())
+
+
 def save_sharded(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_bytes: int | None = None) -> None:
     """Writes stem.safetensors, or stem-0000k-of-0000n.safetensors with an index if it would pass `max_bytes`.
 

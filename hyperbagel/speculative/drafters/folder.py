@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperbagel.core.config import check_config
 from hyperbagel.core.errors import InputError
 from hyperbagel.core.files import atomic_path, atomic_write_text, check_name, make_folder, read_json
+from hyperbagel.core.hardware import check_room
 from hyperbagel.model.bagel import Bagel
 from hyperbagel.model.config import BagelConfig, LLMConfig
 from hyperbagel.model.weights import TensorFolder, load_tensors, save_tensors
@@ -67,13 +68,17 @@ def read_acceptance(folder: Path) -> list[float]:
         return []
 
 
-def _read(folder: Path, llm: LLMConfig, device: str) -> tuple[Module, dict[str, Tensor]]:
-    """(a module on the meta device, its tensors as stored). Errors: see `load_module`."""
+def _read(folder: Path, llm: LLMConfig, device: str, dtype: torch.dtype | None = None) -> tuple[Module, dict[str, Tensor]]:
+    """(a module on the meta device, its tensors as stored). dtype: of the module that they will become; None: none. Errors: see
+    `load_module`."""
     config = read_config(folder)
     config.check_target(llm, str(folder))
     with torch.device("meta"):
         module = make_module(config)
     TensorFolder(folder, "drafter").check({name: tuple(x.shape) for name, x in module.state_dict().items()})
+    if dtype is not None:
+        sizes = [dtype.itemsize * x.numel() for x in module.state_dict().values()]
+        check_room(f"{folder}, drafter", torch.device(device), sum(sizes) + max(sizes))  # one matrix at a time is there twice
     tensors = load_tensors(folder / "drafter.safetensors", device)
     check_values(module, tensors, folder)
     return module, tensors
@@ -82,9 +87,9 @@ def _read(folder: Path, llm: LLMConfig, device: str) -> tuple[Module, dict[str, 
 def load_module(folder: Path, target: Bagel) -> Module:
     """A drafter for `target`, on its device and in its dtype. Whether it fits is checked before any weight is read.
 
-    Raises InputError: no such folder, damaged, or made for another target.
+    Raises InputError: no such folder, damaged, made for another target, or no memory for it.
     """
-    module, tensors = _read(folder, target.config.llm, str(target.device))
+    module, tensors = _read(folder, target.config.llm, str(target.device), target.dtype)
     module.load_state_dict({n: x.to(target.dtype) if x.is_floating_point() else x for n, x in tensors.items()}, assign=True)
     store_by_columns(module)
     return module.eval().requires_grad_(False)

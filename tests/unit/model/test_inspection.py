@@ -8,42 +8,58 @@ import pytest
 import torch
 
 from hyperbagel import cli
+from hyperbagel.core.errors import InputError, Notice
 from hyperbagel.core.hardware import free_bytes
 from hyperbagel.model.inspection import check_memory, inspect_folder
-from hyperbagel.pipeline import model_folder
+from hyperbagel.pipeline import HyperBagel, model_folder
 
 TOYBOX = model_folder("toybox")
 CPU = torch.device("cpu")
+HEAD = 4 * 1024 * 256  # bytes of the embedded model's head, which is there twice for a moment
 
 
-def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
-    monkeypatch.setattr("hyperbagel.model.inspection.free_bytes", lambda device: int(size))
+def free(monkeypatch: pytest.MonkeyPatch, size: float | None) -> None:
+    for module in ("core.hardware", "model.inspection"):
+        monkeypatch.setattr(f"hyperbagel.{module}.free_bytes", lambda device: size if size is None else int(size))
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = inspect_folder(TOYBOX)["MB on a CPU as"]
-    free(monkeypatch, (sizes["int8"] + 1) * 1e6)
+    needed = inspect_folder(TOYBOX)["MB on a CPU as"]["int8"] * 1e6 + HEAD
+    free(monkeypatch, needed + 1e6)
     monkeypatch.setattr("hyperbagel.generate.session.load_folder", lambda *args: pytest.fail("the weights were read"))
     assert cli.main(["ask", "What is two plus two?"]) == 2
     told = capsys.readouterr().err
-    assert "of free memory on cpu, expected 0.1 GB for the weights as float32, take int8 (0.0 GB) or nf4 (0.0 GB) as the dtype" in told
+    assert "as float32: got 0.0 GB of free memory on cpu, expected 0.1 GB, take int8 (0.0 GB) or nf4 (0.0 GB) as the dtype, free" in told
     free(monkeypatch, 1e6)
     assert cli.main(["ask", "What is two plus two?"]) == 2
-    assert "as float32, free some memory or take a larger machine" in capsys.readouterr().err
+    assert "expected 0.1 GB, free some memory or take a larger machine" in capsys.readouterr().err
 
 
 def test_what_fits_and_what_is_only_mapped_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = inspect_folder(TOYBOX)["MB on a CPU as"]
-    free(monkeypatch, (sizes["float32"] + 1) * 1e6)
+    free(monkeypatch, (sizes["float32"] + 1) * 1e6 + HEAD)
     check_memory(TOYBOX, CPU, torch.float32, None)
-    free(monkeypatch, (sizes["int8"] + 1) * 1e6)
+    free(monkeypatch, (sizes["int8"] + 1) * 1e6 + HEAD)
     check_memory(TOYBOX, CPU, torch.bfloat16, "int8")
     free(monkeypatch, 0)
     check_memory(TOYBOX, CPU, torch.bfloat16, None)  # its own type: views of the file
-    monkeypatch.setattr("hyperbagel.model.inspection.free_bytes", lambda device: None)
+    free(monkeypatch, None)
     check_memory(TOYBOX, CPU, torch.float32, None)
+
+
+def test_a_drafter_that_does_not_fit_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HyperBagel.from_pretrained("toybox")
+    free(monkeypatch, 1e6)
+    for drafter in ("auto", "block"):
+        with pytest.warns(
+            Notice, match=r"block, drafter: got 0\.0 GB of free memory on cpu, expected 0\.0 GB, free some memory .*; going on"
+        ):
+            answer = model.ask("What is two plus two?", max_tokens=8, drafter=drafter)
+        assert answer.text and answer.drafter != "block"
+    with pytest.raises(InputError, match=r"students/6, student: got 0\.0 GB of free memory"):
+        model.generate("a red circle", student="6")
 
 
 def system(root: Path, limit: str) -> Path:
