@@ -23,6 +23,7 @@ from hyperbagel.speculative.types import Draft, Drafter, Seen
 READ = (1, 4, 8, 16)  # tokens that the target reads; half of these rounds before each draft, so that it meets as many new slots as usual
 DRAFTED = (1, 8)  # depths drafted; a straight line through both gives DraftCost
 REPEATS = 4  # after a warm-up; the fastest counts
+ENOUGH = 2.0  # seconds after which nothing is measured more than once: what takes long is little disturbed (7B on a CPU: 60 to 25 s)
 
 
 class _Probe:
@@ -94,8 +95,11 @@ def measure_costs(
         most = repeats * sum(read + 1 for _, read in turns)
         work = Rounds(sessions, most, float(sampled), generators, None, False, probe, im_end=-1, graphs=graphs)
         found: Found = {turn: [] for turn in turns}
+        begun = now()
         try:
-            for _ in range(repeats):
+            for done in range(repeats):
+                if done > 1 and now() - begun > ENOUGH:
+                    break
                 for turn in turns:
                     probe.depth, probe.read = turn
                     start = now()

@@ -148,8 +148,9 @@ def test_what_is_learnt_goes_by_how_far_an_answer_has_come() -> None:
     assert fresh == pytest.approx(second + 0.25) and first is not later  # a request's first draft reads its context
 
 
-def test_costs_are_the_fastest_of_each_and_a_first_draft_s_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of its own: reading n tokens takes n seconds or, every other time, twice as long."""
+@pytest.mark.parametrize(("unit", "times"), [(0.001, 5), (1.0, 2)])
+def test_costs_are_the_fastest_of_each_and_a_first_draft_s_are_told_apart(unit: float, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: reading n tokens takes n units or, every other time, twice as long. What takes seconds is measured once."""
     passed, met = [0.0], Counter[int]()
 
     class Slow(Told):
@@ -160,7 +161,7 @@ def test_costs_are_the_fastest_of_each_and_a_first_draft_s_are_told_apart(monkey
             self.fresh = True
 
         def propose(self, seen: Seen, limit: int) -> Draft:
-            passed[0] += 0.5 + 0.1 * (limit - 1) + 4.0 * self.fresh
+            passed[0] += unit * (0.5 + 0.1 * (limit - 1) + 4.0 * self.fresh)
             self.fresh = False
             return Draft(self.rows)
 
@@ -169,7 +170,7 @@ def test_costs_are_the_fastest_of_each_and_a_first_draft_s_are_told_apart(monkey
     def timed(work: Rounds) -> None:
         read = work.drafter.read  # type: ignore[attr-defined]
         met[read] += 1
-        passed[0] += read * (1 + met[read] % 2)
+        passed[0] += unit * read * (1 + met[read] % 2)
         own(work)
 
     monkeypatch.setattr(Rounds, "round", timed)
@@ -177,9 +178,9 @@ def test_costs_are_the_fastest_of_each_and_a_first_draft_s_are_told_apart(monkey
     session = Session.new(small_parts(), (0,))
     session.add_text("a car")
     costs = measure_costs(session, {"slow": Slow([7])}, 1, sampled=True)
-    assert dict(costs.verify) == pytest.approx({n: float(n) for n in READ})
+    assert dict(costs.verify) == pytest.approx({n: unit * n for n in READ}) and met[READ[-1]] == times
     draft = costs.draft["slow"]
-    assert (draft.first, draft.more, draft.start) == pytest.approx((0.5, 0.1, 4.0))
+    assert (draft.first, draft.more, draft.start) == pytest.approx((0.5 * unit, 0.1 * unit, 4.0 * unit))
 
 
 def test_a_drafter_is_believed_to_be_as_fast_as_at_its_best_depth() -> None:
