@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperbagel.core.errors import InputError
 from hyperbagel.data.tokenizer import Tokenizer
@@ -76,10 +76,10 @@ def shapes_only(config: BagelConfig) -> Parts:
         return _parts(Bagel(config).to(torch.bfloat16), AutoEncoder(config.vae))
 
 
-class _RandomWeights(TensorFolder):
+class RandomWeights(TensorFolder):
     """Tensors of a model's shapes, made one at a time on their device, as if they came from a folder. Norms are 1, all else is normal."""
 
-    def __init__(self, model: Bagel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.folder = Path("random weights")
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self.dtypes = dict.fromkeys(self.shapes, "F32")
@@ -95,7 +95,7 @@ def random_model(config: BagelConfig, device: torch.device, dtype: torch.dtype, 
     """Random weights that host memory never holds: of the 7B shape 29 GB in bf16."""
     with torch.device("meta"):
         model = Bagel(config)
-    fill(model, _RandomWeights(model), device, dtype, codes)
+    fill(model, RandomWeights(model), device, dtype, codes)
     model.codes = codes
     with torch.device(device):
         return _parts(model, AutoEncoder(config.vae))

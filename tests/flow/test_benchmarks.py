@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from benchmarks import conversation, soak, subjects
+from benchmarks import folder as folder_benchmark
 from benchmarks import load as load_benchmark
 from benchmarks import run as benchmark
 from benchmarks import server as server_benchmark
@@ -24,6 +25,7 @@ from benchmarks.table import show
 from hyperbagel.model.config import BagelConfig, BagelOptions, ImageSizes, LLMConfig, VaeConfig, ViTConfig
 from hyperbagel.nn.attention import reference
 from hyperbagel.nn.quantized import Codes
+from hyperbagel.pipeline import HyperBagel
 
 SMALL = BagelConfig(
     llm=LLMConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2),
@@ -243,3 +245,13 @@ def test_groups_as_queries_is_the_same_attention() -> None:
     q, k, v = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((6, 1), (2, 5), (2, 5)))
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()[:, None, None, :]
     torch.testing.assert_close(folded(q, k, v, mask), reference(q, k, v, mask))
+
+
+def test_a_folder_of_random_weights_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--shape", "toybox", "--out", str(tmp_path / "new" / "model")]
+    assert folder_benchmark.main(given) == 0
+    model = HyperBagel.from_pretrained(tmp_path / "new" / "model", dtype="bfloat16")
+    assert model.ask("What is this?", max_tokens=3).tokens == 3 and model.generate("a red car", seed=0, steps=1, size=(64, 64))
+    assert all(torch.isfinite(x).all() and x.std() > 0 for x in model.parts.model.parameters() if x.dim() > 1)
+    assert folder_benchmark.main(given) == 2
+    assert "got a folder that exists, expected a new one" in capsys.readouterr().err
