@@ -215,16 +215,17 @@ def test_starting_the_command_line_loads_nothing_heavy() -> None:
     assert HEAVY & set(done.stdout.split()) == set()
 
 
-def test_help_takes_less_than_half_a_second() -> None:
-    """Processor time, the best of three: what the machine is busy with beside it does not count."""
-    taken = []
-    for _ in range(3):
+def test_help_takes_little_more_than_the_library_that_prints_it() -> None:
+    """Processor time, the best of four, in turn with a process that only imports the library: so neither a slow machine nor what it is busy
+    with beside it counts. On two AVX2 cores .44 s and .31; PyTorch alone would take seconds."""
+    taken: dict[str, list[float]] = {"hyperbagel.cli": [], "typer.rich_utils": []}
+    for module, seconds in [*taken.items()] * 4:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "hyperbagel.cli", "--help"]
+        command = [sys.executable, "-m", module, "--help"]
         subprocess.run(command, capture_output=True, check=True, cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""})
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    assert min(taken) < 0.5
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(taken["hyperbagel.cli"]) < 2 * min(taken["typer.rich_utils"])
 
 
 def test_the_rules_catch_what_they_forbid() -> None:
