@@ -68,13 +68,15 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Memory that this process could still take on a device; None where the system does not tell (a CPU's without Linux).
+    """Memory that this process could still take on a device; None where that is not known (a CPU's without Linux, other devices).
 
     Of a CPU: what Linux calls available, and swap; in a container no more than its own limit (cgroup v2) leaves. root: of the file system.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu":
+        return None
     try:
         lines = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
         told = {line[0]: 1024 * int(line[1]) for line in lines if len(line) > 1}

@@ -77,6 +77,7 @@ def test_free_memory_of_a_machine_and_of_a_container(tmp_path: Path) -> None:
     assert free_bytes(CPU, system(tmp_path / "container", "1000000\n")) == 200000
     assert free_bytes(CPU, system(tmp_path / "wide", "100000000\n")) == 3500 * 1024
     assert free_bytes(CPU, tmp_path / "another system") is None
+    assert free_bytes(torch.device("xpu"), tmp_path / "machine") is None  # not of this kind
 
 
 def test_free_memory_of_a_gpu_counts_what_pytorch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
