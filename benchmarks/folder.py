@@ -52,6 +52,7 @@ def _weights(path: Path, module: nn.Module, dtype: torch.dtype, kind: str) -> No
         start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that numbers begin where a processor likes them to
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, value in source.tensors("cpu"):

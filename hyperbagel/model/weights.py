@@ -279,7 +279,7 @@ class _File:
         self._mapped: mmap.mmap | None = None
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU, not copied: it keeps the mapping alive."""
+        """One tensor, on the CPU, not copied unless it begins between two of its numbers; it keeps the mapping alive."""
         shape, kind = self.shapes[name], self.dtypes[name]
         if kind not in _TYPES:
             raise InputError(f"{self.path}: got {name} as {kind}, expected one of {', '.join(_TYPES)}; export it in one of these")
@@ -287,7 +287,9 @@ class _File:
             return torch.empty(shape, dtype=_TYPES[kind])
         if self._mapped is None:
             self._mapped = self._map()
-        return torch.frombuffer(self._mapped, dtype=_TYPES[kind], count=math.prod(shape), offset=self._starts[name]).view(shape)
+        dtype, start = _TYPES[kind], self._starts[name]
+        found = torch.frombuffer(self._mapped, dtype=torch.uint8, count=dtype.itemsize * math.prod(shape), offset=start)
+        return (found.clone() if start % dtype.itemsize else found).view(dtype).view(shape)
 
     def _map(self) -> mmap.mmap:
         with self.path.open("rb") as file:

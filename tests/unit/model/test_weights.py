@@ -120,6 +120,15 @@ def test_a_loaded_tensor_may_be_written_to_and_its_file_stays(tmp_path: Path) ->
     assert torch.equal(load_tensors(tmp_path / "x.safetensors")["b"], tensors["b"])
 
 
+def test_numbers_at_odd_addresses(tmp_path: Path) -> None:
+    """Its writer pads the header, others need not."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).encode()
+    header += b" " * ((3 - len(header)) % 4)
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<3f", 1, 2, 3))
+    found = load_tensors(tmp_path / "x.safetensors")["x"]
+    assert found.tolist() == [1, 2, 3] and found.data_ptr() % 4 == 0
+
+
 def test_a_type_that_pytorch_lacks_is_named(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "U64", "shape": [1], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
