@@ -23,7 +23,7 @@ from hyperbagel.speculative.types import Draft, Drafter, Seen
 READ = (1, 4, 8, 16)  # tokens that the target reads; half of these rounds before each draft, so that it meets as many new slots as usual
 DRAFTED = (1, 8)  # depths drafted; a straight line through both gives DraftCost
 REPEATS = 4  # after a warm-up; the fastest counts
-ENOUGH = 2.0  # seconds after which nothing is measured more than once: what takes long is little disturbed (7B on a CPU: 60 to 25 s)
+ENOUGH = 2.0  # seconds after which nothing is measured more than once: what takes long is little disturbed
 
 
 class _Probe:

@@ -217,7 +217,7 @@ def test_starting_the_command_line_loads_nothing_heavy() -> None:
 
 def test_help_takes_little_more_than_the_library_that_prints_it() -> None:
     """Processor time, the best of four, in turn with a process that only imports the library: so neither a slow machine nor what it is busy
-    with beside it counts. On two AVX2 cores .44 s and .31; PyTorch alone would take seconds."""
+    with beside it counts. On two AVX2 cores .44 s and .31."""
     taken: dict[str, list[float]] = {"hyperbagel.cli": [], "typer.rich_utils": []}
     for module, seconds in [*taken.items()] * 4:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -225,7 +225,7 @@ def test_help_takes_little_more_than_the_library_that_prints_it() -> None:
         subprocess.run(command, capture_output=True, check=True, cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""})
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    assert min(taken["hyperbagel.cli"]) < 2 * min(taken["typer.rich_utils"])
+    assert min(taken["hyperbagel.cli"]) - min(taken["typer.rich_utils"]) < 0.2
 
 
 def test_the_rules_catch_what_they_forbid() -> None:
