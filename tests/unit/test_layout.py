@@ -225,7 +225,7 @@ def test_help_takes_little_more_than_the_library_that_prints_it() -> None:
         subprocess.run(command, capture_output=True, check=True, cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""})
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    assert min(taken["hyperbagel.cli"]) - min(taken["typer.rich_utils"]) < 0.2
+    assert min(taken["hyperbagel.cli"]) < 2 * min(taken["typer.rich_utils"])
 
 
 def test_the_rules_catch_what_they_forbid() -> None:
